@@ -1,0 +1,1 @@
+//! Criterion benches stand in `benches/`; this library is empty.

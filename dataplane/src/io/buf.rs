@@ -1,0 +1,189 @@
+//! Owned, page-aligned buffers out of one region that the ring has registered.
+//!
+//! A [`Buf`] is owned by exactly one holder: a machine, or the kernel while an operation runs (the ring keeps it until
+//! the completion). Dropping it gives its bytes back to the [`Pool`]. Nothing is allocated after the pool is made.
+
+use std::alloc::Layout;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use afterimage_wire::ALIGN;
+
+/// How many buffers of one capacity a pool holds.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Class {
+    /// Bytes of each buffer, a multiple of 4096.
+    pub capacity: usize,
+    /// How many.
+    pub count: usize,
+}
+
+struct Region {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the region is plain memory; every byte of it is reached only through the one `Buf` that owns its range (the
+// free lists hand out each index once), so moving or sharing the handle between threads moves no unguarded access.
+unsafe impl Send for Region {}
+// SAFETY: as above; `Region` itself offers no access through `&self` but its bounds.
+unsafe impl Sync for Region {}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `Pool::new` with this layout; the last `Arc` is gone, so no `Buf` is left.
+        unsafe { std::alloc::dealloc(self.start.as_ptr(), self.layout) }
+    }
+}
+
+struct ClassState {
+    class: Class,
+    offset: usize,
+    free: Mutex<Vec<u32>>,
+}
+
+struct Inner {
+    region: Region,
+    classes: Vec<ClassState>,
+}
+
+/// A bounded set of buffers; cheap to clone.
+#[derive(Clone)]
+pub struct Pool(Arc<Inner>);
+
+impl Pool {
+    /// A pool with these classes, zeroed.
+    ///
+    /// # Panics
+    /// If there is no class, or a capacity is 0 or no multiple of 4096: a bug of the caller.
+    pub fn new(classes: &[Class]) -> Self {
+        let mut classes = classes.to_vec();
+        classes.sort_by_key(|c| c.capacity);
+        let total: usize = classes.iter().map(|c| c.capacity * c.count).sum();
+        assert!(total > 0 && classes.iter().all(|c| c.capacity > 0 && c.capacity.is_multiple_of(ALIGN)));
+        let layout = Layout::from_size_align(total, ALIGN).expect("a pool's size is far below the address space");
+        // SAFETY: `total` is not zero.
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        let Some(start) = NonNull::new(start) else { std::alloc::handle_alloc_error(layout) };
+        let mut offset = 0;
+        let classes = classes
+            .into_iter()
+            .map(|class| {
+                let state =
+                    ClassState { class, offset, free: Mutex::new((0..class.count as u32).rev().collect()) };
+                offset += class.capacity * class.count;
+                state
+            })
+            .collect();
+        Self(Arc::new(Inner { region: Region { start, layout }, classes }))
+    }
+
+    /// A buffer of at least `capacity` bytes, or none if all that fit are taken. Its content is what was left in it.
+    pub fn take(&self, capacity: usize) -> Option<Buf> {
+        for (number, state) in self.0.classes.iter().enumerate() {
+            if state.class.capacity < capacity {
+                continue;
+            }
+            let index = state.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            if let Some(index) = index {
+                let at = state.offset + index as usize * state.class.capacity;
+                // SAFETY: `at + capacity` lies within the region by construction of `offset` and `count`.
+                let start = unsafe { self.0.region.start.add(at) };
+                return Some(Buf {
+                    start,
+                    capacity: state.class.capacity,
+                    class: number as u16,
+                    index,
+                    pool: self.clone(),
+                });
+            }
+        }
+        None
+    }
+
+    /// Bytes that are free now, over all classes.
+    pub fn free_bytes(&self) -> usize {
+        self.0
+            .classes
+            .iter()
+            .map(|s| s.free.lock().unwrap_or_else(PoisonError::into_inner).len() * s.class.capacity)
+            .sum()
+    }
+
+    /// Bytes of the whole pool.
+    pub fn total_bytes(&self) -> usize {
+        self.0.region.layout.size()
+    }
+
+    /// Where the region lies and how long it is, for registering it with a ring.
+    pub(super) fn region(&self) -> (*mut u8, usize) {
+        (self.0.region.start.as_ptr(), self.0.region.layout.size())
+    }
+
+    /// True if both handles are of one pool.
+    pub(super) fn same(&self, other: &Pool) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pool({} of {} bytes free)", self.free_bytes(), self.total_bytes())
+    }
+}
+
+/// One buffer: page-aligned bytes with one owner.
+pub struct Buf {
+    start: NonNull<u8>,
+    capacity: usize,
+    class: u16,
+    index: u32,
+    pool: Pool,
+}
+
+// SAFETY: a `Buf` is the only way to its bytes (see `Region`).
+unsafe impl Send for Buf {}
+// SAFETY: `&Buf` gives `&[u8]` only.
+unsafe impl Sync for Buf {}
+
+impl Buf {
+    /// Address of the bytes, for the kernel. The buffer must outlive the kernel's use.
+    pub(super) fn address(&mut self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// The pool it comes from.
+    pub(super) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+}
+
+impl Deref for Buf {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `start..start+capacity` lies in the region, which `pool` keeps alive; it was zeroed when made, so all
+        // bytes are initialised; this `Buf` is its only owner.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.capacity) }
+    }
+}
+
+impl DerefMut for Buf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`, and `&mut self` excludes every other access.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.capacity) }
+    }
+}
+
+impl Drop for Buf {
+    fn drop(&mut self) {
+        let state = &self.pool.0.classes[usize::from(self.class)];
+        state.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
+    }
+}
+
+impl std::fmt::Debug for Buf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buf({} bytes)", self.capacity)
+    }
+}

@@ -1,0 +1,276 @@
+//! The one seam of the data plane: operations go in with the buffers they own, completions come out with them.
+//!
+//! Two implementations: [`ring::Ring`], raw io_uring, and [`sim::SimIo`], one node of a simulated world. All `unsafe`
+//! of the project stands in this module. The clock is read here and nowhere else.
+//!
+//! Rules, the same for both and held by the tests in `tests/conformance.rs`:
+//! - A buffer given to an operation belongs to the kernel until its [`Done`], which brings it back, also on error.
+//! - A [`Op::Read`], [`Op::Write`] or [`Op::Send`] completes when *all* its bytes are done, or with an error; a read
+//!   past the end of a file is `EIO`. [`Op::Recv`] completes with at least one byte, or 0 at the end of the stream.
+//! - Operations are not ordered among each other. Two sends (or two receives) on one socket must not be under way
+//!   together.
+//! - A write is on stable storage when it was submitted `durable`, or when a [`Op::Sync`] submitted after its
+//!   completion has succeeded. After a failed sync nothing is known about the writes before it.
+//! - Opening, creating, renaming, removing and syncing folders are blocking calls: cold paths only.
+
+use std::fmt;
+
+pub mod buf;
+pub mod ring;
+pub mod sim;
+
+pub use buf::{Buf, Class, Pool};
+
+/// Nanoseconds on the monotonic clock (of this host, since its boot).
+pub type Nanos = u64;
+
+/// Chosen by whoever submits; comes back with the completion. The upper 16 bits say which machine, see the drivers.
+pub type Token = u64;
+
+/// An open file, valid until closed. Never reused while an operation on it is under way.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct File(pub u32);
+
+/// A connected stream socket.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Sock(pub u32);
+
+/// An errno as the kernel gave it.
+#[derive(Copy, Clone, PartialEq, Eq, Hash)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    #![allow(missing_docs)]
+    pub const NOENT: Self = Self(2);
+    pub const IO: Self = Self(5);
+    pub const AGAIN: Self = Self(11);
+    pub const NOMEM: Self = Self(12);
+    pub const BUSY: Self = Self(16);
+    pub const EXIST: Self = Self(17);
+    pub const INVAL: Self = Self(22);
+    pub const NOSPC: Self = Self(28);
+    pub const PIPE: Self = Self(32);
+    pub const OPNOTSUPP: Self = Self(95);
+    pub const CONNRESET: Self = Self(104);
+    pub const CANCELED: Self = Self(125);
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", std::io::Error::from_raw_os_error(self.0))
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Errno({}: {self})", self.0)
+    }
+}
+
+impl std::error::Error for Errno {}
+
+/// A range of a buffer.
+#[derive(Debug)]
+pub struct Part {
+    /// The buffer, whole.
+    pub buf: Buf,
+    /// First byte of the range.
+    pub at: usize,
+    /// Bytes of the range.
+    pub len: usize,
+}
+
+/// An operation. File offsets, lengths and buffer positions of reads and writes are multiples of the file's block
+/// ([`FileInfo::block`]); files are opened `O_DIRECT`.
+#[derive(Debug)]
+pub enum Op {
+    /// Fills `part` from the file.
+    Read {
+        /// From here.
+        file: File,
+        /// Byte offset.
+        offset: u64,
+        /// Into this.
+        part: Part,
+    },
+    /// Writes `part`.
+    Write {
+        /// To here.
+        file: File,
+        /// Byte offset.
+        offset: u64,
+        /// This.
+        part: Part,
+        /// On stable storage at completion (RWF_DSYNC).
+        durable: bool,
+    },
+    /// Everything written and completed before is on stable storage at completion (fdatasync).
+    Sync {
+        /// Of this file.
+        file: File,
+    },
+    /// The range reads as zeros afterwards. The range is given back to the file system or device if `unmap`, kept
+    /// allocated otherwise. `EOPNOTSUPP` where the file cannot.
+    Zero {
+        /// Of this file.
+        file: File,
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Deallocate.
+        unmap: bool,
+    },
+    /// Receives 1 to `part.len` bytes; 0 at the end of the stream.
+    Recv {
+        /// From here.
+        sock: Sock,
+        /// Into this.
+        part: Part,
+    },
+    /// Receives 1 byte up to the sum of the parts, filling them in order. `parts` comes back in [`Done::parts`].
+    RecvV {
+        /// From here.
+        sock: Sock,
+        /// Into these, at most 64.
+        parts: Vec<Part>,
+    },
+    /// Sends all of `part`.
+    Send {
+        /// To here.
+        sock: Sock,
+        /// This.
+        part: Part,
+    },
+    /// Sends all parts in order. `parts` comes back in [`Done::parts`].
+    SendV {
+        /// To here.
+        sock: Sock,
+        /// These, at most 64.
+        parts: Vec<Part>,
+    },
+    /// Completes at or soon after `at`.
+    Timer {
+        /// On the monotonic clock.
+        at: Nanos,
+    },
+}
+
+/// A completed operation.
+#[derive(Debug)]
+pub struct Done {
+    /// As submitted.
+    pub token: Token,
+    /// Bytes (receive: as many as came; read, write, send: all), or why not.
+    pub result: Result<u64, Errno>,
+    /// The buffer, for operations with one.
+    pub part: Option<Part>,
+    /// The buffers of `RecvV` and `SendV`; empty otherwise.
+    pub parts: Vec<Part>,
+}
+
+/// How to open a file.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenHow {
+    /// For writing too.
+    pub write: bool,
+    /// Make it; `EEXIST` if it is there.
+    pub create_new: bool,
+    /// Take the lock that is tied to the open file (`flock`; a device is also opened `O_EXCL`). `EAGAIN` while another
+    /// holds it, which a dead process does until its last I/O has ended.
+    pub lock: bool,
+}
+
+/// What a file or device is.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct FileInfo {
+    /// Bytes.
+    pub size: u64,
+    /// Alignment that reads and writes need (logical block), bytes.
+    pub block: u32,
+    /// Physical block, bytes: two I/Os within one may disturb each other.
+    pub physical_block: u32,
+    /// [`Op::Zero`] with `unmap` works.
+    pub discard: bool,
+    /// A block device.
+    pub device: bool,
+    /// When its content last changed as far as the file system says, nanoseconds since the Unix epoch; 0 for devices.
+    pub mtime_ns: u64,
+}
+
+/// A range of a file that is allocated or not, as far as the file system tells.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// Bytes from the asked offset on.
+    pub len: u64,
+    /// A hole: reads as zeros.
+    pub hole: bool,
+}
+
+/// What a machine may do to the world.
+pub trait Io {
+    /// Queues an operation; it starts at the next [`Io::poll`] at the latest. Never fails and never blocks: errors come
+    /// with the completion. The caller bounds how many it has under way.
+    fn submit(&mut self, token: Token, op: Op);
+
+    /// Starts what is queued, and appends what has completed to `done`. If nothing has, and `until` is given, waits for
+    /// a completion, a wake-up from another thread, or that time.
+    fn poll(&mut self, until: Option<Nanos>, done: &mut Vec<Done>);
+
+    /// Monotonic clock, as of the last poll or later.
+    fn now(&self) -> Nanos;
+
+    /// Wall clock, nanoseconds since the Unix epoch. For people and for cuts: nothing is ordered by it.
+    fn wall(&self) -> u64;
+
+    /// The wall clock is synchronised to a time source, as the kernel says.
+    fn wall_synced(&self) -> bool;
+
+    /// `boot_id` of the kernel.
+    fn boot_id(&self) -> [u8; 16];
+
+    /// Where buffers come from.
+    fn pool(&self) -> &Pool;
+
+    /// Fills `out` with random bytes fit for keys (in the simulated world: from the seed).
+    fn random(&mut self, out: &mut [u8]);
+
+    /// Opens a file, `O_DIRECT`.
+    fn open(&mut self, path: &str, how: OpenHow) -> Result<File, Errno>;
+
+    /// Closes a file once no operation on it is under way; its lock ends then.
+    fn close(&mut self, file: File);
+
+    /// Shuts a socket down and closes it; operations on it end with an error or at the end of the stream.
+    fn close_sock(&mut self, sock: Sock);
+
+    /// What the file is now.
+    fn info(&mut self, file: File) -> Result<FileInfo, Errno>;
+
+    /// Whether the file is allocated at `offset`, and how far.
+    fn allocation(&mut self, file: File, offset: u64) -> Result<Allocation, Errno>;
+
+    /// Sets the length and, if `allocate`, makes sure that all of it has room on the disk (`ENOSPC` if not).
+    fn set_len(&mut self, file: File, len: u64, allocate: bool) -> Result<(), Errno>;
+
+    /// Names in a folder, in no order. Made if missing.
+    fn list(&mut self, dir: &str) -> Result<Vec<String>, Errno>;
+
+    /// Renames, replacing what is there. Durable after [`Io::sync_dir`].
+    fn rename(&mut self, from: &str, to: &str) -> Result<(), Errno>;
+
+    /// Removes a file. Durable after [`Io::sync_dir`].
+    fn remove(&mut self, path: &str) -> Result<(), Errno>;
+
+    /// Makes creations, renames and removals in a folder durable.
+    fn sync_dir(&mut self, dir: &str) -> Result<(), Errno>;
+
+    /// Bytes that a file system can still take at this folder.
+    fn free_space(&mut self, dir: &str) -> Result<u64, Errno>;
+
+    /// Reads a small file whole (tables, not data); blocking.
+    fn read_small(&mut self, path: &str) -> Result<Vec<u8>, Errno>;
+
+    /// Replaces a small file durably: writes `path.new`, syncs it, renames it, syncs the folder. Blocking.
+    fn replace_small(&mut self, path: &str, bytes: &[u8]) -> Result<(), Errno>;
+}

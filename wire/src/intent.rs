@@ -1,0 +1,182 @@
+//! The write-intent log: beside each source disk, which extents may differ from the replica.
+//!
+//! ```text
+//! 0      header slot A (4096 bytes)
+//! 4096   header slot B (4096 bytes)      the valid slot with the higher `serial` counts
+//! 8192   pages of 4096 bytes: magic "AIIP", page u32, crc u32, reserved u32, then 4080 bytes of bits, one per
+//!        extent, lowest bit first
+//! ```
+//! A page that fails its CRC (torn) counts as all set. A bit is durable before the first write into its extent is
+//! issued, and is cleared only after the header that names the acknowledged place covering it is durable.
+
+use bytes::{Buf, BufMut};
+
+use crate::ids::{DiskId, IncarnationId, StreamId};
+use crate::{ALIGN, FormatError, WIRE_VERSION, get_id, need};
+
+/// First bytes of a header slot.
+pub const INTENT_MAGIC: [u8; 4] = *b"AIIL";
+/// First bytes of a page.
+pub const PAGE_MAGIC: [u8; 4] = *b"AIIP";
+/// Bytes of disk that one bit stands for.
+pub const EXTENT: u64 = 4 * 1024 * 1024;
+/// Bits in one page.
+pub const PAGE_BITS: u64 = (ALIGN as u64 - 16) * 8;
+/// Where the pages begin in the file.
+pub const PAGES_AT: u64 = 2 * ALIGN as u64;
+
+/// A header slot, taken apart.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
+pub struct IntentHeader {
+    /// Rises with each write of a header.
+    pub serial: u64,
+    /// The disk.
+    pub disk: DiskId,
+    /// Its size, bytes.
+    pub size: u64,
+    /// Stream that the disk is in.
+    pub stream: StreamId,
+    /// Writer that last used the log.
+    pub incarnation: IncarnationId,
+    /// `boot_id` of the kernel under which it ran: another one means that the host lost power or was rebooted.
+    pub boot: [u8; 16],
+    /// Last frame of `incarnation` known to be acknowledged; it covers every cleared bit.
+    pub acked_frame: u64,
+    /// Last record in that frame.
+    pub acked_seq: u64,
+    /// No record number above this one has been drawn.
+    pub reserved_seq: u64,
+    /// Number of the newest cut, not below the true one.
+    pub cut: u64,
+    /// Count of synchronisations begun.
+    pub sync: u64,
+    /// The disk's generation under which it was written.
+    pub generation: u64,
+    /// A synchronisation of the whole disk is owed: it has not reached its end.
+    pub whole_owed: bool,
+    /// The writer stopped cleanly: everything was acknowledged.
+    pub clean: bool,
+    /// Change time of the disk's file and size at clean stop (nanoseconds); used without us if it differs.
+    pub mtime_ns: u64,
+}
+
+impl IntentHeader {
+    /// One slot.
+    pub fn encode(&self) -> [u8; ALIGN] {
+        let mut page = [0; ALIGN];
+        let mut out = &mut page[..];
+        out.put_slice(&INTENT_MAGIC);
+        out.put_u16_le(WIRE_VERSION);
+        out.put_u16_le(0);
+        out.put_u32_le(0); // CRC, below
+        out.put_u32_le(0);
+        out.put_u64_le(self.serial);
+        out.put_slice(&self.disk.0);
+        out.put_u64_le(self.size);
+        out.put_slice(&self.stream.0);
+        out.put_slice(&self.incarnation.0);
+        out.put_slice(&self.boot);
+        out.put_u64_le(self.acked_frame);
+        out.put_u64_le(self.acked_seq);
+        out.put_u64_le(self.reserved_seq);
+        out.put_u64_le(self.cut);
+        out.put_u64_le(self.sync);
+        out.put_u64_le(self.generation);
+        out.put_u8(u8::from(self.whole_owed) | u8::from(self.clean) << 1);
+        out.put_u64_le(self.mtime_ns);
+        let crc = crc32c::crc32c(&page);
+        page[8..12].copy_from_slice(&crc.to_le_bytes());
+        page
+    }
+
+    /// Reads a slot.
+    ///
+    /// # Errors
+    /// Foreign, torn, of another version: the slot does not count.
+    pub fn decode(page: &[u8]) -> Result<Self, FormatError> {
+        const WHAT: &str = "write-intent log";
+        need(&page, ALIGN, WHAT)?;
+        let page = &page[..ALIGN];
+        if page[..4] != INTENT_MAGIC {
+            return Err(FormatError::Magic { what: WHAT });
+        }
+        check_crc(page, WHAT)?;
+        let mut input = &page[4..];
+        let version = input.get_u16_le();
+        if version != WIRE_VERSION {
+            return Err(FormatError::Version { what: WHAT, found: version, known: WIRE_VERSION });
+        }
+        input.advance(10);
+        let serial = input.get_u64_le();
+        let disk = DiskId(get_id(&mut input, WHAT)?);
+        let size = input.get_u64_le();
+        let stream = StreamId(get_id(&mut input, WHAT)?);
+        let incarnation = IncarnationId(get_id(&mut input, WHAT)?);
+        let boot = get_id(&mut input, WHAT)?;
+        let acked_frame = input.get_u64_le();
+        let acked_seq = input.get_u64_le();
+        let reserved_seq = input.get_u64_le();
+        let cut = input.get_u64_le();
+        let sync = input.get_u64_le();
+        let generation = input.get_u64_le();
+        let bits = input.get_u8();
+        if bits & !3 != 0 {
+            return Err(FormatError::Malformed { what: WHAT, detail: "unknown bits" });
+        }
+        Ok(Self {
+            serial,
+            disk,
+            size,
+            stream,
+            incarnation,
+            boot,
+            acked_frame,
+            acked_seq,
+            reserved_seq,
+            cut,
+            sync,
+            generation,
+            whole_owed: bits & 1 != 0,
+            clean: bits & 2 != 0,
+            mtime_ns: input.get_u64_le(),
+        })
+    }
+}
+
+fn check_crc(page: &[u8], what: &'static str) -> Result<(), FormatError> {
+    let crc = crc32c::crc32c(&page[..8]);
+    let crc = crc32c::crc32c_append(crc, &[0; 4]);
+    let crc = crc32c::crc32c_append(crc, &page[12..]);
+    if crc.to_le_bytes() == page[8..12] { Ok(()) } else { Err(FormatError::Checksum { what }) }
+}
+
+/// Fills `page` (4096 bytes) with page `number` of the bitmap; `bits` are its 4080 bytes.
+///
+/// # Panics
+/// If a slice has another length.
+pub fn encode_page(number: u32, bits: &[u8], page: &mut [u8]) {
+    page[..4].copy_from_slice(&PAGE_MAGIC);
+    page[4..8].copy_from_slice(&number.to_le_bytes());
+    page[8..16].fill(0);
+    page[16..].copy_from_slice(bits);
+    let crc = crc32c::crc32c(page);
+    page[8..12].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The bits of page `number`.
+///
+/// # Errors
+/// Foreign, torn, or another page: all its extents count as set.
+pub fn decode_page(number: u32, page: &[u8]) -> Result<&[u8], FormatError> {
+    const WHAT: &str = "page of the write-intent log";
+    need(&page, ALIGN, WHAT)?;
+    let page = &page[..ALIGN];
+    if page[..4] != PAGE_MAGIC {
+        return Err(FormatError::Magic { what: WHAT });
+    }
+    check_crc(page, WHAT)?;
+    if page[4..8] != number.to_le_bytes() {
+        return Err(FormatError::Malformed { what: WHAT, detail: "another page" });
+    }
+    Ok(&page[16..])
+}
