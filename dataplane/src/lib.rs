@@ -1,1 +1,32 @@
-//! Data plane.
+//! The path of a write: capture → seal → ship → receive → journal → fold → view.
+//!
+//! Every stage is a synchronous machine behind the one [`io::Io`] seam; the same code runs on the ring and under the
+//! simulator.
+
+// The allow-list of `unsafe`: the ring and its buffers, nothing else.
+#[allow(unsafe_code)]
+pub mod io;
+
+pub mod host;
+pub mod seal;
+
+// The way of a write on the source …
+pub mod capture;
+pub mod intent;
+pub mod nbd;
+pub mod overlap;
+pub mod resync;
+pub mod rpo;
+pub mod sealers;
+pub mod ship;
+pub mod source;
+
+// … and on the target.
+pub mod delta;
+pub mod fold;
+pub mod index;
+pub mod journal;
+pub mod receive;
+pub mod target;
+pub mod timeline;
+pub mod view;

@@ -160,8 +160,8 @@ pub fn check_frame(frame: &[u8]) -> Result<(&FrameHeader, &[DirectoryEntry]), Fo
     }
     let count = usize::from(header.chunk_count.get());
     let directory_end = FRAME_HEADER_LEN + count * DIRECTORY_ENTRY_LEN;
-    let directory = <[DirectoryEntry]>::ref_from_bytes(&frame[FRAME_HEADER_LEN..directory_end])
-        .map_err(|_| bad("directory"))?;
+    let directory =
+        <[DirectoryEntry]>::ref_from_bytes(&frame[FRAME_HEADER_LEN..directory_end]).map_err(|_| bad("directory"))?;
     let mut free_from = directory_end;
     for entry in directory {
         let at = entry.at.get() as usize;

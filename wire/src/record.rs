@@ -193,7 +193,9 @@ impl Record {
             Write | SyncWrite if record.payload_len != record.len || record.len == 0 => {
                 bad("payload is not as long as the write")
             }
-            Zero | Discard | SyncZero | Leave | Unreadable if record.payload_len != 0 => bad("payload where none may be"),
+            Zero | Discard | SyncZero | Leave | Unreadable if record.payload_len != 0 => {
+                bad("payload where none may be")
+            }
             _ => Ok(record),
         }
     }

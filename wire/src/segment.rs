@@ -244,4 +244,3 @@ impl SegmentHead {
         Ok((head, length))
     }
 }
-

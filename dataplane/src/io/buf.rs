@@ -70,8 +70,7 @@ impl Pool {
         let classes = classes
             .into_iter()
             .map(|class| {
-                let state =
-                    ClassState { class, offset, free: Mutex::new((0..class.count as u32).rev().collect()) };
+                let state = ClassState { class, offset, free: Mutex::new((0..class.count as u32).rev().collect()) };
                 offset += class.capacity * class.count;
                 state
             })

@@ -1,0 +1,1 @@
+//! Raw io_uring.
