@@ -147,6 +147,8 @@ pub struct Plan {
     /// Records in each chunk.
     chunks: Vec<usize>,
     chunk_payload: usize,
+    /// Payload of the largest chunk so far.
+    largest: usize,
     upper: usize,
 }
 
@@ -155,6 +157,7 @@ impl Plan {
     pub fn clear(&mut self) {
         self.chunks.clear();
         self.chunk_payload = 0;
+        self.largest = 0;
         self.upper = 0;
     }
 
@@ -169,16 +172,20 @@ impl Plan {
         if opens {
             upper += CHUNK_HEAD_LEN + TAG_LEN + DIRECTORY_ENTRY_LEN + 16;
         }
-        if (opens && self.chunks.len() == MAX_CHUNKS) || FRAME_HEADER_LEN + lz4_room(upper) > MAX_FRAME - ALIGN {
+        let chunk_payload = if opens { payload } else { self.chunk_payload + payload };
+        let largest = self.largest.max(chunk_payload);
+        if (opens && self.chunks.len() == MAX_CHUNKS)
+            || FRAME_HEADER_LEN + upper + lz4_room(largest) > MAX_FRAME - ALIGN
+        {
             return false;
         }
         self.upper = upper;
+        self.chunk_payload = chunk_payload;
+        self.largest = largest;
         if opens {
             self.chunks.push(1);
-            self.chunk_payload = payload;
         } else {
             *self.chunks.last_mut().expect("a chunk is open") += 1;
-            self.chunk_payload += payload;
         }
         true
     }
@@ -195,13 +202,14 @@ impl Plan {
 
     /// Bytes that the sealed frame needs at most; the buffer given to [`seal_frame`] has at least that many.
     pub fn frame_bound(&self) -> usize {
-        align_up(FRAME_HEADER_LEN + lz4_room(self.upper))
+        align_up(FRAME_HEADER_LEN + self.upper + lz4_room(self.largest))
     }
 }
 
-/// `n` bytes and what LZ4 may need beside them while it tries.
+/// What LZ4 wants beside a chunk's `n` bytes of payload while it tries: with less it refuses to begin. Only the chunk
+/// being tried needs it, since what shrank or was stored plain is never longer than planned.
 fn lz4_room(n: usize) -> usize {
-    n + n / 200 + 64
+    get_maximum_output_size(n) - n
 }
 
 /// Memory that a sealing thread keeps: the compressor's tables and the run of small payloads that compress together.
