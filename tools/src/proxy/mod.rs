@@ -1,10 +1,21 @@
 //! `afterimage proxy`: the role that carries the data plane.
+//!
+//! ```text
+//!              service thread (tokio-uring)                    data threads (each its own ring)
+//!  agent ──── gRPC to the coordinator, desired state ┐
+//!  service ── accepts, handshakes (link)  ───────────┼─ commands ▶ source core + NBD of the machines
+//!             hands sockets over                     ┘ ◀─ events ─ target core + NBD of the views
+//! ```
+//! The data threads know nothing of TLS, gRPC or certificates; the service thread touches no data.
 
 use std::process::ExitCode;
 
-/// Options of `afterimage proxy`.
-#[derive(clap::Args, Debug)]
-pub struct Args {}
+pub mod config;
+pub mod identity;
+mod keep;
+pub mod link;
+
+pub use config::Args;
 
 /// Runs the proxy until it is told to stop.
 pub fn run(_args: Args) -> ExitCode {

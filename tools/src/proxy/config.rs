@@ -1,0 +1,637 @@
+//! What a proxy is told at start: a TOML file, flags over it, and the checks that refuse a mistake by name.
+//!
+//! Only what concerns this host stands here. What is protected, and where it goes, is desired state
+//! ([`super::desired`]) from the coordinator.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use serde::Deserialize;
+use serde::de::{self, Deserializer};
+
+/// Most seal threads that make sense on one source.
+pub const MAX_SEAL_THREADS: usize = 64;
+/// Smallest pool that the largest operations fit into, bytes.
+pub const MIN_POOL: u64 = 64 * MIB;
+/// Largest pool, bytes: registered memory is pinned.
+pub const MAX_POOL: u64 = 64 * 1024 * MIB;
+/// Pool of each data thread unless told, bytes.
+pub const DEFAULT_POOL: u64 = 512 * MIB;
+const MIB: u64 = 1024 * 1024;
+
+/// What is wrong with a configuration, and what would be right.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is no valid configuration; the parser's message names line, field and what is allowed.
+    #[error("{}: {message}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line, field and what is wrong with it.
+        message: String,
+    },
+    /// A field has a value that is not allowed.
+    #[error("`{field}` is {value}: allowed is {allowed}")]
+    Field {
+        /// The field, with its table.
+        field: &'static str,
+        /// As given.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+    /// A field that is needed is missing.
+    #[error("`{field}` is missing: {why}")]
+    Missing {
+        /// The field.
+        field: &'static str,
+        /// What it is needed for.
+        why: &'static str,
+    },
+}
+
+/// Text that is never printed.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(pub String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+impl FromStr for Secret {
+    type Err = std::convert::Infallible;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(Self(s.to_owned()))
+    }
+}
+
+/// How the log is written.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For a person.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Where clients of NBD come in: `unix:/path` or `tcp:address:port`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A socket in the file system.
+    Unix(PathBuf),
+    /// A TCP address.
+    Tcp(SocketAddr),
+}
+
+impl FromStr for Listen {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let allowed = || format!("`{s}`: allowed is unix:/absolute/path or tcp:address:port");
+        if let Some(path) = s.strip_prefix("unix:") {
+            // sun_path holds 108 bytes with its final zero.
+            return if path.starts_with('/') && path.len() < 108 { Ok(Self::Unix(path.into())) } else { Err(allowed()) };
+        }
+        let address = s.strip_prefix("tcp:").ok_or_else(allowed)?;
+        address.parse().map(Self::Tcp).map_err(|_| allowed())
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(address) => write!(f, "tcp:{address}"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Listen {
+    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
+        String::deserialize(input)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// A number of bytes: `268435456`, `256MiB`, `1GiB` (K, M, G and T mean powers of 1024, with or without `iB`).
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad = || format!("`{s}`: allowed is a number of bytes, or one with KiB, MiB, GiB or TiB");
+        let digits = s.find(|c: char| !c.is_ascii_digit()).unwrap_or(s.len());
+        let number: u64 = s[..digits].parse().map_err(|_| bad())?;
+        let shift = match s[digits..].trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kib" => 10,
+            "m" | "mib" => 20,
+            "g" | "gib" => 30,
+            "t" | "tib" => 40,
+            _ => return Err(bad()),
+        };
+        number.checked_mul(1 << shift).map(Self).ok_or_else(bad)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Raw {
+            Number(u64),
+            Text(String),
+        }
+        match Raw::deserialize(input)? {
+            Raw::Number(n) => Ok(Self(n)),
+            Raw::Text(s) => s.parse().map_err(de::Error::custom),
+        }
+    }
+}
+
+/// A disk that is served without protection: `NAME=PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Serve {
+    /// Name of the export.
+    pub name: String,
+    /// Raw file or block device.
+    pub path: PathBuf,
+}
+
+impl FromStr for Serve {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.split_once('=') {
+            Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+                Ok(Self { name: name.to_owned(), path: path.into() })
+            }
+            _ => Err(format!("`{s}`: allowed is NAME=PATH")),
+        }
+    }
+}
+
+/// The file. Every field may be missing and may come by flag instead.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    name: Option<String>,
+    state_dir: Option<PathBuf>,
+    log: Option<LogFormat>,
+    #[serde(default)]
+    coordinator: FileCoordinator,
+    #[serde(default)]
+    source: FileSource,
+    #[serde(default)]
+    target: FileTarget,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileCoordinator {
+    address: Option<String>,
+    token: Option<Secret>,
+    token_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileSource {
+    nbd: Option<Vec<Listen>>,
+    memory: Option<Size>,
+    queue: Option<Size>,
+    seal_threads: Option<usize>,
+    max_wait_ms: Option<u64>,
+    trust_boot: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileTarget {
+    journal: Option<PathBuf>,
+    listen: Option<SocketAddr>,
+    advertise: Option<String>,
+    views: Option<Vec<Listen>>,
+    memory: Option<Size>,
+    budget: Option<Size>,
+    segment: Option<Size>,
+}
+
+/// Options of `afterimage proxy`. A flag wins over the file.
+#[derive(clap::Args, Debug, Default)]
+#[command(after_long_help = EXAMPLES)]
+pub struct Args {
+    /// Configuration file (TOML); every setting below can stand in it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name of this proxy, as operators see it.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Folder for the certificate, the last desired state and the identity of this proxy.
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// The coordinator: HOST:PORT.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub coordinator: Option<String>,
+    /// One-time token of the first join.
+    #[arg(long, env = "AFTERIMAGE_TOKEN", hide_env_values = true)]
+    pub token: Option<Secret>,
+    /// File that holds the token.
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Source role: where hosts reach their disks by NBD (unix:/path or tcp:address:port); may be repeated.
+    #[arg(long, value_name = "LISTEN")]
+    pub nbd: Vec<Listen>,
+    /// Target role: folder of the journals and replicas.
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
+    /// Target role: address on which streams of sources arrive.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Target role: the address by which sources reach that, if another (port forwarding, a name).
+    #[arg(long, value_name = "HOST:PORT")]
+    pub advertise: Option<String>,
+    /// Target role: where views are reached by NBD (unix:/path or tcp:address:port); may be repeated.
+    #[arg(long, value_name = "LISTEN")]
+    pub views: Vec<Listen>,
+    /// Buffer memory of each role, pinned, e.g. 512MiB.
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Size>,
+    /// Source role: threads that compress and seal.
+    #[arg(long, value_name = "N")]
+    pub seal_threads: Option<usize>,
+    /// How the log is written, to standard error.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub log: Option<LogFormat>,
+    /// Serve this raw file or device over NBD, unprotected, without a coordinator; may be repeated.
+    #[arg(long, value_name = "NAME=PATH", conflicts_with_all = ["coordinator", "standalone"])]
+    pub serve: Vec<Serve>,
+    /// Take the desired state from this file instead of from a coordinator.
+    #[arg(long, value_name = "FILE", conflicts_with = "coordinator")]
+    pub standalone: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  A source: hosts reach their disks by NBD on a Unix socket
+    afterimage proxy --name src-1 --coordinator 10.0.0.5:7700 --token-file /root/token \\
+        --state /var/lib/afterimage/proxy --nbd unix:/run/afterimage/nbd.sock
+
+  A target: journals under /srv/journal, streams on port 7800, views on a second socket
+    afterimage proxy --name tgt-1 --coordinator 10.0.0.5:7700 --token-file /root/token \\
+        --state /var/lib/afterimage/proxy --journal /srv/journal --listen 10.0.0.6:7800 \\
+        --views unix:/run/afterimage/views.sock
+
+  All of it from a file
+    afterimage proxy --config /etc/afterimage/proxy.toml
+
+  One raw disk over NBD, unprotected, without a coordinator
+    afterimage proxy --serve disk=/srv/disk.raw --nbd unix:/run/disk.sock
+
+The file:
+  name = \"src-1\"
+  state_dir = \"/var/lib/afterimage/proxy\"
+  log = \"human\"                      # or json
+  [coordinator]
+  address = \"10.0.0.5:7700\"
+  token_file = \"/root/token\"         # needed for the first start only
+  [source]                           # only where disks are protected
+  nbd = [\"unix:/run/afterimage/nbd.sock\", \"tcp:127.0.0.1:10809\"]
+  memory = \"512MiB\"
+  queue = \"256MiB\"                   # captured, not yet acknowledged
+  seal_threads = 2
+  max_wait_ms = 20                   # longest a write waits for room in the queue
+  [target]                           # only where replicas are kept
+  journal = \"/srv/journal\"
+  listen = \"10.0.0.6:7800\"
+  advertise = \"backup.example.org:7800\"
+  views = [\"unix:/run/afterimage/views.sock\"]
+  memory = \"512MiB\"
+  budget = \"200GiB\"                  # journal bytes; unset: what the file system has
+  segment = \"64MiB\"";
+
+/// How a proxy finds its desired state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// From a coordinator, by a session that is kept open.
+    Coordinator {
+        /// `host:port`.
+        address: String,
+        /// For the first join.
+        token: Option<Secret>,
+    },
+    /// From a file that does not change.
+    File(PathBuf),
+    /// Nothing but these disks, unprotected.
+    Serve(Vec<Serve>),
+}
+
+/// The source role.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceRole {
+    /// Where hosts come in.
+    pub nbd: Vec<Listen>,
+    /// Pool, bytes.
+    pub memory: u64,
+    /// Most bytes captured and not yet acknowledged.
+    pub queue: u64,
+    /// Threads that seal; 0: the data thread does it.
+    pub seal_threads: usize,
+    /// Longest that a write waits for room, milliseconds.
+    pub max_wait_ms: u64,
+    /// After a restart within one boot, believe a write-intent log that was not closed (it is still compared in part).
+    pub trust_boot: bool,
+}
+
+/// The target role.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetRole {
+    /// Journals and replicas.
+    pub journal: PathBuf,
+    /// Where streams arrive.
+    pub listen: SocketAddr,
+    /// By which sources reach it, if another.
+    pub advertise: Option<String>,
+    /// Where clients of views come in.
+    pub views: Vec<Listen>,
+    /// Pool, bytes.
+    pub memory: u64,
+    /// Journal bytes over all streams, if bounded.
+    pub budget: Option<u64>,
+    /// Bytes after which a segment is closed.
+    pub segment: u64,
+}
+
+/// A configuration that has been checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Name of this proxy.
+    pub name: String,
+    /// Folder for what it keeps; none in serve mode.
+    pub state_dir: Option<PathBuf>,
+    /// Where desired state comes from.
+    pub control: Control,
+    /// The source role, if it has it.
+    pub source: Option<SourceRole>,
+    /// The target role, if it has it.
+    pub target: Option<TargetRole>,
+    /// Log.
+    pub log: LogFormat,
+}
+
+impl Config {
+    /// File, flags over it, checked.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the field, its value and what is allowed.
+    pub fn load(args: &Args) -> Result<Self, ConfigError> {
+        let file = match &args.config {
+            Some(path) => parse(path)?,
+            None => File::default(),
+        };
+        Self::merge(file, args)
+    }
+
+    fn merge(file: File, args: &Args) -> Result<Self, ConfigError> {
+        let control = control(&file.coordinator, args)?;
+        let name = args.name.clone().or(file.name);
+        let name = match (&control, name) {
+            (_, Some(name)) => name,
+            (Control::Coordinator { .. }, None) => {
+                return Err(ConfigError::Missing { field: "name", why: "operators know the proxy by it" });
+            }
+            (_, None) => "standalone".to_owned(),
+        };
+        if name.is_empty() || name.len() > 63 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+            return Err(ConfigError::Field {
+                field: "name",
+                value: format!("`{name}`"),
+                allowed: "1 to 63 letters, digits, `-`, `_` and `.`".to_owned(),
+            });
+        }
+        let state_dir = args.state.clone().or(file.state_dir);
+        if state_dir.is_none() && matches!(control, Control::Coordinator { .. }) {
+            return Err(ConfigError::Missing {
+                field: "state_dir",
+                why: "the certificate and the last desired state are kept there",
+            });
+        }
+        let source = source_role(file.source, args)?;
+        let target = target_role(file.target, args)?;
+        if source.is_none() && target.is_none() {
+            return Err(ConfigError::Missing {
+                field: "source.nbd",
+                why: "a proxy needs a role: `source.nbd` (--nbd) for a source, `target.journal` (--journal) for a target",
+            });
+        }
+        if matches!(control, Control::Serve(_)) && source.is_none() {
+            return Err(ConfigError::Missing { field: "source.nbd", why: "--serve offers its disks there" });
+        }
+        Ok(Self { name, state_dir, control, source, target, log: args.log.or(file.log).unwrap_or_default() })
+    }
+
+    /// The state folder.
+    ///
+    /// # Errors
+    /// If there is none: it is needed by whoever asks.
+    pub fn state_dir(&self) -> Result<&Path, ConfigError> {
+        self.state_dir.as_deref().ok_or(ConfigError::Missing { field: "state_dir", why: "something has to be kept" })
+    }
+}
+
+fn parse(path: &Path) -> Result<File, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    toml::from_str(&text)
+        .map_err(|error| ConfigError::Parse { path: path.to_owned(), message: error.to_string().trim_end().to_owned() })
+}
+
+fn control(file: &FileCoordinator, args: &Args) -> Result<Control, ConfigError> {
+    if let Some(path) = &args.standalone {
+        return Ok(Control::File(path.clone()));
+    }
+    if !args.serve.is_empty() {
+        let mut seen = std::collections::HashSet::new();
+        if let Some(twice) = args.serve.iter().find(|s| !seen.insert(&s.name)) {
+            return Err(ConfigError::Field {
+                field: "--serve",
+                value: format!("`{}` twice", twice.name),
+                allowed: "each name once".to_owned(),
+            });
+        }
+        return Ok(Control::Serve(args.serve.clone()));
+    }
+    let address = args.coordinator.clone().or_else(|| file.address.clone()).ok_or(ConfigError::Missing {
+        field: "coordinator.address",
+        why: "desired state comes from there (or use --standalone or --serve)",
+    })?;
+    host_port("coordinator.address", &address)?;
+    let token_file = args.token_file.as_ref().or(file.token_file.as_ref());
+    let token = match (args.token.clone().or_else(|| file.token.clone()), token_file) {
+        (Some(_), Some(path)) => {
+            return Err(ConfigError::Field {
+                field: "coordinator.token",
+                value: format!("given beside token_file {}", path.display()),
+                allowed: "one of token and token_file".to_owned(),
+            });
+        }
+        (token, None) => token,
+        // Read only when a join is due: after it the file may be gone.
+        (None, Some(path)) => match std::fs::read_to_string(path) {
+            Ok(text) => Some(Secret(text.trim().to_owned())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(source) => return Err(ConfigError::Read { path: path.clone(), source }),
+        },
+    };
+    Ok(Control::Coordinator { address, token })
+}
+
+/// Checks `host:port`.
+fn host_port(field: &'static str, text: &str) -> Result<(), ConfigError> {
+    let ok = text
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0));
+    if ok {
+        return Ok(());
+    }
+    Err(ConfigError::Field { field, value: format!("`{text}`"), allowed: "HOST:PORT".to_owned() })
+}
+
+fn within(field: &'static str, value: u64, min: u64, max: u64) -> Result<u64, ConfigError> {
+    if (min..=max).contains(&value) {
+        return Ok(value);
+    }
+    Err(ConfigError::Field { field, value: value.to_string(), allowed: format!("{min} to {max}") })
+}
+
+fn source_role(file: FileSource, args: &Args) -> Result<Option<SourceRole>, ConfigError> {
+    let nbd = if args.nbd.is_empty() { file.nbd.unwrap_or_default() } else { args.nbd.clone() };
+    if nbd.is_empty() {
+        return Ok(None);
+    }
+    let memory = args.memory.or(file.memory).unwrap_or(Size(DEFAULT_POOL)).0;
+    within("source.memory", memory, MIN_POOL, MAX_POOL)?;
+    let queue = file.queue.map_or(memory / 2, |size| size.0);
+    within("source.queue", queue, MIN_POOL / 4, memory / 2)?;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    // One core is left for the data thread and the host.
+    let seal_threads = args.seal_threads.or(file.seal_threads).unwrap_or((cores - 1).clamp(1, 4));
+    within("source.seal_threads", seal_threads as u64, 0, MAX_SEAL_THREADS as u64)?;
+    let max_wait_ms = within("source.max_wait_ms", file.max_wait_ms.unwrap_or(20), 0, 10_000)?;
+    Ok(Some(SourceRole { nbd, memory, queue, seal_threads, max_wait_ms, trust_boot: file.trust_boot.unwrap_or(true) }))
+}
+
+fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, ConfigError> {
+    let Some(journal) = args.journal.clone().or(file.journal) else { return Ok(None) };
+    let listen = args.listen.or(file.listen).ok_or(ConfigError::Missing {
+        field: "target.listen",
+        why: "streams of sources arrive there",
+    })?;
+    let advertise = args.advertise.clone().or(file.advertise);
+    match &advertise {
+        Some(address) => host_port("target.advertise", address)?,
+        None if listen.ip().is_unspecified() => {
+            return Err(ConfigError::Missing {
+                field: "target.advertise",
+                why: "target.listen takes any address, so sources must be told one that leads here",
+            });
+        }
+        None => {}
+    }
+    let memory = args.memory.or(file.memory).unwrap_or(Size(DEFAULT_POOL)).0;
+    within("target.memory", memory, MIN_POOL, MAX_POOL)?;
+    let segment = within("target.segment", file.segment.map_or(64 * MIB, |s| s.0), 4 * MIB, 1024 * MIB)?;
+    let budget = match file.budget {
+        Some(size) => Some(within("target.budget", size.0, 4 * segment, u64::MAX)?),
+        None => None,
+    };
+    let views = if args.views.is_empty() { file.views.unwrap_or_default() } else { args.views.clone() };
+    Ok(Some(TargetRole { journal, listen, advertise, views, memory, budget, segment }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, args: &Args) -> Result<Config, String> {
+        let file: File = toml::from_str(text).map_err(|e| e.to_string())?;
+        Config::merge(file, args).map_err(|e| e.to_string())
+    }
+
+    const SOURCE: &str = "name='s'\nstate_dir='/s'\n[coordinator]\naddress='h:1'\n[source]\nnbd=['unix:/n']\n";
+
+    #[test]
+    fn the_example_of_the_help_is_valid() {
+        let text = EXAMPLES.split_once("The file:\n").unwrap().1;
+        let text = text.replace("token_file", "# token_file");
+        let config = load(&text, &Args::default()).unwrap();
+        assert_eq!(config.source.unwrap().queue, 256 * MIB);
+        assert_eq!(config.target.unwrap().budget, Some(200 * 1024 * MIB));
+    }
+
+    #[test]
+    fn a_misspelt_field_is_named_with_what_is_allowed() {
+        let error = load(&format!("{SOURCE}memroy='1G'\n"), &Args::default()).unwrap_err();
+        assert!(error.contains("memroy") && error.contains("`memory`"), "{error}");
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_named_with_its_field_and_the_range() {
+        let error = load(&format!("{SOURCE}memory='1MiB'\n"), &Args::default()).unwrap_err();
+        assert_eq!(error, format!("`source.memory` is 1048576: allowed is {MIN_POOL} to {MAX_POOL}"));
+    }
+
+    #[test]
+    fn a_bad_listen_address_is_named() {
+        let error = load("[source]\nnbd=['/n']\n", &Args::default()).unwrap_err();
+        assert!(error.contains("`/n`: allowed is unix:/absolute/path or tcp:address:port"), "{error}");
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file() {
+        let args = Args { name: Some("other".into()), ..Args::default() };
+        assert_eq!(load(SOURCE, &args).unwrap().name, "other");
+    }
+
+    #[test]
+    fn a_proxy_without_a_role_is_refused() {
+        let error = load("name='s'\nstate_dir='/s'\n[coordinator]\naddress='h:1'\n", &Args::default()).unwrap_err();
+        assert!(error.contains("--nbd") && error.contains("--journal"), "{error}");
+    }
+
+    #[test]
+    fn a_target_on_any_address_must_advertise_one() {
+        let text = "name='t'\nstate_dir='/s'\n[coordinator]\naddress='h:1'\n[target]\njournal='/j'\nlisten='0.0.0.0:1'\n";
+        assert!(load(text, &Args::default()).unwrap_err().contains("target.advertise"));
+        assert!(load(&format!("{text}advertise='a:1'\n"), &Args::default()).is_ok());
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!("256MiB".parse(), Ok(Size(256 * MIB)));
+        assert_eq!("1g".parse(), Ok(Size(1024 * MIB)));
+        assert_eq!("17".parse(), Ok(Size(17)));
+        assert!("1.5G".parse::<Size>().is_err());
+        assert!("99999999999T".parse::<Size>().is_err());
+    }
+
+    #[test]
+    fn a_token_is_never_printed() {
+        let args = Args { token: Some(Secret("hush".into())), ..Args::default() };
+        let config = load(SOURCE, &args).unwrap();
+        assert!(!format!("{config:?} {args:?}").contains("hush"));
+    }
+}

@@ -1,0 +1,224 @@
+//! Who this proxy is, and who a peer is: certificates and keys, kept in the state folder, and what TLS is built from
+//! them. Keys never leave here but into TLS and into that one file.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use afterimage_wire::handshake::ALPN;
+use ring::digest::{SHA256, digest};
+use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use serde::{Deserialize, Serialize};
+use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
+
+use super::keep;
+
+/// File of the bundle in the state folder.
+const FILE: &str = "identity.json";
+/// Scheme of the URI that a certificate carries.
+const SCHEME: &str = "afterimage://";
+
+/// Why there is no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The file cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not what we wrote.
+    #[error("{}: {message}", path.display())]
+    Content {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// Certificates or key are of no use.
+    #[error("the certificate of this proxy is of no use: {0}")]
+    Certificate(String),
+}
+
+/// What a join gives; the one secret file of a proxy beside its desired state.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bundle {
+    /// Name, as in the certificate.
+    pub name: String,
+    /// Uid: a DNS name of the certificate, and the SNI of the data port.
+    pub uid: String,
+    /// Own certificate, PEM.
+    pub certificate_pem: String,
+    /// Its key, PEM.
+    pub key_pem: String,
+    /// Authorities to trust, PEM, one or more.
+    pub ca_pem: String,
+}
+
+impl fmt::Debug for Bundle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bundle({}, {})", self.name, self.uid)
+    }
+}
+
+impl Bundle {
+    /// The bundle that an earlier start has kept, if any.
+    ///
+    /// # Errors
+    /// The file is there but cannot be used: it is not silently replaced.
+    pub fn load(dir: &Path) -> Result<Option<Self>, IdentityError> {
+        let path = dir.join(FILE);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(IdentityError::File { path, source }),
+        };
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| IdentityError::Content { path, message: error.to_string() })
+    }
+
+    /// Keeps the bundle, readable by its owner only.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
+        let bytes = serde_json::to_vec_pretty(self).expect("a bundle is plain text");
+        keep::replace(&dir.join(FILE), &bytes)
+            .map_err(|source| IdentityError::File { path: dir.join(FILE), source })
+    }
+}
+
+/// What streams' TLS is made of.
+#[derive(Clone)]
+pub struct Identity {
+    /// Uid of this proxy.
+    pub uid: String,
+    /// As a source.
+    pub client: Arc<ClientConfig>,
+    /// As a target.
+    pub server: Arc<ServerConfig>,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Identity({})", self.uid)
+    }
+}
+
+impl Identity {
+    /// From what was joined with.
+    ///
+    /// # Errors
+    /// [`IdentityError::Certificate`], naming what is wrong.
+    pub fn new(bundle: &Bundle) -> Result<Self, IdentityError> {
+        let bad = |what: &str| {
+            let what = what.to_owned();
+            move |error: &dyn fmt::Display| IdentityError::Certificate(format!("{what}: {error}"))
+        };
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let chain = certificates(&bundle.certificate_pem).map_err(|e| bad("certificate")(&e))?;
+        let mut roots = RootCertStore::empty();
+        for authority in certificates(&bundle.ca_pem).map_err(|e| bad("authority")(&e))? {
+            roots.add(authority).map_err(|e| bad("authority")(&e))?;
+        }
+        let roots = Arc::new(roots);
+        let key = || PrivateKeyDer::from_pem_slice(bundle.key_pem.as_bytes()).map_err(|e| bad("key")(&e));
+
+        let mut client = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|e| bad("TLS")(&e))?
+            .with_root_certificates(Arc::clone(&roots))
+            .with_client_auth_cert(chain.clone(), key()?)
+            .map_err(|e| bad("certificate and key")(&e))?;
+        client.alpn_protocols = vec![ALPN.to_vec()];
+        client.resumption = Resumption::disabled();
+
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
+            .build()
+            .map_err(|e| bad("authority")(&e))?;
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|e| bad("TLS")(&e))?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain, key()?)
+            .map_err(|e| bad("certificate and key")(&e))?;
+        server.alpn_protocols = vec![ALPN.to_vec()];
+        // A ticket would be a TLS record after the last message: the raw stream begins there.
+        server.send_tls13_tickets = 0;
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        Ok(Self { uid: bundle.uid.clone(), client: Arc::new(client), server: Arc::new(server) })
+    }
+}
+
+/// All certificates of a PEM text; at least one.
+fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    match all {
+        Ok(all) if !all.is_empty() => Ok(all),
+        Ok(_) => Err("there is none in the PEM text".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Who a certificate names: `afterimage://<tenant>/<role>/<name>`, and a proxy's uid.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Tenant.
+    pub tenant: String,
+    /// Role: `proxy`, `operator`, …
+    pub role: String,
+    /// Name.
+    pub name: String,
+    /// Uid, of a proxy.
+    pub uid: Option<String>,
+    /// SHA-256 of its public key (SubjectPublicKeyInfo).
+    pub pin: [u8; 32],
+}
+
+impl Peer {
+    /// Reads a certificate that TLS has verified.
+    ///
+    /// # Errors
+    /// What is missing in it.
+    pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
+        let (_, certificate) = X509Certificate::from_der(certificate).map_err(|e| e.to_string())?;
+        let mut pin = [0; 32];
+        pin.copy_from_slice(digest(&SHA256, certificate.public_key().raw).as_ref());
+        let (mut uri, mut uid) = (None, None);
+        for extension in certificate.extensions() {
+            let ParsedExtension::SubjectAlternativeName(names) = extension.parsed_extension() else { continue };
+            for name in &names.general_names {
+                match name {
+                    GeneralName::URI(text) if text.starts_with(SCHEME) => uri = Some(&text[SCHEME.len()..]),
+                    GeneralName::DNSName(text) if uid.is_none() => uid = Some((*text).to_owned()),
+                    _ => {}
+                }
+            }
+        }
+        let parts: Vec<&str> = uri.ok_or("it names no role")?.split('/').collect();
+        let [tenant, role, name] = parts[..] else { return Err("its name is malformed".to_owned()) };
+        Ok(Self { tenant: tenant.to_owned(), role: role.to_owned(), name: name.to_owned(), uid, pin })
+    }
+
+    /// A proxy's certificate.
+    pub fn is_proxy(&self) -> bool {
+        self.role == "proxy"
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} `{}`", self.role, self.name)
+    }
+}
