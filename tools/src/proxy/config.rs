@@ -105,7 +105,11 @@ impl FromStr for Listen {
         let allowed = || format!("`{s}`: allowed is unix:/absolute/path or tcp:address:port");
         if let Some(path) = s.strip_prefix("unix:") {
             // sun_path holds 108 bytes with its final zero.
-            return if path.starts_with('/') && path.len() < 108 { Ok(Self::Unix(path.into())) } else { Err(allowed()) };
+            return if path.starts_with('/') && path.len() < 108 {
+                Ok(Self::Unix(path.into()))
+            } else {
+                Err(allowed())
+            };
         }
         let address = s.strip_prefix("tcp:").ok_or_else(allowed)?;
         address.parse().map(Self::Tcp).map_err(|_| allowed())
@@ -416,7 +420,8 @@ impl Config {
             }
             (_, None) => "standalone".to_owned(),
         };
-        if name.is_empty() || name.len() > 63 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+        if name.is_empty() || name.len() > 63 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        {
             return Err(ConfigError::Field {
                 field: "name",
                 value: format!("`{name}`"),
@@ -501,9 +506,8 @@ fn control(file: &FileCoordinator, args: &Args) -> Result<Control, ConfigError> 
 
 /// Checks `host:port`.
 fn host_port(field: &'static str, text: &str) -> Result<(), ConfigError> {
-    let ok = text
-        .rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0));
+    let ok =
+        text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0));
     if ok {
         return Ok(());
     }
@@ -536,10 +540,10 @@ fn source_role(file: FileSource, args: &Args) -> Result<Option<SourceRole>, Conf
 
 fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, ConfigError> {
     let Some(journal) = args.journal.clone().or(file.journal) else { return Ok(None) };
-    let listen = args.listen.or(file.listen).ok_or(ConfigError::Missing {
-        field: "target.listen",
-        why: "streams of sources arrive there",
-    })?;
+    let listen = args
+        .listen
+        .or(file.listen)
+        .ok_or(ConfigError::Missing { field: "target.listen", why: "streams of sources arrive there" })?;
     let advertise = args.advertise.clone().or(file.advertise);
     match &advertise {
         Some(address) => host_port("target.advertise", address)?,
@@ -614,7 +618,8 @@ mod tests {
 
     #[test]
     fn a_target_on_any_address_must_advertise_one() {
-        let text = "name='t'\nstate_dir='/s'\n[coordinator]\naddress='h:1'\n[target]\njournal='/j'\nlisten='0.0.0.0:1'\n";
+        let text =
+            "name='t'\nstate_dir='/s'\n[coordinator]\naddress='h:1'\n[target]\njournal='/j'\nlisten='0.0.0.0:1'\n";
         assert!(load(text, &Args::default()).unwrap_err().contains("target.advertise"));
         assert!(load(&format!("{text}advertise='a:1'\n"), &Args::default()).is_ok());
     }

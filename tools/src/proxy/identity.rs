@@ -94,8 +94,7 @@ impl Bundle {
     /// The file system's.
     pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
         let bytes = serde_json::to_vec_pretty(self).expect("a bundle is plain text");
-        keep::replace(&dir.join(FILE), &bytes)
-            .map_err(|source| IdentityError::File { path: dir.join(FILE), source })
+        keep::replace(&dir.join(FILE), &bytes).map_err(|source| IdentityError::File { path: dir.join(FILE), source })
     }
 }
 

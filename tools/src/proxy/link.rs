@@ -19,9 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage_dataplane::seal::ControlKey;
-use afterimage_wire::handshake::{
-    ALPN, EXPORTER_LABEL, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome,
-};
+use afterimage_wire::handshake::{ALPN, EXPORTER_LABEL, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
 use afterimage_wire::ids::{StreamId, TimelineId};
 use afterimage_wire::{FormatError, WIRE_VERSION};
 use rustls::client::ClientConnection;
@@ -271,8 +269,8 @@ where
         let mut rest = &bytes[..];
         while !rest.is_empty() {
             // The writer takes what fits below its own bound; what it took is sent before the next.
-            let taken = io::Write::write(&mut self.tls.writer(), rest)
-                .map_err(|source| LinkError::Socket { step, source })?;
+            let taken =
+                io::Write::write(&mut self.tls.writer(), rest).map_err(|source| LinkError::Socket { step, source })?;
             rest = &rest[taken..];
             self.write(step).await?;
         }
@@ -311,9 +309,7 @@ where
         drop(self.socket);
         let fd = match Rc::try_unwrap(self.fd) {
             Ok(fd) => fd,
-            Err(shared) => shared
-                .try_clone()
-                .map_err(|source| LinkError::Socket { step: "leaving TLS", source })?,
+            Err(shared) => shared.try_clone().map_err(|source| LinkError::Socket { step: "leaving TLS", source })?,
         };
         Ok((fd, ControlKey::new(&control)))
     }
@@ -336,8 +332,9 @@ where
         self.record.clear();
         self.fill(RECORD_HEADER, step).await?;
         let length = usize::from(u16::from_be_bytes([self.record[3], self.record[4]]));
-        if length == 0 || length > MAX_RECORD {
-            return Err(LinkError::Tls("no TLS record".to_owned()));
+        // Content types 20 to 23 and version 3.x: other protocols show here, before their bytes are taken for a length.
+        if !(20..=23).contains(&self.record[0]) || self.record[1] != 3 || length == 0 || length > MAX_RECORD {
+            return Err(LinkError::Tls("what came is no TLS record".to_owned()));
         }
         self.fill(RECORD_HEADER + length, step).await?;
 
@@ -476,3 +473,7 @@ fn tls_error(error: rustls::Error) -> LinkError {
         _ => LinkError::Tls(error.to_string()),
     }
 }
+
+#[cfg(test)]
+#[path = "link_tests.rs"]
+mod tests;

@@ -14,6 +14,7 @@ pub mod config;
 pub mod identity;
 mod keep;
 pub mod link;
+pub mod throwaway;
 
 pub use config::Args;
 
