@@ -105,8 +105,11 @@ fn seal(
     (out, fitting)
 }
 
+/// Records with their payloads, and how many chunks were compressed.
+type Opened = (Vec<(Record, Vec<u8>)>, usize);
+
 /// Opens a whole frame: the payload of each record, and how many chunks were compressed.
-fn open(key: &DataKey, frame: &[u8]) -> Result<(Vec<(Record, Vec<u8>)>, usize), OpenError> {
+fn open(key: &DataKey, frame: &[u8]) -> Result<Opened, OpenError> {
     let (header, directory) = check_frame(frame)?;
     let mut out = Vec::new();
     let mut compressed = 0;

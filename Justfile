@@ -1,0 +1,32 @@
+# The usual tasks. `just` lists them.
+
+_list:
+    @just --list
+
+# The programs, as users run them.
+build:
+    cargo build --release
+
+# Every check, or the parts named: lint docs unit sim clients postgres demo bench-smoke.
+test *parts:
+    tests/all {{ parts }}
+
+# Seeds of the simulator; `just sim 1000`.
+sim seeds="200":
+    tests/sim --seeds {{ seeds }}
+
+# Formatting and lints only.
+lint:
+    tests/all lint
+
+# What the product does, in under 90 seconds.
+demo *args:
+    cargo run --release -- demo {{ args }}
+
+# Criterion benches of the pure stages.
+bench *filter:
+    cargo bench -p afterimage-benches -- {{ filter }}
+
+# The documentation of the crates.
+docs:
+    cargo doc --workspace --no-deps --open

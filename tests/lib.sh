@@ -1,0 +1,43 @@
+# What the test scripts share: how they report, and how they find what they need. Sourced from the root of the project.
+
+target=${CARGO_TARGET_DIR:-$PWD/target}
+export afterimage=$target/release/afterimage
+
+ok() { echo "ok - $*"; }
+fail() { echo "not ok - $*"; }
+skip() { echo "skip - $*"; }
+
+# check NAME COMMAND…: one test.
+check() {
+    local name=$1
+    shift
+    if "$@"; then ok "$name"; else fail "$name"; return 1; fi
+}
+
+# Installs what is missing of these Debian packages; skips (false) where that is not possible.
+packages() {
+    local missing=() package
+    for package in "$@"; do
+        dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+    done
+    [ ${#missing[@]} -eq 0 ] && return
+    local as_root=()
+    [ "$(id -u)" -eq 0 ] || as_root=(sudo -n)
+    if ! "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >"$target/apt.log" 2>&1; then
+        # An old list of packages is the usual reason.
+        if ! { "${as_root[@]}" apt-get update && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } >"$target/apt.log" 2>&1; then
+            skip "needs ${missing[*]} (apt-get says why in $target/apt.log)"
+            return 1
+        fi
+    fi
+}
+
+# wait_for SECONDS COMMAND…: until it succeeds.
+wait_for() {
+    local until=$((SECONDS + $1))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        [ $SECONDS -lt $until ] || { echo "not within the time: $*" >&2; return 1; }
+        sleep 0.1
+    done
+}
