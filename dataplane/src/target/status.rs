@@ -1,0 +1,196 @@
+//! What a target tells about itself: plain data, copied out.
+
+use afterimage_wire::ids::{DiskId, IncarnationId, StreamId, TimelineId};
+use afterimage_wire::record::Cut;
+use afterimage_wire::timeline::TimelineKind;
+
+use crate::io::Nanos;
+
+/// A restore point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PointInfo {
+    /// State after this record.
+    pub seq: u64,
+    /// Source's wall clock at the record, nanoseconds since the epoch (to a microsecond).
+    pub wall_ns: u64,
+    /// Source's monotonic clock at the record or at the end of its frame, nanoseconds.
+    pub mono_ns: u64,
+    /// Writer.
+    pub incarnation: IncarnationId,
+    /// The cut, if the record is one.
+    pub cut: Option<Cut>,
+    /// Disks that the point holds.
+    pub disks: Vec<DiskId>,
+    /// It holds every disk that is in the stream there.
+    pub complete: bool,
+}
+
+/// Where a stream stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StreamState {
+    /// Its segments are being read after a start.
+    Recovering,
+    /// Takes data and opens views.
+    Ready,
+    /// No room for more; what is held stays readable.
+    NoSpace(String),
+    /// Its journal cannot be read or written.
+    Failed(String),
+}
+
+/// A stretch of history that cannot be read although it had been acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// Segment number.
+    pub segment: u64,
+    /// Writer.
+    pub incarnation: IncarnationId,
+    /// First frame lost.
+    pub first_frame: u64,
+    /// Last frame lost.
+    pub last_frame: u64,
+    /// First record lost: points from here on are damaged until the next whole synchronisation.
+    pub first_seq: u64,
+    /// What is wrong, for a person.
+    pub what: String,
+}
+
+/// A disk of a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskStatus {
+    /// The disk.
+    pub id: DiskId,
+    /// Name.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Lowest generation that may write it.
+    pub generation: u64,
+    /// Branch that this generation writes.
+    pub timeline: TimelineId,
+    /// It is in the stream now.
+    pub member: bool,
+    /// A synchronisation is going on: the newest points do not hold it.
+    pub syncing: bool,
+    /// History of it was lost; a whole synchronisation mends it.
+    pub damaged: bool,
+}
+
+/// A stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamStatus {
+    /// Which.
+    pub stream: StreamId,
+    /// For people.
+    pub name: String,
+    /// Where it stands.
+    pub state: StreamState,
+    /// A source is connected.
+    pub connected: bool,
+    /// When the source was last heard, this host's monotonic clock.
+    pub last_heard: Option<Nanos>,
+    /// Branch that the source writes.
+    pub timeline: TimelineId,
+    /// Newest writer.
+    pub incarnation: IncarnationId,
+    /// Its newest frame received.
+    pub received_frame: u64,
+    /// Its newest frame on stable storage.
+    pub durable_frame: u64,
+    /// Newest record on stable storage.
+    pub durable_seq: u64,
+    /// No point below this record exists any more.
+    pub floor: u64,
+    /// Oldest point that holds all disks.
+    pub oldest: Option<u64>,
+    /// Newest point that holds all disks.
+    pub newest: Option<u64>,
+    /// Newest cut held.
+    pub newest_cut: u64,
+    /// Stream time between oldest and newest record kept, nanoseconds.
+    pub history: Nanos,
+    /// Bytes of its segment files.
+    pub journal_bytes: u64,
+    /// Segments.
+    pub segments: usize,
+    /// Memory of the index, bytes.
+    pub index_bytes: usize,
+    /// Bytes of frames received since the start.
+    pub received_bytes: u64,
+    /// Frames received since the start.
+    pub received_frames: u64,
+    /// Segments folded into the images since the start.
+    pub folded_segments: u64,
+    /// History that was shortened below the policy's retention, and why, if it was.
+    pub shortened: Option<String>,
+    /// What was lost.
+    pub damage: Vec<Damage>,
+    /// Disks.
+    pub disks: Vec<DiskStatus>,
+    /// Open views.
+    pub views: Vec<ViewStatus>,
+}
+
+/// An open view.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ViewStatus {
+    /// Name.
+    pub name: String,
+    /// Its point.
+    pub seq: u64,
+    /// Its delta's branch; NONE if it is read-only.
+    pub timeline: TimelineId,
+    /// Why it exists.
+    pub kind: TimelineKind,
+    /// Bytes of its delta's segments.
+    pub delta_bytes: u64,
+    /// Its delta cannot be written any more, and why.
+    pub failed: Option<String>,
+}
+
+/// Something that happened by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetEvent {
+    /// The stream is recovered: it takes connections and opens views.
+    Ready {
+        /// Stream.
+        stream: StreamId,
+    },
+    /// The stream cannot be used.
+    Failed {
+        /// Stream.
+        stream: StreamId,
+        /// Why.
+        why: String,
+    },
+    /// A source's connection carries frames.
+    Connected {
+        /// Stream.
+        stream: StreamId,
+        /// Writer.
+        incarnation: IncarnationId,
+    },
+    /// It ended.
+    Disconnected {
+        /// Stream.
+        stream: StreamId,
+        /// Why.
+        why: String,
+    },
+    /// History was shortened below the retention.
+    Shortened {
+        /// Stream.
+        stream: StreamId,
+        /// Oldest record that is left as a point.
+        floor: u64,
+        /// Why.
+        why: String,
+    },
+    /// Something acknowledged cannot be read.
+    Damaged {
+        /// Stream.
+        stream: StreamId,
+        /// What.
+        damage: Damage,
+    },
+}
