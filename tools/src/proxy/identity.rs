@@ -1,9 +1,6 @@
-//! Who this proxy is, and who a peer is: certificates and keys, kept in the state folder, and what TLS is built from
-//! them. Keys never leave here but into TLS and into that one file.
+//! Who this proxy is, and who a peer is: what the TLS of streams is built from, and what a certificate says.
 
 use std::fmt;
-use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use afterimage_wire::handshake::ALPN;
@@ -18,83 +15,31 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
 
-use super::keep;
-
-/// File of the bundle in the state folder.
-const FILE: &str = "identity.json";
 /// Scheme of the URI that a certificate carries.
 const SCHEME: &str = "afterimage://";
 
 /// Why there is no identity.
-#[derive(Debug, thiserror::Error)]
-pub enum IdentityError {
-    /// The file cannot be read or written.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file is not what we wrote.
-    #[error("{}: {message}", path.display())]
-    Content {
-        /// Which.
-        path: PathBuf,
-        /// What is wrong.
-        message: String,
-    },
-    /// Certificates or key are of no use.
-    #[error("the certificate of this proxy is of no use: {0}")]
-    Certificate(String),
-}
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the certificate of this proxy is of no use: {0}")]
+pub struct IdentityError(String);
 
-/// What a join gives; the one secret file of a proxy beside its desired state.
-#[derive(Clone, Serialize, Deserialize)]
+/// A certificate with its key and the authorities to trust.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Bundle {
-    /// Name, as in the certificate.
-    pub name: String,
+pub struct Pems {
     /// Uid: a DNS name of the certificate, and the SNI of the data port.
     pub uid: String,
+    /// Authorities to trust, PEM, one or more.
+    pub ca_pem: String,
     /// Own certificate, PEM.
     pub certificate_pem: String,
     /// Its key, PEM.
     pub key_pem: String,
-    /// Authorities to trust, PEM, one or more.
-    pub ca_pem: String,
 }
 
-impl fmt::Debug for Bundle {
+impl fmt::Debug for Pems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Bundle({}, {})", self.name, self.uid)
-    }
-}
-
-impl Bundle {
-    /// The bundle that an earlier start has kept, if any.
-    ///
-    /// # Errors
-    /// The file is there but cannot be used: it is not silently replaced.
-    pub fn load(dir: &Path) -> Result<Option<Self>, IdentityError> {
-        let path = dir.join(FILE);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(IdentityError::File { path, source }),
-        };
-        serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|error| IdentityError::Content { path, message: error.to_string() })
-    }
-
-    /// Keeps the bundle, readable by its owner only.
-    ///
-    /// # Errors
-    /// The file system's.
-    pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
-        let bytes = serde_json::to_vec_pretty(self).expect("a bundle is plain text");
-        keep::replace(&dir.join(FILE), &bytes).map_err(|source| IdentityError::File { path: dir.join(FILE), source })
+        write!(f, "Pems({})", self.uid)
     }
 }
 
@@ -119,20 +64,20 @@ impl Identity {
     /// From what was joined with.
     ///
     /// # Errors
-    /// [`IdentityError::Certificate`], naming what is wrong.
-    pub fn new(bundle: &Bundle) -> Result<Self, IdentityError> {
+    /// [`IdentityError`], naming what is wrong.
+    pub fn new(pems: &Pems) -> Result<Self, IdentityError> {
         let bad = |what: &str| {
             let what = what.to_owned();
-            move |error: &dyn fmt::Display| IdentityError::Certificate(format!("{what}: {error}"))
+            move |error: &dyn fmt::Display| IdentityError(format!("{what}: {error}"))
         };
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let chain = certificates(&bundle.certificate_pem).map_err(|e| bad("certificate")(&e))?;
+        let chain = certificates(&pems.certificate_pem).map_err(|e| bad("certificate")(&e))?;
         let mut roots = RootCertStore::empty();
-        for authority in certificates(&bundle.ca_pem).map_err(|e| bad("authority")(&e))? {
+        for authority in certificates(&pems.ca_pem).map_err(|e| bad("authority")(&e))? {
             roots.add(authority).map_err(|e| bad("authority")(&e))?;
         }
         let roots = Arc::new(roots);
-        let key = || PrivateKeyDer::from_pem_slice(bundle.key_pem.as_bytes()).map_err(|e| bad("key")(&e));
+        let key = || PrivateKeyDer::from_pem_slice(pems.key_pem.as_bytes()).map_err(|e| bad("key")(&e));
 
         let mut client = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
             .with_protocol_versions(&[&TLS13])
@@ -156,7 +101,7 @@ impl Identity {
         // A ticket would be a TLS record after the last message: the raw stream begins there.
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self { uid: bundle.uid.clone(), client: Arc::new(client), server: Arc::new(server) })
+        Ok(Self { uid: pems.uid.clone(), client: Arc::new(client), server: Arc::new(server) })
     }
 }
 

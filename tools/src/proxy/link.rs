@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use afterimage_dataplane::seal::ControlKey;
 use afterimage_wire::handshake::{ALPN, EXPORTER_LABEL, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
-use afterimage_wire::ids::{StreamId, TimelineId};
+use afterimage_wire::ids::TimelineId;
 use afterimage_wire::{FormatError, WIRE_VERSION};
 use rustls::client::ClientConnection;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -123,8 +123,8 @@ pub struct Accepted {
     pub fd: OwnedFd,
     /// Key of our control messages.
     pub control: ControlKey,
-    /// Which stream.
-    pub stream: StreamId,
+    /// As it was accepted.
+    pub hello: Hello,
     /// Whose it is.
     pub peer: Peer,
 }
@@ -167,13 +167,16 @@ pub async fn connect(identity: &Identity, address: &str, target: &str, hello: He
 pub async fn accept(
     identity: &Identity,
     stream: StdStream,
-    welcome: impl AsyncFnOnce(&Peer, Hello) -> Welcome,
+    welcome: impl AsyncFnOnce(&Peer, &Hello) -> Welcome,
 ) -> Result<Accepted, LinkError> {
     let tls = ServerConnection::new(Arc::clone(&identity.server)).map_err(tls_error)?;
     let mut channel = Channel::new(stream, tls)?;
 
     channel.shake_hands().await?;
     channel.check_alpn()?;
+    if channel.tls.server_name() != Some(identity.uid.as_str()) {
+        return Err(LinkError::Tls("another target is asked for by name".to_owned()));
+    }
     let certificate = channel.tls.peer_certificates().and_then(<[CertificateDer<'_>]>::first);
     let certificate = certificate.ok_or_else(|| LinkError::PeerCertificate("there is none".to_owned()))?;
     let peer = Peer::of(certificate).map_err(LinkError::PeerCertificate)?;
@@ -189,9 +192,8 @@ pub async fn accept(
         }
         Err(error) => return Err(error),
     };
-    let stream = hello.stream;
     // The data thread answers this; it is bounded by the watchdog like every step, as the socket is dead after it.
-    let answer = welcome(&peer, hello).await;
+    let answer = welcome(&peer, &hello).await;
     if let Welcome::Refused { reason, message } = answer {
         return channel.refuse(reason, message).await;
     }
@@ -201,7 +203,7 @@ pub async fn accept(
         _ => return Err(LinkError::OutOfTurn("waiting for the stream to begin")),
     }
     let (fd, control) = channel.leave()?;
-    Ok(Accepted { fd, control, stream, peer })
+    Ok(Accepted { fd, control, hello, peer })
 }
 
 /// One connection while it is in TLS.

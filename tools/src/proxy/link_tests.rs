@@ -3,10 +3,10 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 
-use afterimage_wire::ids::IncarnationId;
+use afterimage_wire::ids::{IncarnationId, StreamId};
 use afterimage_wire::segment::{Predecessor, WrappedKey};
 
-use super::super::identity::Bundle;
+use super::super::identity::Pems;
 use super::super::throwaway::Throwaway;
 use super::*;
 
@@ -35,7 +35,7 @@ fn accepted() -> Welcome {
     }
 }
 
-fn identity(bundle: &Bundle) -> Identity {
+fn identity(bundle: &Pems) -> Identity {
     Identity::new(bundle).unwrap()
 }
 
@@ -55,8 +55,8 @@ fn listener() -> (TcpListener, SocketAddr) {
 
 /// Both ends, with these certificates.
 fn pair(
-    source: &Bundle,
-    target_bundle: &Bundle,
+    source: &Pems,
+    target_bundle: &Pems,
     answer: Welcome,
 ) -> (Result<Linked, LinkError>, Result<Accepted, LinkError>) {
     let (source, sink) = (identity(source), identity(target_bundle));
@@ -85,7 +85,7 @@ fn both_ends_agree_and_share_the_control_key_and_a_bare_socket() {
     let (ours, theirs) = pair(&ca.proxy("src", SOURCE).unwrap(), &ca.proxy("dr", TARGET).unwrap(), accepted());
     let (mut ours, mut theirs) = (ours.unwrap(), theirs.unwrap());
     assert_eq!((ours.position.frame, ours.position.seq, ours.whole_resync), (5, 17, true));
-    assert_eq!(theirs.stream, StreamId([7; 16]));
+    assert_eq!(theirs.hello.stream, StreamId([7; 16]));
     assert_eq!((theirs.peer.name.as_str(), theirs.peer.uid.as_deref()), ("src", Some(SOURCE)));
 
     let mut sealed = [0; afterimage_wire::control::CONTROL_LEN];

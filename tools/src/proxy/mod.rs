@@ -14,6 +14,8 @@ pub mod config;
 pub mod identity;
 mod keep;
 pub mod link;
+pub mod runtime;
+pub mod standalone;
 pub mod throwaway;
 
 pub use config::Args;

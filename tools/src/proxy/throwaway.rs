@@ -6,7 +6,7 @@ use rcgen::{
     KeyUsagePurpose, SanType,
 };
 
-use super::identity::Bundle;
+use super::identity::Pems;
 
 /// The authority.
 pub struct Throwaway {
@@ -30,7 +30,7 @@ impl Throwaway {
     ///
     /// # Errors
     /// A name that cannot stand in a certificate.
-    pub fn proxy(&self, name: &str, uid: &str) -> Result<Bundle, rcgen::Error> {
+    pub fn proxy(&self, name: &str, uid: &str) -> Result<Pems, rcgen::Error> {
         self.issue("proxy", name, uid, |_| ())
     }
 
@@ -41,7 +41,7 @@ impl Throwaway {
         name: &str,
         uid: &str,
         change: impl FnOnce(&mut CertificateParams),
-    ) -> Result<Bundle, rcgen::Error> {
+    ) -> Result<Pems, rcgen::Error> {
         let mut params = CertificateParams::new(vec![uid.to_owned()])?;
         params.subject_alt_names.push(SanType::URI(format!("afterimage://default/{role}/{name}").try_into()?));
         params.distinguished_name.push(DnType::CommonName, name);
@@ -49,8 +49,7 @@ impl Throwaway {
         change(&mut params);
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.issuer)?;
-        Ok(Bundle {
-            name: name.to_owned(),
+        Ok(Pems {
             uid: uid.to_owned(),
             certificate_pem: certificate.pem(),
             key_pem: key.serialize_pem(),
@@ -62,7 +61,7 @@ impl Throwaway {
 #[cfg(test)]
 impl Throwaway {
     /// A proxy's, that ended in 2021.
-    pub fn expired(&self, name: &str, uid: &str) -> Bundle {
+    pub fn expired(&self, name: &str, uid: &str) -> Pems {
         self.issue("proxy", name, uid, |params| {
             params.not_before = rcgen::date_time_ymd(2020, 1, 1);
             params.not_after = rcgen::date_time_ymd(2021, 1, 1);
@@ -71,7 +70,7 @@ impl Throwaway {
     }
 
     /// An operator's.
-    pub fn operator(&self, name: &str) -> Bundle {
+    pub fn operator(&self, name: &str) -> Pems {
         self.issue("operator", name, name, |_| ()).unwrap()
     }
 }

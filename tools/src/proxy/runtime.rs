@@ -1,0 +1,355 @@
+//! A data thread: one ring, one core (source or target), one NBD front end, and the loop that drives them.
+//!
+//! The service thread sends *jobs*: closures that run on the data thread between two turns, with everything that the
+//! thread owns on the [`Desk`] before them. Jobs are rare (a client connects, a stream is linked, a status is asked);
+//! the path of a write never crosses a thread here. What the core has to say comes back as events. Both queues are
+//! bounded, and nothing polls while there is nothing to do: the ring's waker ends a wait.
+
+use std::sync::mpsc as std_mpsc;
+use std::thread::JoinHandle;
+
+use afterimage_dataplane::host::Disks;
+use afterimage_dataplane::io::ring::{Ring, RingConfig, RingError, Waker};
+use afterimage_dataplane::io::{Class, Done, Io, Nanos, Pool};
+use afterimage_dataplane::nbd::{Limits, Server};
+use tokio::sync::{mpsc, oneshot};
+
+/// Jobs that may wait for a data thread. A sender beyond that waits.
+const INBOX: usize = 256;
+/// Events that may wait for the service thread. The core keeps what is beyond.
+const OUTBOX: usize = 1024;
+/// Jobs done in one turn, so that many of them do not hold up I/O.
+const JOBS_PER_TURN: usize = 16;
+/// Completions for which there is room without allocating.
+const COMPLETIONS: usize = 1024;
+/// Machine id of the NBD front end (the upper 16 bits of its tokens).
+const NBD_ID: u16 = 0x4000;
+/// Longest sleep without a deadline: only a guard, wake-ups end it.
+const IDLE: Nanos = 10_000_000_000;
+/// Sleep while the outbox is full: the service thread makes no wake-up when it has taken events out.
+const OUTBOX_FULL: Nanos = 10_000_000;
+/// How long hosts' requests may take to end at a stop, before it goes on without them.
+const CLIENTS_END: Nanos = 3_000_000_000;
+
+/// What the loop asks of a core: [`afterimage_dataplane::source::Source`] or
+/// [`afterimage_dataplane::target::Target`].
+pub trait Core: Disks<Ring> + 'static {
+    /// What it has to say.
+    type Event: Send + 'static;
+
+    /// Takes a completion of its own.
+    fn done(&mut self, io: &mut Ring, done: Done);
+    /// Moves its queues.
+    fn turn(&mut self, io: &mut Ring);
+    /// When it wants its next turn, if nothing happens before.
+    fn deadline(&self) -> Option<Nanos>;
+    /// The next thing it has to say.
+    fn next_event(&mut self) -> Option<Self::Event>;
+    /// Ends cleanly: what is under way is finished.
+    fn stop(&mut self, io: &mut Ring);
+    /// Nothing is under way.
+    fn is_idle(&self) -> bool;
+}
+
+/// What a data thread owns, before a job.
+pub struct Desk<'a, C> {
+    /// The ring.
+    pub io: &'a mut Ring,
+    /// The core.
+    pub core: &'a mut C,
+    /// The front end.
+    pub nbd: &'a mut Server<Ring>,
+}
+
+type Job<C> = Box<dyn FnOnce(&mut Desk<'_, C>) + Send>;
+
+enum Order<C> {
+    Job(Job<C>),
+    /// Stop cleanly within so many nanoseconds.
+    Stop(Nanos),
+}
+
+/// The data thread has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the data thread has ended")]
+pub struct Gone;
+
+/// Gives jobs to a data thread.
+pub struct Handle<C> {
+    inbox: mpsc::Sender<Order<C>>,
+    waker: Waker,
+}
+
+impl<C> Clone for Handle<C> {
+    fn clone(&self) -> Self {
+        Self { inbox: self.inbox.clone(), waker: self.waker.clone() }
+    }
+}
+
+impl<C: 'static> Handle<C> {
+    /// Runs `job` on the data thread, between two turns; it must not block.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub async fn call<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Desk<'_, C>) -> R + Send + 'static,
+    ) -> Result<R, Gone> {
+        let (reply, answer) = oneshot::channel();
+        let job = Box::new(move |desk: &mut Desk<'_, C>| {
+            // Whoever asked may have gone; the job is done all the same.
+            let _ = reply.send(job(desk));
+        });
+        self.inbox.send(Order::Job(job)).await.map_err(|_| Gone)?;
+        self.waker.wake();
+        answer.await.map_err(|_| Gone)
+    }
+
+    /// Ends the thread: clients are answered, then the core stops cleanly; at the latest after `within`.
+    pub async fn stop(&self, within: Nanos) {
+        if self.inbox.send(Order::Stop(within)).await.is_ok() {
+            self.waker.wake();
+        }
+    }
+}
+
+/// Why there is no data thread.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The ring cannot be made; says what is lacking.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// No thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// A running data thread.
+pub struct DataThread<C: Core> {
+    /// Gives it jobs.
+    pub handle: Handle<C>,
+    /// What its core says; ends with the thread.
+    pub events: mpsc::Receiver<C::Event>,
+    /// Joins it.
+    pub thread: JoinHandle<()>,
+}
+
+/// Starts a data thread with `memory` bytes of buffers; `build` makes its core there.
+///
+/// # Errors
+/// [`StartError`]; nothing is left running.
+pub fn start<C: Core>(
+    name: &str,
+    memory: u64,
+    build: impl FnOnce(&mut Ring, Waker) -> C + Send + 'static,
+) -> Result<DataThread<C>, StartError> {
+    let (inbox, orders) = mpsc::channel(INBOX);
+    let (outbox, events) = mpsc::channel(OUTBOX);
+    let (started, start) = std_mpsc::sync_channel(1);
+    let label = name.to_owned();
+    let thread = std::thread::Builder::new().name(format!("data-{name}")).spawn(move || {
+        let mut io = match make_ring(&label, memory) {
+            Ok(io) => io,
+            Err(error) => {
+                let _ = started.send(Err(error));
+                return;
+            }
+        };
+        let waker = io.waker();
+        let core = build(&mut io, waker.clone());
+        let nbd = Server::new(NBD_ID, Limits::default());
+        if started.send(Ok(waker)).is_ok() {
+            DataLoop { io, core, nbd, orders, outbox, stop: Stop::No, done: Vec::with_capacity(COMPLETIONS) }.run();
+        }
+    })?;
+    // The thread always answers: with a waker, with an error, or by dropping its end in a panic.
+    let waker = match start.recv() {
+        Ok(answer) => answer?,
+        Err(_) => return Err(StartError::Thread(std::io::Error::other("the data thread ended while it started"))),
+    };
+    Ok(DataThread { handle: Handle { inbox, waker }, events, thread })
+}
+
+/// A ring with a pool of `memory` bytes. Where the kernel may not pin that much, the pool is used unregistered: slower,
+/// and the log says what to set.
+fn make_ring(name: &str, memory: u64) -> Result<Ring, RingError> {
+    let pool = Pool::new(&classes(memory));
+    match Ring::new(pool.clone(), RingConfig::default()) {
+        Err(error @ RingError::LockedMemory { .. }) => {
+            tracing::warn!(thread = name, %error, "buffers are not registered with the kernel: I/O costs more");
+            Ring::new(pool, RingConfig { register_pool: false, ..RingConfig::default() })
+        }
+        other => other,
+    }
+}
+
+/// Buffers for a pool of `memory` bytes, by what asks for them: a request of a host has 4 KiB before and behind its
+/// data, a sealed frame a little more than its records. A class that is empty is helped out by the next larger.
+fn classes(memory: u64) -> Vec<Class> {
+    const KIB: usize = 1024;
+    // (capacity, share of the memory in percent)
+    const SHARES: [(usize, u64); 9] = [
+        (8 * KIB, 6),     // reads of 4 KiB, frames with one small write
+        (12 * KIB, 20),   // writes of 4 KiB
+        (24 * KIB, 8),    // … of 16 KiB
+        (40 * KIB, 6),    // … of 32 KiB
+        (72 * KIB, 12),   // … of 64 KiB, frames with one of them
+        (136 * KIB, 8),   // … of 128 KiB
+        (264 * KIB, 8),   // … of 256 KiB, NBD's receive buffers
+        (528 * KIB, 14),  // the longest part of a request, 512 KiB
+        (2112 * KIB, 18), // the longest frames
+    ];
+    SHARES
+        .iter()
+        .map(|(capacity, percent)| Class {
+            capacity: *capacity,
+            count: usize::try_from(memory * percent / 100 / *capacity as u64).unwrap_or(usize::MAX).max(2),
+        })
+        .collect()
+}
+
+/// How far a stop has come.
+enum Stop {
+    No,
+    /// Clients are being answered.
+    Clients {
+        /// Go on without them then.
+        until: Nanos,
+        /// End then.
+        end: Nanos,
+    },
+    /// The core finishes.
+    Core {
+        /// End then.
+        end: Nanos,
+    },
+}
+
+struct DataLoop<C: Core> {
+    io: Ring,
+    core: C,
+    nbd: Server<Ring>,
+    orders: mpsc::Receiver<Order<C>>,
+    outbox: mpsc::Sender<C::Event>,
+    stop: Stop,
+    done: Vec<Done>,
+}
+
+impl<C: Core> DataLoop<C> {
+    fn run(mut self) {
+        loop {
+            let more = self.take_orders();
+            self.core.turn(&mut self.io);
+            self.nbd.collect(&mut self.io, &mut self.core);
+            let full = self.give_events();
+            if self.go_on_stopping() {
+                return;
+            }
+            let until = if more { None } else { Some(self.until(full)) };
+            self.io.poll(until, &mut self.done);
+            for done in self.done.drain(..) {
+                if self.nbd.owns(done.token) {
+                    self.nbd.done(&mut self.io, &mut self.core, done);
+                } else {
+                    self.core.done(&mut self.io, done);
+                }
+            }
+        }
+    }
+
+    /// Does what the service thread asks; true if there may be more of it.
+    fn take_orders(&mut self) -> bool {
+        for _ in 0..JOBS_PER_TURN {
+            match self.orders.try_recv() {
+                Ok(Order::Job(job)) => {
+                    job(&mut Desk { io: &mut self.io, core: &mut self.core, nbd: &mut self.nbd });
+                }
+                Ok(Order::Stop(within)) => self.begin_stop(within),
+                Err(mpsc::error::TryRecvError::Empty) => return false,
+                // The service thread has ended without a word: so does this one, cleanly.
+                Err(mpsc::error::TryRecvError::Disconnected) => {
+                    self.begin_stop(CLIENTS_END);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Hands events over; true if the outbox has no room.
+    fn give_events(&mut self) -> bool {
+        loop {
+            match self.outbox.try_reserve() {
+                Ok(room) => match self.core.next_event() {
+                    Some(event) => room.send(event),
+                    None => return false,
+                },
+                Err(mpsc::error::TrySendError::Full(())) => return true,
+                // Nobody listens any more; the core must not fill up with what it has to say.
+                Err(mpsc::error::TrySendError::Closed(())) => {
+                    while self.core.next_event().is_some() {}
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn begin_stop(&mut self, within: Nanos) {
+        if matches!(self.stop, Stop::No) {
+            self.nbd.shutdown(&mut self.io);
+            let now = self.io.now();
+            self.stop = Stop::Clients { until: now + CLIENTS_END.min(within / 2), end: now + within };
+        }
+    }
+
+    /// True at the end.
+    fn go_on_stopping(&mut self) -> bool {
+        let now = self.io.now();
+        if let Stop::Clients { until, end } = self.stop
+            && (self.nbd.is_idle() || now >= until)
+        {
+            self.core.stop(&mut self.io);
+            self.core.turn(&mut self.io);
+            self.stop = Stop::Core { end };
+        }
+        match self.stop {
+            Stop::Core { end } if self.core.is_idle() => {
+                tracing::debug!(spare_ms = (end.saturating_sub(now)) / 1_000_000, "stopped cleanly");
+                true
+            }
+            Stop::Core { end } if now >= end => {
+                tracing::warn!("stopped before all was finished: the next start compares what may differ");
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// How long the ring may sleep.
+    fn until(&self, outbox_full: bool) -> Nanos {
+        let now = self.io.now();
+        let mut until = self.core.deadline().unwrap_or(now + IDLE).min(now + IDLE);
+        if outbox_full {
+            until = until.min(now + OUTBOX_FULL);
+        }
+        match self.stop {
+            Stop::No => until,
+            Stop::Clients { until: limit, .. } | Stop::Core { end: limit } => until.min(limit),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_keeps_to_its_memory_and_has_every_class() {
+        for memory in [super::super::config::MIN_POOL, super::super::config::DEFAULT_POOL] {
+            let classes = classes(memory);
+            let total: usize = classes.iter().map(|c| c.capacity * c.count).sum();
+            assert!(total as u64 <= memory && total as u64 > memory * 9 / 10, "{total} of {memory}");
+            assert!(classes.iter().all(|c| c.count >= 2 && c.capacity % 4096 == 0));
+        }
+    }
+}
