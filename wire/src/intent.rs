@@ -12,6 +12,7 @@
 use bytes::{Buf, BufMut};
 
 use crate::ids::{DiskId, IncarnationId, StreamId};
+use crate::segment::Predecessor;
 use crate::{ALIGN, FormatError, WIRE_VERSION, get_id, need};
 
 /// First bytes of a header slot.
@@ -36,7 +37,7 @@ pub struct IntentHeader {
     pub size: u64,
     /// Stream that the disk is in.
     pub stream: StreamId,
-    /// Writer that last used the log.
+    /// Newest writer that may have sent anything: durable here before its first frame leaves.
     pub incarnation: IncarnationId,
     /// `boot_id` of the kernel under which it ran: another one means that the host lost power or was rebooted.
     pub boot: [u8; 16],
@@ -44,7 +45,7 @@ pub struct IntentHeader {
     pub acked_frame: u64,
     /// Last record in that frame.
     pub acked_seq: u64,
-    /// No record number above this one has been drawn.
+    /// No record number above this one has left the source.
     pub reserved_seq: u64,
     /// Number of the newest cut, not below the true one.
     pub cut: u64,
@@ -58,6 +59,9 @@ pub struct IntentHeader {
     pub clean: bool,
     /// Change time of the disk's file and size at clean stop (nanoseconds); used without us if it differs.
     pub mtime_ns: u64,
+    /// The writer before `incarnation` and its last acknowledged place: while nothing of `incarnation` is acknowledged,
+    /// the target may still hold only this.
+    pub prior: Predecessor,
 }
 
 impl IntentHeader {
@@ -84,6 +88,7 @@ impl IntentHeader {
         out.put_u64_le(self.generation);
         out.put_u8(u8::from(self.whole_owed) | u8::from(self.clean) << 1);
         out.put_u64_le(self.mtime_ns);
+        self.prior.encode(&mut out);
         let crc = crc32c::crc32c(&page);
         page[8..12].copy_from_slice(&crc.to_le_bytes());
         page
@@ -139,6 +144,7 @@ impl IntentHeader {
             whole_owed: bits & 1 != 0,
             clean: bits & 2 != 0,
             mtime_ns: input.get_u64_le(),
+            prior: Predecessor::read(&mut input, WHAT)?,
         })
     }
 }

@@ -1,0 +1,236 @@
+//! What the owner of a source tells it: limits, groups, disks; and why it is refused.
+
+use std::fmt;
+
+use afterimage_wire::MAX_NAME;
+use afterimage_wire::ids::{DiskId, StreamId};
+
+use crate::io::{Class, Errno, Nanos};
+use crate::seal::PolicyKey;
+
+/// Most groups of one source.
+pub const MAX_GROUPS: usize = 256;
+/// Most disks of one source, over all groups.
+pub const MAX_SOURCE_DISKS: usize = 4096;
+
+/// Bounds of a source; the defaults suit a machine with some GiB of memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceLimits {
+    /// Bytes of buffers that the records of one group may hold, from the issue of a write until its frame is
+    /// acknowledged. The pool must be clearly larger: see [`pool_classes`].
+    pub queue_bytes: usize,
+    /// Longest time that a write waits for room in the queue while the link works, before it passes uncaptured.
+    pub max_wait: Nanos,
+    /// A record leaves in a frame at the latest this long after it was numbered, if the link can take it.
+    pub age_bound: Nanos,
+    /// With fewer frames than this unacknowledged, a frame leaves at once.
+    pub few_unacked: usize,
+    /// Payload at which a frame is full, bytes; at most 1 MiB.
+    pub frame_bytes: usize,
+    /// Extents of 4 MiB whose intent bit may stay set although nothing holds it.
+    pub hot_extents: usize,
+    /// Part of the queue that synchronisation may fill, per cent.
+    pub sync_share: usize,
+    /// Longest time that a clean stop waits for acknowledgements.
+    pub stop_wait: Nanos,
+    /// A connection on which nothing was heard for this long is given up.
+    pub link_silence: Nanos,
+}
+
+impl Default for SourceLimits {
+    fn default() -> Self {
+        Self {
+            queue_bytes: 256 << 20,
+            max_wait: 20_000_000,
+            age_bound: 1_000_000,
+            few_unacked: 2,
+            frame_bytes: 512 << 10,
+            hot_extents: 64,
+            sync_share: 25,
+            stop_wait: 5_000_000_000,
+            link_silence: 10_000_000_000,
+        }
+    }
+}
+
+/// Classes of a pool that carries a queue of `queue_bytes` and what front ends and synchronisation need beside it.
+pub fn pool_classes(queue_bytes: usize) -> Vec<Class> {
+    let class = |capacity: usize, bytes: usize, least: usize| Class { capacity, count: (bytes / capacity).max(least) };
+    vec![
+        class(4 << 10, queue_bytes / 32, 256),
+        class(16 << 10, queue_bytes / 2, 1024),
+        class(80 << 10, queue_bytes / 4, 128),
+        class(272 << 10, queue_bytes / 4, 64),
+        class(528 << 10, queue_bytes / 4, 48),
+        class(2 << 20, queue_bytes / 2, 16),
+    ]
+}
+
+/// A group to protect: the disks that share one history.
+#[derive(Clone, Debug)]
+pub struct GroupConfig {
+    /// Its stream.
+    pub stream: StreamId,
+    /// Name, for people.
+    pub name: String,
+    /// Its disks; at least one.
+    pub disks: Vec<DiskConfig>,
+    /// Wraps the data keys.
+    pub policy_key: PolicyKey,
+    /// Time between two cuts.
+    pub cut_interval: Nanos,
+    /// Compress where it shrinks.
+    pub compress: bool,
+}
+
+/// A disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The disk.
+    pub id: DiskId,
+    /// Slot in its stream, never reused in it. Ignored by `serve`.
+    pub slot: u16,
+    /// Name of the export.
+    pub name: String,
+    /// File or device.
+    pub path: String,
+    /// Write-intent log: a file beside it, made if missing. Ignored by `serve`.
+    pub log_path: String,
+    /// Serial that the host sees.
+    pub serial: String,
+    /// Generation under which this source writes. Ignored by `serve`.
+    pub generation: u64,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// After a reboot or power loss of this host, nobody else has used the disk: what the log says is enough. Without
+    /// it, a disk that was not stopped cleanly is compared in full after a reboot.
+    pub trust_reboot: bool,
+}
+
+/// Why a disk or a group is not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProtectError {
+    /// Another process has the disk or its log open, or the last I/O of a dead one has not ended. Try again.
+    #[error("`{path}` is locked by another process (or by the last I/O of one that has ended)")]
+    Locked {
+        /// The file.
+        path: String,
+    },
+    /// A file cannot be opened, made or read.
+    #[error("`{path}`: cannot {action}: {errno}")]
+    File {
+        /// The file.
+        path: String,
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        errno: Errno,
+    },
+    /// A value that is not allowed.
+    #[error("`{field}` is {value}; allowed: {allowed}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it may hold.
+        allowed: &'static str,
+    },
+    /// The stream is protected already.
+    #[error("stream {0} is protected already")]
+    Taken(StreamId),
+    /// Another disk has this name, id, slot or path.
+    #[error("two disks have the {what} `{value}`")]
+    Twice {
+        /// What they share.
+        what: &'static str,
+        /// Its value.
+        value: String,
+    },
+}
+
+fn refuse<T>(field: &'static str, value: impl fmt::Display, allowed: &'static str) -> Result<T, ProtectError> {
+    Err(ProtectError::Value { field, value: value.to_string(), allowed })
+}
+
+impl SourceLimits {
+    /// Checks every bound.
+    ///
+    /// # Errors
+    /// [`ProtectError::Value`] names the first that is out of range.
+    pub fn check(&self) -> Result<(), ProtectError> {
+        if self.queue_bytes < 4 << 20 {
+            return refuse("queue_bytes", self.queue_bytes, "at least 4 MiB");
+        }
+        if !(4096..=1 << 20).contains(&self.frame_bytes) {
+            return refuse("frame_bytes", self.frame_bytes, "4096 to 1048576");
+        }
+        if !(1..=100).contains(&self.sync_share) {
+            return refuse("sync_share", self.sync_share, "1 to 100 per cent");
+        }
+        if self.few_unacked == 0 {
+            return refuse("few_unacked", self.few_unacked, "at least 1");
+        }
+        Ok(())
+    }
+}
+
+impl GroupConfig {
+    /// Checks what can be checked without touching a file.
+    ///
+    /// # Errors
+    /// [`ProtectError::Value`] or [`ProtectError::Twice`].
+    pub fn check(&self) -> Result<(), ProtectError> {
+        if self.stream.is_none() {
+            return refuse("stream", self.stream, "a stream's id");
+        }
+        if self.disks.is_empty() || self.disks.len() > afterimage_wire::MAX_DISKS {
+            return refuse("disks", self.disks.len(), "1 to 1024 disks");
+        }
+        if self.cut_interval < 10_000_000 {
+            return refuse("cut_interval", self.cut_interval, "at least 10 ms");
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            disk.check()?;
+            if disk.id.is_none() {
+                return refuse("disk id", disk.id, "a disk's id");
+            }
+            if disk.log_path.is_empty() {
+                return refuse("log_path", "empty", "a path");
+            }
+            for other in &self.disks[..index] {
+                let twice =
+                    |what, value: &dyn fmt::Display| Err(ProtectError::Twice { what, value: value.to_string() });
+                if other.id == disk.id {
+                    return twice("id", &disk.id);
+                }
+                if other.slot == disk.slot {
+                    return twice("slot", &disk.slot);
+                }
+                if other.path == disk.path || other.log_path == disk.log_path {
+                    return twice("path", &disk.path);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DiskConfig {
+    /// Checks what holds for every disk.
+    ///
+    /// # Errors
+    /// [`ProtectError::Value`].
+    pub(crate) fn check(&self) -> Result<(), ProtectError> {
+        if self.name.is_empty() || self.name.len() > MAX_NAME {
+            return refuse("disk name", &self.name, "1 to 255 bytes");
+        }
+        if self.serial.len() > MAX_NAME {
+            return refuse("serial", &self.serial, "at most 255 bytes");
+        }
+        if self.path.is_empty() {
+            return refuse("path", "empty", "a path");
+        }
+        Ok(())
+    }
+}
