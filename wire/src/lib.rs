@@ -20,6 +20,7 @@ pub mod ids;
 pub mod intent;
 pub mod record;
 pub mod segment;
+pub mod stream_state;
 pub mod timeline;
 
 /// The gRPC API of `proto/afterimage/v1`, generated.

@@ -1,0 +1,297 @@
+//! Which places of a stream are restore points, and which disks each of them holds.
+//!
+//! A record's place is a point for every disk that is in the stream there, owes no synchronisation and lost no history.
+//! Kept as the state at the floor (durable, see [`afterimage_wire::stream_state`]) and the few records after it that
+//! change the state; the state at any place is the sum.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use afterimage_wire::ids::DiskId;
+use afterimage_wire::record::{Cut, DiskInfo, Record, RecordKind, SyncMark};
+pub use afterimage_wire::stream_state::{DiskLife, OpenSync};
+
+/// Most synchronisations of a disk that are begun and not ended; beyond it the oldest two count as one whole.
+const MAX_OPEN_SYNCS: usize = 16;
+
+/// A cut that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CutEntry {
+    /// Its record.
+    pub seq: u64,
+    /// Source's wall clock, nanoseconds since the epoch.
+    pub wall_ns: u64,
+    /// Source's monotonic clock, nanoseconds.
+    pub mono_ns: u64,
+    /// The cut.
+    pub cut: Cut,
+}
+
+/// What changes which disks a point holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Change {
+    Join(DiskInfo),
+    Leave,
+    Resize(DiskInfo),
+    SyncBegin(SyncMark),
+    SyncEnd(SyncMark),
+    /// Acknowledged history was lost, for every disk.
+    Damage,
+}
+
+#[derive(Clone, Debug)]
+struct Event {
+    seq: u64,
+    slot: u16,
+    change: Change,
+}
+
+/// Disks by slot.
+pub type Lives = BTreeMap<u16, DiskLife>;
+
+fn apply(lives: &mut Lives, slot: u16, change: &Change) {
+    match change {
+        Change::Join(info) => {
+            let life = lives.entry(slot).or_insert_with(|| DiskLife {
+                info: info.clone(),
+                member: false,
+                owes_whole: true,
+                open: Vec::new(),
+            });
+            // A disk that was outside the stream was written without us: only a whole synchronisation makes it good.
+            if !life.member || life.info.id != info.id {
+                life.owes_whole = true;
+                life.open.clear();
+            }
+            life.member = true;
+            life.info = info.clone();
+        }
+        Change::Damage => {
+            for life in lives.values_mut() {
+                life.owes_whole = true;
+                life.open.iter_mut().for_each(|open| open.tainted = true);
+            }
+        }
+        change => {
+            let Some(life) = lives.get_mut(&slot) else { return };
+            match change {
+                Change::Leave => life.member = false,
+                Change::Resize(info) => life.info = info.clone(),
+                Change::SyncBegin(mark) => {
+                    if life.open.len() == MAX_OPEN_SYNCS {
+                        life.open.remove(0);
+                        life.owes_whole = true;
+                    }
+                    life.open.push(OpenSync { sync: mark.sync, whole: mark.whole, tainted: false });
+                }
+                Change::SyncEnd(mark) => end_sync(life, mark),
+                Change::Join(_) | Change::Damage => {}
+            }
+        }
+    }
+}
+
+/// A whole synchronisation, once complete, makes good all that was begun before it; a partial one only earlier partial
+/// ones: a whole one that was cut off (its source restarted) still has to be done as a whole.
+fn end_sync(life: &mut DiskLife, mark: &SyncMark) {
+    let Some(at) = life.open.iter().position(|open| open.sync == mark.sync) else { return };
+    let ended = life.open[at];
+    if ended.whole {
+        life.open.drain(..=at);
+        if !ended.tainted {
+            life.owes_whole = false;
+        }
+    } else {
+        let mut index = 0;
+        life.open.retain(|open| {
+            index += 1;
+            index - 1 > at || open.whole
+        });
+    }
+}
+
+/// The disk is in the stream, synchronised and whole.
+pub fn holds(life: &DiskLife) -> bool {
+    life.member && !life.owes_whole && life.open.is_empty()
+}
+
+/// Every disk of the stream is held, and there is one.
+pub fn complete(lives: &Lives) -> bool {
+    let mut members = lives.values().filter(|life| life.member).peekable();
+    members.peek().is_some() && members.all(holds)
+}
+
+/// Cuts and changes of a stream above its floor.
+#[derive(Debug, Default)]
+pub struct Points {
+    floor: u64,
+    base: Lives,
+    events: VecDeque<Event>,
+    now: Lives,
+    cuts: VecDeque<CutEntry>,
+    newest: u64,
+    newest_complete: Option<u64>,
+    newest_cut: u64,
+}
+
+impl Points {
+    /// With the state of the disks at the floor.
+    pub fn new(floor: u64, base: Lives, newest_cut: u64) -> Self {
+        let newest_complete = complete(&base).then_some(floor);
+        let now = base.clone();
+        Self {
+            floor,
+            base,
+            events: VecDeque::new(),
+            now,
+            cuts: VecDeque::new(),
+            newest: floor,
+            newest_complete,
+            newest_cut,
+        }
+    }
+
+    /// No point below this.
+    pub fn floor(&self) -> u64 {
+        self.floor
+    }
+
+    /// Newest record seen.
+    pub fn newest(&self) -> u64 {
+        self.newest
+    }
+
+    /// Newest point that holds every disk.
+    pub fn newest_complete(&self) -> Option<u64> {
+        self.newest_complete
+    }
+
+    /// Number of the newest cut ever seen.
+    pub fn newest_cut(&self) -> u64 {
+        self.newest_cut
+    }
+
+    /// Disks as of the newest record.
+    pub fn now(&self) -> &Lives {
+        &self.now
+    }
+
+    /// Disks as of the floor.
+    pub fn base(&self) -> &Lives {
+        &self.base
+    }
+
+    /// Takes in a record. Records at or below the floor (a fold was cut off; their segment is still there) change
+    /// nothing: the state at the floor holds them.
+    pub fn record(&mut self, record: &Record, payload: &[u8]) -> Result<(), afterimage_wire::FormatError> {
+        let change = match record.kind {
+            RecordKind::Join => Change::Join(DiskInfo::decode(payload)?),
+            RecordKind::Leave => Change::Leave,
+            RecordKind::Resize => Change::Resize(DiskInfo::decode(payload)?),
+            RecordKind::SyncBegin => Change::SyncBegin(SyncMark::decode(payload)?),
+            RecordKind::SyncEnd => Change::SyncEnd(SyncMark::decode(payload)?),
+            RecordKind::Cut => {
+                let cut = Cut::decode(payload)?;
+                if record.seq >= self.floor {
+                    self.newest_cut = self.newest_cut.max(cut.number);
+                    let (seq, wall_ns, mono_ns) = (record.seq, record.wall_ns, record.mono_ns);
+                    self.cuts.push_back(CutEntry { seq, wall_ns, mono_ns, cut });
+                }
+                return Ok(());
+            }
+            _ => return Ok(()),
+        };
+        if let Change::Join(info) | Change::Resize(info) = &change
+            && info.slot != record.disk
+        {
+            return Err(afterimage_wire::FormatError::Malformed { what: "disk", detail: "slot of another disk" });
+        }
+        self.change(record.seq, record.disk, change);
+        Ok(())
+    }
+
+    /// Acknowledged history was lost from this record on.
+    pub fn damage(&mut self, seq: u64) {
+        self.change(seq.max(self.floor + 1), 0, Change::Damage);
+    }
+
+    fn change(&mut self, seq: u64, slot: u16, change: Change) {
+        if seq <= self.floor {
+            return;
+        }
+        if complete(&self.now) {
+            self.newest_complete = Some(seq - 1);
+        }
+        apply(&mut self.now, slot, &change);
+        self.events.push_back(Event { seq, slot, change });
+    }
+
+    /// All records up to `seq` have been taken in.
+    pub fn reached(&mut self, seq: u64) {
+        self.newest = self.newest.max(seq);
+        if complete(&self.now) {
+            self.newest_complete = Some(self.newest);
+        }
+    }
+
+    /// The disks as of `seq`.
+    pub fn at(&self, seq: u64) -> Lives {
+        let mut lives = self.base.clone();
+        for event in self.events.iter().take_while(|event| event.seq <= seq) {
+            apply(&mut lives, event.slot, &event.change);
+        }
+        lives
+    }
+
+    /// Oldest point that holds every disk.
+    pub fn oldest_complete(&self) -> Option<u64> {
+        self.newest_complete?;
+        if complete(&self.base) {
+            return Some(self.floor);
+        }
+        let mut lives = self.base.clone();
+        for (number, event) in self.events.iter().enumerate() {
+            apply(&mut lives, event.slot, &event.change);
+            // Changes of one record (a damage beside it) count together.
+            let last_here = self.events.get(number + 1).is_none_or(|next| next.seq != event.seq);
+            if last_here && complete(&lives) {
+                return Some(event.seq);
+            }
+        }
+        None
+    }
+
+    /// Cuts, oldest first.
+    pub fn cuts(&self) -> impl DoubleEndedIterator<Item = &CutEntry> {
+        self.cuts.iter()
+    }
+
+    /// Where the state changes after `seq`, and up to `until`.
+    pub fn changes_within(&self, seq: u64, until: u64) -> bool {
+        self.events.iter().any(|event| event.seq > seq && event.seq <= until)
+    }
+
+    /// Ids of the disks that are held in `lives`.
+    pub fn held(lives: &Lives) -> Vec<DiskId> {
+        lives.values().filter(|life| holds(life)).map(|life| life.info.id).collect()
+    }
+
+    /// Raises the floor: what lies at or below it becomes the base.
+    pub fn raise_floor(&mut self, floor: u64) {
+        while self.events.front().is_some_and(|event| event.seq <= floor) {
+            let event = self.events.pop_front().expect("there is a front");
+            apply(&mut self.base, event.slot, &event.change);
+        }
+        while self.cuts.front().is_some_and(|cut| cut.seq < floor) {
+            self.cuts.pop_front();
+        }
+        self.floor = self.floor.max(floor);
+        if self.newest_complete.is_some_and(|newest| newest < self.floor) {
+            self.newest_complete = None;
+        }
+    }
+
+    /// Memory, roughly, bytes.
+    pub fn bytes(&self) -> usize {
+        self.cuts.capacity() * size_of::<CutEntry>() + self.events.capacity() * size_of::<Event>()
+    }
+}

@@ -1,0 +1,199 @@
+//! The records of one segment that say something about bytes of a disk, sorted for lookup.
+//!
+//! New records go to a short unsorted tail; a full tail becomes a sorted run; runs of like size are merged, all of them
+//! when the segment is closed. A run is an array sorted by (disk, start) in which each entry also carries the furthest
+//! end of the entries of its subtree: an implicit interval tree, so records of any length and overlap are found in
+//! O(log n + found).
+
+/// Records in the unsorted tail, looked through one by one.
+const TAIL: usize = 512;
+
+/// What a record makes of its range.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum EntryKind {
+    /// The payload.
+    #[default]
+    Data,
+    /// Zeros.
+    Zero,
+    /// Unknown bytes.
+    Unreadable,
+}
+
+/// A record in the index: 40 bytes.
+#[derive(Copy, Clone, Debug, Default)]
+pub struct Entry {
+    /// First byte on the disk.
+    pub start: u64,
+    /// Furthest end in the entry's subtree; kept by the run.
+    pub(crate) furthest: u64,
+    /// Record number less the segment's first.
+    pub seq_delta: u32,
+    /// Bytes.
+    pub len: u32,
+    /// Frame in the segment's table.
+    pub frame: u32,
+    /// First byte in the chunk's plain payload.
+    pub payload_at: u32,
+    /// Wall clock less that of the frame's first record, microseconds, saturating.
+    pub wall_delta: i32,
+    /// Slot of the disk.
+    pub disk: u16,
+    /// Chunk of the frame.
+    pub chunk: u8,
+    /// What it says.
+    pub kind: EntryKind,
+}
+const _: () = assert!(size_of::<Entry>() == 40);
+
+impl Entry {
+    /// First byte past the range.
+    pub fn end(&self) -> u64 {
+        self.start + u64::from(self.len)
+    }
+}
+
+/// Part of a segment's index; the numbers of different parts do not interleave.
+#[derive(Copy, Clone, Debug)]
+pub struct IndexPart<'a> {
+    entries: &'a [Entry],
+    sorted: bool,
+}
+
+impl IndexPart<'_> {
+    /// Appends the entries of `disk` that overlap `[start, end)`.
+    pub fn overlapping(&self, disk: u16, start: u64, end: u64, out: &mut Vec<Entry>) {
+        if !self.sorted {
+            out.extend(self.entries.iter().filter(|e| e.disk == disk && e.start < end && e.end() > start));
+            return;
+        }
+        let from = self.entries.partition_point(|e| e.disk < disk);
+        let to = from + self.entries[from..].partition_point(|e| e.disk == disk);
+        visit(&self.entries[from..to], start, end, out);
+    }
+}
+
+fn visit(tree: &[Entry], start: u64, end: u64, out: &mut Vec<Entry>) {
+    if tree.is_empty() {
+        return;
+    }
+    let middle = tree.len() / 2;
+    let root = &tree[middle];
+    if root.furthest <= start {
+        return;
+    }
+    visit(&tree[..middle], start, end, out);
+    if root.start < end {
+        if root.end() > start {
+            out.push(*root);
+        }
+        visit(&tree[middle + 1..], start, end, out);
+    }
+}
+
+/// Fills `furthest`; returns the tree's.
+fn plant(tree: &mut [Entry]) -> u64 {
+    if tree.is_empty() {
+        return 0;
+    }
+    let middle = tree.len() / 2;
+    let (left, rest) = tree.split_at_mut(middle);
+    let (root, right) = rest.split_first_mut().expect("not empty");
+    root.furthest = root.end().max(plant(left)).max(plant(right));
+    root.furthest
+}
+
+fn build(entries: &mut [Entry]) {
+    // Stable: merges what is sorted already.
+    entries.sort_by_key(|e| (e.disk, e.start));
+    let mut from = 0;
+    while from < entries.len() {
+        let disk = entries[from].disk;
+        let to = from + entries[from..].partition_point(|e| e.disk == disk);
+        plant(&mut entries[from..to]);
+        from = to;
+    }
+}
+
+/// The index of one segment.
+#[derive(Debug, Default)]
+pub struct SegmentIndex {
+    first_seq: u64,
+    /// Sorted, oldest first.
+    runs: Vec<Vec<Entry>>,
+    tail: Vec<Entry>,
+}
+
+impl SegmentIndex {
+    /// Empty; record numbers are counted from `first_seq`.
+    pub fn new(first_seq: u64) -> Self {
+        Self { first_seq, runs: Vec::new(), tail: Vec::new() }
+    }
+
+    /// From which record numbers are counted.
+    pub fn first_seq(&self) -> u64 {
+        self.first_seq
+    }
+
+    /// Adds a record; numbers never fall.
+    pub fn add(&mut self, entry: Entry) {
+        if self.tail.capacity() == 0 {
+            self.tail.reserve_exact(TAIL);
+        }
+        self.tail.push(entry);
+        if self.tail.len() == TAIL {
+            let mut run = self.tail.clone();
+            self.tail.clear();
+            while self.runs.last().is_some_and(|last| last.len() <= 2 * run.len()) {
+                let mut older = self.runs.pop().expect("there is a last");
+                older.append(&mut run);
+                run = older;
+            }
+            build(&mut run);
+            self.runs.push(run);
+        }
+    }
+
+    /// The segment is closed: one run, no spare memory.
+    pub fn seal(&mut self) {
+        if self.tail.is_empty() && self.runs.len() <= 1 {
+            self.tail = Vec::new();
+            return;
+        }
+        let mut all = Vec::with_capacity(self.len());
+        for run in self.runs.drain(..) {
+            all.extend_from_slice(&run);
+        }
+        all.append(&mut self.tail);
+        self.tail = Vec::new();
+        build(&mut all);
+        self.runs.push(all);
+    }
+
+    /// The parts, newest first.
+    pub fn newest_first(&self) -> impl Iterator<Item = IndexPart<'_>> {
+        std::iter::once(IndexPart { entries: &self.tail, sorted: false })
+            .chain(self.runs.iter().rev().map(|run| IndexPart { entries: run, sorted: true }))
+    }
+
+    /// Every entry, in no order.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.runs.iter().flatten().chain(&self.tail)
+    }
+
+    /// Entries.
+    pub fn len(&self) -> usize {
+        self.runs.iter().map(Vec::len).sum::<usize>() + self.tail.len()
+    }
+
+    /// No entry.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Memory, bytes.
+    pub fn bytes(&self) -> usize {
+        (self.runs.iter().map(Vec::capacity).sum::<usize>() + self.tail.capacity()) * size_of::<Entry>()
+    }
+}
