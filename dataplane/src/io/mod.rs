@@ -43,11 +43,15 @@ impl Errno {
     #![allow(missing_docs)]
     pub const NOENT: Self = Self(2);
     pub const IO: Self = Self(5);
+    pub const BADF: Self = Self(9);
     pub const AGAIN: Self = Self(11);
     pub const NOMEM: Self = Self(12);
     pub const BUSY: Self = Self(16);
     pub const EXIST: Self = Self(17);
+    pub const NOTDIR: Self = Self(20);
+    pub const ISDIR: Self = Self(21);
     pub const INVAL: Self = Self(22);
+    pub const NFILE: Self = Self(23);
     pub const NOSPC: Self = Self(28);
     pub const PIPE: Self = Self(32);
     pub const OPNOTSUPP: Self = Self(95);

@@ -2,14 +2,29 @@
 //!
 //! A harness owns a [`World`], gives each node's machines a [`SimIo`], and calls [`World::step`] until it names a node
 //! that has something to poll. Time passes only there and in [`World::advance`].
+//!
+//! `content` the bytes of a file, visible and durable · `names` folders likewise · `disk` operations on files ·
+//! `net` connections · `state` the queue of events · `life` what a machine sees.
+//!
+//! A breach of the rules of [`super`] (a range that is no multiple of the block, two receives on a socket, use of what
+//! was closed) panics.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use super::{Allocation, Class, Done, Errno, File, FileInfo, Io, Nanos, Op, OpenHow, Pool, Sock, Token};
+use super::{Class, Errno, Nanos, Pool, Sock};
+use names::tidy;
+use state::State;
 
+mod content;
+mod disk;
+mod life;
+mod names;
+mod net;
 mod rng;
+mod state;
 
+pub use life::SimIo;
 pub use rng::Rng;
 
 /// A node of the world: a machine with a disk of its own.
@@ -29,7 +44,7 @@ pub struct WorldConfig {
     pub net_window: usize,
     /// Logical block of files, bytes: 512 or 4096.
     pub block: u32,
-    /// Files can deallocate ([`Op::Zero`] with `unmap`).
+    /// Files can deallocate ([`super::Op::Zero`] with `unmap`).
     pub discard: bool,
     /// Bytes on each node's disk.
     pub space: u64,
@@ -89,8 +104,6 @@ pub enum Fault {
     Sync,
 }
 
-struct State {}
-
 /// The world. Clones are handles to the same one.
 #[derive(Clone)]
 pub struct World(Rc<RefCell<State>>);
@@ -98,210 +111,154 @@ pub struct World(Rc<RefCell<State>>);
 impl World {
     /// A world from a seed: the same seed and the same calls give the same events.
     pub fn new(seed: u64, config: WorldConfig) -> Self {
-        let _ = (seed, config);
-        Self(Rc::new(RefCell::new(State {})))
+        Self(Rc::new(RefCell::new(State::new(seed, config))))
     }
 
     /// A new node, named for messages.
     pub fn node(&self, name: &str) -> NodeId {
-        let _ = name;
-        NodeId(0)
+        self.0.borrow_mut().add_node(name)
     }
 
     /// A new life of the node's process; an older one, if it still lives, is crashed first.
     pub fn io(&self, node: NodeId) -> SimIo {
-        SimIo { world: self.clone(), node, pool: Pool::new(&[Class { capacity: 4096, count: 1 }]) }
+        let pool = Pool::new(&self.0.borrow().config.classes);
+        self.io_with_pool(node, pool)
     }
 
     /// As [`World::io`], with a pool of the caller.
     pub fn io_with_pool(&self, node: NodeId, pool: Pool) -> SimIo {
-        SimIo { world: self.clone(), node, pool }
+        let life = self.0.borrow_mut().new_life(node);
+        SimIo { world: self.clone(), node, life, pool }
     }
 
     /// The process dies: its completions never arrive, its sockets break, what it had in flight lands late or never,
     /// its locks end when that is settled. The disk keeps what was written.
     pub fn crash(&self, node: NodeId) {
-        let _ = node;
+        self.0.borrow_mut().crash(node.0 as usize);
     }
 
     /// The machine loses power: as a crash, and unsynced writes are lost in part, torn at 512 bytes. Peers hear nothing
     /// until the node lives again. The boot id changes.
     pub fn power_loss(&self, node: NodeId) {
-        let _ = node;
+        self.0.borrow_mut().power_loss(node.0 as usize);
     }
 
     /// A connection between the living processes of two nodes (or of one).
+    ///
+    /// # Panics
+    /// If no process lives on one of them.
     pub fn connect(&self, a: NodeId, b: NodeId) -> (Sock, Sock) {
-        let _ = (a, b);
-        (Sock(0), Sock(1))
+        self.0.borrow_mut().connect(a.0 as usize, b.0 as usize)
     }
 
     /// Resets a connection, named by either end, after any prefix of the bytes under way.
     pub fn cut(&self, sock: Sock) {
-        let _ = sock;
+        self.0.borrow_mut().cut(sock);
     }
 
     /// Stops (or lets pass again) all bytes between two nodes; nobody is told.
     pub fn partition(&self, a: NodeId, b: NodeId, on: bool) {
-        let _ = (a, b, on);
+        self.0.borrow_mut().partition(a.0 as usize, b.0 as usize, on);
     }
 
-    /// Lets time pass until a process has something to poll and names its node; none if nothing will ever happen.
+    /// Lets time pass until a process has something to poll, and names its node; none if nothing will ever happen.
+    ///
+    /// The driver of a node polls until a poll brings nothing: only that last one sets the time to be woken at.
     pub fn step(&self) -> Option<NodeId> {
-        None
+        self.0.borrow_mut().step()
     }
 
     /// The monotonic clock of all nodes.
     pub fn now(&self) -> Nanos {
-        0
+        self.0.borrow().now
     }
 
     /// Lets time pass; what becomes ready is named by the next steps.
     pub fn advance(&self, nanos: Nanos) {
-        let _ = nanos;
+        self.0.borrow_mut().advance(nanos);
     }
 
     /// Makes the node's process ready to poll, as [`super::ring::Waker::wake`] does.
     pub fn wake(&self, node: NodeId) {
-        let _ = node;
+        let mut state = self.0.borrow_mut();
+        if let Some(life) = state.nodes[node.0 as usize].life {
+            state.make_ready(life);
+        }
     }
 
     /// A file's content as a reader would see it now.
     pub fn file(&self, node: NodeId, path: &str) -> Option<Vec<u8>> {
-        let _ = (node, path);
-        None
+        self.file_range(node, path, 0, usize::MAX)
     }
 
     /// Part of a file's content as a reader would see it now; what lies past the end is missing.
     pub fn file_range(&self, node: NodeId, path: &str, offset: u64, len: usize) -> Option<Vec<u8>> {
-        let _ = (node, path, offset, len);
-        None
+        let mut state = self.0.borrow_mut();
+        let inode = state.nodes[node.0 as usize].names.get(&tidy(path))?;
+        let content = state.content(node.0 as usize, inode);
+        let mut bytes = vec![0; content.size().saturating_sub(offset).min(len as u64) as usize];
+        content.read(offset, &mut bytes);
+        Some(bytes)
     }
 
-    /// Puts a file in place, durable, replacing what is there.
+    /// Puts a file in place, durable, replacing what is there. Makes its folders.
     pub fn put_file(&self, node: NodeId, path: &str, bytes: &[u8]) {
-        let _ = (node, path, bytes);
+        self.0.borrow_mut().put(node.0 as usize, &tidy(path), bytes, true);
     }
 
-    /// Flips bits in a range of a file (rot), durably.
+    /// Flips bits in a range of a file (rot), durably. Nothing happens if there is no such file.
     pub fn rot(&self, node: NodeId, path: &str, offset: u64, len: usize) {
-        let _ = (node, path, offset, len);
+        let Some(mut bytes) = self.file_range(node, path, offset, len) else { return };
+        let mut state = self.0.borrow_mut();
+        for byte in &mut bytes {
+            *byte ^= 1 << state.rng.below(8);
+        }
+        if let Some(inode) = state.nodes[node.0 as usize].names.get(&tidy(path)) {
+            state.content(node.0 as usize, inode).write(offset, &bytes, true);
+        }
     }
 
     /// Paths of all files of the node that begin with `prefix`, sorted.
     pub fn paths(&self, node: NodeId, prefix: &str) -> Vec<String> {
-        let _ = (node, prefix);
-        Vec::new()
+        let state = self.0.borrow();
+        let names = state.nodes[node.0 as usize].names.visible();
+        names.map(|(path, _)| path.clone()).filter(|path| path.starts_with(prefix)).collect()
     }
 
     /// Sets the size of the node's disk, bytes.
     pub fn set_space(&self, node: NodeId, bytes: u64) {
-        let _ = (node, bytes);
+        self.0.borrow_mut().nodes[node.0 as usize].space = bytes;
     }
 
-    /// The next `times` operations of that kind on the file fail with `error`.
+    /// The next `times` operations of that kind on the file (or, for syncs, the folder) fail with `error`.
     pub fn fail(&self, node: NodeId, path: &str, fault: Fault, error: Errno, times: u32) {
-        let _ = (node, path, fault, error, times);
+        self.0.borrow_mut().inject(node.0 as usize, path, fault, error, times);
     }
 
-    /// Changes how the world behaves from now on (`classes` matters to later lives only).
+    /// Changes how the world behaves from now on (`classes` and `space` matter to later lives and nodes only).
     pub fn configure(&self, change: impl FnOnce(&mut WorldConfig)) {
-        let _ = change;
+        change(&mut self.0.borrow_mut().config);
     }
 
     /// Moves the node's wall clock.
     pub fn jump_wall(&self, node: NodeId, nanos: i64) {
-        let _ = (node, nanos);
+        self.0.borrow_mut().nodes[node.0 as usize].wall_offset += nanos;
     }
 
     /// Says whether the node's wall clock is synchronised.
     pub fn set_wall_synced(&self, node: NodeId, synced: bool) {
-        let _ = (node, synced);
+        self.0.borrow_mut().nodes[node.0 as usize].wall_synced = synced;
     }
 
     /// Randomness for the harness, from the same seed.
     pub fn rng(&self) -> Rng {
-        Rng::new(0)
+        self.0.borrow_mut().rng.fork()
     }
 }
 
-/// One life of a node's process.
-pub struct SimIo {
-    world: World,
-    node: NodeId,
-    pool: Pool,
-}
-
-impl SimIo {
-    /// The node it runs on.
-    pub fn node(&self) -> NodeId {
-        self.node
-    }
-
-    /// The world it runs in.
-    pub fn world(&self) -> &World {
-        &self.world
-    }
-}
-
-impl Io for SimIo {
-    fn submit(&mut self, token: Token, op: Op) {
-        let _ = (token, op);
-    }
-    fn poll(&mut self, until: Option<Nanos>, done: &mut Vec<Done>) {
-        let _ = (until, done);
-    }
-    fn now(&self) -> Nanos {
-        self.world.now()
-    }
-    fn wall(&self) -> u64 {
-        0
-    }
-    fn wall_synced(&self) -> bool {
-        false
-    }
-    fn boot_id(&self) -> [u8; 16] {
-        [0; 16]
-    }
-    fn pool(&self) -> &Pool {
-        &self.pool
-    }
-    fn random(&mut self, out: &mut [u8]) {
-        out.fill(0);
-    }
-    fn open(&mut self, _: &str, _: OpenHow) -> Result<File, Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn close(&mut self, _: File) {}
-    fn close_sock(&mut self, _: Sock) {}
-    fn info(&mut self, _: File) -> Result<FileInfo, Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn allocation(&mut self, _: File, _: u64) -> Result<Allocation, Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn set_len(&mut self, _: File, _: u64, _: bool) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn list(&mut self, _: &str) -> Result<Vec<String>, Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn rename(&mut self, _: &str, _: &str) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn remove(&mut self, _: &str) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn sync_dir(&mut self, _: &str) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn free_space(&mut self, _: &str) -> Result<u64, Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn read_small(&mut self, _: &str) -> Result<Vec<u8>, Errno> {
-        Err(Errno::OPNOTSUPP)
-    }
-    fn replace_small(&mut self, _: &str, _: &[u8]) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
+impl std::fmt::Debug for World {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = self.0.borrow();
+        write!(f, "World({} nodes, {} ns, {} events to come)", state.nodes.len(), state.now, state.events.len())
     }
 }
