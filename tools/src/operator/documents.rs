@@ -1,0 +1,492 @@
+//! The JSON that `--json` prints: one function for each object of the API. The shapes are an interface: a field may be
+//! added, none is renamed or dropped within a major version. `docs/cli.md` lists them.
+//!
+//! Names are ids without their parents (`"shop"`), times RFC 3339 in UTC or null, durations `*_ms` or `*_s`, sizes
+//! `*_bytes`, enumerations lower-case words; what is not known is null, never 0.
+
+use afterimage_wire::v1;
+use serde_json::{Value, json};
+
+use super::values::{json_time, millis};
+
+/// The last part of a resource name: `tenants/default/groups/shop` → `shop`.
+pub fn id(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
+}
+
+/// The group in the name of something that belongs to one: `tenants/default/groups/shop/views/check` → `shop`.
+pub fn group_of(name: &str) -> &str {
+    let mut parts = name.split('/');
+    parts.find(|part| *part == "groups").and_then(|_| parts.next()).unwrap_or("")
+}
+
+fn null_if_empty(text: &str) -> Value {
+    if text.is_empty() { Value::Null } else { id(text).into() }
+}
+
+/// Word for a phase.
+pub fn phase_word(phase: v1::Phase) -> &'static str {
+    match phase {
+        v1::Phase::Unspecified => "unknown",
+        v1::Phase::Syncing => "syncing",
+        v1::Phase::Protected => "protected",
+        v1::Phase::FailingOver => "failing-over",
+        v1::Phase::FailedOver => "failed-over",
+    }
+}
+
+/// Word for a rung of the outage ladder.
+pub fn rung_word(rung: v1::Rung) -> &'static str {
+    match rung {
+        v1::Rung::Unspecified => "unknown",
+        v1::Rung::Streaming => "streaming",
+        v1::Rung::Queueing => "queueing",
+        v1::Rung::Spilling => "spilling",
+        v1::Rung::Dirty => "dirty",
+    }
+}
+
+/// Word for a severity.
+pub fn severity_word(severity: v1::Severity) -> &'static str {
+    match severity {
+        v1::Severity::Unspecified => "unknown",
+        v1::Severity::Info => "info",
+        v1::Severity::Warning => "warning",
+        v1::Severity::Error => "error",
+    }
+}
+
+/// Word for the state of an operation.
+pub fn operation_word(state: v1::OperationState) -> &'static str {
+    match state {
+        v1::OperationState::Unspecified => "unknown",
+        v1::OperationState::Running => "running",
+        v1::OperationState::Undoing => "undoing",
+        v1::OperationState::Done => "done",
+        v1::OperationState::Failed => "failed",
+    }
+}
+
+/// Word for the state of a step.
+pub fn step_word(state: v1::StepState) -> &'static str {
+    match state {
+        v1::StepState::Unspecified => "unknown",
+        v1::StepState::Pending => "pending",
+        v1::StepState::Running => "running",
+        v1::StepState::Done => "done",
+        v1::StepState::Failed => "failed",
+        v1::StepState::Skipped => "skipped",
+    }
+}
+
+/// Word for a way in which the source was kept from writing on.
+pub fn fence_word(fence: v1::FenceKind) -> &'static str {
+    match fence {
+        v1::FenceKind::Unspecified => "unknown",
+        v1::FenceKind::Confirmed => "confirmed",
+        v1::FenceKind::Unconfirmed => "unconfirmed",
+    }
+}
+
+/// Word for a kind of view.
+pub fn view_word(kind: v1::ViewKind) -> &'static str {
+    match kind {
+        v1::ViewKind::Unspecified => "unknown",
+        v1::ViewKind::Browse => "browse",
+        v1::ViewKind::Test => "test",
+        v1::ViewKind::Failover => "failover",
+    }
+}
+
+/// Word for a choice of compression.
+pub fn compression_word(compression: v1::Compression) -> &'static str {
+    match compression {
+        v1::Compression::Unspecified | v1::Compression::Auto => "auto",
+        v1::Compression::Off => "off",
+    }
+}
+
+/// A policy.
+pub fn policy(policy: &v1::Policy) -> Value {
+    json!({
+        "policy": id(&policy.name),
+        "uid": policy.uid,
+        "version": policy.version,
+        "description": policy.description,
+        "rpo_target_ms": policy.rpo_target_us.map(|us| millis(us.saturating_mul(1000))),
+        "cut_interval_ms": policy.cut_interval_ms,
+        "retention_s": policy.retention_s,
+        "journal_budget_bytes": policy.journal_budget_bytes,
+        "compression": compression_word(policy.compression()),
+        "warn_after_ms": policy.warn_after_ms,
+        "created": json_time(policy.create_time_ns),
+        "updated": json_time(policy.update_time_ns),
+    })
+}
+
+/// A group with its disks.
+pub fn group(group: &v1::Group) -> Value {
+    json!({
+        "group": id(&group.name),
+        "uid": group.uid,
+        "version": group.version,
+        "description": group.description,
+        "phase": phase_word(group.phase()),
+        "policy": id(&group.policy),
+        "source": id(&group.source),
+        "target": id(&group.target),
+        "operation": null_if_empty(&group.operation),
+        "failover_view": null_if_empty(&group.failover_view),
+        "disks": group.disks.iter().map(disk).collect::<Vec<_>>(),
+        "created": json_time(group.create_time_ns),
+        "updated": json_time(group.update_time_ns),
+    })
+}
+
+/// A disk.
+pub fn disk(disk: &v1::Disk) -> Value {
+    json!({
+        "group": group_of(&disk.name),
+        "disk": id(&disk.name),
+        "uid": disk.uid,
+        "slot": disk.slot,
+        "path": disk.path,
+        "serial": disk.serial,
+        "size_bytes": disk.size_bytes,
+        "block_bytes": disk.block_bytes,
+        "generation": disk.generation,
+        "export": disk.export_name,
+        "created": json_time(disk.create_time_ns),
+    })
+}
+
+/// A proxy.
+pub fn proxy(proxy: &v1::Proxy) -> Value {
+    json!({
+        "proxy": id(&proxy.name),
+        "uid": proxy.uid,
+        "connected": proxy.connected,
+        "last_heard_age_ms": proxy.last_heard_age_ms,
+        "data_address": null_if_empty_text(&proxy.data_address),
+        "nbd_addresses": proxy.nbd_addresses,
+        "capabilities": proxy.capabilities,
+        "boot_id": proxy.boot_id,
+        "software_version": proxy.software_version,
+        "key_pin": proxy.key_pin,
+        "certificate_expires": json_time(proxy.certificate_expire_time_ns),
+        "observed_version": proxy.observed_version,
+        "desired_version": proxy.desired_version,
+        "conditions": proxy.conditions.iter().map(condition).collect::<Vec<_>>(),
+        "joined": json_time(proxy.create_time_ns),
+    })
+}
+
+fn null_if_empty_text(text: &str) -> Value {
+    if text.is_empty() { Value::Null } else { text.into() }
+}
+
+/// A restore point.
+pub fn point(point: &v1::Point) -> Value {
+    json!({
+        "group": group_of(&point.name),
+        "seq": point.seq,
+        "cut": point.cut,
+        "time": json_time(point.wall_ns),
+        "clock_synced": point.clock_synced,
+        "flush_clean": point.flush_clean,
+        "label": null_if_empty_text(&point.label),
+        "disk_uids": point.disks,
+        "damage": null_if_empty_text(&point.damage),
+        "timeline": point.timeline,
+    })
+}
+
+/// What a group can be brought back to.
+pub fn points(summary: &v1::PointSummary) -> Value {
+    json!({
+        "count": summary.count,
+        "cuts": summary.cuts,
+        "oldest": summary.oldest.as_ref().map(point),
+        "newest": summary.newest.as_ref().map(point),
+    })
+}
+
+/// A view.
+pub fn view(view: &v1::View) -> Value {
+    json!({
+        "group": group_of(&view.name),
+        "view": id(&view.name),
+        "uid": view.uid,
+        "kind": view_word(view.kind()),
+        "writable": view.writable,
+        "open": view.open,
+        "point": view.point.as_ref().map(point),
+        "disks": view.disks,
+        "exports": view.exports.iter().map(|export| json!({
+            "disk": export.disk,
+            "disk_uid": export.disk_uid,
+            "export": export.export_name,
+            "uris": export.uris,
+            "size_bytes": export.size_bytes,
+        })).collect::<Vec<_>>(),
+        "reason": null_if_empty_text(&view.reason),
+        "created": json_time(view.create_time_ns),
+    })
+}
+
+/// An operation with its steps and, for a failover that is done, its result.
+pub fn operation(operation: &v1::Operation) -> Value {
+    json!({
+        "operation": id(&operation.name),
+        "verb": operation.verb,
+        "group": group_of(&operation.subject),
+        "state": operation_word(operation.state()),
+        "dry_run": operation.validate_only,
+        "actor": operation.actor,
+        "request_id": operation.request_id,
+        "started": json_time(operation.create_time_ns),
+        "ended": json_time(operation.end_time_ns),
+        "steps": operation.steps.iter().map(|step| json!({
+            "step": step.name,
+            "state": step_word(step.state()),
+            "detail": step.detail,
+            "started": json_time(step.start_time_ns),
+            "ended": json_time(step.end_time_ns),
+        })).collect::<Vec<_>>(),
+        "error": operation.error.as_ref().map(|error| json!({
+            "step": error.step,
+            "message": error.message,
+            "remedy": error.remedy,
+        })),
+        "result": operation.failover.as_ref().map(|result| json!({
+            "point": result.point.as_ref().map(point),
+            "view": result.view.as_ref().map(view),
+            "fence": fence_word(result.fence()),
+            "generation": result.generation,
+            "rpo_at_start_ms": millis(result.rpo_at_start_us.saturating_mul(1000)),
+        })),
+    })
+}
+
+/// A condition.
+pub fn condition(condition: &v1::Condition) -> Value {
+    json!({
+        "kind": condition.kind,
+        "severity": severity_word(condition.severity()),
+        "message": condition.message,
+        "since": json_time(condition.since_ns),
+    })
+}
+
+/// An event.
+pub fn event(event: &v1::Event) -> Value {
+    json!({
+        "number": event.number,
+        "time": json_time(event.time_ns),
+        "severity": severity_word(event.severity()),
+        "kind": event.kind,
+        "subject": event.subject,
+        "message": event.message,
+    })
+}
+
+fn sync(sync: Option<&v1::SyncProgress>) -> Value {
+    sync.map_or(Value::Null, |sync| json!({"done_bytes": sync.done_bytes, "total_bytes": sync.total_bytes}))
+}
+
+/// How a group stands.
+pub fn group_status(status: &v1::GroupStatus) -> Value {
+    let ms = |us: Option<u64>| us.map(|us| millis(us.saturating_mul(1000)));
+    let rpo = status.rpo.as_ref().map(|rpo| {
+        json!({
+            "now_ms": ms(rpo.now_us),
+            "p50_ms": ms(rpo.p50_us),
+            "p99_ms": ms(rpo.p99_us),
+            "max_ms": ms(rpo.max_us),
+            "target_ms": millis(rpo.target_us.saturating_mul(1000)),
+            "report_age_ms": ms(rpo.report_age_us),
+            "within_target": rpo.within_target,
+            "window_s": rpo.window_s,
+        })
+    });
+    json!({
+        "group": id(&status.name),
+        "uid": status.uid,
+        "phase": phase_word(status.phase()),
+        "rung": rung_word(status.rung()),
+        "conditions": status.conditions.iter().map(condition).collect::<Vec<_>>(),
+        "operation": status.operation.as_ref().map(operation),
+        "rpo": rpo,
+        "writes_per_s": status.writes_per_s,
+        "captured_bytes_per_s": status.captured_bytes_per_s,
+        "wire_bytes_per_s": status.wire_bytes_per_s,
+        "writes": status.writes,
+        "captured_bytes": status.captured_bytes,
+        "wire_bytes": status.wire_bytes,
+        "queue_bytes": status.queue_bytes,
+        "queue_limit_bytes": status.queue_limit_bytes,
+        "captured_seq": status.captured_seq,
+        "sent_seq": status.sent_seq,
+        "durable_seq": status.durable_seq,
+        "sync": sync(status.sync.as_ref()),
+        "points": status.points.as_ref().map(points),
+        "journal_bytes": status.journal_bytes,
+        "journal_budget_bytes": status.journal_budget_bytes,
+        "segments": status.segments,
+        "disks": status.disks.iter().map(|disk| json!({
+            "disk": id(&disk.name),
+            "uid": disk.uid,
+            "state": null_if_empty_text(&disk.state),
+            "sync": sync(disk.sync.as_ref()),
+            "uris": disk.uris,
+            "clients": disk.clients,
+            "generation": disk.generation,
+            "size_bytes": disk.size_bytes,
+        })).collect::<Vec<_>>(),
+        "views": status.views.iter().map(view).collect::<Vec<_>>(),
+        "source": id(&status.source),
+        "target": id(&status.target),
+        "policy": id(&status.policy),
+    })
+}
+
+/// How everything stands.
+pub fn status(snapshot: &v1::StatusSnapshot) -> Value {
+    json!({
+        "time": json_time(snapshot.time_ns),
+        "coordinator": snapshot.coordinator.as_ref().map(|c| json!({
+            "software_version": c.software_version,
+            "term": c.term,
+            "uptime_ms": c.uptime_ms,
+            "revision": c.revision,
+        })),
+        "groups": snapshot.groups.iter().map(group_status).collect::<Vec<_>>(),
+        "proxies": snapshot.proxies.iter().map(proxy).collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(value: &Value) -> Vec<&str> {
+        value.as_object().expect("an object").keys().map(String::as_str).collect()
+    }
+
+    #[test]
+    fn ids_are_cut_out_of_names() {
+        assert_eq!(id("tenants/default/groups/shop"), "shop");
+        assert_eq!(id("shop"), "shop");
+        assert_eq!(group_of("tenants/default/groups/shop/views/check"), "shop");
+        assert_eq!(group_of("tenants/default/proxies/src"), "");
+    }
+
+    #[test]
+    fn the_shape_of_a_status_is_stable() {
+        let status = group_status(&v1::GroupStatus {
+            name: "tenants/default/groups/shop".into(),
+            phase: v1::Phase::Protected.into(),
+            rung: v1::Rung::Streaming.into(),
+            rpo: Some(v1::Rpo { now_us: Some(4_213), target_us: 1_000_000, ..Default::default() }),
+            ..Default::default()
+        });
+        assert_eq!(
+            keys(&status),
+            [
+                "captured_bytes",
+                "captured_bytes_per_s",
+                "captured_seq",
+                "conditions",
+                "disks",
+                "durable_seq",
+                "group",
+                "journal_budget_bytes",
+                "journal_bytes",
+                "operation",
+                "phase",
+                "points",
+                "policy",
+                "queue_bytes",
+                "queue_limit_bytes",
+                "rpo",
+                "rung",
+                "segments",
+                "sent_seq",
+                "source",
+                "sync",
+                "target",
+                "uid",
+                "views",
+                "wire_bytes",
+                "wire_bytes_per_s",
+                "writes",
+                "writes_per_s",
+            ]
+        );
+        assert_eq!(status["phase"], "protected");
+        assert_eq!(status["rpo"]["now_ms"], 4.213);
+        assert_eq!(status["rpo"]["p99_ms"], Value::Null, "what is not known is null, not 0");
+    }
+
+    #[test]
+    fn the_shape_of_an_operation_is_stable() {
+        let document = operation(&v1::Operation {
+            name: "tenants/default/operations/0f".into(),
+            subject: "tenants/default/groups/shop".into(),
+            verb: "failover".into(),
+            state: v1::OperationState::Failed.into(),
+            steps: vec![v1::Step { name: "check".into(), state: v1::StepState::Failed.into(), ..Default::default() }],
+            error: Some(v1::OperationError { step: "check".into(), message: "m".into(), remedy: "r".into() }),
+            ..Default::default()
+        });
+        assert_eq!(
+            keys(&document),
+            [
+                "actor",
+                "dry_run",
+                "ended",
+                "error",
+                "group",
+                "operation",
+                "request_id",
+                "result",
+                "started",
+                "state",
+                "steps",
+                "verb"
+            ]
+        );
+        assert_eq!(document["error"]["remedy"], "r");
+        assert_eq!(document["steps"][0]["state"], "failed");
+        assert_eq!(document["ended"], Value::Null);
+    }
+
+    #[test]
+    fn the_shapes_of_stored_objects_are_stable() {
+        assert_eq!(
+            keys(&policy(&v1::Policy::default())),
+            [
+                "compression",
+                "created",
+                "cut_interval_ms",
+                "description",
+                "journal_budget_bytes",
+                "policy",
+                "retention_s",
+                "rpo_target_ms",
+                "uid",
+                "updated",
+                "version",
+                "warn_after_ms"
+            ]
+        );
+        assert_eq!(
+            keys(&point(&v1::Point::default())),
+            ["clock_synced", "cut", "damage", "disk_uids", "flush_clean", "group", "label", "seq", "time", "timeline"]
+        );
+        assert_eq!(
+            keys(&view(&v1::View::default())),
+            ["created", "disks", "exports", "group", "kind", "open", "point", "reason", "uid", "view", "writable"]
+        );
+    }
+}

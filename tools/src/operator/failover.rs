@@ -1,0 +1,401 @@
+//! `afterimage failover`: start a group from its replica, and follow the operation that does it.
+
+use std::time::{Duration, Instant};
+
+use afterimage_wire::v1::{self, OperationState, StepState};
+use clap::Subcommand;
+use uuid::Uuid;
+
+use super::documents::{self, fence_word, group_of, id, operation_word, step_word};
+use super::failure::{Failure, Kind};
+use super::group::{self, object};
+use super::output::{Mood, line, state, table, text};
+use super::point::{api, resolve};
+use super::session::Session;
+use super::values::{Selector, duration_ns, selector, show_count, show_duration, show_time};
+use super::view::exports;
+
+/// How long one call waits for an operation, so that its steps are seen as they are done.
+const WAIT_STEP: Duration = Duration::from_millis(250);
+
+/// How long a coordinator that cannot be reached is tried again while an operation is followed: the operation goes on
+/// in it, or after its restart, whether or not it is watched.
+const WAIT_RETRY: Duration = Duration::from_secs(30);
+
+/// Verbs of `afterimage failover`.
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    /// Fail a group over: fence its source, open a restore point as writable disks at the target.
+    #[command(after_help = "Examples:\n  \
+        afterimage failover start shop --to latest --dry-run             check only\n  \
+        afterimage failover start shop --to latest\n  \
+        afterimage failover start shop --to cut:4711\n  \
+        afterimage failover start shop --to time:2026-11-21T10:00:00Z    the last write not after that\n  \
+        afterimage failover start shop --to seq:1234567                  exactly that write\n  \
+        afterimage failover start shop --to latest --unconfirmed shop    its machine is off: you made sure\n\n\
+        Before anything is done it says what would be left behind, and asks; --yes answers.\n\
+        Exit codes: 0 done, 1 a step failed (the source goes on), 3 not allowed now, 4 unreachable.")]
+    Start {
+        /// The group's name.
+        group: String,
+        /// latest, cut:N, time:2026-11-21T10:00:00Z, time:-5m (ago), seq:N.
+        #[arg(long, value_name = "POINT", value_parser = selector)]
+        to: Selector,
+        /// Go on although nobody confirms that the source is off; NAME is the group's name, typed again.
+        #[arg(long, value_name = "NAME")]
+        unconfirmed: Option<String>,
+        /// Check only; nothing is changed.
+        #[arg(long)]
+        dry_run: bool,
+        /// Return once it is started.
+        #[arg(long)]
+        no_wait: bool,
+        /// Why, for people; kept with the new branch of history.
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        /// The same id starts the same failover only once [default: a new one].
+        #[arg(long, value_name = "ID")]
+        request_id: Option<String>,
+    },
+    /// Show a failover with its steps.
+    Show {
+        /// The operation's id, from `failover list`.
+        operation: String,
+    },
+    /// List failovers, newest first.
+    List {
+        /// Only of this group.
+        group: Option<String>,
+        /// Only those that are not done.
+        #[arg(long)]
+        active: bool,
+    },
+    /// Wait until a failover is done, showing its steps.
+    #[command(after_help = "Examples:\n  afterimage failover wait 0f3c… --for 2m")]
+    Wait {
+        /// The operation's id, from `failover list`.
+        operation: String,
+        /// Give up waiting (not the failover) after this long [default: never].
+        #[arg(long = "for", value_name = "DURATION", value_parser = duration_ns)]
+        at_most: Option<u64>,
+    },
+}
+
+/// Runs a verb.
+pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
+    let out = session.out;
+    match verb {
+        Verb::Start { group, to, unconfirmed, dry_run, no_wait, reason, request_id } => {
+            if let Some(name) = &unconfirmed
+                && *name != group
+            {
+                return Err(Failure::new(
+                    Kind::Usage,
+                    object(&group),
+                    format!("--unconfirmed names \"{name}\", and the group to fail over is \"{group}\""),
+                )
+                .hint(format!("to say that the source's machine is off, write --unconfirmed {group}")));
+            }
+            if !dry_run {
+                out.confirm(&object(&group), &loss(session, &group, to, unconfirmed.is_some()).await?)?;
+            }
+            let request = v1::StartFailoverRequest {
+                group: session.group(&group),
+                to: Some(api(to)),
+                unconfirmed: unconfirmed.is_some(),
+                confirm_name: unconfirmed.unwrap_or_default(),
+                validate_only: dry_run,
+                request_id: request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+                reason: reason.unwrap_or_default(),
+            };
+            let started = session.ask(object(&group), session.failovers().start_failover(request)).await?;
+            if no_wait && !dry_run {
+                out.show(&documents::operation(&started), || {
+                    let name = id(&started.name);
+                    format!("failover {name} of group {group} started; follow it: afterimage failover wait {name}")
+                });
+                return Ok(());
+            }
+            let ended = if dry_run { started } else { follow(session, started, None).await? };
+            end(session, &ended)
+        }
+        Verb::Show { operation } => {
+            let found = get(session, &operation).await?;
+            out.show(&documents::operation(&found), || shown(&found));
+            Ok(())
+        }
+        Verb::List { group, active } => {
+            if let Some(group) = &group {
+                group::get(session, group).await?;
+            }
+            let request = v1::ListOperationsRequest { parent: session.tenant(), active_only: active };
+            let all = session.ask("operations", session.operations().list_operations(request)).await?.operations;
+            let fits = |operation: &v1::Operation| {
+                operation.verb == "failover" && group.as_ref().is_none_or(|g| group_of(&operation.subject) == g)
+            };
+            let found: Vec<v1::Operation> = all.into_iter().filter(fits).collect();
+            let document = found.iter().map(documents::operation).collect::<Vec<_>>();
+            out.show(&serde_json::json!({"failovers": document}), || listed(&found));
+            Ok(())
+        }
+        Verb::Wait { operation, at_most } => {
+            let found = get(session, &operation).await?;
+            let ended = follow(session, found, at_most.map(Duration::from_nanos)).await?;
+            end(session, &ended)
+        }
+    }
+}
+
+async fn get(session: &Session, operation: &str) -> Result<v1::Operation, Failure> {
+    let request = v1::GetOperationRequest { name: session.operation(operation) };
+    session.ask(format!("failover \"{operation}\""), session.operations().get_operation(request)).await
+}
+
+/// What the failover leaves behind, said before it is started.
+async fn loss(session: &Session, group: &str, to: Selector, unconfirmed: bool) -> Result<String, Failure> {
+    let point = resolve(session, group, to).await?;
+    let request = v1::GetStatusRequest { parent: session.group(group) };
+    let snapshot = session.ask(object(group), session.status().get_status(request)).await?;
+    let status = snapshot.groups.into_iter().next().unwrap_or_default();
+    Ok(said(group, to, &point, &status, unconfirmed))
+}
+
+fn said(group: &str, to: Selector, point: &v1::Point, status: &v1::GroupStatus, unconfirmed: bool) -> String {
+    let mut said =
+        format!("Group {group} will run from the point {to}: write {} of {}.\n", point.seq, show_time(point.wall_ns));
+    let left = status.durable_seq.saturating_sub(point.seq);
+    if left > 0 && to != Selector::Latest {
+        said += &format!("Left behind on the old branch of history: {} later writes.\n", show_count(left));
+    }
+    match status.rpo.as_ref().and_then(|rpo| rpo.now_us) {
+        Some(us) => {
+            said += &format!(
+                "Lost at most: what was written in the last {} (RPO now), if the source is gone.\n",
+                show_duration(us.saturating_mul(1000))
+            );
+        }
+        None => said += "How much is lost if the source is gone is not known: nothing has been reported.\n",
+    }
+    said += if unconfirmed {
+        "The source is fenced if it can be reached. If it cannot and its machine still runs, both will be written to, \
+         and what is written at the source from now on does not come over."
+    } else {
+        "All I/O of the source's disks will be held."
+    };
+    said
+}
+
+/// Follows an operation to its end, a line for each step as it is done.
+async fn follow(
+    session: &Session,
+    mut operation: v1::Operation,
+    at_most: Option<Duration>,
+) -> Result<v1::Operation, Failure> {
+    let name = operation.name.clone();
+    let object = format!("failover \"{}\"", id(&name));
+    let begun = Instant::now();
+    let mut heard = Instant::now();
+    let mut told = 0;
+    loop {
+        if !session.out.json {
+            told = tell(&operation, told);
+        }
+        if matches!(operation.state(), OperationState::Done | OperationState::Failed) {
+            return Ok(operation);
+        }
+        if at_most.is_some_and(|most| begun.elapsed() >= most) {
+            let message = format!("not done after {}", show_duration(begun.elapsed().as_nanos() as u64));
+            return Err(Failure::new(Kind::Failed, object, message)
+                .hint(format!("it goes on; look again: afterimage failover show {}", id(&name))));
+        }
+        let request = v1::WaitOperationRequest { name: name.clone(), timeout_ms: WAIT_STEP.as_millis() as u64 };
+        match session.ask(&object, session.operations().wait_operation(request)).await {
+            Ok(now) => {
+                operation = now;
+                heard = Instant::now();
+            }
+            Err(failure) if failure.kind == Kind::Unreachable && heard.elapsed() < WAIT_RETRY => {
+                tokio::time::sleep(WAIT_STEP).await;
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+}
+
+/// Says the steps that have ended since `told` of them; how many that makes.
+fn tell(operation: &v1::Operation, told: usize) -> usize {
+    let ended = |step: &&v1::Step| !matches!(step.state(), StepState::Pending | StepState::Running);
+    let ended: Vec<&v1::Step> = operation.steps.iter().filter(ended).collect();
+    for step in ended.iter().skip(told) {
+        line(&step_line(step));
+    }
+    ended.len().max(told)
+}
+
+fn step_line(step: &v1::Step) -> String {
+    let took = match step.end_time_ns.checked_sub(step.start_time_ns) {
+        Some(ns) if step.start_time_ns > 0 => show_duration(ns),
+        _ => String::new(),
+    };
+    format!("{:<18} {:<8} {took:>9}  {}", step.name, step_word(step.state()), step.detail).trim_end().to_owned()
+}
+
+/// Shows how it ended; a failed one is a failure of the command.
+fn end(session: &Session, operation: &v1::Operation) -> Result<(), Failure> {
+    let out = session.out;
+    if out.json {
+        out.show(&documents::operation(operation), String::new);
+    } else if operation.validate_only {
+        line(shown(operation).trim_end());
+    }
+    match (operation.state(), &operation.error) {
+        (OperationState::Failed, error) => {
+            let error = error.clone().unwrap_or_default();
+            let message = match error.step.as_str() {
+                "" => format!("failed: {}", error.message),
+                step => format!("failed at step {step}: {}", error.message),
+            };
+            // Checks that do not pass are a refusal: nothing has been tried.
+            let kind = if error.step == "check" { Kind::Refused } else { Kind::Failed };
+            Err(Failure::new(kind, object(group_of(&operation.subject)), message).hint(error.remedy))
+        }
+        _ => {
+            if !operation.validate_only {
+                out.note(result(operation).trim_end());
+            }
+            Ok(())
+        }
+    }
+}
+
+/// What a failover that is done has brought about.
+fn result(operation: &v1::Operation) -> String {
+    let Some(result) = &operation.failover else { return String::new() };
+    let group = group_of(&operation.subject);
+    let mut shown = String::new();
+    if let Some(point) = &result.point {
+        shown += &format!("group {group} is at write {} of {}", point.seq, show_time(point.wall_ns));
+        shown += &format!("; its source is fenced ({})\n", fence_word(result.fence()));
+    }
+    shown += &format!("generation of its disks: {}\n", result.generation);
+    shown += &format!("RPO as it was shown when this began: {}\n", show_duration(result.rpo_at_start_us * 1000));
+    if let Some(view) = &result.view {
+        shown += "start its machine from:\n";
+        shown += &exports(view);
+    }
+    shown
+}
+
+fn shown(operation: &v1::Operation) -> String {
+    let what = if operation.validate_only { "dry run of a failover" } else { "failover" };
+    let mut shown = format!(
+        "{what} {} of group {}: {}\n",
+        id(&operation.name),
+        group_of(&operation.subject),
+        operation_word(operation.state())
+    );
+    if operation.create_time_ns > 0 {
+        shown += &format!("started {} by {}\n", show_time(operation.create_time_ns), operation.actor);
+    }
+    shown += "\n";
+    for step in &operation.steps {
+        shown += &step_line(step);
+        shown += "\n";
+    }
+    if let Some(error) = &operation.error {
+        shown += &format!("\nfailed at step {}: {}\n  to do: {}\n", error.step, error.message, error.remedy);
+    }
+    if operation.failover.is_some() && !operation.validate_only {
+        shown += "\n";
+        shown += &result(operation);
+    }
+    shown
+}
+
+fn listed(operations: &[v1::Operation]) -> String {
+    if operations.is_empty() {
+        return "no failovers".to_owned();
+    }
+    table(
+        &["FAILOVER", "GROUP", "STATE", "STARTED", ">TOOK", "BY"],
+        operations.iter().map(|operation| {
+            let mood = match operation.state() {
+                OperationState::Done => Mood::Good,
+                OperationState::Failed => Mood::Bad,
+                _ => Mood::Care,
+            };
+            let took = operation.end_time_ns.checked_sub(operation.create_time_ns).map(show_duration);
+            vec![
+                text(id(&operation.name)),
+                text(group_of(&operation.subject)),
+                state(operation_word(operation.state()), mood),
+                text(show_time(operation.create_time_ns)),
+                text(took.unwrap_or_default()),
+                text(&operation.actor),
+            ]
+        }),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failover() -> v1::Operation {
+        v1::Operation {
+            name: "tenants/default/operations/3c0e5f0a-94a7-4a52-9d29-1b7f5d3f6f11".into(),
+            subject: format!("tenants/default/groups/{}", "g".repeat(63)),
+            verb: "failover".into(),
+            actor: "operator/anna".into(),
+            state: OperationState::Done.into(),
+            create_time_ns: 1_700_000_000_000_000_000,
+            end_time_ns: 1_700_000_000_120_000_000,
+            steps: vec![
+                v1::Step {
+                    name: "raise-generation".into(),
+                    state: StepState::Done.into(),
+                    detail: "2".into(),
+                    start_time_ns: 1_700_000_000_000_000_000,
+                    end_time_ns: 1_700_000_000_004_000_000,
+                },
+                v1::Step { name: "open-view".into(), state: StepState::Running.into(), ..Default::default() },
+            ],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_table_of_failovers_fits_100_columns() {
+        let shown = listed(&[failover()]);
+        assert!(shown.lines().all(|line| line.chars().count() <= 100), "{shown}");
+        assert!(shown.contains("120 ms"));
+    }
+
+    #[test]
+    fn a_step_says_its_state_how_long_and_what() {
+        let operation = failover();
+        assert_eq!(step_line(&operation.steps[0]), "raise-generation   done       4.00 ms  2");
+        assert_eq!(step_line(&operation.steps[1]), "open-view          running");
+    }
+
+    #[test]
+    fn only_steps_that_have_ended_are_told_and_only_once() {
+        let operation = failover();
+        assert_eq!(tell(&operation, 0), 1);
+        assert_eq!(tell(&operation, 1), 1);
+    }
+
+    #[test]
+    fn what_is_left_behind_is_said_before() {
+        let point = v1::Point { seq: 100, wall_ns: 1_700_000_000_000_000_000, ..Default::default() };
+        let status = v1::GroupStatus {
+            durable_seq: 1_350,
+            rpo: Some(v1::Rpo { now_us: Some(8_000), ..Default::default() }),
+            ..Default::default()
+        };
+        let text = said("shop", Selector::Seq(100), &point, &status, false);
+        assert!(text.contains("1_250 later writes") && text.contains("8.00 ms") && text.contains("held"), "{text}");
+        let text = said("shop", Selector::Latest, &point, &v1::GroupStatus::default(), true);
+        assert!(text.contains("not known") && text.contains("both will be written to"), "{text}");
+    }
+}

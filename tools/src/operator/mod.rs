@@ -1,0 +1,218 @@
+//! The operator's commands: each is one or a few calls of the coordinator's API, shown as a table or as JSON.
+//!
+//! ```text
+//! session     identity, connection, names, errors of calls        values      what is typed and shown: times, sizes, points
+//! failure     what went wrong, what to do, exit code              output      tables, JSON, questions
+//! documents   the shapes of the JSON                              enrol       join, token
+//! proxies · policy · group · disk · point · failover · view · status · watch     a module for each command
+//! ```
+
+use std::process::ExitCode;
+
+use afterimage_wire::v1;
+use clap::{Args, Subcommand};
+
+pub mod disk;
+pub mod documents;
+pub mod enrol;
+pub mod failover;
+pub mod failure;
+pub mod group;
+pub mod output;
+pub mod point;
+pub mod policy;
+pub mod proxies;
+pub mod session;
+pub mod status;
+pub mod values;
+pub mod view;
+pub mod watch;
+
+use failure::{Failure, Kind};
+use output::Mood;
+use session::{Common, Session};
+
+/// What the exit codes mean, for the end of the help.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  tried and failed; or `status --check` found something wrong
+  2  the command line, or a value in it, makes no sense
+  3  refused: not allowed by the certificate or in the object's state, or not confirmed
+  4  the coordinator, or a proxy that it needs, cannot be reached
+  5  there is no object of that name
+  6  there is an object of that name already, or it has changed meanwhile
+
+Environment:
+  AFTERIMAGE_IDENTITY     who is asking: the file that `afterimage join` wrote
+  AFTERIMAGE_COORDINATOR  where the coordinator is, HOST:PORT, instead of where the identity says
+  NO_COLOR                no colours";
+
+/// The operator's commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Join as an operator: spend a token, keep the identity that it gives.
+    #[command(after_help = "Examples:\n  \
+        afterimage join aij1_eyJ…\n  \
+        ssh coordinator afterimage token create anna --role operator | afterimage join -\n  \
+        afterimage join aij1_eyJ… --coordinator 192.0.2.7:7700 --identity ./anna.json")]
+    Join(With<enrol::Join>),
+    /// Make tokens by which proxies and people join.
+    Token(Verbs<enrol::Verb>),
+    /// List, show and remove proxies. (`afterimage proxy` runs one.)
+    #[command(after_help = "Examples:\n  afterimage proxies\n  afterimage proxies show dr --json")]
+    Proxies(Proxies),
+    /// Policies: RPO, cuts, retention.
+    Policy(Verbs<policy::Verb>),
+    /// Groups: machines whose disks share one history.
+    Group(Verbs<group::Verb>),
+    /// Disks of groups.
+    Disk(Verbs<disk::Verb>),
+    /// Restore points: cuts, times, single writes.
+    Point(Verbs<point::Verb>),
+    /// Fail over: start a group from its replica, at any point.
+    Failover(Verbs<failover::Verb>),
+    /// Views: any restore point as disks, beside what is running.
+    View(Verbs<view::Verb>),
+    /// How groups and proxies stand now.
+    #[command(after_help = "Examples:\n  \
+        afterimage status\n  \
+        afterimage status shop\n  \
+        afterimage status --check || page-somebody\n  \
+        afterimage status shop --json | jq '.groups[0].rpo.now_ms'")]
+    Status(With<status::Status>),
+    /// How groups stand, live: a picture on a terminal, lines elsewhere.
+    #[command(after_help = "Examples:\n  \
+        afterimage watch shop --interval 250ms\n  \
+        afterimage watch --events\n  \
+        afterimage watch --json | jq 'select(.type == \"event\")'")]
+    Watch(With<watch::Watch>),
+    /// What has happened since the coordinator started.
+    #[command(after_help = "Examples:\n  afterimage events --limit 10\n  afterimage events --json")]
+    Events(With<watch::Events>),
+    /// The versions of this program and of what it speaks.
+    Version(With<Nothing>),
+}
+
+/// A command with options of its own.
+#[derive(Args, Debug)]
+pub struct With<T: Args> {
+    #[command(flatten)]
+    own: T,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// A command with verbs.
+#[derive(Args, Debug)]
+pub struct Verbs<T: Subcommand> {
+    #[command(subcommand)]
+    verb: T,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// `afterimage proxies`, which lists where no verb is given.
+#[derive(Args, Debug)]
+pub struct Proxies {
+    #[command(subcommand)]
+    verb: Option<proxies::Verb>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// No options.
+#[derive(Args, Debug)]
+pub struct Nothing {}
+
+impl Command {
+    fn common(&self) -> &Common {
+        match self {
+            Command::Join(with) => &with.common,
+            Command::Token(verbs) => &verbs.common,
+            Command::Proxies(proxies) => &proxies.common,
+            Command::Policy(verbs) => &verbs.common,
+            Command::Group(verbs) => &verbs.common,
+            Command::Disk(verbs) => &verbs.common,
+            Command::Point(verbs) => &verbs.common,
+            Command::Failover(verbs) => &verbs.common,
+            Command::View(verbs) => &verbs.common,
+            Command::Status(with) => &with.common,
+            Command::Watch(with) => &with.common,
+            Command::Events(with) => &with.common,
+            Command::Version(with) => &with.common,
+        }
+    }
+}
+
+/// Runs a command to its end.
+pub fn run(command: Command) -> ExitCode {
+    let json = command.common().json;
+    // One thread: a command waits for one thing at a time.
+    let done = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(act(command)),
+        Err(error) => Err(Failure::new(Kind::Failed, "", format!("the runtime cannot be started: {error}"))),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(&failure, json),
+    }
+}
+
+/// Says on standard error what went wrong; the exit code for it.
+pub fn report(failure: &Failure, json: bool) -> ExitCode {
+    if json {
+        eprintln!("{}", failure.to_json());
+    } else {
+        eprintln!("afterimage: {failure}");
+    }
+    ExitCode::from(failure.kind.exit_code())
+}
+
+async fn act(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Join(with) => enrol::join(with.own, &with.common).await,
+        Command::Token(verbs) => enrol::token(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Proxies(args) => {
+            let session = Session::open(&args.common).await?;
+            proxies::run(args.verb.unwrap_or(proxies::Verb::List), &session).await
+        }
+        Command::Policy(verbs) => policy::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Group(verbs) => group::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Disk(verbs) => disk::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Point(verbs) => point::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Failover(verbs) => failover::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::View(verbs) => view::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Status(with) => status::run(with.own, &Session::open(&with.common).await?).await,
+        Command::Watch(with) => watch::run(with.own, &Session::open(&with.common).await?).await,
+        Command::Events(with) => watch::events(with.own, &Session::open(&with.common).await?).await,
+        Command::Version(with) => {
+            version(&with.common);
+            Ok(())
+        }
+    }
+}
+
+fn version(common: &Common) {
+    let document = serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "wire_version": afterimage_wire::WIRE_VERSION,
+        "api": "afterimage.v1",
+    });
+    common.output().show(&document, || {
+        output::fields(&[
+            ("afterimage", env!("CARGO_PKG_VERSION").to_owned()),
+            ("stream and journal", format!("version {}", afterimage_wire::WIRE_VERSION)),
+            ("API", "afterimage.v1".to_owned()),
+        ])
+    });
+}
+
+/// How a phase is to be taken.
+pub fn phase_mood(phase: v1::Phase) -> Mood {
+    match phase {
+        v1::Phase::Protected => Mood::Good,
+        v1::Phase::Syncing | v1::Phase::FailingOver | v1::Phase::FailedOver => Mood::Care,
+        v1::Phase::Unspecified => Mood::Plain,
+    }
+}

@@ -1,0 +1,296 @@
+//! A command's connection to its coordinator: whose certificate it uses, the clients of the services, names in full,
+//! and what becomes of an error.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use afterimage_controlplane::bundle::{Bundle, BundleError};
+use afterimage_controlplane::client::{self, ClientError};
+use afterimage_wire::v1;
+use clap::Args;
+use tonic::transport::Channel;
+use tonic::{Response, Status};
+
+use super::failure::{Failure, Kind};
+use super::output::Output;
+use super::values::{duration_ns, show_duration};
+
+/// Most bytes of one answer: a full page of points with their disks' uids.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// Options of every operator's command.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Everywhere")]
+pub struct Common {
+    /// Print JSON: one document, or one line for each event.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Do not ask before something is lost.
+    #[arg(long, short, global = true)]
+    pub yes: bool,
+    /// Who is asking: the file that `afterimage join` wrote [default: ~/.config/afterimage/identity.json].
+    #[arg(long, global = true, value_name = "FILE", env = "AFTERIMAGE_IDENTITY")]
+    pub identity: Option<PathBuf>,
+    /// Reach the coordinator here instead of where the identity says.
+    #[arg(long, global = true, value_name = "HOST:PORT", env = "AFTERIMAGE_COORDINATOR")]
+    pub coordinator: Option<String>,
+    /// Give up when a call takes longer.
+    #[arg(long, global = true, value_name = "DURATION", default_value = "30s", value_parser = duration_ns)]
+    pub timeout: u64,
+}
+
+impl Common {
+    /// How to speak.
+    pub fn output(&self) -> Output {
+        Output { json: self.json, yes: self.yes }
+    }
+
+    /// The file with the identity.
+    pub fn identity_file(&self) -> Result<PathBuf, Failure> {
+        if let Some(path) = &self.identity {
+            return Ok(path.clone());
+        }
+        let folder = match (std::env::var_os("XDG_CONFIG_HOME"), std::env::var_os("HOME")) {
+            (Some(folder), _) if !folder.is_empty() => PathBuf::from(folder),
+            (_, Some(home)) if !home.is_empty() => Path::new(&home).join(".config"),
+            _ => {
+                return Err(Failure::usage("there is no home folder to find the identity in")
+                    .hint("name the file: --identity FILE, or AFTERIMAGE_IDENTITY"));
+            }
+        };
+        Ok(folder.join("afterimage/identity.json"))
+    }
+
+    /// The coordinator's address that was given, in full.
+    pub fn endpoint(&self) -> Option<String> {
+        self.coordinator.as_deref().map(endpoint)
+    }
+}
+
+/// An address as a URL: `host:port` means TLS, and nothing else is spoken.
+pub fn endpoint(address: &str) -> String {
+    if address.contains("://") { address.to_owned() } else { format!("https://{address}") }
+}
+
+/// An open connection.
+pub struct Session {
+    channel: Channel,
+    bundle: Bundle,
+    limit: Duration,
+    /// How to speak.
+    pub out: Output,
+}
+
+impl Session {
+    /// Reads the identity and connects.
+    pub async fn open(common: &Common) -> Result<Self, Failure> {
+        let path = common.identity_file()?;
+        let mut bundle = Bundle::load(&path).map_err(|error| unusable(&path, &error))?;
+        if let Some(endpoint) = common.endpoint() {
+            bundle.endpoint = endpoint;
+        }
+        let limit = Duration::from_nanos(common.timeout);
+        let channel = match tokio::time::timeout(limit, client::connect(&bundle)).await {
+            Ok(connected) => connected.map_err(|error| unconnected(&error))?,
+            Err(_) => return Err(silent(&bundle.endpoint, common.timeout)),
+        };
+        Ok(Session { channel, bundle, limit, out: common.output() })
+    }
+
+    /// Awaits the answer to a call about `object`.
+    pub async fn ask<T>(
+        &self,
+        object: impl Into<String>,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, Failure> {
+        match tokio::time::timeout(self.limit, call).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(self.answered(object, &status)),
+            Err(_) => Err(silent(&self.bundle.endpoint, self.limit.as_nanos() as u64)),
+        }
+    }
+
+    /// The failure that an answer stands for.
+    pub fn answered(&self, object: impl Into<String>, status: &Status) -> Failure {
+        match transport_cause(status) {
+            Some(cause) => unreached(&self.bundle.endpoint, &cause),
+            None => Failure::answered(object, status),
+        }
+    }
+
+    /// Where the coordinator is.
+    pub fn endpoint(&self) -> &str {
+        &self.bundle.endpoint
+    }
+
+    /// `tenants/<tenant>`.
+    pub fn tenant(&self) -> String {
+        format!("tenants/{}", self.bundle.tenant)
+    }
+
+    fn name(&self, collection: &str, id: &str) -> String {
+        format!("tenants/{}/{collection}/{id}", self.bundle.tenant)
+    }
+
+    /// A policy's name in full.
+    pub fn policy(&self, id: &str) -> String {
+        self.name("policies", id)
+    }
+
+    /// A proxy's name in full.
+    pub fn proxy(&self, id: &str) -> String {
+        self.name("proxies", id)
+    }
+
+    /// A group's name in full.
+    pub fn group(&self, id: &str) -> String {
+        self.name("groups", id)
+    }
+
+    /// An operation's name in full.
+    pub fn operation(&self, id: &str) -> String {
+        self.name("operations", id)
+    }
+
+    /// A disk's name in full.
+    pub fn disk(&self, group: &str, id: &str) -> String {
+        format!("{}/disks/{id}", self.group(group))
+    }
+
+    /// A view's name in full.
+    pub fn view(&self, group: &str, id: &str) -> String {
+        format!("{}/views/{id}", self.group(group))
+    }
+
+    /// Policies.
+    pub fn policies(&self) -> v1::policies_client::PoliciesClient<Channel> {
+        v1::policies_client::PoliciesClient::new(self.channel.clone())
+    }
+
+    /// Groups and their disks.
+    pub fn groups(&self) -> v1::groups_client::GroupsClient<Channel> {
+        v1::groups_client::GroupsClient::new(self.channel.clone())
+    }
+
+    /// Proxies.
+    pub fn proxies(&self) -> v1::proxies_client::ProxiesClient<Channel> {
+        v1::proxies_client::ProxiesClient::new(self.channel.clone())
+    }
+
+    /// Restore points.
+    pub fn points(&self) -> v1::points_client::PointsClient<Channel> {
+        v1::points_client::PointsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    /// Failovers.
+    pub fn failovers(&self) -> v1::failovers_client::FailoversClient<Channel> {
+        v1::failovers_client::FailoversClient::new(self.channel.clone())
+    }
+
+    /// Operations.
+    pub fn operations(&self) -> v1::operations_client::OperationsClient<Channel> {
+        v1::operations_client::OperationsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    /// Views.
+    pub fn views(&self) -> v1::views_client::ViewsClient<Channel> {
+        v1::views_client::ViewsClient::new(self.channel.clone())
+    }
+
+    /// Status and events.
+    pub fn status(&self) -> v1::status_client::StatusClient<Channel> {
+        v1::status_client::StatusClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    /// Certificates by join tokens.
+    pub fn enrolment(&self) -> v1::enrolment_client::EnrolmentClient<Channel> {
+        v1::enrolment_client::EnrolmentClient::new(self.channel.clone())
+    }
+}
+
+fn unusable(path: &Path, error: &BundleError) -> Failure {
+    let failure = Failure::new(Kind::Refused, "identity", error.to_string());
+    match error {
+        BundleError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Failure::new(Kind::Refused, "identity", format!("there is no {}", path.display())).hint(
+                "ask an admin for a token (afterimage token create NAME --role operator), then: afterimage join TOKEN; \
+             or name the file: --identity FILE, AFTERIMAGE_IDENTITY",
+            )
+        }
+        BundleError::Malformed { .. } => failure.hint("join again: afterimage join TOKEN"),
+        _ => failure,
+    }
+}
+
+/// What a connection that was not made means for the command.
+pub fn unconnected(error: &ClientError) -> Failure {
+    match error {
+        ClientError::Connect { endpoint, detail } => unreached(endpoint, detail),
+        ClientError::Refused(status) => Failure::answered("", status),
+        ClientError::Endpoint { .. } | ClientError::Token(_) => Failure::usage(error.to_string()),
+        _ => Failure::new(Kind::Failed, "", error.to_string()),
+    }
+}
+
+/// A connection that failed: by its certificates, which trying again does not mend, or otherwise.
+fn unreached(endpoint: &str, cause: &str) -> Failure {
+    if cause.contains("certificate") || cause.contains("fatal alert") {
+        return Failure::new(Kind::Refused, format!("coordinator {endpoint}"), cause).hint(
+            "the identity and this coordinator do not know each other: check --identity and --coordinator, or join again",
+        );
+    }
+    Failure::new(Kind::Unreachable, format!("coordinator {endpoint}"), format!("cannot be reached: {cause}"))
+        .hint("check that it runs and that the address is right: --coordinator, AFTERIMAGE_COORDINATOR")
+}
+
+fn silent(endpoint: &str, limit: u64) -> Failure {
+    let message = format!("did not answer within {}", show_duration(limit));
+    Failure::new(Kind::Unreachable, format!("coordinator {endpoint}"), message)
+        .hint("try again, or wait longer: --timeout 2m")
+}
+
+/// The innermost cause, if the connection failed; nothing if the coordinator answered.
+///
+/// An answer of the coordinator has no source: those come from the transport below.
+fn transport_cause(status: &Status) -> Option<String> {
+    let mut cause: &dyn std::error::Error = std::error::Error::source(status)?;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    Some(cause.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_without_a_scheme_means_tls() {
+        assert_eq!(endpoint("dr:7700"), "https://dr:7700");
+        assert_eq!(endpoint("https://dr:7700"), "https://dr:7700");
+    }
+
+    #[test]
+    fn a_wrong_certificate_is_a_refusal_and_no_network_trouble() {
+        assert_eq!(unreached("https://x:1", "invalid peer certificate: UnknownIssuer").kind, Kind::Refused);
+        assert_eq!(unreached("https://x:1", "received fatal alert: UnknownCA").kind, Kind::Refused);
+        assert_eq!(unreached("https://x:1", "Connection refused (os error 111)").kind, Kind::Unreachable);
+    }
+
+    #[test]
+    fn a_missing_identity_says_how_to_get_one() {
+        let path = Path::new("/nowhere/identity.json");
+        let error = BundleError::Io { path: path.to_owned(), source: std::io::ErrorKind::NotFound.into() };
+        let failure = unusable(path, &error);
+        assert_eq!(failure.kind, Kind::Refused);
+        assert!(failure.to_string().contains("/nowhere/identity.json") && failure.hint.contains("afterimage join"));
+    }
+
+    #[test]
+    fn an_answer_is_told_from_a_broken_connection() {
+        assert_eq!(transport_cause(&Status::unavailable("proxy src: not connected")), None);
+        let broken = Status::from_error(Box::new(std::io::Error::other("reset")));
+        assert_eq!(transport_cause(&broken).as_deref(), Some("reset"));
+    }
+}
