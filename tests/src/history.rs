@@ -1,0 +1,471 @@
+//! What a host may expect of its disks: which requests it issued, and which were answered, in which order.
+//!
+//! Every write fills its range with bytes that only it writes, so the content of a disk tells which request each byte
+//! came from. The one rule, over all disks of a group: *if the effect of a request is visible, then so is that of every
+//! request answered before it was issued* (or of something later on the same bytes). That is what crash consistency
+//! means to a host, and all of it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use afterimage_dataplane::io::Nanos;
+
+/// Content is judged in pieces of at most this many bytes: what a power loss may tear.
+const SECTOR: u64 = 512;
+
+/// Byte `at` of the disk, as request `id` writes it.
+pub fn pattern(id: u64, at: u64) -> u8 {
+    let word = (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (at / 8).wrapping_mul(0xd1b5_4a32_d192_ed03)).wrapping_add(id);
+    let word = (word ^ (word >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    // A quarter of the words repeats, so that chunks compress.
+    if word >> 62 == 0 { (id & 0x7f) as u8 | 0x80 } else { (word >> (at % 8 * 7)) as u8 }
+}
+
+/// What a request does to its range.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Its pattern.
+    Write,
+    /// Zeros.
+    Zero,
+}
+
+/// A request that changes a disk.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Rises with each request of the history.
+    pub id: u64,
+    /// What it does.
+    pub effect: Effect,
+    /// Byte offset.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// When it was issued: a tick of the history, and the world's time.
+    pub issued: u64,
+    /// As [`Change::issued`].
+    pub issued_at: Nanos,
+    /// When it was answered.
+    pub answered: Option<u64>,
+    /// As [`Change::answered`].
+    pub answered_at: Option<Nanos>,
+    /// The answer was an error: its range may hold anything.
+    pub failed: bool,
+    /// It was answered as being on stable storage.
+    pub durable: bool,
+}
+
+impl Change {
+    fn end(&self) -> u64 {
+        self.offset + self.len
+    }
+
+    fn matches(&self, at: u64, bytes: &[u8]) -> bool {
+        match self.effect {
+            Effect::Write => bytes.iter().enumerate().all(|(i, b)| *b == pattern(self.id, at + i as u64)),
+            Effect::Zero => bytes.iter().all(|b| *b == 0),
+        }
+    }
+}
+
+/// One disk's part of a history.
+#[derive(Clone, Debug)]
+struct Disk {
+    base: Vec<u8>,
+    changes: Vec<Change>,
+}
+
+/// What a host has done to its disks since one moment at which their content was known.
+#[derive(Clone, Debug)]
+pub struct History {
+    disks: Vec<Disk>,
+    tick: u64,
+    next_id: u64,
+    places: BTreeMap<u64, (usize, usize)>,
+}
+
+/// A content that no crash can explain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Violation {
+    /// Bytes that nobody wrote there.
+    Foreign {
+        /// Disk.
+        disk: usize,
+        /// Where they begin.
+        at: u64,
+        /// How many are judged together.
+        len: u64,
+    },
+    /// A request's effect is missing although it must be there.
+    Missing {
+        /// Disk.
+        disk: usize,
+        /// Where.
+        at: u64,
+        /// The request.
+        id: u64,
+        /// When it was answered, nanoseconds.
+        answered_at: Nanos,
+        /// What is there instead: a request before it, or nothing.
+        instead: Option<u64>,
+        /// Why it must be there: this request, issued after its answer, is visible; or nothing but a promise.
+        because: Option<u64>,
+    },
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Foreign { disk, at, len } => {
+                write!(f, "disk {disk}: the {len} bytes at {at} were written by nobody")
+            }
+            Self::Missing { disk, at, id, answered_at, instead, because } => {
+                write!(f, "disk {disk}: at {at} request {id}, answered at {answered_at} ns, is missing (")?;
+                match instead {
+                    Some(other) => write!(f, "request {other} is there")?,
+                    None => write!(f, "what was there before all requests is")?,
+                }
+                match because {
+                    Some(later) => write!(f, "), although request {later}, issued later, is visible"),
+                    None => write!(f, "), although it was promised to be there"),
+                }
+            }
+        }
+    }
+}
+
+impl History {
+    /// Begins with disks of this content; ids of requests go on from `next_id`.
+    pub fn new(base: Vec<Vec<u8>>, next_id: u64) -> Self {
+        let disks = base.into_iter().map(|base| Disk { base, changes: Vec::new() }).collect();
+        Self { disks, tick: 1, next_id, places: BTreeMap::new() }
+    }
+
+    /// The id that the next request gets.
+    pub fn next_id(&self) -> u64 {
+        self.next_id
+    }
+
+    /// The present tick.
+    pub fn tick(&self) -> u64 {
+        self.tick
+    }
+
+    /// Content at the begin.
+    pub fn base(&self, disk: usize) -> &[u8] {
+        &self.disks[disk].base
+    }
+
+    /// A request is issued; returns its id.
+    pub fn issue(&mut self, disk: usize, effect: Effect, offset: u64, len: u64, now: Nanos) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.tick += 1;
+        self.disks[disk].changes.push(Change {
+            id,
+            effect,
+            offset,
+            len,
+            issued: self.tick,
+            issued_at: now,
+            answered: None,
+            answered_at: None,
+            failed: false,
+            durable: false,
+        });
+        self.places.insert(id, (disk, self.disks[disk].changes.len() - 1));
+        id
+    }
+
+    /// A request that was answered is on stable storage by itself.
+    pub fn durable(&mut self, id: u64) {
+        if let Some((disk, index)) = self.places.get(&id) {
+            self.disks[*disk].changes[*index].durable = true;
+        }
+    }
+
+    /// All requests of a disk, in the order of their issue.
+    pub fn changes(&self, disk: usize) -> &[Change] {
+        &self.disks[disk].changes
+    }
+
+    /// A request is answered.
+    pub fn answer(&mut self, id: u64, now: Nanos, failed: bool) {
+        self.tick += 1;
+        if let Some((disk, index)) = self.places.get(&id).copied() {
+            let change = &mut self.disks[disk].changes[index];
+            change.answered = Some(self.tick);
+            change.answered_at = Some(now);
+            change.failed = failed;
+        }
+    }
+
+    /// The last tick at which a request answered at `time` or before was answered: the floor that a promise about time
+    /// makes.
+    pub fn tick_at(&self, time: Nanos) -> u64 {
+        let answered =
+            self.disks.iter().flat_map(|d| &d.changes).filter(|c| c.answered_at.is_some_and(|at| at <= time));
+        answered.filter_map(|c| c.answered).max().map_or(0, |tick| tick + 1)
+    }
+
+    /// Judges the content of some disks, all of one moment. Everything answered before `floor` (a tick) must be there.
+    ///
+    /// # Errors
+    /// The first thing that no crash explains.
+    pub fn judge(&self, images: &[(usize, &[u8])], floor: u64) -> Result<(), Violation> {
+        let parts = images.iter().map(|(disk, image)| self.parts(*disk, 0, image)).collect::<Result<Vec<_>, _>>()?;
+        self.judge_parts(images.iter().map(|(disk, _)| *disk).zip(parts), floor)
+    }
+
+    /// Judges what a read of a range gave: everything answered before `issued` must be in it.
+    ///
+    /// # Errors
+    /// As [`History::judge`].
+    pub fn judge_read(&self, disk: usize, offset: u64, bytes: &[u8], issued: u64) -> Result<(), Violation> {
+        let parts = self.parts(disk, offset, bytes)?;
+        self.judge_parts([(disk, parts)].into_iter(), issued)
+    }
+
+    /// Judges what a power loss left of one disk: only what was flushed before it (answered before `floor`), or was
+    /// durable by itself, must be there; the rest may be, sector by sector, in any order.
+    ///
+    /// # Errors
+    /// As [`History::judge`].
+    pub fn judge_power_loss(&self, disk: usize, image: &[u8], floor: u64) -> Result<(), Violation> {
+        let changes = &self.disks[disk].changes;
+        for piece in self.parts(disk, 0, image)?.iter().filter(|p| !p.anything) {
+            let owner = piece.owner.map(|o| &changes[o]);
+            for covering in piece.covering.iter().map(|c| &changes[*c]) {
+                let kept = covering.answered.is_some_and(|a| a < floor || covering.durable);
+                let older = owner.is_none_or(|owner| owner.answered.is_some_and(|a| a < covering.issued));
+                if kept && older {
+                    return Err(Violation::Missing {
+                        disk,
+                        at: piece.at,
+                        id: covering.id,
+                        answered_at: covering.answered_at.unwrap_or_default(),
+                        instead: owner.map(|o| o.id),
+                        because: None,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_parts(&self, all: impl Iterator<Item = (usize, Vec<Piece>)>, floor: u64) -> Result<(), Violation> {
+        let all: Vec<_> = all.collect();
+        let mut must = floor;
+        let mut because = None;
+        for (disk, pieces) in &all {
+            for owner in pieces.iter().filter_map(|p| p.owner) {
+                let change = &self.disks[*disk].changes[owner];
+                if change.effect == Effect::Write && change.issued > must {
+                    must = change.issued;
+                    because = Some(change.id);
+                }
+            }
+        }
+        for (disk, pieces) in &all {
+            let changes = &self.disks[*disk].changes;
+            for piece in pieces {
+                let owner = piece.owner.map(|o| &changes[o]);
+                for covering in piece.covering.iter().map(|c| &changes[*c]) {
+                    let Some(answered) = covering.answered.filter(|a| *a < must) else { continue };
+                    let older = owner.is_none_or(|owner| owner.answered.is_some_and(|a| a < covering.issued));
+                    if older && !piece.anything {
+                        let because = if answered < floor { None } else { because };
+                        return Err(Violation::Missing {
+                            disk: *disk,
+                            at: piece.at,
+                            id: covering.id,
+                            answered_at: covering.answered_at.unwrap_or_default(),
+                            instead: owner.map(|o| o.id),
+                            because,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts a range where requests begin and end, and finds whose bytes each piece holds.
+    fn parts(&self, disk: usize, offset: u64, bytes: &[u8]) -> Result<Vec<Piece>, Violation> {
+        let Disk { base, changes } = &self.disks[disk];
+        let end = offset + bytes.len() as u64;
+        let mut edges: Vec<u64> = (offset / SECTOR..=end / SECTOR).map(|s| s * SECTOR).collect();
+        let mut begins: Vec<(u64, usize)> = Vec::new();
+        for (index, change) in changes.iter().enumerate() {
+            if change.offset < end && change.end() > offset {
+                edges.extend([change.offset, change.end()]);
+                begins.push((change.offset, index));
+            }
+        }
+        edges.extend([offset, end]);
+        edges.retain(|e| (offset..=end).contains(e));
+        edges.sort_unstable();
+        edges.dedup();
+        begins.sort_unstable();
+        let mut begins = begins.into_iter().peekable();
+        let mut active: Vec<usize> = Vec::new();
+        let mut pieces = Vec::new();
+        for pair in edges.windows(2) {
+            let (at, until) = (pair[0], pair[1]);
+            active.retain(|c| changes[*c].end() > at);
+            while let Some((_, index)) = begins.next_if(|(begin, _)| *begin <= at) {
+                if changes[index].end() > at {
+                    active.push(index);
+                }
+            }
+            if active.is_empty() {
+                let range = at as usize..until as usize;
+                if bytes[(at - offset) as usize..(until - offset) as usize] != base[range] {
+                    return Err(Violation::Foreign { disk, at, len: until - at });
+                }
+                continue;
+            }
+            // Newest first: the explanation that asks least.
+            active.sort_unstable_by(|a, b| b.cmp(a));
+            let content = &bytes[(at - offset) as usize..(until - offset) as usize];
+            let owner = active.iter().copied().find(|c| changes[*c].matches(at, content));
+            let anything = active.iter().any(|c| changes[*c].failed);
+            if owner.is_none() && !anything && *content != base[at as usize..until as usize] {
+                return Err(Violation::Foreign { disk, at, len: until - at });
+            }
+            pieces.push(Piece { at, owner, covering: active.clone(), anything });
+        }
+        Ok(pieces)
+    }
+}
+
+/// A piece of a disk over which the same requests lie.
+#[derive(Debug)]
+struct Piece {
+    at: u64,
+    /// Whose bytes are there; none for what was there before.
+    owner: Option<usize>,
+    covering: Vec<usize>,
+    /// A failed request lies here.
+    anything: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(id: u64, from: u64, len: u64) -> Vec<u8> {
+        (from..from + len).map(|at| pattern(id, at)).collect()
+    }
+
+    fn history() -> History {
+        History::new(vec![vec![0; 4096], vec![0; 4096]], 1)
+    }
+
+    #[test]
+    fn nothing_done_is_the_base() {
+        let history = history();
+        assert_eq!(history.judge(&[(0, &[0; 4096])], u64::MAX), Ok(()));
+        let foreign = Violation::Foreign { disk: 0, at: 512, len: 512 };
+        let mut image = vec![0; 4096];
+        image[600] = 1;
+        assert_eq!(history.judge(&[(0, &image)], 0), Err(foreign));
+    }
+
+    #[test]
+    fn an_unanswered_write_may_be_there_or_not() {
+        let mut history = history();
+        let id = history.issue(0, Effect::Write, 100, 1000, 5);
+        let mut image = vec![0; 4096];
+        assert_eq!(history.judge(&[(0, &image)], u64::MAX), Ok(()));
+        image[100..1100].copy_from_slice(&filled(id, 100, 1000));
+        assert_eq!(history.judge(&[(0, &image)], u64::MAX), Ok(()));
+    }
+
+    #[test]
+    fn a_promised_write_must_be_there() {
+        let mut history = history();
+        let id = history.issue(0, Effect::Write, 0, 512, 5);
+        history.answer(id, 6, false);
+        let error = history.judge(&[(0, &[0; 4096])], history.tick() + 1).expect_err("it is missing");
+        assert!(matches!(error, Violation::Missing { id: 1, because: None, .. }), "{error}");
+        assert_eq!(history.judge(&[(0, &[0; 4096])], 0), Ok(()));
+    }
+
+    #[test]
+    fn order_holds_over_disks() {
+        let mut history = history();
+        let first = history.issue(0, Effect::Write, 0, 512, 5);
+        history.answer(first, 6, false);
+        let second = history.issue(1, Effect::Write, 0, 512, 7);
+        let mut image = vec![0; 4096];
+        image[..512].copy_from_slice(&filled(second, 0, 512));
+        let error = history.judge(&[(0, &[0; 4096]), (1, &image)], 0).expect_err("the first is missing");
+        assert!(matches!(error, Violation::Missing { disk: 0, id: 1, because: Some(2), .. }), "{error}");
+        // A point that does not hold disk 0 says nothing about it.
+        assert_eq!(history.judge(&[(1, &image)], 0), Ok(()));
+    }
+
+    #[test]
+    fn what_ran_together_may_end_either_way() {
+        let mut history = history();
+        let a = history.issue(0, Effect::Write, 0, 512, 5);
+        let b = history.issue(0, Effect::Write, 0, 512, 5);
+        history.answer(b, 6, false);
+        history.answer(a, 6, false);
+        for winner in [a, b] {
+            let mut image = vec![0; 4096];
+            image[..512].copy_from_slice(&filled(winner, 0, 512));
+            assert_eq!(history.judge(&[(0, &image)], u64::MAX), Ok(()));
+        }
+        let c = history.issue(0, Effect::Zero, 0, 256, 7);
+        history.answer(c, 8, false);
+        let mut image = vec![0; 4096];
+        image[256..512].copy_from_slice(&filled(a, 256, 256));
+        assert_eq!(history.judge(&[(0, &image)], u64::MAX), Ok(()));
+        image[..256].copy_from_slice(&filled(a, 0, 256));
+        assert!(history.judge(&[(0, &image)], u64::MAX).is_err());
+    }
+
+    #[test]
+    fn a_read_sees_what_was_answered_before_it() {
+        let mut history = history();
+        let id = history.issue(0, Effect::Write, 1000, 100, 5);
+        history.answer(id, 6, false);
+        let tick = history.tick() + 1;
+        assert!(history.judge_read(0, 990, &[0; 50], tick).is_err());
+        let mut bytes = vec![0; 50];
+        bytes[10..].copy_from_slice(&filled(id, 1000, 40));
+        assert_eq!(history.judge_read(0, 990, &bytes, tick), Ok(()));
+    }
+
+    #[test]
+    fn a_power_loss_keeps_what_was_flushed_and_any_of_the_rest() {
+        let mut history = history();
+        let flushed = history.issue(0, Effect::Write, 0, 512, 5);
+        history.answer(flushed, 6, false);
+        let floor = history.tick() + 1;
+        let lost = history.issue(0, Effect::Write, 512, 512, 7);
+        history.answer(lost, 8, false);
+        let kept = history.issue(0, Effect::Write, 1024, 512, 9);
+        history.answer(kept, 10, false);
+        let mut image = vec![0; 4096];
+        image[..512].copy_from_slice(&filled(flushed, 0, 512));
+        image[1024..1536].copy_from_slice(&filled(kept, 1024, 512));
+        assert_eq!(history.judge_power_loss(0, &image, floor), Ok(()));
+        history.durable(lost);
+        assert!(history.judge_power_loss(0, &image, floor).is_err());
+        assert!(history.judge_power_loss(0, &[0; 4096], floor).is_err());
+    }
+
+    #[test]
+    fn a_failed_write_may_leave_anything() {
+        let mut history = history();
+        let id = history.issue(0, Effect::Write, 0, 512, 5);
+        history.answer(id, 6, true);
+        assert_eq!(
+            history.judge(&[(0, &[9; 512].iter().copied().chain([0; 3584]).collect::<Vec<_>>())], u64::MAX),
+            Ok(())
+        );
+    }
+}

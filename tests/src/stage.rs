@@ -1,0 +1,499 @@
+//! The stage: two nodes with the real cores on simulated I/O, and the owner of both (what a proxy's threads and the
+//! coordinator do around the cores: handshakes, restarts, configuration), reduced to what the cores can see of it.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use afterimage_dataplane::host::{Answer, DiskKey, Disks, HostDisk, Request};
+use afterimage_dataplane::io::sim::{NodeId, Rng, SimIo, World};
+use afterimage_dataplane::io::{Done, Io, Nanos, Pool, Sock};
+use afterimage_dataplane::seal::{ControlKey, PolicyKey};
+use afterimage_dataplane::sealers::Sealer;
+use afterimage_dataplane::source::{
+    DiskConfig, GroupConfig, GroupState, GroupStatus, LinkFailure, ProtectError, Source, SourceEvent, SourceLimits,
+    pool_classes,
+};
+use afterimage_dataplane::target::{StreamConfig, StreamState, StreamStatus, Target, TargetConfig, TargetEvent};
+use afterimage_wire::handshake::{Hello, Welcome};
+use afterimage_wire::ids::{DiskId, StreamId};
+use afterimage_wire::record::DiskInfo;
+
+/// Upper bits of the cores' tokens.
+const SOURCE_BASE: u16 = 0x0001;
+const TARGET_BASE: u16 = 0x0002;
+/// The source's queue, bytes: small, so that outages fill it.
+const QUEUE_BYTES: usize = 4 << 20;
+/// Between two tries to open what a dead process still locks.
+const RETRY: Nanos = 50_000_000;
+/// Most polls of a node at one moment of the world: more is a core that spins.
+const MAX_ROUNDS: usize = 20_000;
+
+/// Where the target keeps its journal.
+pub const ROOT: &str = "/journal";
+
+/// What is played.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Size of each disk, bytes.
+    pub disks: Vec<u64>,
+    /// Time between cuts.
+    pub cut_interval: Nanos,
+    /// Stream time that stays in single writes.
+    pub retention: Nanos,
+    /// Compress.
+    pub compress: bool,
+    /// Segment size, bytes.
+    pub segment_bytes: u64,
+    /// Bytes of journal before it is shortened.
+    pub budget_bytes: u64,
+    /// The source may trust its write-intent log after a power loss.
+    pub trust_reboot: bool,
+}
+
+/// One life of a process.
+pub struct Life<C> {
+    /// Its operations.
+    pub io: SimIo,
+    /// Its core.
+    pub core: C,
+}
+
+/// Something that happens later.
+enum Later {
+    /// The source's hello arrives at the target (of this life).
+    Hello(Box<Hello>, u64),
+    /// The target's answer arrives at the source (of this life).
+    Welcome(Box<Hello>, Box<Welcome>, u64),
+    /// Nobody answers.
+    Unreachable(u64),
+    /// Open the source's disks again.
+    Protect(u64),
+}
+
+/// Two nodes and what stands between them.
+pub struct Stage {
+    /// The world.
+    pub world: World,
+    /// What is played.
+    pub setup: Setup,
+    /// The source's node.
+    pub source_node: NodeId,
+    /// The target's node.
+    pub target_node: NodeId,
+    clock_node: NodeId,
+    clock: SimIo,
+    /// The source's process, while it lives.
+    pub source: Option<Life<Source<SimIo>>>,
+    /// The target's process, while it lives.
+    pub target: Option<Life<Target<SimIo>>>,
+    /// Counts the source's lives.
+    pub source_lives: u64,
+    /// Counts the target's lives.
+    pub target_lives: u64,
+    /// The group is open on the source: its disks take requests.
+    pub protected: bool,
+    /// The target's stream is recovered.
+    pub ready: bool,
+    /// No connection can be made.
+    pub severed: bool,
+    /// The stream.
+    pub stream: StreamId,
+    /// The policy's key.
+    pub policy: PolicyKey,
+    /// Generation under which the source's disks are configured.
+    pub generation: u64,
+    /// The connection last made, at the source's end.
+    pub link: Option<Sock>,
+    rng: Rng,
+    infos: Vec<DiskInfo>,
+    later: BTreeMap<(Nanos, u64), Later>,
+    order: u64,
+    /// Answers of the source's disks, by disk.
+    pub answers: VecDeque<(usize, Answer)>,
+    /// Answers of views, by key.
+    pub view_answers: VecDeque<(DiskKey, Answer)>,
+    views: Vec<DiskKey>,
+    /// What the cores reported, for the trace.
+    pub log: VecDeque<String>,
+    done: Vec<Done>,
+}
+
+impl std::fmt::Debug for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stage at {}", self.world.now())
+    }
+}
+
+/// Path of a disk on the source's node.
+pub fn disk_path(disk: usize) -> String {
+    format!("/disks/disk{disk}.img")
+}
+
+/// A disk's id.
+pub fn disk_id(disk: usize) -> DiskId {
+    DiskId([0xd0 + disk as u8; 16])
+}
+
+impl Stage {
+    /// Puts the disks in place with this content. Nothing runs yet.
+    pub fn new(world: World, rng: Rng, setup: Setup, content: &[Vec<u8>]) -> Self {
+        let (source_node, target_node, clock_node) = (world.node("source"), world.node("target"), world.node("clock"));
+        for (disk, bytes) in content.iter().enumerate() {
+            world.put_file(source_node, &disk_path(disk), bytes);
+        }
+        let clock = world.io(clock_node);
+        Self {
+            world,
+            setup,
+            source_node,
+            target_node,
+            clock_node,
+            clock,
+            source: None,
+            target: None,
+            source_lives: 0,
+            target_lives: 0,
+            protected: false,
+            ready: false,
+            severed: false,
+            stream: StreamId([0x57; 16]),
+            policy: PolicyKey::new(afterimage_wire::ids::PolicyKeyId([0x90; 16]), [0x91; 32]),
+            generation: 1,
+            link: None,
+            rng,
+            infos: Vec::new(),
+            later: BTreeMap::new(),
+            order: 0,
+            answers: VecDeque::new(),
+            view_answers: VecDeque::new(),
+            views: Vec::new(),
+            log: VecDeque::new(),
+            done: Vec::new(),
+        }
+    }
+
+    fn at(&mut self, at: Nanos, what: Later) {
+        self.order += 1;
+        self.later.insert((at, self.order), what);
+    }
+
+    /// Folder of the stream's segments on the target.
+    pub fn segments(&self) -> String {
+        format!("{ROOT}/streams/{}/segments/", self.stream)
+    }
+
+    /// Starts the source's process. It opens its disks as soon as nothing of an older life holds them.
+    pub fn start_source(&mut self) {
+        self.source_lives += 1;
+        let pool = Pool::new(&pool_classes(QUEUE_BYTES));
+        let io = self.world.io_with_pool(self.source_node, pool);
+        let limits = SourceLimits { queue_bytes: QUEUE_BYTES, hot_extents: 1, ..SourceLimits::default() };
+        self.source = Some(Life { io, core: Source::new(SOURCE_BASE, limits, Sealer::Inline) });
+        self.protected = false;
+        self.protect();
+    }
+
+    fn protect(&mut self) {
+        let config = GroupConfig {
+            stream: self.stream,
+            name: "group".into(),
+            disks: (0..self.setup.disks.len())
+                .map(|disk| DiskConfig {
+                    id: disk_id(disk),
+                    slot: disk as u16,
+                    name: format!("disk{disk}"),
+                    path: disk_path(disk),
+                    log_path: format!("/disks/disk{disk}.log"),
+                    serial: format!("s{disk}"),
+                    generation: self.generation,
+                    read_only: false,
+                    trust_reboot: self.setup.trust_reboot,
+                })
+                .collect(),
+            policy_key: self.policy.clone(),
+            cut_interval: self.setup.cut_interval,
+            compress: self.setup.compress,
+        };
+        let Some(life) = &mut self.source else { return };
+        match life.core.protect(&mut life.io, config) {
+            Ok(()) => self.protected = true,
+            Err(ProtectError::Locked { .. }) => {
+                let (at, life) = (self.world.now() + RETRY, self.source_lives);
+                self.at(at, Later::Protect(life));
+            }
+            Err(error) => panic!("the source refuses its disks: {error}"),
+        }
+    }
+
+    /// Starts the target's process; its stream recovers.
+    pub fn start_target(&mut self) {
+        self.target_lives += 1;
+        let config = TargetConfig {
+            segment_bytes: self.setup.segment_bytes,
+            budget_bytes: self.setup.budget_bytes,
+            reserve_bytes: 0,
+            ..TargetConfig::new(ROOT)
+        };
+        let core = Target::new(TARGET_BASE, config).expect("the harness's configuration is allowed");
+        self.target = Some(Life { io: self.world.io(self.target_node), core });
+        self.ready = false;
+        self.views.clear();
+        if !self.infos.is_empty() {
+            self.open_stream();
+        }
+    }
+
+    fn open_stream(&mut self) {
+        let config = StreamConfig {
+            stream: self.stream,
+            name: "group".into(),
+            policy_key: self.policy.clone(),
+            retention: self.setup.retention,
+            disks: self.infos.iter().map(|info| (info.clone(), 1)).collect(),
+        };
+        let Some(life) = &mut self.target else { return };
+        if let Err(error) = life.core.open_stream(&mut life.io, config) {
+            panic!("the target refuses the stream: {error}");
+        }
+    }
+
+    /// The source's process dies, or its machine loses power.
+    pub fn stop_source(&mut self, power: bool) {
+        self.source = None;
+        self.link = None;
+        self.protected = false;
+        self.answers.clear();
+        if power { self.world.power_loss(self.source_node) } else { self.world.crash(self.source_node) }
+    }
+
+    /// The target's process dies, or its machine loses power.
+    pub fn stop_target(&mut self, power: bool) {
+        self.target = None;
+        self.link = None;
+        self.ready = false;
+        self.view_answers.clear();
+        if power { self.world.power_loss(self.target_node) } else { self.world.crash(self.target_node) }
+    }
+
+    /// Gives a disk of the source a request.
+    pub fn request(&mut self, disk: usize, cookie: u64, request: Request) {
+        let life = self.source.as_mut().expect("the source lives");
+        let key = life.core.disk_key(self.stream, disk_id(disk)).expect("the group is protected");
+        let mut disk = life.core.disk(key).expect("a protected disk is on offer");
+        disk.request(&mut life.io, cookie, request);
+        drop(disk);
+        self.world.wake(self.source_node);
+    }
+
+    /// Gives a disk of a view a request; false if it is not on offer any more.
+    pub fn view_request(&mut self, key: DiskKey, cookie: u64, request: Request) -> bool {
+        let Some(life) = &mut self.target else { return false };
+        let Some(mut disk) = life.core.disk(key) else { return false };
+        disk.request(&mut life.io, cookie, request);
+        drop(disk);
+        if !self.views.contains(&key) {
+            self.views.push(key);
+        }
+        self.world.wake(self.target_node);
+        true
+    }
+
+    /// The view's disk answers no more.
+    pub fn forget_view(&mut self, key: DiskKey) {
+        self.views.retain(|k| *k != key);
+    }
+
+    /// The source has introduced itself once.
+    pub fn known(&self) -> bool {
+        !self.infos.is_empty()
+    }
+
+    /// How the source's group is.
+    pub fn group(&self) -> Option<GroupStatus> {
+        let life = self.source.as_ref()?;
+        life.core.status(life.io.now()).into_iter().next()
+    }
+
+    /// How the target's stream is, once it is recovered.
+    pub fn stream(&self) -> Option<StreamStatus> {
+        if !self.ready {
+            return None;
+        }
+        self.target.as_ref()?.core.status().into_iter().next()
+    }
+
+    /// Lets the world go on to the next thing that happens, but not past `until`; false when that is reached.
+    pub fn step(&mut self, until: Nanos) -> bool {
+        self.run_later();
+        let next = self.later.keys().next().map_or(until, |(at, _)| until.min(*at));
+        if self.world.now() >= until {
+            return false;
+        }
+        let mut none = Vec::new();
+        self.clock.poll(Some(next), &mut none);
+        match self.world.step() {
+            Some(node) if node == self.source_node => self.pump_source(),
+            Some(node) if node == self.target_node => self.pump_target(),
+            Some(node) => debug_assert_eq!(node, self.clock_node),
+            None => unreachable!("the clock's node always has a time to wake at"),
+        }
+        true
+    }
+
+    fn pump_source(&mut self) {
+        let Some(life) = &mut self.source else { return };
+        let begun = self.world.now();
+        for round in 0.. {
+            assert!(round < MAX_ROUNDS, "the source spins at {begun}");
+            life.io.poll(life.core.deadline(), &mut self.done);
+            if self.done.is_empty() && round > 0 {
+                break;
+            }
+            for done in self.done.drain(..) {
+                debug_assert!(life.core.owns(done.token));
+                life.core.done(&mut life.io, done);
+            }
+            life.core.turn(&mut life.io);
+        }
+        for disk in 0..self.setup.disks.len() {
+            let Some(key) = life.core.disk_key(self.stream, disk_id(disk)) else { continue };
+            if let Some(mut source_disk) = life.core.disk(key) {
+                self.answers.extend(source_disk.answers().drain(..).map(|answer| (disk, answer)));
+            }
+        }
+        let mut events = Vec::new();
+        while let Some(event) = life.core.next_event() {
+            events.push(event);
+        }
+        for event in events {
+            self.source_event(event);
+        }
+    }
+
+    fn source_event(&mut self, event: SourceEvent) {
+        if let SourceEvent::Connect { hello, .. } = event {
+            let delay = self.rng.between(100_000, 3_000_000);
+            let at = self.world.now() + delay;
+            let life = self.source_lives;
+            if self.severed || self.target.is_none() {
+                self.at(at, Later::Unreachable(life));
+            } else {
+                self.at(at, Later::Hello(hello, life));
+            }
+        } else {
+            self.log.push_back(format!("source: {event:?}"));
+        }
+    }
+
+    fn pump_target(&mut self) {
+        let Some(life) = &mut self.target else { return };
+        let begun = self.world.now();
+        for round in 0.. {
+            assert!(round < MAX_ROUNDS, "the target spins at {begun}");
+            life.io.poll(life.core.deadline(), &mut self.done);
+            if self.done.is_empty() && round > 0 {
+                break;
+            }
+            for done in self.done.drain(..) {
+                debug_assert!(life.core.owns(done.token));
+                life.core.done(&mut life.io, done);
+            }
+            life.core.turn(&mut life.io);
+        }
+        for key in &self.views {
+            if let Some(mut disk) = life.core.disk(*key) {
+                self.view_answers.extend(disk.answers().drain(..).map(|answer| (*key, answer)));
+            }
+        }
+        while let Some(event) = life.core.next_event() {
+            match &event {
+                TargetEvent::Ready { .. } => self.ready = true,
+                TargetEvent::Failed { why, .. } => panic!("the target's stream failed: {why}"),
+                TargetEvent::Damaged { damage, .. } => {
+                    panic!("the target found damage where there is none: {damage:?}")
+                }
+                _ => {}
+            }
+            self.log.push_back(format!("target: {event:?}"));
+        }
+    }
+
+    fn run_later(&mut self) {
+        while let Some(entry) = self.later.first_entry() {
+            if entry.key().0 > self.world.now() {
+                return;
+            }
+            match entry.remove() {
+                Later::Protect(life) if life == self.source_lives => self.protect(),
+                Later::Unreachable(life) if life == self.source_lives => {
+                    self.refuse(LinkFailure::Unreachable("nobody answers".into()));
+                }
+                Later::Hello(hello, life) if life == self.source_lives => self.say_hello(hello),
+                Later::Welcome(hello, welcome, life) if life == self.source_lives => self.welcome(&hello, *welcome),
+                _ => {}
+            }
+        }
+    }
+
+    fn refuse(&mut self, failure: LinkFailure) {
+        if let Some(life) = &mut self.source {
+            life.core.link_failed(&mut life.io, self.stream, failure);
+            self.world.wake(self.source_node);
+        }
+    }
+
+    fn say_hello(&mut self, hello: Box<Hello>) {
+        if self.infos.is_empty() {
+            // What a coordinator does when the group is made: the target learns of its disks.
+            self.infos = hello.disks.iter().map(|claim| claim.disk.clone()).collect();
+            self.open_stream();
+            self.world.wake(self.target_node);
+        }
+        let Some(life) = &mut self.target else {
+            return self.refuse(LinkFailure::Unreachable("it has just died".into()));
+        };
+        let welcome = life.core.hello(&mut life.io, &hello);
+        self.log.push_back(format!("target: {welcome:?}"));
+        self.world.wake(self.target_node);
+        let at = self.world.now() + self.rng.between(50_000, 1_000_000);
+        let life = self.source_lives;
+        self.at(at, Later::Welcome(hello, Box::new(welcome), life));
+    }
+
+    fn welcome(&mut self, hello: &Hello, welcome: Welcome) {
+        match welcome {
+            Welcome::Refused { reason, message } => self.refuse(LinkFailure::Refused(reason, message)),
+            Welcome::Accepted { timeline, position, whole_resync } => {
+                let (Some(source), Some(target)) = (&mut self.source, &mut self.target) else {
+                    return self.refuse(LinkFailure::Unreachable("the handshake broke".into()));
+                };
+                if self.severed {
+                    return self.refuse(LinkFailure::Unreachable("the handshake broke".into()));
+                }
+                let (near, far) = self.world.connect(self.source_node, self.target_node);
+                let mut key = [0; 32];
+                self.rng.fill(&mut key);
+                target.core.attach(&mut target.io, hello, far, ControlKey::new(&key));
+                let control = ControlKey::new(&key);
+                source.core.linked(&mut source.io, self.stream, near, control, timeline, position, whole_resync);
+                self.link = Some(near);
+                self.world.wake(self.source_node);
+                self.world.wake(self.target_node);
+            }
+        }
+    }
+
+    /// Resets the connection, if one was made since the last time.
+    pub fn cut_link(&mut self) -> bool {
+        let link = self.link.take();
+        link.inspect(|sock| self.world.cut(*sock)).is_some()
+    }
+
+    /// The source says that every disk is complete, and the target holds all that it has captured.
+    pub fn settled(&self) -> bool {
+        let (Some(group), Some(stream)) = (self.group(), self.stream()) else { return false };
+        group.state == GroupState::Protected
+            && stream.state == StreamState::Ready
+            && group.acked_seq == group.captured_seq
+            && stream.durable_seq == group.captured_seq
+    }
+}

@@ -1,0 +1,192 @@
+//! What the journal says, read straight from the target's segment files with the policy's key, not by the target.
+
+use std::collections::BTreeMap;
+
+use afterimage_dataplane::io::sim::{NodeId, World};
+use afterimage_dataplane::seal::{DataKey, PolicyKey, open_chunk, payload, record_payload};
+use afterimage_wire::ALIGN;
+use afterimage_wire::chunk::Chunk;
+use afterimage_wire::frame::{FrameHeader, check_frame};
+use afterimage_wire::ids::{IncarnationId, TimelineId};
+use afterimage_wire::record::{Cut, Record, RecordKind, SyncMark};
+use afterimage_wire::segment::SegmentHead;
+
+/// A record with what it carries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Writer.
+    pub incarnation: IncarnationId,
+    /// Its frame.
+    pub frame: u64,
+    /// The record.
+    pub record: Record,
+    /// Its payload.
+    pub payload: Vec<u8>,
+}
+
+struct Segment {
+    key: DataKey,
+    incarnation: IncarnationId,
+    read_to: u64,
+}
+
+/// Follows the segments of one stream as they grow.
+pub struct Tap {
+    policy: PolicyKey,
+    folder: String,
+    segments: BTreeMap<String, Option<Segment>>,
+    /// Every record seen, by number.
+    pub entries: BTreeMap<u64, Entry>,
+}
+
+/// What is wrong with a journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wrong(pub String);
+
+impl std::fmt::Debug for Tap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tap({} records)", self.entries.len())
+    }
+}
+
+impl Tap {
+    /// Follows the segments in this folder.
+    pub fn new(policy: PolicyKey, folder: String) -> Self {
+        Self { policy, folder, segments: BTreeMap::new(), entries: BTreeMap::new() }
+    }
+
+    /// Reads what has come since; `timeline` is the branch that the source writes.
+    ///
+    /// # Errors
+    /// Whole frames that make no sense, or a number that means another record than it did.
+    pub fn follow(&mut self, world: &World, node: NodeId, timeline: TimelineId) -> Result<(), Wrong> {
+        for path in world.paths(node, &self.folder) {
+            if !path.ends_with(".seg") {
+                continue;
+            }
+            if !self.segments.contains_key(&path) {
+                let Some(head) = world.file_range(node, &path, 0, 64 * ALIGN) else { continue };
+                let Ok((head, length)) = SegmentHead::decode(&head) else { continue };
+                let segment = if head.timeline == timeline {
+                    let key = self.policy.unwrap(head.incarnation, &head.key);
+                    let key = key.map_err(|e| Wrong(format!("{path}: {e}")))?;
+                    Some(Segment { key, incarnation: head.incarnation, read_to: length as u64 })
+                } else {
+                    None
+                };
+                self.segments.insert(path.clone(), segment);
+            }
+            if let Some(Some(segment)) = self.segments.get_mut(&path) {
+                read_frames(world, node, &path, segment, &mut self.entries)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The target holds nothing above `newest` any more (it lost power); what follows is read afresh.
+    pub fn restart(&mut self, newest: u64) {
+        self.segments.clear();
+        self.entries.split_off(&(newest + 1));
+    }
+
+    /// Applies the records of disk `slot` from `from` to `to`, both included, to its image.
+    pub fn apply(&self, slot: u16, from: u64, to: u64, image: &mut [u8]) {
+        if from > to {
+            return;
+        }
+        for entry in self.entries.range(from..=to).map(|(_, e)| e) {
+            let record = &entry.record;
+            if record.disk != slot || !record.kind.changes_disk() {
+                continue;
+            }
+            let range = record.offset as usize..(record.end() as usize).min(image.len());
+            if record.kind.is_zero() {
+                image[range].fill(0);
+            } else {
+                image[range].copy_from_slice(&entry.payload);
+            }
+        }
+    }
+
+    /// Whether disk `slot` is in the stream and complete after record `seq`.
+    pub fn complete(&self, slot: u16, seq: u64) -> bool {
+        let mut complete = false;
+        for entry in self.entries.range(..=seq).map(|(_, e)| e).filter(|e| e.record.disk == slot) {
+            match entry.record.kind {
+                RecordKind::Leave | RecordKind::SyncBegin => complete = false,
+                RecordKind::SyncEnd => complete = true,
+                _ => {}
+            }
+        }
+        complete
+    }
+
+    /// Numbers of the records that are cuts.
+    pub fn cuts(&self) -> Vec<(u64, Cut)> {
+        let cuts = self.entries.values().filter(|e| e.record.kind == RecordKind::Cut);
+        cuts.filter_map(|e| Some((e.record.seq, Cut::decode(&e.payload).ok()?))).collect()
+    }
+}
+
+fn read_frames(
+    world: &World,
+    node: NodeId,
+    path: &str,
+    segment: &mut Segment,
+    entries: &mut BTreeMap<u64, Entry>,
+) -> Result<(), Wrong> {
+    loop {
+        let Some(front) = world.file_range(node, path, segment.read_to, ALIGN) else { return Ok(()) };
+        let Ok(header) = FrameHeader::parse(&front) else { return Ok(()) };
+        let length = header.length.get() as usize;
+        let Some(mut frame) = world.file_range(node, path, segment.read_to, length) else { return Ok(()) };
+        // Not all there yet, or torn.
+        let Ok((header, directory)) = check_frame(&frame) else { return Ok(()) };
+        let (header, directory) = (*header, directory.to_vec());
+        let wrong = |what: String| Wrong(format!("{path}, frame {}: {what}", header.number.get()));
+        if header.incarnation != segment.incarnation {
+            return Err(wrong(format!("of {} in a segment of {}", header.incarnation, segment.incarnation)));
+        }
+        let mut seq = header.first_seq.get();
+        for (index, entry) in directory.iter().enumerate() {
+            let range = entry.at.get() as usize..(entry.at.get() + entry.sealed_len.get()) as usize;
+            let opened = open_chunk(&segment.key, &header, index as u32, &mut frame[range]);
+            let opened = opened.map_err(|e| wrong(e.to_string()))?;
+            let chunk = Chunk::parse(opened).map_err(|e| wrong(e.to_string()))?;
+            let mut room = Vec::new();
+            let plain = payload(&chunk, &mut room).map_err(|e| wrong(e.to_string()))?;
+            for record in chunk.records() {
+                let record = record.map_err(|e| wrong(e.to_string()))?;
+                if record.seq != seq {
+                    return Err(wrong(format!("record {} where {seq} was due", record.seq)));
+                }
+                seq += 1;
+                let payload = record_payload(&record, plain).map_err(|e| wrong(e.to_string()))?.to_vec();
+                check_payload(&record, &payload).map_err(wrong)?;
+                let entry = Entry { incarnation: header.incarnation, frame: header.number.get(), record, payload };
+                match entries.get(&record.seq) {
+                    Some(known) if *known != entry => {
+                        return Err(wrong(format!("record {} was another one before", record.seq)));
+                    }
+                    Some(_) => {}
+                    None => {
+                        entries.insert(record.seq, entry);
+                    }
+                }
+            }
+        }
+        if seq != header.last_seq.get() + 1 {
+            return Err(wrong(format!("ends with record {} where its header says {}", seq - 1, header.last_seq.get())));
+        }
+        segment.read_to += length as u64;
+    }
+}
+
+fn check_payload(record: &Record, payload: &[u8]) -> Result<(), String> {
+    let result = match record.kind {
+        RecordKind::Cut => Cut::decode(payload).err(),
+        RecordKind::SyncBegin | RecordKind::SyncEnd => SyncMark::decode(payload).err(),
+        _ => None,
+    };
+    result.map_or(Ok(()), |e| Err(format!("record {}: {e}", record.seq)))
+}
