@@ -287,6 +287,10 @@ pub struct Args {
     /// Take the desired state from this file instead of from a coordinator.
     #[arg(long, value_name = "FILE", conflicts_with = "coordinator")]
     pub standalone: Option<PathBuf>,
+    /// Write source.toml and target.toml for a stand-alone pair that protects the disks of --serve, with keys and
+    /// certificates of their own, into this folder, and end. The target's streams arrive at --listen.
+    #[arg(long, value_name = "DIR", requires_all = ["serve", "listen"])]
+    pub new_pair: Option<PathBuf>,
 }
 
 const EXAMPLES: &str = "\
@@ -305,6 +309,11 @@ Examples:
 
   One raw disk over NBD, unprotected, without a coordinator
     afterimage proxy --serve disk=/srv/disk.raw --nbd unix:/run/disk.sock
+
+  A pair without a coordinator: make its files, then run both ends
+    afterimage proxy --new-pair /etc/pair --serve disk=/srv/disk.raw --listen 127.0.0.1:7800
+    afterimage proxy --standalone /etc/pair/target.toml --journal /srv/journal --listen 127.0.0.1:7800
+    afterimage proxy --standalone /etc/pair/source.toml --nbd unix:/run/disk.sock
 
 The file:
   name = \"src-1\"

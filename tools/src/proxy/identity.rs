@@ -1,10 +1,9 @@
-//! Who this proxy is, and who a peer is: what the TLS of streams is built from, and what a certificate says.
+//! Who this proxy is: what the TLS of streams is built from.
 
 use std::fmt;
 use std::sync::Arc;
 
 use afterimage_wire::handshake::ALPN;
-use ring::digest::{SHA256, digest};
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
@@ -13,10 +12,6 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use serde::{Deserialize, Serialize};
-use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
-
-/// Scheme of the URI that a certificate carries.
-const SCHEME: &str = "afterimage://";
 
 /// Why there is no identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -112,57 +107,5 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
         Ok(all) if !all.is_empty() => Ok(all),
         Ok(_) => Err("there is none in the PEM text".to_owned()),
         Err(error) => Err(error.to_string()),
-    }
-}
-
-/// Who a certificate names: `afterimage://<tenant>/<role>/<name>`, and a proxy's uid.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
-    /// Tenant.
-    pub tenant: String,
-    /// Role: `proxy`, `operator`, …
-    pub role: String,
-    /// Name.
-    pub name: String,
-    /// Uid, of a proxy.
-    pub uid: Option<String>,
-    /// SHA-256 of its public key (SubjectPublicKeyInfo).
-    pub pin: [u8; 32],
-}
-
-impl Peer {
-    /// Reads a certificate that TLS has verified.
-    ///
-    /// # Errors
-    /// What is missing in it.
-    pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
-        let (_, certificate) = X509Certificate::from_der(certificate).map_err(|e| e.to_string())?;
-        let mut pin = [0; 32];
-        pin.copy_from_slice(digest(&SHA256, certificate.public_key().raw).as_ref());
-        let (mut uri, mut uid) = (None, None);
-        for extension in certificate.extensions() {
-            let ParsedExtension::SubjectAlternativeName(names) = extension.parsed_extension() else { continue };
-            for name in &names.general_names {
-                match name {
-                    GeneralName::URI(text) if text.starts_with(SCHEME) => uri = Some(&text[SCHEME.len()..]),
-                    GeneralName::DNSName(text) if uid.is_none() => uid = Some((*text).to_owned()),
-                    _ => {}
-                }
-            }
-        }
-        let parts: Vec<&str> = uri.ok_or("it names no role")?.split('/').collect();
-        let [tenant, role, name] = parts[..] else { return Err("its name is malformed".to_owned()) };
-        Ok(Self { tenant: tenant.to_owned(), role: role.to_owned(), name: name.to_owned(), uid, pin })
-    }
-
-    /// A proxy's certificate.
-    pub fn is_proxy(&self) -> bool {
-        self.role == "proxy"
-    }
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} `{}`", self.role, self.name)
     }
 }

@@ -18,6 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use afterimage_controlplane::ca::{Identity as Peer, Role, identify};
 use afterimage_dataplane::seal::ControlKey;
 use afterimage_wire::handshake::{ALPN, EXPORTER_LABEL, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
 use afterimage_wire::ids::TimelineId;
@@ -29,7 +30,7 @@ use rustls::{CertificateError, ConnectionCommon, SideData};
 use tokio::time::Instant;
 use tokio_uring::buf::BoundedBuf;
 
-use super::identity::{Identity, Peer};
+use super::identity::Identity;
 
 /// Longest that one step of a handshake may take.
 pub const STEP: Duration = Duration::from_secs(5);
@@ -80,7 +81,7 @@ pub enum LinkError {
     #[error("the peer refuses this proxy's certificate: {0}")]
     OwnCertificate(String),
     /// The certificate is valid, but not a proxy's.
-    #[error("the peer's certificate is that of {0}, not of a proxy")]
+    #[error("the peer's certificate is that of `{0}`, who is not a proxy")]
     NotAProxy(String),
     /// Bytes that are no TLS 1.3 as agreed.
     #[error("the peer does not speak TLS 1.3 as agreed: {0}")]
@@ -129,11 +130,18 @@ pub struct Accepted {
     pub peer: Peer,
 }
 
-/// Makes the link of a source to `target` at `address`.
+/// Makes the link of a source to `target` at `address`. The key of the target's certificate must be among `pins`, if
+/// there are any.
 ///
 /// # Errors
 /// [`LinkError`]; a refusal by the target is [`LinkError::Refused`].
-pub async fn connect(identity: &Identity, address: &str, target: &str, hello: Hello) -> Result<Linked, LinkError> {
+pub async fn connect(
+    identity: &Identity,
+    address: &str,
+    target: &str,
+    pins: &[Vec<u8>],
+    hello: Hello,
+) -> Result<Linked, LinkError> {
     let failed = |source| LinkError::Connect { address: address.to_owned(), source };
     let stream = tokio::time::timeout(STEP, tokio::net::TcpStream::connect(address))
         .await
@@ -147,6 +155,10 @@ pub async fn connect(identity: &Identity, address: &str, target: &str, hello: He
 
     channel.shake_hands().await?;
     channel.check_alpn()?;
+    let peer = channel.proxy()?;
+    if !pinned(&peer, pins) {
+        return Err(LinkError::PeerCertificate("its key is not the one that is paired with this proxy".to_owned()));
+    }
     channel.send(&Handshake::Hello(hello), "sending the hello").await?;
     let (timeline, position, whole_resync) = match channel.receive("waiting for the target's answer").await? {
         Handshake::Welcome(Welcome::Accepted { timeline, position, whole_resync }) => {
@@ -177,12 +189,7 @@ pub async fn accept(
     if channel.tls.server_name() != Some(identity.uid.as_str()) {
         return Err(LinkError::Tls("another target is asked for by name".to_owned()));
     }
-    let certificate = channel.tls.peer_certificates().and_then(<[CertificateDer<'_>]>::first);
-    let certificate = certificate.ok_or_else(|| LinkError::PeerCertificate("there is none".to_owned()))?;
-    let peer = Peer::of(certificate).map_err(LinkError::PeerCertificate)?;
-    if !peer.is_proxy() {
-        return Err(LinkError::NotAProxy(peer.to_string()));
-    }
+    let peer = channel.proxy()?;
     let hello = match channel.receive("waiting for the hello").await {
         Ok(Handshake::Hello(hello)) => hello,
         Ok(_) => return Err(LinkError::OutOfTurn("waiting for the hello")),
@@ -204,6 +211,11 @@ pub async fn accept(
     }
     let (fd, control) = channel.leave()?;
     Ok(Accepted { fd, control, hello, peer })
+}
+
+/// True if the peer's key is one of these, or none are known.
+pub fn pinned(peer: &Peer, pins: &[Vec<u8>]) -> bool {
+    pins.is_empty() || pins.iter().any(|pin| pin[..] == peer.pin)
 }
 
 /// One connection while it is in TLS.
@@ -264,6 +276,14 @@ where
             return Ok(());
         }
         Err(LinkError::Tls(format!("protocol `{}` was not agreed", String::from_utf8_lossy(ALPN))))
+    }
+
+    /// The proxy at the other end.
+    fn proxy(&self) -> Result<Peer, LinkError> {
+        let certificate = self.tls.peer_certificates().and_then(<[CertificateDer<'_>]>::first);
+        let certificate = certificate.ok_or_else(|| LinkError::PeerCertificate("there is none".to_owned()))?;
+        let peer = identify(certificate).ok_or_else(|| LinkError::PeerCertificate("it names no role".to_owned()))?;
+        if peer.role == Role::Proxy { Ok(peer) } else { Err(LinkError::NotAProxy(peer.name)) }
     }
 
     async fn send(&mut self, message: &Handshake, step: &'static str) -> Result<(), LinkError> {

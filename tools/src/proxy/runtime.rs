@@ -134,21 +134,21 @@ pub struct DataThread<C: Core> {
     pub thread: JoinHandle<()>,
 }
 
-/// Starts a data thread with `memory` bytes of buffers; `build` makes its core there.
+/// Starts a data thread with these buffers; `build` makes its core there.
 ///
 /// # Errors
 /// [`StartError`]; nothing is left running.
 pub fn start<C: Core>(
     name: &str,
-    memory: u64,
+    classes: &[Class],
     build: impl FnOnce(&mut Ring, Waker) -> C + Send + 'static,
 ) -> Result<DataThread<C>, StartError> {
     let (inbox, orders) = mpsc::channel(INBOX);
     let (outbox, events) = mpsc::channel(OUTBOX);
     let (started, start) = std_mpsc::sync_channel(1);
-    let label = name.to_owned();
+    let (label, classes) = (name.to_owned(), classes.to_vec());
     let thread = std::thread::Builder::new().name(format!("data-{name}")).spawn(move || {
-        let mut io = match make_ring(&label, memory) {
+        let mut io = match make_ring(&label, &classes) {
             Ok(io) => io,
             Err(error) => {
                 let _ = started.send(Err(error));
@@ -170,10 +170,10 @@ pub fn start<C: Core>(
     Ok(DataThread { handle: Handle { inbox, waker }, events, thread })
 }
 
-/// A ring with a pool of `memory` bytes. Where the kernel may not pin that much, the pool is used unregistered: slower,
+/// A ring with a pool of these buffers. Where the kernel may not pin that much, the pool is used unregistered: slower,
 /// and the log says what to set.
-fn make_ring(name: &str, memory: u64) -> Result<Ring, RingError> {
-    let pool = Pool::new(&classes(memory));
+fn make_ring(name: &str, classes: &[Class]) -> Result<Ring, RingError> {
+    let pool = Pool::new(classes);
     match Ring::new(pool.clone(), RingConfig::default()) {
         Err(error @ RingError::LockedMemory { .. }) => {
             tracing::warn!(thread = name, %error, "buffers are not registered with the kernel: I/O costs more");
@@ -181,31 +181,6 @@ fn make_ring(name: &str, memory: u64) -> Result<Ring, RingError> {
         }
         other => other,
     }
-}
-
-/// Buffers for a pool of `memory` bytes, by what asks for them: a request of a host has 4 KiB before and behind its
-/// data, a sealed frame a little more than its records. A class that is empty is helped out by the next larger.
-fn classes(memory: u64) -> Vec<Class> {
-    const KIB: usize = 1024;
-    // (capacity, share of the memory in percent)
-    const SHARES: [(usize, u64); 9] = [
-        (8 * KIB, 6),     // reads of 4 KiB, frames with one small write
-        (12 * KIB, 20),   // writes of 4 KiB
-        (24 * KIB, 8),    // … of 16 KiB
-        (40 * KIB, 6),    // … of 32 KiB
-        (72 * KIB, 12),   // … of 64 KiB, frames with one of them
-        (136 * KIB, 8),   // … of 128 KiB
-        (264 * KIB, 8),   // … of 256 KiB, NBD's receive buffers
-        (528 * KIB, 14),  // the longest part of a request, 512 KiB
-        (2112 * KIB, 18), // the longest frames
-    ];
-    SHARES
-        .iter()
-        .map(|(capacity, percent)| Class {
-            capacity: *capacity,
-            count: usize::try_from(memory * percent / 100 / *capacity as u64).unwrap_or(usize::MAX).max(2),
-        })
-        .collect()
 }
 
 /// How far a stop has come.
@@ -335,21 +310,6 @@ impl<C: Core> DataLoop<C> {
         match self.stop {
             Stop::No => until,
             Stop::Clients { until: limit, .. } | Stop::Core { end: limit } => until.min(limit),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pool_keeps_to_its_memory_and_has_every_class() {
-        for memory in [super::super::config::MIN_POOL, super::super::config::DEFAULT_POOL] {
-            let classes = classes(memory);
-            let total: usize = classes.iter().map(|c| c.capacity * c.count).sum();
-            assert!(total as u64 <= memory && total as u64 > memory * 9 / 10, "{total} of {memory}");
-            assert!(classes.iter().all(|c| c.count >= 2 && c.capacity % 4096 == 0));
         }
     }
 }

@@ -3,7 +3,9 @@
 //! The file says what a coordinator would have said, and becomes the same [`DesiredState`]; from there on the code is
 //! the same. Certificates stand in it too, made by [`super::throwaway`] or by any authority of the user's.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 
 use afterimage_wire::ids::{DiskId, PolicyKeyId, StreamId};
 use afterimage_wire::v1::{Compression, DesiredState, PolicyKey, SourceDisk, SourceGroup, TargetDisk, TargetStream};
@@ -12,7 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
-use super::config::{ConfigError, Secret};
+use super::config::{ConfigError, Secret, Serve};
 use super::identity::Pems;
 use super::keep;
 use super::throwaway::Throwaway;
@@ -233,6 +235,55 @@ pub fn pair(target_address: &str, disks: &[(&str, &str, u64)]) -> Result<(Standa
     let target =
         Standalone { identity: authority.proxy("target", &target_uid)?, source: Vec::new(), target: vec![group] };
     Ok((source, target))
+}
+
+/// Why there is no pair.
+#[derive(Debug, thiserror::Error)]
+pub enum PairError {
+    /// A disk of the pair cannot be measured.
+    #[error("`{}`: {source}", path.display())]
+    Disk {
+        /// The disk.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file cannot be written.
+    #[error("`{}`: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// No certificates.
+    #[error("certificates: {0}")]
+    Certificates(#[from] rcgen::Error),
+}
+
+/// Writes `source.toml` and `target.toml` of a new pair into `dir`.
+///
+/// # Errors
+/// [`PairError`].
+pub fn write_pair(dir: &Path, target_address: &str, disks: &[Serve]) -> Result<(), PairError> {
+    let sized: Vec<(&str, &str, u64)> = disks
+        .iter()
+        .map(|disk| {
+            let bad = |source| PairError::Disk { path: disk.path.clone(), source };
+            // Seeking finds the size of files and devices alike.
+            let size = File::open(&disk.path).and_then(|mut file| file.seek(SeekFrom::End(0))).map_err(bad)?;
+            let path = disk.path.to_str().filter(|path| path.starts_with('/'));
+            let path = path.ok_or_else(|| bad(std::io::Error::other("the path must be absolute and UTF-8")))?;
+            Ok((disk.name.as_str(), path, size))
+        })
+        .collect::<Result<_, PairError>>()?;
+    let (source, target) = pair(target_address, &sized)?;
+    keep::folder(dir).map_err(|source| PairError::Write { path: dir.to_owned(), source })?;
+    for (name, standalone) in [("source.toml", source), ("target.toml", target)] {
+        let path = dir.join(name);
+        standalone.save(&path).map_err(|source| PairError::Write { path, source })?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,0 +1,312 @@
+//! The proxy's side of the coordinator: joins once with a token, then keeps a session open for as long as it runs.
+//! Without the coordinator everything goes on as it was last told.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use afterimage_controlplane::bundle::{Bundle, BundleError};
+use afterimage_controlplane::client::{self, ClientError};
+use afterimage_wire::v1::proxy_control_client::ProxyControlClient;
+use afterimage_wire::v1::{
+    CommandResult, CoordinatorMessage, ProxyMessage, Register, Registered, Severity, coordinator_message, proxy_message,
+};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::MissedTickBehavior;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::commands::{self, Answered};
+use super::config::Secret;
+use super::identity::{Identity, IdentityError, Pems};
+use super::report::Reporter;
+use super::runtime::Gone;
+use super::state::Proxy;
+
+/// File of the bundle in the state folder.
+const BUNDLE_FILE: &str = "identity.json";
+/// First pause before the coordinator is tried again; doubles …
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// … up to this.
+const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// Messages to the coordinator that may wait.
+const OUTGOING: usize = 32;
+/// Commands that are done at the same time; the next is read when one has ended.
+const COMMANDS: usize = 16;
+/// Bounds of the time between two reports: what the coordinator asks for is kept within them.
+const REPORTS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(60));
+/// The certificate is renewed when less than this is left of it.
+const RENEW_BEFORE: Duration = Duration::from_secs(30 * 86_400);
+
+/// Why a proxy has no place at a coordinator.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The kept bundle cannot be used.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// Joining failed, and trying again would not help.
+    #[error("cannot join: {0}")]
+    Join(#[source] ClientError),
+    /// There is neither a bundle nor a token.
+    #[error(
+        "this proxy has not joined yet: `coordinator.token` or `coordinator.token_file` (--token, --token-file) is needed for its first start, and {} does not exist",
+        .0.display()
+    )]
+    NoToken(PathBuf),
+    /// The bundle is another's.
+    #[error("{} is the certificate of `{found}`, but this proxy is called `{name}`", path.display())]
+    Name {
+        /// The bundle.
+        path: PathBuf,
+        /// Whose it is.
+        found: String,
+        /// Ours.
+        name: String,
+    },
+    /// What came with the join cannot be used.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+}
+
+/// The certificate of an earlier start, or a new one by token. Waits for a coordinator that is not there yet.
+///
+/// # Errors
+/// [`AgentError`]: waiting would not help.
+pub async fn join(dir: &Path, name: &str, address: &str, token: Option<&Secret>) -> Result<Bundle, AgentError> {
+    let path = dir.join(BUNDLE_FILE);
+    let endpoint = format!("https://{address}");
+    if path.exists() {
+        let mut bundle = Bundle::load(&path)?;
+        if bundle.name != name {
+            return Err(AgentError::Name { path, found: bundle.name, name: name.to_owned() });
+        }
+        bundle.endpoint = endpoint;
+        return Ok(bundle);
+    }
+    let token = token.ok_or_else(|| AgentError::NoToken(path.clone()))?;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match client::join(&token.0, Some(&endpoint)).await {
+            Ok(bundle) => {
+                bundle.save(&path)?;
+                if bundle.name != name {
+                    return Err(AgentError::Name { path, found: bundle.name, name: name.to_owned() });
+                }
+                tracing::info!(name, uid = bundle.uid, "joined");
+                return Ok(bundle);
+            }
+            Err(error @ ClientError::Connect { .. }) => {
+                tracing::warn!(%error, "cannot join yet");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LAST_PAUSE);
+            }
+            Err(error) => return Err(AgentError::Join(error)),
+        }
+    }
+}
+
+/// What streams need of a bundle.
+///
+/// # Errors
+/// The bundle's certificates are of no use.
+pub fn identity(bundle: &Bundle) -> Result<Identity, IdentityError> {
+    Identity::new(&Pems {
+        uid: bundle.uid.clone(),
+        ca_pem: bundle.ca_pem.clone(),
+        certificate_pem: bundle.certificate_pem.clone(),
+        key_pem: bundle.key_pem.clone(),
+    })
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionEnd {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("the coordinator ended the session: {}", .0.message())]
+    Status(#[from] Box<tonic::Status>),
+    #[error("the coordinator closed the session")]
+    Closed,
+    #[error("the coordinator does not keep to the protocol: {0}")]
+    Protocol(&'static str),
+    #[error(transparent)]
+    Gone(#[from] Gone),
+}
+
+/// Keeps a session open until the data threads have ended.
+pub async fn run(proxy: Rc<Proxy>, mut bundle: Bundle) -> Gone {
+    let mut agent = Agent { proxy, answered: Rc::default(), reporter: Reporter::default() };
+    let mut pause = FIRST_PAUSE;
+    let mut told = String::new();
+    loop {
+        agent.renew(&mut bundle).await;
+        let started = tokio::time::Instant::now();
+        let end = agent.session(&bundle).await;
+        if let SessionEnd::Gone(gone) = end {
+            return gone;
+        }
+        if started.elapsed() > LAST_PAUSE {
+            pause = FIRST_PAUSE;
+            told.clear();
+        }
+        // A coordinator that stays away is named once, not every five seconds.
+        let message = end.to_string();
+        if message != told {
+            agent.proxy.event(Severity::Warning, None, "coordinator", message.clone());
+            told = message;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+}
+
+struct Agent {
+    proxy: Rc<Proxy>,
+    answered: Rc<std::cell::RefCell<Answered>>,
+    reporter: Reporter,
+}
+
+impl Agent {
+    /// A new certificate in time before the old one ends.
+    async fn renew(&self, bundle: &mut Bundle) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+        let left = Duration::from_nanos(bundle.expire_time_ns.saturating_sub(now));
+        if left > RENEW_BEFORE {
+            return;
+        }
+        let renewed = match client::renew(bundle).await {
+            Ok(renewed) => renewed,
+            Err(error) => {
+                let message =
+                    format!("the certificate ends in {} days and is not renewed: {error}", left.as_secs() / 86_400);
+                self.proxy.event(Severity::Warning, None, "certificate", message);
+                return;
+            }
+        };
+        let Some(dir) = &self.proxy.config.state_dir else { return };
+        match (renewed.save(&dir.join(BUNDLE_FILE)), identity(&renewed)) {
+            (Ok(()), Ok(identity)) => {
+                *self.proxy.identity.borrow_mut() = Some(identity);
+                *bundle = renewed;
+                self.proxy.event(Severity::Info, None, "certificate", "renewed".to_owned());
+            }
+            (Err(error), _) => self.proxy.event(Severity::Error, None, "certificate", error.to_string()),
+            (_, Err(error)) => self.proxy.event(Severity::Error, None, "certificate", error.to_string()),
+        }
+    }
+
+    async fn session(&mut self, bundle: &Bundle) -> SessionEnd {
+        match self.try_session(bundle).await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    async fn try_session(&mut self, bundle: &Bundle) -> Result<std::convert::Infallible, SessionEnd> {
+        let channel = client::connect(bundle).await?;
+        let (out, outgoing) = mpsc::channel(OUTGOING);
+        let register = proxy_message::Message::Register(register(&self.proxy, bundle));
+        send(&out, register).await?;
+        let status = |status: tonic::Status| SessionEnd::Status(Box::new(status));
+        let answer = ProxyControlClient::new(channel).session(ReceiverStream::new(outgoing)).await.map_err(status)?;
+        let mut incoming = answer.into_inner();
+        let first = incoming.message().await.map_err(status)?.ok_or(SessionEnd::Closed)?;
+        let Some(coordinator_message::Message::Registered(Registered { term, report_interval_ms })) = first.message
+        else {
+            return Err(SessionEnd::Protocol("its first message is not `registered`"));
+        };
+        if self.proxy.see_term(term).is_err() {
+            return Err(SessionEnd::Protocol("it has an older term than the one seen"));
+        }
+        tracing::info!(term, "registered with the coordinator");
+        let interval = Duration::from_millis(report_interval_ms.into()).clamp(REPORTS.0, REPORTS.1);
+        let mut ticks = tokio::time::interval(interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let room = std::sync::Arc::new(Semaphore::new(COMMANDS));
+        loop {
+            // Both are safe to drop: gRPC's reader keeps its place, and neither is a read of tokio-uring's.
+            tokio::select! {
+                message = incoming.message() => {
+                    let message = message.map_err(status)?.ok_or(SessionEnd::Closed)?;
+                    self.message(message, &out, &room).await?;
+                }
+                _ = ticks.tick() => {
+                    // A coordinator that does not read gets no report; what has happened waits for the next.
+                    if let Ok(permit) = out.try_reserve() {
+                        let report = self.reporter.report(&self.proxy).await?;
+                        permit.send(ProxyMessage { message: Some(proxy_message::Message::Report(report)) });
+                    }
+                }
+            }
+        }
+    }
+
+    async fn message(
+        &self,
+        message: CoordinatorMessage,
+        out: &mpsc::Sender<ProxyMessage>,
+        room: &std::sync::Arc<Semaphore>,
+    ) -> Result<(), SessionEnd> {
+        match message.message {
+            Some(coordinator_message::Message::Desired(desired)) => {
+                let version = desired.version;
+                match self.proxy.set_desired(desired) {
+                    Ok(()) => tracing::debug!(version, "desired state"),
+                    Err(error) => self.proxy.event(Severity::Error, None, "coordinator", error.to_string()),
+                }
+            }
+            Some(coordinator_message::Message::Command(command)) => {
+                let permit = std::sync::Arc::clone(room).acquire_owned().await.expect("the semaphore is never closed");
+                let (proxy, answered, out) = (Rc::clone(&self.proxy), Rc::clone(&self.answered), out.clone());
+                tokio::task::spawn_local(async move {
+                    let _permit = permit;
+                    let before = answered.borrow().get(&command.id);
+                    let result: CommandResult = match before {
+                        Some(result) => result,
+                        None => commands::execute(&proxy, command).await,
+                    };
+                    answered.borrow_mut().keep(&result);
+                    // A session that has ended in between: the coordinator asks again in the next.
+                    let _ = send(&out, proxy_message::Message::Result(result)).await;
+                });
+            }
+            Some(coordinator_message::Message::Registered(_)) => {
+                return Err(SessionEnd::Protocol("`registered` came twice"));
+            }
+            None => tracing::warn!("the coordinator said something that this version does not know"),
+        }
+        Ok(())
+    }
+}
+
+async fn send(out: &mpsc::Sender<ProxyMessage>, message: proxy_message::Message) -> Result<(), SessionEnd> {
+    out.send(ProxyMessage { message: Some(message) }).await.map_err(|_| SessionEnd::Closed)
+}
+
+fn register(proxy: &Proxy, bundle: &Bundle) -> Register {
+    let (source, target) = (proxy.config.source.as_ref(), proxy.config.target.as_ref());
+    let listens = source.map(|s| s.nbd.as_slice()).unwrap_or_default().iter();
+    let listens = listens.chain(target.map(|t| t.views.as_slice()).unwrap_or_default());
+    let nbd_addresses: Vec<String> = listens.map(ToString::to_string).collect();
+    let mut capabilities = Vec::new();
+    let mut can = |yes: bool, what: &str| {
+        if yes {
+            capabilities.push(what.to_owned());
+        }
+    };
+    can(source.is_some(), "source");
+    can(target.is_some(), "target");
+    can(nbd_addresses.iter().any(|a| a.starts_with("unix:")), "nbd-unix");
+    can(nbd_addresses.iter().any(|a| a.starts_with("tcp:")), "nbd-tcp");
+    let data_address = target.map(|t| t.advertise.clone().unwrap_or_else(|| t.listen.to_string()));
+    Register {
+        name: proxy.config.name.clone(),
+        uid: bundle.uid.clone(),
+        software_version: env!("CARGO_PKG_VERSION").to_owned(),
+        data_address: data_address.unwrap_or_default(),
+        nbd_addresses,
+        capabilities,
+        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned(),
+        observed_version: proxy.desired.borrow().version,
+        observed_term: proxy.term.get(),
+    }
+}

@@ -1,0 +1,242 @@
+//! Brings the cores to the desired state, and keeps trying. What the state no longer names is left as it is: nothing is
+//! dropped, closed or stopped from here, except for a hold.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use afterimage_dataplane::source::DiskConfig;
+use afterimage_dataplane::target::TargetError;
+use afterimage_wire::ids::{DiskId, StreamId};
+use afterimage_wire::v1::{OpenView, Problem, Severity, SourceGroup, TargetStream};
+
+use super::config::Control;
+use super::convert;
+use super::keep;
+use super::runtime::Gone;
+use super::state::{Proxy, View};
+
+/// Time between two tries of what could not be done.
+const RETRY: Duration = Duration::from_millis(500);
+/// How long a group may take to stop before it is started anew with other disks or generations.
+pub const STOP_WAIT: Duration = Duration::from_secs(10);
+
+/// Why a part of the desired state is not done.
+#[derive(Debug, thiserror::Error)]
+enum Undone {
+    /// For the report.
+    #[error("{0}")]
+    Problem(String),
+    #[error(transparent)]
+    Gone(#[from] Gone),
+}
+
+fn problem(error: impl std::fmt::Display) -> Undone {
+    Undone::Problem(error.to_string())
+}
+
+/// Runs as long as the data threads do.
+pub async fn run(proxy: Rc<Proxy>) -> Gone {
+    loop {
+        match once(&proxy).await {
+            Err(gone) => return gone,
+            Ok(()) if proxy.problems.borrow().is_empty() => proxy.changed.notified().await,
+            Ok(()) => {
+                let _ = tokio::time::timeout(RETRY, proxy.changed.notified()).await;
+            }
+        }
+    }
+}
+
+async fn once(proxy: &Proxy) -> Result<(), Gone> {
+    let desired = proxy.desired.borrow().clone();
+    let mut problems = Vec::new();
+    let mut note = |uid: &str, result: Result<(), Undone>| match result {
+        Ok(()) => Ok(()),
+        Err(Undone::Gone(gone)) => Err(gone),
+        Err(Undone::Problem(message)) => {
+            problems.push(Problem { stream_uid: uid.to_owned(), disk_uid: String::new(), message });
+            Ok(())
+        }
+    };
+    note("", serve(proxy).await)?;
+    for group in &desired.sources {
+        note(&group.stream_uid, converge_group(proxy, group).await)?;
+    }
+    for stream in &desired.targets {
+        note(&stream.stream_uid, converge_stream(proxy, stream).await)?;
+        for view in &stream.views {
+            note(&stream.stream_uid, reopen(proxy, view).await)?;
+        }
+    }
+    let known: Vec<String> = proxy.problems.borrow().iter().map(|p| p.message.clone()).collect();
+    for problem in problems.iter().filter(|p| !known.contains(&p.message)) {
+        proxy.event(Severity::Warning, problem.stream_uid.parse().ok(), "converge", problem.message.clone());
+    }
+    *proxy.problems.borrow_mut() = problems;
+    Ok(())
+}
+
+/// The disks of `--serve`.
+async fn serve(proxy: &Proxy) -> Result<(), Undone> {
+    let (Control::Serve(disks), Some(source)) = (&proxy.config.control, &proxy.source) else { return Ok(()) };
+    if proxy.applied.borrow().serving {
+        return Ok(());
+    }
+    for disk in disks {
+        let id = DiskId::random();
+        let config = DiskConfig {
+            id,
+            name: disk.name.clone(),
+            path: disk.path.to_string_lossy().into_owned(),
+            serial: id.to_string().chars().filter(|c| *c != '-').take(20).collect(),
+            ..DiskConfig::default()
+        };
+        source.call(move |desk| desk.core.serve(desk.io, config)).await?.map_err(problem)?;
+        tracing::info!(name = disk.name, path = %disk.path.display(), "serving, unprotected");
+    }
+    proxy.applied.borrow_mut().serving = true;
+    Ok(())
+}
+
+/// What of a group cannot be changed while it runs.
+fn disks_differ(a: &SourceGroup, b: &SourceGroup) -> bool {
+    a.disks != b.disks || a.key != b.key
+}
+
+async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone> {
+    let Some(source) = &proxy.source else {
+        return Err(problem("this proxy has no source role: `source.nbd` is not set"));
+    };
+    let intent_dir = proxy.intent_dir();
+    let config = convert::group(group, intent_dir.as_deref()).map_err(problem)?;
+    let stream = config.stream;
+    let running = proxy.applied.borrow().groups.get(&stream).cloned();
+    match running {
+        // A failover has taken it from here: it is not started.
+        None if group.hold => Ok(()),
+        None => {
+            if let Some(dir) = &intent_dir {
+                keep::folder(dir).map_err(|e| problem(format!("{}: {e}", dir.display())))?;
+            }
+            source.call(move |desk| desk.core.protect(desk.io, config)).await?.map_err(problem)?;
+            proxy.event(
+                Severity::Info,
+                Some(stream),
+                "group",
+                format!("group `{}` is protected from here", group.name),
+            );
+            proxy.applied.borrow_mut().groups.insert(stream, group.clone());
+            Ok(())
+        }
+        Some(was) if disks_differ(&was, group) && !group.hold => {
+            // The core takes disks and generations at a start only; a clean stop before it costs no whole compare.
+            stop_group(proxy, stream).await?;
+            proxy.event(Severity::Info, Some(stream), "group", format!("group `{}` starts anew, changed", group.name));
+            proxy.changed.notify_one();
+            Ok(())
+        }
+        Some(was) => {
+            if was.hold != group.hold {
+                let hold = group.hold;
+                source.call(move |desk| desk.core.fence(desk.io, stream, hold)).await?;
+            }
+            // Disks and key stay as they were given, so that a change is seen again when the hold ends.
+            let kept = SourceGroup { disks: was.disks, key: was.key, ..group.clone() };
+            proxy.applied.borrow_mut().groups.insert(stream, kept);
+            Ok(())
+        }
+    }
+}
+
+/// Ends a group cleanly and waits for it.
+async fn stop_group(proxy: &Proxy, stream: StreamId) -> Result<(), Undone> {
+    match unprotect(proxy, stream).await? {
+        Some(_) => Ok(()),
+        None => Err(problem("the group does not stop")),
+    }
+}
+
+/// Ends a group; was it clean? Nothing if it did not end in time.
+///
+/// # Errors
+/// [`Gone`].
+pub async fn unprotect(proxy: &Proxy, stream: StreamId) -> Result<Option<bool>, Gone> {
+    let Some(source) = &proxy.source else { return Ok(Some(true)) };
+    let (done, stopped) = tokio::sync::oneshot::channel();
+    proxy.waiters.borrow_mut().stops.push((stream, done));
+    source.call(move |desk| desk.core.unprotect(desk.io, stream)).await?;
+    let clean = tokio::time::timeout(STOP_WAIT, stopped).await.ok().and_then(Result::ok);
+    if clean.is_some() {
+        proxy.applied.borrow_mut().groups.remove(&stream);
+    }
+    Ok(clean)
+}
+
+async fn converge_stream(proxy: &Proxy, said: &TargetStream) -> Result<(), Undone> {
+    let Some(target) = &proxy.target else {
+        return Err(problem("this proxy has no target role: `target.journal` is not set"));
+    };
+    let config = convert::stream(said).map_err(problem)?;
+    let stream = config.stream;
+    let same = |was: &TargetStream| {
+        let without_views = |s: &TargetStream| TargetStream { views: Vec::new(), ..s.clone() };
+        without_views(was) == without_views(said)
+    };
+    if proxy.applied.borrow().streams.get(&stream).is_some_and(same) {
+        return Ok(());
+    }
+    target.call(move |desk| desk.core.open_stream(desk.io, config)).await?.map_err(problem)?;
+    if proxy.applied.borrow_mut().streams.insert(stream, said.clone()).is_none() {
+        proxy.event(Severity::Info, Some(stream), "stream", format!("the journal of `{}` is kept here", said.name));
+    }
+    Ok(())
+}
+
+/// Opens a view that the desired state names, unless it is open.
+async fn reopen(proxy: &Proxy, view: &OpenView) -> Result<(), Undone> {
+    if proxy.target.is_none() || proxy.applied.borrow().views.contains_key(&view.view) {
+        return Ok(());
+    }
+    match open_view(proxy, view).await? {
+        Ok(_) => Ok(()),
+        Err(ViewError::Senseless(error)) => Err(problem(error)),
+        Err(ViewError::Target(error)) => Err(problem(format!("view `{}`: {error}", view.view))),
+    }
+}
+
+/// Why a view is not open.
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    /// It makes no sense.
+    #[error(transparent)]
+    Senseless(#[from] convert::Senseless),
+    /// The target says no.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+}
+
+/// Opens a view, or finds it open.
+///
+/// # Errors
+/// [`Gone`]; inside, why the view is not open.
+pub async fn open_view(
+    proxy: &Proxy,
+    said: &OpenView,
+) -> Result<Result<Vec<afterimage_dataplane::host::Export>, ViewError>, Gone> {
+    let Some(target) = &proxy.target else {
+        let error = TargetError::UnknownStream(said.stream_uid.parse().unwrap_or(StreamId::NONE));
+        return Ok(Err(error.into()));
+    };
+    let config = match convert::view(said) {
+        Ok(config) => config,
+        Err(error) => return Ok(Err(error.into())),
+    };
+    match target.call(move |desk| desk.core.open_view(desk.io, config)).await? {
+        Err(error) => Ok(Err(error.into())),
+        Ok(exports) => {
+            let view = View { said: said.clone(), keys: exports.iter().map(|e| e.key).collect() };
+            proxy.applied.borrow_mut().views.insert(said.view.clone(), view);
+            Ok(Ok(exports))
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Between what the coordinator says (protobuf) and what the cores take, and back.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use afterimage_dataplane::seal;
+use afterimage_dataplane::source::{DiskConfig, GroupConfig};
+use afterimage_dataplane::target::{Choice, PointInfo, StreamConfig, ViewConfig};
+use afterimage_wire::ids::{DiskId, PolicyKeyId, StreamId, TimelineId};
+use afterimage_wire::record::DiskInfo;
+use afterimage_wire::timeline::TimelineKind;
+use afterimage_wire::v1::{
+    Compression, OpenView, Point, PointChoice, PolicyKey, SourceDisk, SourceGroup, TargetDisk, TargetStream, ViewKind,
+    point_choice,
+};
+
+use super::config::Listen;
+
+/// What was said makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` is {value}: allowed is {allowed}")]
+pub struct Senseless {
+    /// Which field.
+    pub field: &'static str,
+    /// Its value.
+    pub value: String,
+    /// What it may be.
+    pub allowed: &'static str,
+}
+
+fn senseless<T>(field: &'static str, value: impl fmt::Display, allowed: &'static str) -> Result<T, Senseless> {
+    Err(Senseless { field, value: value.to_string(), allowed })
+}
+
+/// An id.
+///
+/// # Errors
+/// It is none.
+pub fn id<T: FromStr>(field: &'static str, text: &str) -> Result<T, Senseless> {
+    text.parse().or_else(|_| senseless(field, format!("`{text}`"), "an id (a UUID)"))
+}
+
+fn policy_key(key: Option<&PolicyKey>) -> Result<seal::PolicyKey, Senseless> {
+    let Some(key) = key else { return senseless("key", "missing", "a policy key") };
+    let bytes: [u8; 32] = key.key.as_slice().try_into().or_else(|_| senseless("key", "(secret)", "32 bytes"))?;
+    Ok(seal::PolicyKey::new(id::<PolicyKeyId>("key.id", &key.id)?, bytes))
+}
+
+fn slot(slot: u32) -> Result<u16, Senseless> {
+    u16::try_from(slot).or_else(|_| senseless("slot", slot, "0 to 65535"))
+}
+
+/// A group as the source core takes it. Write-intent logs stand in `intent_dir`, or beside a disk without it.
+///
+/// # Errors
+/// Names the field.
+pub fn group(group: &SourceGroup, intent_dir: Option<&Path>) -> Result<GroupConfig, Senseless> {
+    let disks = group.disks.iter().map(|disk| source_disk(disk, intent_dir)).collect::<Result<_, _>>()?;
+    Ok(GroupConfig {
+        stream: id::<StreamId>("stream_uid", &group.stream_uid)?,
+        name: group.name.clone(),
+        disks,
+        policy_key: policy_key(group.key.as_ref())?,
+        cut_interval: group.cut_interval_ms.saturating_mul(1_000_000),
+        compress: group.compression() != Compression::Off,
+    })
+}
+
+fn source_disk(disk: &SourceDisk, intent_dir: Option<&Path>) -> Result<DiskConfig, Senseless> {
+    let id = id::<DiskId>("disks.uid", &disk.uid)?;
+    if !disk.path.starts_with('/') {
+        return senseless("disks.path", format!("`{}`", disk.path), "an absolute path");
+    }
+    let log_path = match intent_dir {
+        Some(dir) => dir.join(format!("{id}.intent")).to_string_lossy().into_owned(),
+        None => format!("{}.intent", disk.path),
+    };
+    Ok(DiskConfig {
+        id,
+        slot: slot(disk.slot)?,
+        name: disk.export_name.clone(),
+        path: disk.path.clone(),
+        log_path,
+        serial: disk.serial.clone(),
+        generation: disk.generation,
+        read_only: false,
+        trust_reboot: false,
+    })
+}
+
+/// A stream as the target core takes it.
+///
+/// # Errors
+/// Names the field.
+pub fn stream(stream: &TargetStream) -> Result<StreamConfig, Senseless> {
+    Ok(StreamConfig {
+        stream: id::<StreamId>("stream_uid", &stream.stream_uid)?,
+        name: stream.name.clone(),
+        policy_key: policy_key(stream.key.as_ref())?,
+        retention: stream.retention_s.saturating_mul(1_000_000_000),
+        disks: stream.disks.iter().map(target_disk).collect::<Result<_, _>>()?,
+    })
+}
+
+fn target_disk(disk: &TargetDisk) -> Result<(DiskInfo, u64), Senseless> {
+    let info = DiskInfo {
+        slot: slot(disk.slot)?,
+        id: id::<DiskId>("disks.uid", &disk.uid)?,
+        size: disk.size_bytes,
+        block: disk.block_bytes,
+        physical_block: disk.physical_block_bytes,
+        serial: disk.serial.clone(),
+        name: disk.name.clone(),
+    };
+    Ok((info, disk.generation))
+}
+
+/// A view as the target core takes it.
+///
+/// # Errors
+/// Names the field.
+pub fn view(view: &OpenView) -> Result<ViewConfig, Senseless> {
+    let disks: Vec<DiskId> = view.disk_uids.iter().map(|uid| id("disk_uids", uid)).collect::<Result<_, _>>()?;
+    if view.view.is_empty() {
+        return senseless("view", "empty", "a name");
+    }
+    Ok(ViewConfig {
+        name: view.view.clone(),
+        stream: id::<StreamId>("stream_uid", &view.stream_uid)?,
+        seq: view.seq,
+        disks: (!disks.is_empty()).then_some(disks),
+        writable: view.writable,
+        kind: match view.kind() {
+            ViewKind::Failover => TimelineKind::Failover,
+            ViewKind::Unspecified | ViewKind::Browse | ViewKind::Test => TimelineKind::View,
+        },
+        reason: view.reason.clone(),
+    })
+}
+
+/// Which point.
+///
+/// # Errors
+/// Nothing is chosen.
+pub fn choice(choice: Option<&PointChoice>) -> Result<Choice, Senseless> {
+    match choice.and_then(|c| c.at.as_ref()) {
+        Some(point_choice::At::Latest(true)) => Ok(Choice::Latest),
+        Some(point_choice::At::Cut(number)) => Ok(Choice::Cut(*number)),
+        Some(point_choice::At::TimeNs(time)) => Ok(Choice::Time(*time)),
+        Some(point_choice::At::Seq(seq)) => Ok(Choice::Seq(*seq)),
+        Some(point_choice::At::Latest(false)) | None => {
+            senseless("at", "nothing", "one of latest, cut, time_ns and seq")
+        }
+    }
+}
+
+/// A point as the coordinator takes it; it fills in the name.
+pub fn point(point: &PointInfo, timeline: TimelineId) -> Point {
+    let cut = point.cut.as_ref();
+    Point {
+        name: String::new(),
+        seq: point.seq,
+        cut: cut.map(|cut| cut.number),
+        wall_ns: point.wall_ns,
+        clock_synced: cut.is_some_and(|cut| cut.clock_synced),
+        flush_clean: cut.is_some_and(|cut| cut.flush_clean),
+        label: cut.map(|cut| cut.label.clone()).unwrap_or_default(),
+        disks: point.disks.iter().map(ToString::to_string).collect(),
+        damage: String::new(),
+        timeline: timeline.to_string(),
+    }
+}
+
+/// The NBD URIs of an export, one for each way in.
+pub fn uris(listens: &[Listen], export: &str) -> Vec<String> {
+    let export = escape(export);
+    listens
+        .iter()
+        .map(|listen| match listen {
+            Listen::Unix(path) => format!("nbd+unix:///{export}?socket={}", escape(&path.to_string_lossy())),
+            Listen::Tcp(address) => format!("nbd://{address}/{export}"),
+        })
+        .collect()
+}
+
+/// Percent-encodes what may not stand in a path or query.
+fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => out.push(byte.into()),
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uris_name_the_export_and_the_way_in() {
+        let listens = ["unix:/run/a b.sock".parse().unwrap(), "tcp:127.0.0.1:10809".parse().unwrap()];
+        assert_eq!(
+            uris(&listens, "shop/data"),
+            ["nbd+unix:///shop/data?socket=/run/a%20b.sock", "nbd://127.0.0.1:10809/shop/data"]
+        );
+    }
+
+    #[test]
+    fn a_group_without_a_key_is_refused_by_name() {
+        let said = SourceGroup { stream_uid: StreamId::random().to_string(), ..SourceGroup::default() };
+        assert_eq!(group(&said, None).unwrap_err().field, "key");
+    }
+
+    #[test]
+    fn intent_logs_stand_in_the_state_folder_or_beside_the_disk() {
+        let uid = DiskId::random();
+        let disk = SourceDisk { uid: uid.to_string(), path: "/d.raw".into(), ..SourceDisk::default() };
+        assert_eq!(source_disk(&disk, None).unwrap().log_path, "/d.raw.intent");
+        assert_eq!(source_disk(&disk, Some(Path::new("/s"))).unwrap().log_path, format!("/s/{uid}.intent"));
+    }
+
+    #[test]
+    fn choosing_nothing_is_refused() {
+        assert!(choice(None).is_err());
+        let none = PointChoice { at: Some(point_choice::At::Latest(false)) };
+        assert!(choice(Some(&none)).is_err());
+    }
+}

@@ -1,0 +1,317 @@
+//! What a proxy reports: a snapshot of both cores, and what happened since the last report.
+
+use std::collections::HashMap;
+
+use afterimage_dataplane::host::DiskKey;
+use afterimage_dataplane::io::Io;
+use afterimage_dataplane::nbd::ExportStatus;
+use afterimage_dataplane::source::{DiskStatus, GroupState, GroupStatus, Rung};
+use afterimage_dataplane::target::{Choice, StreamState, StreamStatus};
+use afterimage_wire::ids::StreamId;
+use afterimage_wire::v1;
+use afterimage_wire::v1::{
+    DiskGeneration, LinkState, PointSummary, Report, SourceDiskReport, SourceGroupReport, SyncProgress,
+    TargetStreamReport, ViewExport, ViewReport,
+};
+use hdrhistogram::Histogram;
+use hdrhistogram::serialization::{Serializer, V2Serializer};
+
+use super::convert;
+use super::cores::TargetCore;
+use super::runtime::{Desk, Gone};
+use super::state::Proxy;
+
+/// Damages named in a report; there may be more.
+const MAX_DAMAGE: usize = 16;
+
+/// Makes reports. Keeps what the last one said of the RPO, since each tells only what is new.
+#[derive(Default)]
+pub struct Reporter {
+    rpo: HashMap<StreamId, Histogram<u64>>,
+}
+
+impl Reporter {
+    /// The report of now. The events in it are taken: they go into no other.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub async fn report(&mut self, proxy: &Proxy) -> Result<Report, Gone> {
+        let sources = self.sources(proxy).await?;
+        let (targets, views) = targets(proxy).await?;
+        Ok(Report {
+            observed_version: proxy.desired.borrow().version,
+            sources,
+            targets,
+            views,
+            events: proxy.events.borrow_mut().drain(..).collect(),
+            problems: proxy.problems.borrow().clone(),
+        })
+    }
+
+    async fn sources(&mut self, proxy: &Proxy) -> Result<Vec<SourceGroupReport>, Gone> {
+        let Some(source) = &proxy.source else { return Ok(Vec::new()) };
+        let (groups, clients) = source
+            .call(|desk| {
+                let status = desk.core.status(desk.io.now());
+                let with_rpo = |group: GroupStatus| {
+                    let rpo = desk.core.rpo_histogram(group.stream).cloned();
+                    (group, rpo)
+                };
+                (status.into_iter().map(with_rpo).collect::<Vec<_>>(), desk.nbd.status())
+            })
+            .await?;
+        let clients = by_export(&clients);
+        self.rpo.retain(|stream, _| groups.iter().any(|(group, _)| group.stream == *stream));
+        let listens = proxy.config.source.as_ref().map(|role| role.nbd.clone()).unwrap_or_default();
+        let generations = generations(proxy);
+        let mut reports = Vec::with_capacity(groups.len());
+        for (group, rpo) in groups {
+            let histogram = rpo.map(|rpo| self.new_samples(group.stream, rpo)).unwrap_or_default();
+            let state = disk_state(&group);
+            let disks = group.disks.iter().map(|disk| SourceDiskReport {
+                disk_uid: disk.id.to_string(),
+                state: if disk.sync_failed { "failed: a flush failed".to_owned() } else { state.to_owned() },
+                generation: generations.get(&disk.id.to_string()).copied().unwrap_or_default(),
+                uris: convert::uris(&listens, &disk.name),
+                clients: clients.get(&disk.key).copied().unwrap_or_default(),
+                sync: sync(disk),
+            });
+            let (link, link_detail) = link(&group.state);
+            reports.push(SourceGroupReport {
+                stream_uid: group.stream.to_string(),
+                link: link.into(),
+                link_detail,
+                rung: rung(group.rung, link).into(),
+                held: group.held,
+                fenced: matches!(group.state, GroupState::Fenced { .. }),
+                captured_seq: group.captured_seq,
+                sealed_seq: group.sealed_seq,
+                sent_seq: group.sent_seq,
+                acked_seq: group.acked_seq,
+                writes: group.records,
+                captured_bytes: group.captured_bytes,
+                wire_bytes: group.wire_bytes,
+                frames: group.frames,
+                queue_bytes: group.queue_bytes as u64,
+                queue_limit_bytes: group.queue_limit as u64,
+                rpo_now_us: group.rpo_now / 1000,
+                rpo_histogram: histogram,
+                sync: group_sync(&group.disks),
+                cut: group.cut,
+                disks: disks.collect(),
+                incarnation: group.incarnation.to_string(),
+            });
+        }
+        Ok(reports)
+    }
+
+    /// Samples since the last report, encoded.
+    fn new_samples(&mut self, stream: StreamId, now: Histogram<u64>) -> Vec<u8> {
+        let mut fresh = now.clone();
+        if let Some(before) = self.rpo.get(&stream)
+            && fresh.subtract(before).is_err()
+        {
+            // The group has been started anew, and its samples with it.
+            fresh = now.clone();
+        }
+        self.rpo.insert(stream, now);
+        let mut bytes = Vec::new();
+        match V2Serializer::new().serialize(&fresh, &mut bytes) {
+            Ok(_) => bytes,
+            Err(error) => {
+                tracing::error!(?error, "an RPO histogram cannot be encoded");
+                Vec::new()
+            }
+        }
+    }
+}
+
+fn by_export(status: &[ExportStatus]) -> HashMap<DiskKey, u32> {
+    status.iter().map(|s| (s.key, u32::try_from(s.clients).unwrap_or(u32::MAX))).collect()
+}
+
+/// Generations under which the groups run, by disk.
+fn generations(proxy: &Proxy) -> HashMap<String, u64> {
+    let applied = proxy.applied.borrow();
+    applied.groups.values().flat_map(|g| g.disks.iter().map(|d| (d.uid.clone(), d.generation))).collect()
+}
+
+fn disk_state(group: &GroupStatus) -> &'static str {
+    match (&group.state, group.held) {
+        (GroupState::Fenced { .. }, _) => "fenced",
+        (_, true) => "held",
+        _ => "serving",
+    }
+}
+
+fn sync(disk: &DiskStatus) -> Option<SyncProgress> {
+    disk.sync.map(|sync| SyncProgress { done_bytes: sync.done, total_bytes: sync.total })
+}
+
+fn group_sync(disks: &[DiskStatus]) -> Option<SyncProgress> {
+    let mut all = disks.iter().filter_map(sync);
+    let first = all.next()?;
+    Some(all.fold(first, |sum, sync| SyncProgress {
+        done_bytes: sum.done_bytes + sync.done_bytes,
+        total_bytes: sum.total_bytes + sync.total_bytes,
+    }))
+}
+
+fn link(state: &GroupState) -> (LinkState, String) {
+    match state {
+        GroupState::Opening => (LinkState::Connecting, "opening the disks".to_owned()),
+        GroupState::Unlinked(why) if why.is_empty() => (LinkState::Connecting, String::new()),
+        GroupState::Unlinked(why) => (LinkState::Down, why.clone()),
+        GroupState::Syncing | GroupState::Protected => (LinkState::Up, String::new()),
+        GroupState::Refused(reason, why) => (LinkState::Refused, format!("{reason:?}: {why}")),
+        GroupState::Fenced { generation } => (LinkState::Refused, format!("fenced by generation {generation}")),
+        GroupState::Stopping => (LinkState::Down, "stopping".to_owned()),
+    }
+}
+
+fn rung(rung: Rung, link: LinkState) -> v1::Rung {
+    match rung {
+        Rung::Dirty => v1::Rung::Dirty,
+        Rung::Waiting | Rung::Uncompressed => v1::Rung::Queueing,
+        Rung::Normal if link == LinkState::Up => v1::Rung::Streaming,
+        Rung::Normal => v1::Rung::Queueing,
+    }
+}
+
+async fn targets(proxy: &Proxy) -> Result<(Vec<TargetStreamReport>, Vec<ViewReport>), Gone> {
+    let Some(target) = &proxy.target else { return Ok((Vec::new(), Vec::new())) };
+    let (streams, clients) = target
+        .call(|desk| {
+            let now = desk.io.now();
+            let streams = desk.core.status();
+            let reports = streams.into_iter().map(|stream| {
+                let points = summary(desk, &stream);
+                (stream_report(&stream, now, points), stream)
+            });
+            (reports.collect::<Vec<_>>(), desk.nbd.status())
+        })
+        .await?;
+    let clients = by_export(&clients);
+    let mut reports = Vec::with_capacity(streams.len());
+    let mut views = Vec::new();
+    for (mut report, stream) in streams {
+        let uid = &report.stream_uid;
+        let desired = proxy.desired.borrow();
+        let budget = desired.targets.iter().find(|t| t.stream_uid == *uid).map(|t| t.journal_budget_bytes);
+        let role = proxy.config.target.as_ref().and_then(|role| role.budget);
+        report.journal_budget_bytes = budget.filter(|b| *b > 0).or(role).unwrap_or_default();
+        let applied = proxy.applied.borrow();
+        for view in &stream.views {
+            let open = applied.views.get(&view.name);
+            views.push(ViewReport {
+                view: view.name.clone(),
+                stream_uid: uid.clone(),
+                seq: view.seq,
+                writable: open.is_some_and(|open| open.said.writable),
+                exports: open.map(|open| exports_of(proxy, &stream, &view.name, open)).unwrap_or_default(),
+                clients: open.map_or(0, |v| v.keys.iter().filter_map(|key| clients.get(key)).sum()),
+                delta_bytes: view.delta_bytes,
+            });
+        }
+        reports.push(report);
+    }
+    Ok((reports, views))
+}
+
+fn exports_of(proxy: &Proxy, stream: &StreamStatus, view: &str, open: &super::state::View) -> Vec<ViewExport> {
+    let wanted = &open.said.disk_uids;
+    let disks = stream.disks.iter().filter(|d| wanted.is_empty() || wanted.contains(&d.id.to_string()));
+    disks
+        .map(|disk| view_export(proxy, disk.id.to_string(), &disk.name, &format!("{view}/{}", disk.name), disk.size))
+        .collect()
+}
+
+/// An export of a view, as the coordinator takes it.
+pub fn view_export(proxy: &Proxy, disk_uid: String, disk: &str, export_name: &str, size: u64) -> ViewExport {
+    let listens = proxy.config.target.as_ref().map(|role| role.views.as_slice()).unwrap_or_default();
+    ViewExport {
+        disk: disk.to_owned(),
+        disk_uid,
+        export_name: export_name.to_owned(),
+        uris: convert::uris(listens, export_name),
+        size_bytes: size,
+    }
+}
+
+fn stream_report(stream: &StreamStatus, now: u64, points: PointSummary) -> TargetStreamReport {
+    let damage = stream.damage.iter().map(|d| d.what.clone());
+    TargetStreamReport {
+        stream_uid: stream.stream.to_string(),
+        connected: stream.connected,
+        last_heard_ms: stream.last_heard.map(|at| now.saturating_sub(at) / 1_000_000),
+        durable_seq: stream.durable_seq,
+        durable_frame: stream.durable_frame,
+        fold_floor: stream.floor,
+        points: Some(points),
+        journal_bytes: stream.journal_bytes,
+        journal_budget_bytes: 0,
+        segments: u32::try_from(stream.segments).unwrap_or(u32::MAX),
+        damage: damage.take(MAX_DAMAGE).collect(),
+        stopped: match &stream.state {
+            StreamState::Ready => String::new(),
+            StreamState::Recovering => "recovering".to_owned(),
+            StreamState::NoSpace(why) | StreamState::Failed(why) => why.clone(),
+        },
+        disks: stream
+            .disks
+            .iter()
+            .map(|disk| DiskGeneration { disk_uid: disk.id.to_string(), generation: disk.generation })
+            .collect(),
+    }
+}
+
+/// What a stream can be brought back to.
+pub fn summary(desk: &mut Desk<'_, TargetCore>, stream: &StreamStatus) -> PointSummary {
+    let mut at = |seq: Option<u64>| {
+        let point = desk.core.resolve(desk.io, stream.stream, Choice::Seq(seq?)).ok()?;
+        Some(convert::point(&point, stream.timeline))
+    };
+    let (oldest, newest) = (at(stream.oldest), at(stream.newest));
+    let count = match (stream.oldest, stream.newest) {
+        (Some(oldest), Some(newest)) => newest.saturating_sub(oldest) + 1,
+        _ => 0,
+    };
+    let first_cut = desk.core.points(desk.io, stream.stream, stream.oldest.unwrap_or_default(), 1, true).ok();
+    let first_cut = first_cut.and_then(|points| points.first().and_then(|p| p.cut.as_ref().map(|cut| cut.number)));
+    let cuts = first_cut.map_or(0, |first| stream.newest_cut.saturating_sub(first) + 1);
+    PointSummary { oldest, newest, count, cuts }
+}
+
+#[cfg(test)]
+mod tests {
+    use hdrhistogram::serialization::Deserializer;
+
+    use super::*;
+
+    fn samples(values: &[u64]) -> Histogram<u64> {
+        let mut histogram = Histogram::new_with_bounds(1, 86_400_000_000, 3).unwrap();
+        values.iter().for_each(|v| histogram.record(*v).unwrap());
+        histogram
+    }
+
+    fn decoded(bytes: &[u8]) -> Histogram<u64> {
+        Deserializer::new().deserialize(&mut &bytes[..]).unwrap()
+    }
+
+    #[test]
+    fn a_report_holds_only_the_samples_since_the_last_one() {
+        let mut reporter = Reporter::default();
+        let stream = StreamId::random();
+        assert_eq!(decoded(&reporter.new_samples(stream, samples(&[5, 7]))).len(), 2);
+        let second = decoded(&reporter.new_samples(stream, samples(&[5, 7, 9])));
+        assert_eq!((second.len(), second.max()), (1, 9));
+    }
+
+    #[test]
+    fn a_group_that_began_anew_is_reported_whole() {
+        let mut reporter = Reporter::default();
+        let stream = StreamId::random();
+        reporter.new_samples(stream, samples(&[5, 7, 8]));
+        assert_eq!(decoded(&reporter.new_samples(stream, samples(&[6]))).len(), 1);
+    }
+}

@@ -1,0 +1,239 @@
+//! Streams between this proxy and others: links that the source core asks for, links that arrive for the target core,
+//! and what both cores say happened.
+
+use std::net::TcpStream;
+use std::rc::Rc;
+use std::time::Duration;
+
+use afterimage_controlplane::ca::Identity as Peer;
+use afterimage_dataplane::source::{GroupState, LinkFailure, SourceEvent};
+use afterimage_dataplane::target::TargetEvent;
+use afterimage_wire::handshake::{Hello, Refusal, Welcome};
+use afterimage_wire::ids::StreamId;
+use afterimage_wire::v1::Severity;
+use tokio::sync::{Semaphore, mpsc};
+
+use super::link::{self, LinkError};
+use super::runtime::Gone;
+use super::state::Proxy;
+
+/// Handshakes of arriving streams under way together; who comes beyond that is closed and comes again.
+const HANDSHAKES: usize = 32;
+/// Pause after a listener failed (no descriptors left), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Follows the source core until it ends.
+pub async fn source_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<SourceEvent>) {
+    while let Some(event) = events.recv().await {
+        source_event(&proxy, event);
+    }
+}
+
+fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
+    match event {
+        SourceEvent::Connect { stream, hello } => {
+            let proxy = Rc::clone(proxy);
+            tokio::task::spawn_local(async move {
+                // Only the end of the data thread stops this, and its owner sees that, too.
+                let _ = connect(&proxy, stream, *hello).await;
+            });
+        }
+        SourceEvent::Fenced { stream, disk, generation } => {
+            let disk = disk.map(|d| format!(" of disk {d}")).unwrap_or_default();
+            let message = format!("the target holds generation {generation}{disk}: this source has been fenced");
+            proxy.event(Severity::Error, Some(stream), "fence", message);
+        }
+        SourceEvent::State { stream, state } => {
+            let (severity, message) = match state {
+                GroupState::Opening => (Severity::Info, "opening".to_owned()),
+                GroupState::Unlinked(why) => (Severity::Warning, format!("no link: {why}")),
+                GroupState::Syncing => (Severity::Info, "linked, synchronising".to_owned()),
+                GroupState::Protected => (Severity::Info, "protected".to_owned()),
+                GroupState::Refused(reason, why) => (Severity::Error, format!("refused ({reason:?}): {why}")),
+                GroupState::Fenced { generation } => (Severity::Error, format!("fenced by generation {generation}")),
+                GroupState::Stopping => (Severity::Info, "stopping".to_owned()),
+            };
+            proxy.event(severity, Some(stream), "link", message);
+        }
+        SourceEvent::SyncBegun { stream, disk, whole } => {
+            let what = if whole { "all of it" } else { "what is in doubt" };
+            let message = format!("a synchronisation of disk {disk} begins ({what})");
+            proxy.event(Severity::Info, Some(stream), "resync", message);
+        }
+        SourceEvent::SyncEnded { stream, disk, .. } => {
+            let message = format!("the synchronisation of disk {disk} is complete");
+            proxy.event(Severity::Info, Some(stream), "resync", message);
+        }
+        SourceEvent::CutTaken { stream, cut, seq, label } => {
+            let mut waiters = proxy.waiters.borrow_mut();
+            if let Some(at) = waiters.cuts.iter().position(|w| w.stream == stream && w.label == label) {
+                let _ = waiters.cuts.swap_remove(at).taken.send((cut, seq));
+            }
+        }
+        SourceEvent::ClockJump { stream, by } => {
+            let message = format!("the wall clock jumped by {:.3} s", by as f64 / 1e9);
+            proxy.event(Severity::Warning, Some(stream), "clock", message);
+        }
+        SourceEvent::DiskFault { disk, message } => {
+            proxy.event(Severity::Error, None, "disk", format!("disk {disk}: {message}"));
+        }
+        SourceEvent::Stopped { stream, clean } => {
+            let how = if clean { "everything is acknowledged" } else { "the next start compares what may differ" };
+            proxy.event(Severity::Info, Some(stream), "group", format!("stopped: {how}"));
+            let mut waiters = proxy.waiters.borrow_mut();
+            while let Some(at) = waiters.stops.iter().position(|(s, _)| *s == stream) {
+                let _ = waiters.stops.swap_remove(at).1.send(clean);
+            }
+        }
+    }
+}
+
+/// Makes the link that the source core asks for, and gives it the result.
+async fn connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<(), Gone> {
+    let Some(source) = &proxy.source else { return Ok(()) };
+    let failure = match try_connect(proxy, stream, hello).await {
+        Ok(link) => {
+            let linked = source.call(move |desk| match desk.io.attach(link.fd) {
+                Ok(sock) => {
+                    let (timeline, position, whole) = (link.timeline, link.position, link.whole_resync);
+                    desk.core.linked(desk.io, stream, sock, link.control, timeline, position, whole);
+                    None
+                }
+                Err(errno) => Some(format!("the connection cannot be used: {errno}")),
+            });
+            match linked.await? {
+                None => return Ok(()),
+                Some(why) => LinkFailure::Unreachable(why),
+            }
+        }
+        Err(LinkError::Refused { reason, message }) => LinkFailure::Refused(reason, message),
+        Err(error) => LinkFailure::Unreachable(error.to_string()),
+    };
+    source.call(move |desk| desk.core.link_failed(desk.io, stream, failure)).await
+}
+
+async fn try_connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<link::Linked, LinkError> {
+    let uid = stream.to_string();
+    let known = {
+        let desired = proxy.desired.borrow();
+        let group = desired.sources.iter().find(|g| g.stream_uid == uid);
+        group.filter(|g| !g.target_address.is_empty()).map(|group| {
+            let peer = desired.peers.iter().find(|p| p.uid == group.target_uid);
+            let pins = peer.map(|p| p.key_pins.clone()).unwrap_or_default();
+            (group.target_address.clone(), group.target_uid.clone(), pins)
+        })
+    };
+    let nowhere = |why: &str| LinkError::Connect { address: "the target".into(), source: std::io::Error::other(why) };
+    let (address, target, pins) = known.ok_or_else(|| nowhere("its address is not known yet"))?;
+    let identity = proxy.identity.borrow().clone().ok_or_else(|| nowhere("this proxy has no certificate yet"))?;
+    link::connect(&identity, &address, &target, &pins, hello).await
+}
+
+/// Takes streams that arrive. Plain tokio accepts: see [`link`].
+pub async fn accept_streams(proxy: Rc<Proxy>, listener: tokio::net::TcpListener) {
+    let room = std::sync::Arc::new(Semaphore::new(HANDSHAKES));
+    loop {
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a stream");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(permit) = std::sync::Arc::clone(&room).try_acquire_owned() else {
+            tracing::warn!(%from, "{HANDSHAKES} handshakes are under way: closed");
+            continue;
+        };
+        let stream = match stream.into_std() {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%from, %error, "cannot take a stream");
+                continue;
+            }
+        };
+        let proxy = Rc::clone(&proxy);
+        tokio::task::spawn_local(async move {
+            let _permit = permit;
+            match accept(&proxy, stream).await {
+                Ok(()) => {}
+                // Named once here; the source hears its own side of it.
+                Err(error) => {
+                    let message = format!("a stream from {from} is refused: {error}");
+                    proxy.event(Severity::Warning, None, "link", message);
+                }
+            }
+        });
+    }
+}
+
+async fn accept(proxy: &Proxy, stream: TcpStream) -> Result<(), LinkError> {
+    let refused = |message: &str| LinkError::Refused { reason: Refusal::Busy, message: message.to_owned() };
+    let identity = proxy.identity.borrow().clone().ok_or_else(|| refused("this proxy has no certificate yet"))?;
+    let Some(target) = &proxy.target else { return Err(refused("this proxy has no target role")) };
+    let accepted = link::accept(&identity, stream, async |peer, hello| {
+        if let Err(refusal) = may_write(proxy, peer, hello) {
+            return refusal;
+        }
+        let hello = hello.clone();
+        let answer = target.call(move |desk| desk.core.hello(desk.io, &hello)).await;
+        answer.unwrap_or_else(|gone| Welcome::Refused { reason: Refusal::Busy, message: gone.to_string() })
+    });
+    let accepted = accepted.await?;
+    tracing::debug!(source = accepted.peer.name, stream = %accepted.hello.stream, "a stream is linked");
+    let done = target.call(move |desk| match desk.io.attach(accepted.fd) {
+        Ok(sock) => {
+            desk.core.attach(desk.io, &accepted.hello, sock, accepted.control);
+            Ok(())
+        }
+        Err(errno) => Err(format!("the connection cannot be used: {errno}")),
+    });
+    match done.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(why)) => Err(refused(&why)),
+        Err(gone) => Err(refused(&gone.to_string())),
+    }
+}
+
+/// A proxy may write only the streams whose source it is.
+fn may_write(proxy: &Proxy, peer: &Peer, hello: &Hello) -> Result<(), Welcome> {
+    let refused = |reason, message: String| Err(Welcome::Refused { reason, message });
+    let uid = hello.stream.to_string();
+    let desired = proxy.desired.borrow();
+    let Some(stream) = desired.targets.iter().find(|s| s.stream_uid == uid) else {
+        return refused(Refusal::UnknownStream, format!("stream {uid} is not kept here"));
+    };
+    if stream.source_uid != peer.uid {
+        return refused(Refusal::BadClaim, format!("proxy `{}` is not the source of this stream", peer.name));
+    }
+    let pins = desired.peers.iter().find(|p| p.uid == peer.uid).map(|p| p.key_pins.as_slice()).unwrap_or_default();
+    if !link::pinned(peer, pins) {
+        return refused(Refusal::BadClaim, format!("the key of proxy `{}` is not the one that is paired", peer.name));
+    }
+    Ok(())
+}
+
+/// Follows the target core until it ends.
+pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetEvent>) {
+    while let Some(event) = events.recv().await {
+        let (severity, stream, kind, message) = match event {
+            TargetEvent::Ready { stream } => {
+                // Views wait for this.
+                proxy.changed.notify_one();
+                (Severity::Info, stream, "stream", "ready".to_owned())
+            }
+            TargetEvent::Failed { stream, why } => (Severity::Error, stream, "stream", why),
+            TargetEvent::Connected { stream, incarnation } => {
+                (Severity::Info, stream, "link", format!("connected, incarnation {incarnation}"))
+            }
+            TargetEvent::Disconnected { stream, why } => {
+                (Severity::Warning, stream, "link", format!("disconnected: {why}"))
+            }
+            TargetEvent::Shortened { stream, floor, why } => {
+                (Severity::Warning, stream, "retention", format!("history now begins at record {floor}: {why}"))
+            }
+            TargetEvent::Damaged { stream, damage } => (Severity::Error, stream, "damage", damage.what),
+        };
+        proxy.event(severity, Some(stream), kind, message);
+    }
+}
