@@ -1,0 +1,155 @@
+//! The demo as a client of the coordinator: the same calls that an operator's tool makes.
+
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use afterimage_controlplane::client;
+use afterimage_wire::v1;
+use tonic::transport::Channel;
+
+const PARENT: &str = "tenants/default";
+const POLICY: &str = "tenants/default/policies/demo";
+
+/// A connection as administrator.
+pub struct Api {
+    channel: Channel,
+}
+
+fn refused(status: tonic::Status) -> io::Error {
+    io::Error::other(format!("the coordinator answers {:?}: {}", status.code(), status.message()))
+}
+
+impl Api {
+    /// Connects with the administrator's identity; tries until the coordinator answers, at most 20 s.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn connect(address: &str, identity: &Path) -> io::Result<Self> {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            let attempt = async {
+                let bundle = client::Bundle::load(identity).map_err(io::Error::other)?;
+                client::connect(address, &bundle).await.map_err(io::Error::other)
+            };
+            match attempt.await {
+                Ok(channel) => return Ok(Self { channel }),
+                Err(error) if Instant::now() > until => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// A token with which the proxy `name` joins.
+    pub async fn join_token(&mut self, name: &str) -> io::Result<String> {
+        let request = v1::CreateJoinTokenRequest {
+            parent: PARENT.into(),
+            role: v1::Role::Proxy.into(),
+            name: name.into(),
+            ttl_s: 600,
+        };
+        let mut enrolment = v1::enrolment_client::EnrolmentClient::new(self.channel.clone());
+        Ok(enrolment.create_join_token(request).await.map_err(refused)?.into_inner().token)
+    }
+
+    /// Proxies with an open session.
+    pub async fn connected_proxies(&mut self) -> io::Result<usize> {
+        let mut proxies = v1::proxies_client::ProxiesClient::new(self.channel.clone());
+        let list = proxies.list_proxies(v1::ListProxiesRequest { parent: PARENT.into() }).await.map_err(refused)?;
+        Ok(list.into_inner().proxies.iter().filter(|p| p.connected).count())
+    }
+
+    /// Creates the policy and the group.
+    pub async fn protect(&mut self, group: &str, disks: &[(&str, &Path)]) -> io::Result<()> {
+        let policy = v1::Policy { cut_interval_ms: Some(500), retention_s: Some(3600), ..Default::default() };
+        let request = v1::CreatePolicyRequest {
+            parent: PARENT.into(),
+            policy_id: "demo".into(),
+            policy: Some(policy),
+            validate_only: false,
+        };
+        let mut policies = v1::policies_client::PoliciesClient::new(self.channel.clone());
+        policies.create_policy(request).await.map_err(refused)?;
+        let disks = disks
+            .iter()
+            .map(|(name, path)| v1::Disk {
+                name: format!("{group}/disks/{name}"),
+                path: path.display().to_string(),
+                ..Default::default()
+            })
+            .collect();
+        let request = v1::CreateGroupRequest {
+            parent: PARENT.into(),
+            group_id: group.rsplit('/').next().unwrap_or(group).into(),
+            group: Some(v1::Group {
+                policy: POLICY.into(),
+                source: format!("{PARENT}/proxies/source"),
+                target: format!("{PARENT}/proxies/target"),
+                disks,
+                ..Default::default()
+            }),
+            validate_only: false,
+            request_id: String::new(),
+        };
+        let mut groups = v1::groups_client::GroupsClient::new(self.channel.clone());
+        groups.create_group(request).await.map_err(refused).map(drop)
+    }
+
+    /// The group as it is now.
+    pub async fn group_status(&mut self, group: &str) -> io::Result<v1::GroupStatus> {
+        let mut status = v1::status_client::StatusClient::new(self.channel.clone());
+        let snapshot = status.get_status(v1::GetStatusRequest { parent: group.into() }).await.map_err(refused)?;
+        let mut groups = snapshot.into_inner().groups;
+        groups.pop().ok_or_else(|| io::Error::other(format!("the coordinator does not know {group}")))
+    }
+
+    /// Fails over to the newest durable write; the source is gone and cannot confirm.
+    pub async fn failover(&mut self, group: &str, id: &str) -> io::Result<v1::Operation> {
+        let request = v1::StartFailoverRequest {
+            group: group.into(),
+            to: Some(v1::PointChoice { at: Some(v1::point_choice::At::Latest(true)) }),
+            unconfirmed: true,
+            confirm_name: id.into(),
+            reason: "demo: the source site is lost".into(),
+            ..Default::default()
+        };
+        let mut failovers = v1::failovers_client::FailoversClient::new(self.channel.clone());
+        let operation = failovers.start_failover(request).await.map_err(refused)?.into_inner();
+        let mut operations = v1::operations_client::OperationsClient::new(self.channel.clone());
+        let wait = v1::WaitOperationRequest { name: operation.name, timeout_ms: 30_000 };
+        let operation = operations.wait_operation(wait).await.map_err(refused)?.into_inner();
+        match operation.error.as_ref() {
+            None if operation.state() == v1::OperationState::Done => Ok(operation),
+            None => Err(io::Error::other(format!("the failover is still {:?} after 30 s", operation.state()))),
+            Some(e) => Err(io::Error::other(format!("failover, step {}: {} ({})", e.step, e.message, e.remedy))),
+        }
+    }
+
+    /// The cuts that are held, oldest first.
+    pub async fn cuts(&mut self, group: &str) -> io::Result<Vec<v1::Point>> {
+        let request =
+            v1::ListPointsRequest { parent: group.into(), from_seq: 0, page_size: 1000, cuts_only: true };
+        let mut points = v1::points_client::PointsClient::new(self.channel.clone());
+        Ok(points.list_points(request).await.map_err(refused)?.into_inner().points)
+    }
+
+    /// Opens a point read-only.
+    pub async fn open_view(&mut self, group: &str, id: &str, at: v1::point_choice::At) -> io::Result<v1::View> {
+        let request = v1::CreateViewRequest {
+            parent: group.into(),
+            view_id: id.into(),
+            view: Some(v1::View { reason: "demo".into(), ..Default::default() }),
+            at: Some(v1::PointChoice { at: Some(at) }),
+            ..Default::default()
+        };
+        let mut views = v1::views_client::ViewsClient::new(self.channel.clone());
+        Ok(views.create_view(request).await.map_err(refused)?.into_inner())
+    }
+
+    /// Closes a view.
+    pub async fn close_view(&mut self, name: &str) -> io::Result<()> {
+        let request = v1::DeleteViewRequest { name: name.into(), ..Default::default() };
+        let mut views = v1::views_client::ViewsClient::new(self.channel.clone());
+        views.delete_view(request).await.map_err(refused).map(drop)
+    }
+}
