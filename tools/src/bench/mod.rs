@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 mod compare;
 mod fio;
+mod protected;
 mod servers;
 
 /// Options of `afterimage bench`.

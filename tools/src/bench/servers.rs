@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// A running server: one or more processes that end with it.
 pub struct Server {
-    children: Vec<Child>,
+    pub(super) children: Vec<Child>,
     /// Where its export is.
     pub socket: PathBuf,
     /// Its export.
@@ -193,7 +193,7 @@ pub fn ours(dir: &Path, name: &str, disk: &Path) -> io::Result<Server> {
         .arg("proxy")
         .args(["--serve", &format!("{name}={}", disk.display())])
         .args(["--nbd", &format!("unix:{}", socket.display())])
-        .args(["--state-dir".as_ref(), dir.join(format!("{name}.state")).as_os_str()]);
+        .args(["--name", name]);
     let mut child = spawn(command, &log)?;
     let ready = wait_for_socket(&mut child, &socket, &log);
     let server = Server { children: vec![child], socket, export: name.to_owned() };
