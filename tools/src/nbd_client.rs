@@ -148,15 +148,6 @@ impl Client {
         self.answer()?;
         self.input.read_exact(out)
     }
-
-    /// Writes and waits for the answer; no other request may be in flight.
-    ///
-    /// # Errors
-    /// The connection broke, or the disk's write failed.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.send_write(offset, data, false)?;
-        self.answer().map(drop)
-    }
 }
 
 impl Drop for Client {

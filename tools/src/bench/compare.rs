@@ -13,7 +13,6 @@ use super::servers::{self, Server};
 #[derive(Copy, Clone, Debug)]
 struct Run {
     fio: Measured,
-    cpu: f64,
     ios_per_cpu: f64,
 }
 
@@ -120,7 +119,7 @@ fn one(args: &CompareArgs, job: &Job, server: Server) -> io::Result<Run> {
     let cpu = server.cpu_seconds()? - before;
     // The ramp second is in the CPU time but not in fio's count: scale it out by the rate.
     let ios = fio.iops * f64::from(args.seconds + 1);
-    Ok(Run { fio, cpu, ios_per_cpu: ios / cpu.max(0.01) })
+    Ok(Run { fio, ios_per_cpu: ios / cpu.max(0.01) })
 }
 
 /// Writes the disk full of what does not compress to nothing, so that no run meets unwritten extents.
@@ -175,7 +174,7 @@ mod tests {
     use super::*;
 
     fn run_of(iops: f64) -> Run {
-        Run { fio: Measured { iops, ios: iops, p99_us: 1.0 }, cpu: 1.0, ios_per_cpu: iops }
+        Run { fio: Measured { iops, ios: iops, p99_us: 1.0 }, ios_per_cpu: iops }
     }
 
     #[test]

@@ -25,7 +25,8 @@ pub fn start(dir: &Path, disk: &Path) -> io::Result<Server> {
     if !source_file.exists() {
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
         let path = disk.to_str().ok_or_else(|| io::Error::other("the folder's name is not UTF-8"))?;
-        let (source, target) = pair(&address, &[("protected", path, disk.metadata()?.len())]).map_err(io::Error::other)?;
+        let (source, target) =
+            pair(&address, &[("protected", path, disk.metadata()?.len())]).map_err(io::Error::other)?;
         source.save(&source_file)?;
         target.save(&target_file)?;
         std::fs::write(&address_file, address)?;

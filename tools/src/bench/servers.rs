@@ -94,7 +94,10 @@ pub fn peer(dir: &Path, name: &str, disk: &Path) -> io::Result<Server> {
     let log = dir.join(format!("{name}.log"));
     let mut command = Command::new("qemu-storage-daemon");
     command
-        .args(["--blockdev", &format!("driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring", disk.display())])
+        .args([
+            "--blockdev",
+            &format!("driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring", disk.display()),
+        ])
         .args(["--nbd-server", &format!("addr.type=unix,addr.path={},max-connections=16", socket.display())])
         .args(["--export", &format!("type=nbd,id=export,node-name=disk,name={name},writable=on")])
         .args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp_path(dir, name).display())])

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use afterimage_controlplane::bundle::Bundle;
 use afterimage_controlplane::client;
 use afterimage_wire::v1;
 use tonic::transport::Channel;
@@ -25,12 +26,12 @@ impl Api {
     ///
     /// # Errors
     /// It does not answer.
-    pub async fn connect(address: &str, identity: &Path) -> io::Result<Self> {
+    pub async fn connect(identity: &Path) -> io::Result<Self> {
         let until = Instant::now() + Duration::from_secs(20);
         loop {
             let attempt = async {
-                let bundle = client::Bundle::load(identity).map_err(io::Error::other)?;
-                client::connect(address, &bundle).await.map_err(io::Error::other)
+                let bundle = Bundle::load(identity).map_err(io::Error::other)?;
+                client::connect(&bundle).await.map_err(io::Error::other)
             };
             match attempt.await {
                 Ok(channel) => return Ok(Self { channel }),
@@ -127,8 +128,7 @@ impl Api {
 
     /// The cuts that are held, oldest first.
     pub async fn cuts(&mut self, group: &str) -> io::Result<Vec<v1::Point>> {
-        let request =
-            v1::ListPointsRequest { parent: group.into(), from_seq: 0, page_size: 1000, cuts_only: true };
+        let request = v1::ListPointsRequest { parent: group.into(), from_seq: 0, page_size: 1000, cuts_only: true };
         let mut points = v1::points_client::PointsClient::new(self.channel.clone());
         Ok(points.list_points(request).await.map_err(refused)?.into_inner().points)
     }

@@ -78,8 +78,7 @@ pub struct Verdict {
 /// # Errors
 /// The first block that differs, and how.
 pub fn check_prefix(memory: &Memory, state: &State) -> Result<Verdict, String> {
-    let committed =
-        state.blocks.values().filter(|s| s.disk == Disk::Log).map(|s| s.transaction).max().unwrap_or(0);
+    let committed = state.blocks.values().filter(|s| s.disk == Disk::Log).map(|s| s.transaction).max().unwrap_or(0);
     let mut expected: HashMap<(u8, u64), u64> = HashMap::new();
     let mut in_flight: HashMap<(u8, u64), u64> = HashMap::new();
     let mut verdict = Verdict { committed, writes_held: 0, newest_held_ns: 0, oldest_missing_ns: None };

@@ -23,7 +23,9 @@ impl Display {
     /// A display on the terminal.
     pub fn new() -> Self {
         let live = ProgressBar::no_length();
-        live.set_style(ProgressStyle::with_template("   {spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_bar()));
+        live.set_style(
+            ProgressStyle::with_template("   {spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
         Self { live }
     }
 
@@ -43,11 +45,9 @@ impl Display {
         let rpo = status.rpo.as_ref();
         let points = status.points.as_ref().map_or(0, |p| p.count);
         let text = match (&status.sync, status.phase()) {
-            (Some(sync), v1::Phase::Syncing) if sync.total_bytes > 0 => format!(
-                "first synchronisation: {} of {} MiB",
-                sync.done_bytes >> 20,
-                sync.total_bytes >> 20
-            ),
+            (Some(sync), v1::Phase::Syncing) if sync.total_bytes > 0 => {
+                format!("first synchronisation: {} of {} MiB", sync.done_bytes >> 20, sync.total_bytes >> 20)
+            }
             _ => {
                 let wire = status.wire_bytes_per_s.max(1.0);
                 format!(

@@ -76,11 +76,17 @@ impl Site {
         let data = self.dir.join("coordinator");
         self.spawn(
             "coordinator",
-            &["coordinator".as_ref(), "--data-dir".as_ref(), data.as_ref(), "--listen".as_ref(), self.coordinator.clone().as_ref()],
+            &[
+                "coordinator".as_ref(),
+                "--data-dir".as_ref(),
+                data.as_ref(),
+                "--listen".as_ref(),
+                self.coordinator.clone().as_ref(),
+            ],
         )?;
         let identity = data.join("admin.json");
         self.wait("coordinator", || identity.exists()).await?;
-        let mut api = Api::connect(&self.coordinator, &identity).await?;
+        let mut api = Api::connect(&identity).await?;
         let target = [
             ("--journal", self.dir.join("journal").into_os_string()),
             ("--listen", self.stream.clone().into()),

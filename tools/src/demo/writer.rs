@@ -87,7 +87,9 @@ pub fn read_stamp(page: &[u8]) -> Result<Option<Stamp>, String> {
 
 fn checksum(bytes: &[u8]) -> u64 {
     bytes.chunks_exact(8).fold(0xcbf2_9ce4_8422_2325, |sum, chunk| {
-        (sum ^ u64::from_le_bytes(chunk.try_into().expect("8 bytes"))).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23)
+        (sum ^ u64::from_le_bytes(chunk.try_into().expect("8 bytes")))
+            .wrapping_mul(0x0000_0100_0000_01b3)
+            .rotate_left(23)
     })
 }
 
