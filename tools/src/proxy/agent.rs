@@ -310,3 +310,7 @@ fn register(proxy: &Proxy, bundle: &Bundle) -> Register {
         observed_term: proxy.term.get(),
     }
 }
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+mod tests;

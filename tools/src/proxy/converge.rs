@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use afterimage_dataplane::source::DiskConfig;
-use afterimage_dataplane::target::TargetError;
+use afterimage_dataplane::target::{Choice, TargetError};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::v1::{OpenView, Problem, Severity, SourceGroup, TargetStream};
 
@@ -227,11 +227,18 @@ pub async fn open_view(
         let error = TargetError::UnknownStream(said.stream_uid.parse().unwrap_or(StreamId::NONE));
         return Ok(Err(error.into()));
     };
-    let config = match convert::view(said) {
+    let mut config = match convert::view(said) {
         Ok(config) => config,
         Err(error) => return Ok(Err(error.into())),
     };
-    match target.call(move |desk| desk.core.open_view(desk.io, config)).await? {
+    let opened = target.call(move |desk| {
+        if config.seq == 0 {
+            // Only a stand-alone file says so: the newest complete point, whatever its number.
+            config.seq = desk.core.resolve(desk.io, config.stream, Choice::Latest)?.seq;
+        }
+        desk.core.open_view(desk.io, config)
+    });
+    match opened.await? {
         Err(error) => Ok(Err(error.into())),
         Ok(exports) => {
             let view = View { said: said.clone(), keys: exports.iter().map(|e| e.key).collect() };

@@ -8,7 +8,9 @@ use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use afterimage_wire::ids::{DiskId, PolicyKeyId, StreamId};
-use afterimage_wire::v1::{Compression, DesiredState, PolicyKey, SourceDisk, SourceGroup, TargetDisk, TargetStream};
+use afterimage_wire::v1::{
+    Compression, DesiredState, OpenView, PolicyKey, SourceDisk, SourceGroup, TargetDisk, TargetStream, ViewKind,
+};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::{SecureRandom, SystemRandom};
@@ -62,6 +64,23 @@ pub struct Group {
     pub target_address: String,
     /// Disks, in the order of their slots.
     pub disks: Vec<Disk>,
+    /// Views that the target opens when it starts.
+    #[serde(default)]
+    pub views: Vec<View>,
+}
+
+/// A view.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct View {
+    /// Name; its exports are called `<name>/<disk>`.
+    pub name: String,
+    /// The point: state after this record; 0 for the newest complete point.
+    #[serde(default)]
+    pub seq: u64,
+    /// What is written to it goes to a delta.
+    #[serde(default)]
+    pub writable: bool,
 }
 
 impl Group {
@@ -186,8 +205,20 @@ fn target_stream(group: &Group) -> Result<TargetStream, ConfigError> {
         journal_budget_bytes: 0,
         disks: disks.collect(),
         source_uid: group.source_uid.clone(),
-        views: Vec::new(),
+        views: group.views.iter().map(|view| open_view(group, view)).collect(),
     })
+}
+
+fn open_view(group: &Group, view: &View) -> OpenView {
+    OpenView {
+        stream_uid: group.stream.clone(),
+        view: view.name.clone(),
+        seq: view.seq,
+        disk_uids: Vec::new(),
+        writable: view.writable,
+        kind: if view.writable { ViewKind::Test } else { ViewKind::Browse }.into(),
+        reason: "stand-alone".to_owned(),
+    }
 }
 
 /// As a coordinator chooses it: the first 20 digits of the uid.
@@ -226,6 +257,7 @@ pub fn pair(target_address: &str, disks: &[(&str, &str, u64)]) -> Result<(Standa
                 block: Disk::block(),
             })
             .collect(),
+        views: Vec::new(),
     };
     let source = Standalone {
         identity: authority.proxy("source", &source_uid)?,
