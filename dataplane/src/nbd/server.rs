@@ -2,8 +2,14 @@
 
 use std::marker::PhantomData;
 
-use crate::host::{DiskKey, Disks};
-use crate::io::{Done, Io, Nanos, Sock, Token};
+use crate::host::{Answer, DiskKey, Disks, HostDisk};
+use crate::io::{Done, Io, Nanos, Op, Sock, Token};
+
+use super::conn::{Conn, Phase};
+use super::negotiate::Verdict;
+use super::receive::{Receiver, STAGING_BYTES};
+use super::reply::{OUT_BYTES, SMALL_MAX, Sender};
+use super::status::STATUS_MAX;
 
 /// What one front end may hold at most.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,28 +77,125 @@ pub struct ExportStatus {
     pub requests: usize,
 }
 
+/// What all connections share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub limits: Limits,
+    pub counters: Counters,
+    /// Bytes of the budgets in use.
+    pub read_used: usize,
+    pub write_used: usize,
+    /// Bytes of the pool, once known: no budget is more than a quarter of it.
+    pool_bytes: usize,
+}
+
+impl Shared {
+    pub(super) fn read_limit(&self) -> usize {
+        self.limits.read_bytes.min(self.pool_bytes / 4)
+    }
+
+    pub(super) fn write_limit(&self) -> usize {
+        self.limits.write_bytes.min(self.pool_bytes / 4)
+    }
+}
+
+/// How long a connection that found no buffer waits before it looks again, if nothing else happens meanwhile.
+pub const RETRY: Nanos = 5_000_000;
+/// A client that has taken nothing for so long while others wait for the buffers that it holds is dropped.
+const STALL: Nanos = 30_000_000_000;
+/// Bytes of replies to options that may wait; no further option is looked at meanwhile.
+const BULK_MAX: usize = 64 * 1024;
+/// More requests than this could fill the buffer for small replies: see [`Limits::requests`].
+const REQUESTS_MAX: usize = (OUT_BYTES - STATUS_MAX) / SMALL_MAX - 1;
+/// Connections are numbered in 16 bits.
+const CONNECTIONS_MAX: usize = u16::MAX as usize;
+
+const RECV: u16 = 0;
+const SEND: u16 = 1;
+const HANDSHAKE: u16 = 2;
+const RETRY_TIMER: u16 = 3;
+
+#[derive(Debug, Default)]
+struct Place {
+    generation: u16,
+    conn: Option<Box<Conn>>,
+}
+
 /// The NBD front end of one data thread.
 ///
 /// The owner gives it each completion that it [`Server::owns`], and calls [`Server::collect`] once per turn of its loop,
 /// after the disks had their turn: replies are sent from there only, so that one send carries all replies of a turn.
+#[derive(Debug)]
 pub struct Server<I: Io> {
     base: u16,
-    limits: Limits,
-    counters: Counters,
+    shared: Shared,
+    places: Vec<Place>,
+    vacant: Vec<u16>,
+    /// Connections that need a look in [`Server::collect`].
+    active: Vec<u16>,
+    /// Those being looked at; kept for its memory.
+    looking: Vec<u16>,
+    /// Disks with connections, and how many.
+    used: Vec<(DiskKey, usize)>,
+    answers: Vec<Answer>,
+    retry_timer: bool,
+    shutdown: bool,
     io: PhantomData<fn(&mut I)>,
 }
 
 impl<I: Io> Server<I> {
     /// A front end without connections. `base_id` is the upper 16 bits of all its tokens.
     pub fn new(base_id: u16, limits: Limits) -> Self {
-        Self { base: base_id, limits, counters: Counters::default(), io: PhantomData }
+        let limits = Limits {
+            connections: limits.connections.min(CONNECTIONS_MAX),
+            requests: limits.requests.clamp(1, REQUESTS_MAX),
+            ..limits
+        };
+        Self {
+            base: base_id,
+            shared: Shared { limits, counters: Counters::default(), read_used: 0, write_used: 0, pool_bytes: 0 },
+            places: Vec::new(),
+            vacant: Vec::new(),
+            active: Vec::new(),
+            looking: Vec::new(),
+            used: Vec::new(),
+            answers: Vec::new(),
+            retry_timer: false,
+            shutdown: false,
+            io: PhantomData,
+        }
     }
 
-    /// Takes over a connected socket of a new client and greets it.
+    /// Takes over a connected socket of a new client and greets it. On error the socket is closed.
     pub fn attach(&mut self, io: &mut I, sock: Sock, disks: &impl Disks<I>) -> Result<(), AttachError> {
-        let _ = disks;
-        io.close_sock(sock);
-        Err(AttachError::TooMany(self.limits.connections))
+        let _ = disks; // asked when the client asks
+        let connected = self.places.len() - self.vacant.len();
+        if connected >= self.shared.limits.connections || self.shutdown {
+            io.close_sock(sock);
+            return Err(AttachError::TooMany(connected));
+        }
+        self.shared.pool_bytes = io.pool().total_bytes();
+        let halves = io.pool().take(STAGING_BYTES).and_then(|b| Some((Receiver::new(b), Sender::new(io.pool())?)));
+        let Some((rx, tx)) = halves else {
+            io.close_sock(sock);
+            return Err(AttachError::NoBuffers);
+        };
+        let index = self.vacant.pop().unwrap_or_else(|| {
+            self.places.push(Place::default());
+            (self.places.len() - 1) as u16
+        });
+        let place = &mut self.places[usize::from(index)];
+        place.generation = place.generation.wrapping_add(1);
+        let id = u32::from(place.generation) << 16 | u32::from(index);
+        let deadline = io.now().saturating_add(self.shared.limits.handshake);
+        let mut conn = Box::new(Conn::new(id, sock, rx, tx, deadline));
+        conn.rx.post_plain(io, token(self.base, id, RECV), sock);
+        io.submit(token(self.base, id, HANDSHAKE), Op::Timer { at: deadline });
+        conn.active = true;
+        place.conn = Some(conn);
+        self.active.push(index);
+        self.shared.counters.connections += 1;
+        Ok(())
     }
 
     /// True if a completion with this token is for [`Server::done`].
@@ -102,36 +205,275 @@ impl<I: Io> Server<I> {
 
     /// Takes a completion.
     pub fn done(&mut self, io: &mut I, disks: &mut impl Disks<I>, done: Done) {
-        let _ = (io, disks, done);
+        let (kind, id) = (done.token as u16, (done.token >> 16) as u32);
+        if kind == RETRY_TIMER {
+            self.retry_timer = false;
+            return;
+        }
+        let Some((index, conn)) = conn_of(&mut self.places, id) else { return };
+        match kind {
+            RECV if matches!(conn.phase, Phase::Negotiating(_)) => {
+                let ended = !matches!(done.result, Ok(1..));
+                conn.rx.received_plain(done);
+                if ended {
+                    conn.kill(&mut self.shared, io);
+                } else if !conn.dead {
+                    negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
+                }
+            }
+            RECV => {
+                conn.received(&mut self.shared, io, done);
+                self.serve(io, disks, index, false);
+            }
+            SEND => {
+                conn.sent(&mut self.shared, io, done);
+                if !conn.dead && !conn.rx.is_receiving() {
+                    negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
+                }
+            }
+            HANDSHAKE if matches!(conn.phase, Phase::Negotiating(_)) && !conn.dead => {
+                if io.now() >= conn.deadline {
+                    conn.kill(&mut self.shared, io);
+                } else {
+                    io.submit(done.token, Op::Timer { at: conn.deadline });
+                }
+            }
+            _ => {}
+        }
+        self.activate(index);
     }
 
     /// Takes answers out of the disks in use, goes on with connections that waited for room, sends replies.
     pub fn collect(&mut self, io: &mut I, disks: &mut impl Disks<I>) {
-        let _ = (io, disks);
+        let mut first = true;
+        loop {
+            let answered = self.take_answers(io, disks);
+            if !first && !answered {
+                break;
+            }
+            // A disk may answer at once, so what is asked now may have answers in the next round. A round without any is
+            // the last; each other one has used something up that only a completion brings back.
+            for at in 0..self.active.len() {
+                let index = self.active[at];
+                let Some(conn) = &mut self.places[usize::from(index)].conn else { continue };
+                if conn.wants_disk() {
+                    self.serve(io, disks, index, first);
+                }
+            }
+            first = false;
+        }
+        self.flush(io);
     }
 
     /// Drops the connections of an export that is no longer on offer.
     pub fn close_export(&mut self, io: &mut I, key: DiskKey) {
-        let _ = (io, key);
+        for index in 0..self.places.len() as u16 {
+            if let Some(conn) = &mut self.places[usize::from(index)].conn
+                && conn.key == Some(key)
+            {
+                conn.abandon(&mut self.shared, io);
+                self.activate(index);
+            }
+        }
+        self.flush(io);
     }
 
-    /// Takes no further requests, answers what is under way, then closes; see [`Server::is_idle`].
+    /// Takes no further clients and requests, answers what is under way, then closes; see [`Server::is_idle`].
     pub fn shutdown(&mut self, io: &mut I) {
-        let _ = io;
+        self.shutdown = true;
+        for index in 0..self.places.len() as u16 {
+            if let Some(conn) = &mut self.places[usize::from(index)].conn {
+                conn.end();
+                self.activate(index);
+            }
+        }
+        self.flush(io);
     }
 
     /// No connections are left.
     pub fn is_idle(&self) -> bool {
-        true
+        self.places.len() == self.vacant.len()
     }
 
     /// Clients of each export that has any.
     pub fn status(&self) -> Vec<ExportStatus> {
-        Vec::new()
+        let mut all: Vec<ExportStatus> = Vec::new();
+        for conn in self.places.iter().filter_map(|p| p.conn.as_deref()).filter(|c| !c.dead) {
+            let Some(key) = conn.key else { continue };
+            match all.iter_mut().find(|e| e.key == key) {
+                Some(export) => {
+                    export.clients += 1;
+                    export.requests += conn.requests();
+                }
+                None => all.push(ExportStatus { key, clients: 1, requests: conn.requests() }),
+            }
+        }
+        all
     }
 
     /// Counts since the start.
     pub fn counters(&self) -> Counters {
-        self.counters
+        self.shared.counters
+    }
+
+    fn activate(&mut self, index: u16) {
+        if let Some(conn) = &mut self.places[usize::from(index)].conn
+            && !conn.active
+        {
+            conn.active = true;
+            self.active.push(index);
+        }
+    }
+
+    /// Moves the answers of the disks in use to their connections; true if there were any.
+    fn take_answers(&mut self, io: &mut I, disks: &mut impl Disks<I>) -> bool {
+        let mut any = false;
+        for at in 0..self.used.len() {
+            let key = self.used[at].0;
+            if let Some(mut disk) = disks.disk(key) {
+                self.answers.extend(disk.answers().drain(..));
+            } else {
+                self.drop_clients(io, key);
+            }
+            let mut answers = std::mem::take(&mut self.answers);
+            any |= !answers.is_empty();
+            for Answer { cookie, result } in answers.drain(..) {
+                if let Some((index, conn)) = conn_of(&mut self.places, (cookie >> 32) as u32) {
+                    conn.answer(&mut self.shared, io, cookie as u32, result);
+                    self.activate(index);
+                }
+            }
+            self.answers = answers;
+        }
+        any
+    }
+
+    /// The disk has gone without a word: so do its clients.
+    fn drop_clients(&mut self, io: &mut I, key: DiskKey) {
+        for index in 0..self.places.len() as u16 {
+            if let Some(conn) = &mut self.places[usize::from(index)].conn
+                && conn.key == Some(key)
+            {
+                conn.abandon(&mut self.shared, io);
+                self.activate(index);
+            }
+        }
+    }
+
+    /// Lets a connection use what it has received and what has become free; `retry`: also ask again for what the disk had
+    /// no buffer for, once per turn.
+    fn serve(&mut self, io: &mut I, disks: &mut impl Disks<I>, index: u16, retry: bool) {
+        let Some(conn) = &mut self.places[usize::from(index)].conn else { return };
+        let Some(key) = conn.key else { return };
+        let Some(mut disk) = disks.disk(key) else { return conn.abandon(&mut self.shared, io) };
+        if retry {
+            conn.retry_reads(io, &mut disk);
+        }
+        conn.issue_reads(&mut self.shared, io, &mut disk);
+        conn.advance(&mut self.shared, io, &mut disk, token(self.base, conn.id, RECV));
+    }
+
+    /// Sends what has gathered, closes what is over, forgets what is finished.
+    fn flush(&mut self, io: &mut I) {
+        let now = io.now();
+        let mut starved = false;
+        std::mem::swap(&mut self.active, &mut self.looking);
+        let mut looking = std::mem::take(&mut self.looking);
+        for index in looking.drain(..) {
+            let place = &mut self.places[usize::from(index)];
+            let Some(conn) = &mut place.conn else { continue };
+            if !conn.dead {
+                if !conn.tx.is_sending() {
+                    conn.tx.flush(io, token(self.base, conn.id, SEND), conn.sock);
+                    conn.sending_since = now;
+                }
+                conn.close_if_over(&mut self.shared, io);
+            }
+            if conn.is_finished() {
+                if let Some(key) = conn.key
+                    && let Some(at) = self.used.iter().position(|(k, _)| *k == key)
+                {
+                    self.used[at].1 -= 1;
+                    if self.used[at].1 == 0 {
+                        self.used.swap_remove(at);
+                    }
+                }
+                place.conn = None;
+                self.vacant.push(index);
+                continue;
+            }
+            starved |= conn.is_starved();
+            conn.active = conn.wants_disk();
+            if conn.active {
+                self.active.push(index);
+            }
+        }
+        self.looking = looking;
+        if starved {
+            self.drop_stalled(io, now);
+            if !self.retry_timer {
+                self.retry_timer = true;
+                io.submit(token(self.base, 0, RETRY_TIMER), Op::Timer { at: now.saturating_add(RETRY) });
+            }
+        }
+    }
+
+    /// Somebody waits for buffers: the client that has held the most without taking any of them for too long goes.
+    fn drop_stalled(&mut self, io: &mut I, now: Nanos) {
+        let stalled = |c: &&mut Box<Conn>| {
+            !c.dead && c.tx.is_sending() && c.read_held() > 0 && now.saturating_sub(c.sending_since) >= STALL
+        };
+        let all = self.places.iter_mut().filter_map(|p| p.conn.as_mut());
+        if let Some(conn) = all.filter(stalled).max_by_key(|c| c.read_held()) {
+            tracing::warn!(
+                client = conn.id,
+                "NBD client dropped: it takes no replies, and others wait for its buffers"
+            );
+            conn.kill(&mut self.shared, io);
+        }
+    }
+}
+
+fn token(base: u16, id: u32, kind: u16) -> Token {
+    Token::from(base) << 48 | Token::from(id) << 16 | Token::from(kind)
+}
+
+/// The connection with this number, unless its place has been given to another.
+fn conn_of(places: &mut [Place], id: u32) -> Option<(u16, &mut Conn)> {
+    let index = id as u16;
+    let conn = places.get_mut(usize::from(index))?.conn.as_deref_mut()?;
+    (conn.id == id).then_some((index, conn))
+}
+
+/// Takes steps of the negotiation as far as the input goes.
+fn negotiate<I: Io>(
+    shared: &mut Shared,
+    used: &mut Vec<(DiskKey, usize)>,
+    base: u16,
+    io: &mut I,
+    disks: &impl Disks<I>,
+    conn: &mut Conn,
+) {
+    loop {
+        let Phase::Negotiating(negotiation) = &mut conn.phase else { return };
+        if conn.ending || conn.tx.bulk().len() > BULK_MAX {
+            return; // goes on when that is sent
+        }
+        let (consumed, verdict) = negotiation.step(conn.rx.plain(), &mut || disks.exports(), conn.tx.bulk());
+        conn.rx.consume_plain(consumed);
+        match verdict {
+            Verdict::More => return conn.rx.post_plain(io, token(base, conn.id, RECV), conn.sock),
+            Verdict::Reply => conn.deadline = io.now().saturating_add(shared.limits.handshake),
+            Verdict::Enter(entered) => {
+                let key = entered.export.key;
+                match used.iter_mut().find(|(k, _)| *k == key) {
+                    Some((_, clients)) => *clients += 1,
+                    None => used.push((key, 1)),
+                }
+                return conn.enter(*entered);
+            }
+            Verdict::Close => conn.ending = true,
+            Verdict::Violation(what) => return conn.violation(shared, io, what),
+        }
     }
 }

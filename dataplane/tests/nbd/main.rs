@@ -1,0 +1,5 @@
+//! The NBD front end in the simulated world: a client's bytes in, a disk in memory behind it, the client's bytes out.
+
+mod bed;
+mod negotiation;
+mod requests;
