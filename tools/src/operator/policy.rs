@@ -14,8 +14,8 @@ use super::values::{duration_ns, show_duration, show_size, show_time, size};
 pub enum Verb {
     /// Create a policy; what is not given has the default that is named.
     #[command(after_help = "Examples:\n  \
-        afterimage policy create gold --rpo-target 500ms --retention 4h\n  \
-        afterimage policy create slow-link --cut-interval 5s --journal-budget 200GiB --rpo-target 1m")]
+        afterimage policy create gold --rpo 500ms --retention 4h\n  \
+        afterimage policy create slow-link --cut-interval 5s --journal-budget 200GiB --rpo 1m")]
     Create {
         /// The policy's name: a-z, 0-9 and "-", at most 63 characters.
         policy: String,
@@ -54,8 +54,8 @@ pub enum Verb {
 #[derive(Args, Debug, Default)]
 pub struct Promise {
     /// RPO to be kept, such as 500ms [default: 1s].
-    #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
-    rpo_target: Option<u64>,
+    #[arg(long, visible_alias = "rpo-target", value_name = "DURATION", value_parser = duration_ns)]
+    rpo: Option<u64>,
     /// Time between two cuts, at least 10ms [default: 1s].
     #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
     cut_interval: Option<u64>,
@@ -87,8 +87,8 @@ enum Compress {
 impl Promise {
     /// Writes what was given over what is there.
     fn over(&self, policy: &mut v1::Policy) -> Result<(), Failure> {
-        if let Some(ns) = self.rpo_target {
-            policy.rpo_target_us = Some(whole(ns, 1_000, "--rpo-target", "microseconds")?);
+        if let Some(ns) = self.rpo {
+            policy.rpo_target_us = Some(whole(ns, 1_000, "--rpo", "microseconds")?);
         }
         if let Some(ns) = self.cut_interval {
             policy.cut_interval_ms = Some(whole(ns, 1_000_000, "--cut-interval", "milliseconds")?);
@@ -114,7 +114,7 @@ impl Promise {
     }
 
     fn is_empty(&self) -> bool {
-        self.rpo_target.is_none()
+        self.rpo.is_none()
             && self.cut_interval.is_none()
             && self.retention.is_none()
             && self.journal_budget.is_none()

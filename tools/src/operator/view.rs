@@ -7,27 +7,27 @@ use uuid::Uuid;
 use super::documents::{self, group_of, id, view_word};
 use super::failure::Failure;
 use super::output::{Mood, fields, state, table, text};
-use super::point::{Choice, api};
+use super::point::api;
 use super::session::Session;
-use super::values::{show_size, show_time};
+use super::values::{Selector, selector, show_size, show_time};
 
 /// Verbs of `afterimage view`.
 #[derive(Subcommand, Debug)]
 pub enum Verb {
     /// Open a restore point as NBD exports at the target, without copying.
     #[command(after_help = "Examples:\n  \
-        afterimage view open shop                                   the newest point, read-only\n  \
-        afterimage view open shop time:-5m --name check             five minutes ago\n  \
-        afterimage view open shop cut:4711 --writable --disk data   to test with; writes are thrown away\n\n\
+        afterimage view open shop                               the newest point, read-only\n  \
+        afterimage view open shop check --to time:-5m           five minutes ago\n  \
+        afterimage view open shop try --to cut:47 --writable    to test with; writes are thrown away\n\n\
         Then, on the target's host:  nbdcopy URI disk.img  ·  nbdinfo URI  ·  qemu-img info URI")]
     Open {
         /// The group's name.
         group: String,
-        #[command(flatten)]
-        choice: Choice,
         /// What to call the view [default: a name that is free].
-        #[arg(long)]
-        name: Option<String>,
+        view: Option<String>,
+        /// latest, cut:N, seq:N, time:2026-11-21T10:00:00Z, time:-5m (ago).
+        #[arg(long, value_name = "POINT", default_value = "latest", value_parser = selector)]
+        to: Selector,
         /// Let it be written to; what is written is thrown away when it is closed.
         #[arg(long)]
         writable: bool,
@@ -73,14 +73,14 @@ pub enum Verb {
 pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
     let out = session.out;
     match verb {
-        Verb::Open { group, choice, name, writable, disks, reason, dry_run } => {
+        Verb::Open { group, view, to, writable, disks, reason, dry_run } => {
             let request_id = Uuid::new_v4().to_string();
-            let view = name.unwrap_or_else(|| format!("v{}", &request_id[..8]));
+            let view = view.unwrap_or_else(|| format!("v{}", &request_id[..8]));
             let request = v1::CreateViewRequest {
                 parent: session.group(&group),
                 view_id: view.clone(),
                 view: Some(v1::View { writable, disks, reason: reason.unwrap_or_default(), ..Default::default() }),
-                at: Some(api(choice.selector())),
+                at: Some(api(to)),
                 validate_only: dry_run,
                 request_id,
             };
