@@ -176,7 +176,9 @@ mod tests {
         let mut slab = Slab::default();
         let (a, b) = (slab.insert('a'), slab.insert('b'));
         assert_eq!(slab.remove(a), Some('a'));
-        assert_eq!((slab.get(a), slab.insert('c'), slab.get(b).copied()), (None, a, Some('b')));
+        assert_eq!(slab.get(a), None);
+        assert_eq!(slab.insert('c'), a);
+        assert_eq!(slab.get(b).copied(), Some('b'));
         assert_eq!(slab.len(), 2);
     }
 }

@@ -220,7 +220,7 @@ struct FileSource {
     queue: Option<Size>,
     seal_threads: Option<usize>,
     max_wait_ms: Option<u64>,
-    trust_boot: Option<bool>,
+    trust_reboot: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -328,6 +328,7 @@ The file:
   queue = \"256MiB\"                   # captured, not yet acknowledged
   seal_threads = 2
   max_wait_ms = 20                   # longest a write waits for room in the queue
+  trust_reboot = false               # true: nobody else uses the disks while this host is down
   [target]                           # only where replicas are kept
   journal = \"/srv/journal\"
   listen = \"10.0.0.6:7800\"
@@ -366,8 +367,9 @@ pub struct SourceRole {
     pub seal_threads: usize,
     /// Longest that a write waits for room, milliseconds.
     pub max_wait_ms: u64,
-    /// After a restart within one boot, believe a write-intent log that was not closed (it is still compared in part).
-    pub trust_boot: bool,
+    /// After a reboot of this host nobody else has used its disks: what the write-intent log says is enough. Without it,
+    /// a disk that was not stopped cleanly is compared in full after a reboot.
+    pub trust_reboot: bool,
 }
 
 /// The target role.
@@ -544,7 +546,14 @@ fn source_role(file: FileSource, args: &Args) -> Result<Option<SourceRole>, Conf
     let seal_threads = args.seal_threads.or(file.seal_threads).unwrap_or((cores - 1).clamp(1, 4));
     within("source.seal_threads", seal_threads as u64, 0, MAX_SEAL_THREADS as u64)?;
     let max_wait_ms = within("source.max_wait_ms", file.max_wait_ms.unwrap_or(20), 0, 10_000)?;
-    Ok(Some(SourceRole { nbd, memory, queue, seal_threads, max_wait_ms, trust_boot: file.trust_boot.unwrap_or(true) }))
+    Ok(Some(SourceRole {
+        nbd,
+        memory,
+        queue,
+        seal_threads,
+        max_wait_ms,
+        trust_reboot: file.trust_reboot.unwrap_or(false),
+    }))
 }
 
 fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, ConfigError> {

@@ -108,7 +108,8 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
         return Err(problem("this proxy has no source role: `source.nbd` is not set"));
     };
     let intent_dir = proxy.intent_dir();
-    let config = convert::group(group, intent_dir.as_deref()).map_err(problem)?;
+    let trust_reboot = proxy.config.source.as_ref().is_some_and(|role| role.trust_reboot);
+    let config = convert::group(group, intent_dir.as_deref(), trust_reboot).map_err(problem)?;
     let stream = config.stream;
     let running = proxy.applied.borrow().groups.get(&stream).cloned();
     match running {

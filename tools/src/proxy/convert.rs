@@ -55,8 +55,12 @@ fn slot(slot: u32) -> Result<u16, Senseless> {
 ///
 /// # Errors
 /// Names the field.
-pub fn group(group: &SourceGroup, intent_dir: Option<&Path>) -> Result<GroupConfig, Senseless> {
-    let disks = group.disks.iter().map(|disk| source_disk(disk, intent_dir)).collect::<Result<_, _>>()?;
+pub fn group(group: &SourceGroup, intent_dir: Option<&Path>, trust_reboot: bool) -> Result<GroupConfig, Senseless> {
+    let disks = group.disks.iter().map(|disk| {
+        let disk = source_disk(disk, intent_dir)?;
+        Ok(DiskConfig { trust_reboot, ..disk })
+    });
+    let disks = disks.collect::<Result<_, _>>()?;
     Ok(GroupConfig {
         stream: id::<StreamId>("stream_uid", &group.stream_uid)?,
         name: group.name.clone(),
@@ -212,7 +216,7 @@ mod tests {
     #[test]
     fn a_group_without_a_key_is_refused_by_name() {
         let said = SourceGroup { stream_uid: StreamId::random().to_string(), ..SourceGroup::default() };
-        assert_eq!(group(&said, None).unwrap_err().field, "key");
+        assert_eq!(group(&said, None, false).unwrap_err().field, "key");
     }
 
     #[test]
