@@ -355,7 +355,7 @@ impl Receiver {
             *depth = parsed.clamp(1, SLOTS_MAX);
         } else if parsed >= posted {
             *depth = (*depth * 2).min(SLOTS_MAX);
-        } else if parsed * 2 < *depth {
+        } else if parsed * 2 < *depth && *depth > 1 {
             *depth -= 1;
         }
     }

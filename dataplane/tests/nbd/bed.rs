@@ -176,6 +176,7 @@ pub struct Client {
     pub deaf: bool,
     pub input: Vec<u8>,
     pub closed: bool,
+    hung_up: bool,
 }
 
 /// A message of the server in transmission.
@@ -230,6 +231,7 @@ impl Bed {
             deaf: false,
             input: Vec::new(),
             closed: false,
+            hung_up: false,
         });
         let client = self.clients.len() - 1;
         self.kick(client);
@@ -277,8 +279,16 @@ impl Bed {
 
     /// The client closes its socket.
     pub fn hang_up(&mut self, client: usize) {
-        self.client_io.close_sock(self.clients[client].sock);
-        self.clients[client].closed = true;
+        let client = &mut self.clients[client];
+        client.closed = true;
+        if !std::mem::replace(&mut client.hung_up, true) {
+            self.client_io.close_sock(client.sock);
+        }
+    }
+
+    /// The network breaks the connection.
+    pub fn cut(&mut self, client: usize) {
+        self.world.cut(self.clients[client].sock);
     }
 
     pub fn close_export(&mut self, key: DiskKey) {
