@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 """Every relative link in a document leads to a file, and to a heading where it names one."""
 
 import pathlib
