@@ -76,6 +76,9 @@ pub struct Conn {
     writing: Option<u32>,
     /// Payload to throw away, bytes.
     drain: usize,
+    /// The reply to the request whose payload that is. It is due when the payload has gone: clients do not expect it
+    /// while they are still sending.
+    drained: Option<(u64, u32, &'static str)>,
     /// Reads that have parts still to be given to the disk.
     pub(super) reads: VecDeque<u32>,
     /// Parts for which the disk had no buffer.
@@ -113,6 +116,7 @@ impl Conn {
             outstanding: 0,
             writing: None,
             drain: 0,
+            drained: None,
             reads: VecDeque::new(),
             retry: VecDeque::new(),
             read_held: 0,
@@ -255,6 +259,9 @@ impl Conn {
                 if self.drain > 0 {
                     break Want::Drain;
                 }
+                if let Some((cookie, error, text)) = self.drained.take() {
+                    self.push_error(shared, cookie, error, text);
+                }
             } else if let Some(number) = self.writing {
                 match self.payload(shared, io, disk, number) {
                     Ok(Some(want)) => break want,
@@ -353,7 +360,7 @@ impl Conn {
             return Ok(());
         }
         if let Err((error, text)) = self.judge(shared, header) {
-            self.push_error(shared, header, error, text);
+            self.push_error(shared, header.cookie, error, text);
             return Ok(());
         }
         let RequestHeader { flags, offset, cookie, .. } = *header;
@@ -405,8 +412,12 @@ impl Conn {
                 self.violation(shared, io, "a payload too long to skip");
                 return Ok(());
             }
-            self.drain = header.len as usize;
-            self.push_error(shared, header, error, text);
+            if header.len == 0 {
+                self.push_error(shared, header.cookie, error, text);
+            } else {
+                self.drain = header.len as usize;
+                self.drained = Some((header.cookie, error, text));
+            }
             return Ok(());
         }
         let fua = header.flags & cmd_flag::FUA != 0;
@@ -478,9 +489,9 @@ impl Conn {
         self.tx.push_small(&simple_reply(0, cookie), &[]);
     }
 
-    fn push_error(&mut self, shared: &mut Shared, header: &RequestHeader, error: u32, text: &str) {
+    fn push_error(&mut self, shared: &mut Shared, cookie: u64, error: u32, text: &str) {
         shared.counters.errors += 1;
-        let (bytes, len) = error_reply(self.structured, header.cookie, error, text);
+        let (bytes, len) = error_reply(self.structured, cookie, error, text);
         self.tx.push_small(&bytes[..len], &[]);
     }
 

@@ -197,6 +197,18 @@ fn too_long_a_payload_is_skipped_and_refused() {
 }
 
 #[test]
+fn a_refused_write_is_answered_when_its_payload_has_gone() {
+    let mut bed = Bed::new(13);
+    let client = bed.serving(true);
+    bed.request(client, cmd::WRITE, 0, 1, 8 << 20, 100_000);
+    bed.send(client, &vec![1; 99_999]);
+    bed.settle(1_000_000_000);
+    assert!(bed.clients[client].input.is_empty());
+    bed.send(client, &[1]);
+    assert_eq!(bed.error(client), error::ENOSPC);
+}
+
+#[test]
 fn block_status_joins_extents() {
     let mut bed = Bed::new(14);
     let client = bed.serving(true);
