@@ -4,19 +4,22 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use afterimage_dataplane::source::DiskConfig;
+use afterimage_dataplane::source::{DiskConfig, ProtectError};
 use afterimage_dataplane::target::{Choice, TargetError};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::v1::{OpenView, Problem, Severity, SourceGroup, TargetStream};
 
-use super::config::Control;
+use super::config::Serve;
 use super::convert;
+use super::cores::SourceCore;
 use super::keep;
-use super::runtime::Gone;
+use super::runtime::{Gone, Handle};
 use super::state::{Proxy, View};
 
 /// Time between two tries of what could not be done.
 const RETRY: Duration = Duration::from_millis(500);
+/// How long a disk that is locked is waited for: a dead process holds its locks until its last I/O has ended.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// How long a group may take to stop before it is started anew with other disks or generations.
 pub const STOP_WAIT: Duration = Duration::from_secs(10);
 
@@ -47,7 +50,11 @@ pub async fn run(proxy: Rc<Proxy>) -> Gone {
     }
 }
 
-async fn once(proxy: &Proxy) -> Result<(), Gone> {
+/// One try. What cannot be done is in [`Proxy::problems`] afterwards.
+///
+/// # Errors
+/// [`Gone`].
+pub async fn once(proxy: &Proxy) -> Result<(), Gone> {
     let desired = proxy.desired.borrow().clone();
     let mut problems = Vec::new();
     let mut note = |uid: &str, result: Result<(), Undone>| match result {
@@ -58,7 +65,6 @@ async fn once(proxy: &Proxy) -> Result<(), Gone> {
             Ok(())
         }
     };
-    note("", serve(proxy).await)?;
     for group in &desired.sources {
         note(&group.stream_uid, converge_group(proxy, group).await)?;
     }
@@ -76,25 +82,45 @@ async fn once(proxy: &Proxy) -> Result<(), Gone> {
     Ok(())
 }
 
-/// The disks of `--serve`.
-async fn serve(proxy: &Proxy) -> Result<(), Undone> {
-    let (Control::Serve(disks), Some(source)) = (&proxy.config.control, &proxy.source) else { return Ok(()) };
-    if proxy.applied.borrow().serving {
-        return Ok(());
+/// Why a disk of `--serve` is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The core does not take it.
+    #[error("--serve {name}: {error}")]
+    Refused {
+        /// The disk.
+        name: String,
+        /// Why.
+        error: ProtectError,
+    },
+    /// No core.
+    #[error(transparent)]
+    Gone(#[from] Gone),
+}
+
+/// Serves a disk without protection. A lock that the last I/O of a dead process still holds is waited for.
+///
+/// # Errors
+/// [`ServeError`].
+pub async fn serve(source: &Handle<SourceCore>, disk: &Serve) -> Result<(), ServeError> {
+    let id = DiskId::random();
+    let config = DiskConfig {
+        id,
+        name: disk.name.clone(),
+        path: disk.path.to_string_lossy().into_owned(),
+        serial: id.to_string().chars().filter(|c| *c != '-').take(20).collect(),
+        ..DiskConfig::default()
+    };
+    let end = tokio::time::Instant::now() + LOCK_WAIT;
+    loop {
+        let config = config.clone();
+        match source.call(move |desk| desk.core.serve(desk.io, config)).await? {
+            Ok(_) => break,
+            Err(ProtectError::Locked { .. }) if tokio::time::Instant::now() < end => tokio::time::sleep(RETRY).await,
+            Err(error) => return Err(ServeError::Refused { name: disk.name.clone(), error }),
+        }
     }
-    for disk in disks {
-        let id = DiskId::random();
-        let config = DiskConfig {
-            id,
-            name: disk.name.clone(),
-            path: disk.path.to_string_lossy().into_owned(),
-            serial: id.to_string().chars().filter(|c| *c != '-').take(20).collect(),
-            ..DiskConfig::default()
-        };
-        source.call(move |desk| desk.core.serve(desk.io, config)).await?.map_err(problem)?;
-        tracing::info!(name = disk.name, path = %disk.path.display(), "serving, unprotected");
-    }
-    proxy.applied.borrow_mut().serving = true;
+    tracing::info!(name = disk.name, path = %disk.path.display(), "serving, unprotected");
     Ok(())
 }
 

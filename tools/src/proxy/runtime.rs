@@ -74,10 +74,21 @@ enum Order<C> {
 #[error("the data thread has ended")]
 pub struct Gone;
 
-/// Gives jobs to a data thread.
+/// Gives jobs to a data thread. When the last one is dropped, the thread stops cleanly.
 pub struct Handle<C> {
     inbox: mpsc::Sender<Order<C>>,
-    waker: Waker,
+    // After `inbox`: it is dropped after it, so that the thread wakes up to a closed inbox.
+    waker: DropWaker,
+}
+
+/// Wakes once more when it goes.
+#[derive(Clone)]
+struct DropWaker(Waker);
+
+impl Drop for DropWaker {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
 }
 
 impl<C> Clone for Handle<C> {
@@ -101,14 +112,14 @@ impl<C: 'static> Handle<C> {
             let _ = reply.send(job(desk));
         });
         self.inbox.send(Order::Job(job)).await.map_err(|_| Gone)?;
-        self.waker.wake();
+        self.waker.0.wake();
         answer.await.map_err(|_| Gone)
     }
 
     /// Ends the thread: clients are answered, then the core stops cleanly; at the latest after `within`.
     pub async fn stop(&self, within: Nanos) {
         if self.inbox.send(Order::Stop(within)).await.is_ok() {
-            self.waker.wake();
+            self.waker.0.wake();
         }
     }
 }
@@ -167,7 +178,7 @@ pub fn start<C: Core>(
         Ok(answer) => answer?,
         Err(_) => return Err(StartError::Thread(std::io::Error::other("the data thread ended while it started"))),
     };
-    Ok(DataThread { handle: Handle { inbox, waker }, events, thread })
+    Ok(DataThread { handle: Handle { inbox, waker: DropWaker(waker) }, events, thread })
 }
 
 /// A ring with a pool of these buffers. Where the kernel may not pin that much, the pool is used unregistered: slower,

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -63,6 +63,9 @@ pub enum ServiceError {
     /// The state folder cannot be made.
     #[error("`state_dir`: {0}")]
     StateDir(io::Error),
+    /// A disk of `--serve`.
+    #[error(transparent)]
+    Serve(#[from] converge::ServeError),
     /// A data thread ended although nobody told it to.
     #[error("the data thread `{0}` has ended: see the log above")]
     Died(&'static str),
@@ -150,8 +153,40 @@ async fn died(threads: &mut [Following]) -> &'static str {
     .await
 }
 
-/// Listens, finds the desired state, and starts what follows it. Returns the Unix sockets, to be removed at the end.
-async fn prepare(proxy: &Rc<Proxy>) -> Result<Vec<std::path::PathBuf>, ServiceError> {
+/// Finds the desired state, brings the cores there, then lets clients and streams in. Returns the Unix sockets, to be
+/// removed at the end.
+async fn prepare(proxy: &Rc<Proxy>) -> Result<Vec<PathBuf>, ServiceError> {
+    let config = &proxy.config;
+    match &config.control {
+        Control::Serve(disks) => {
+            if let Some(source) = &proxy.source {
+                for disk in disks {
+                    converge::serve(source, disk).await?;
+                }
+            }
+        }
+        Control::File(path) => {
+            let standalone = Standalone::load(path)?;
+            *proxy.identity.borrow_mut() = Some(Identity::new(&standalone.identity)?);
+            *proxy.desired.borrow_mut() = standalone.desired()?;
+        }
+        Control::Coordinator { .. } => proxy.recall()?,
+    }
+    // Who comes in finds what there was before a restart, not an empty house.
+    if converge::once(proxy).await.is_err() {
+        return Err(ServiceError::Died("data"));
+    }
+    let sockets = listen(proxy)?;
+    tokio::task::spawn_local(converge::run(Rc::clone(proxy)));
+    if let Control::Coordinator { address, token } = &config.control {
+        let bundle = agent::join(config.state_dir()?, &config.name, address, token.as_ref()).await?;
+        *proxy.identity.borrow_mut() = Some(agent::identity(&bundle)?);
+        tokio::task::spawn_local(agent::run(Rc::clone(proxy), bundle));
+    }
+    Ok(sockets)
+}
+
+fn listen(proxy: &Rc<Proxy>) -> Result<Vec<PathBuf>, ServiceError> {
     let config = &proxy.config;
     let mut sockets = Vec::new();
     if let (Some(role), Some(handle)) = (&config.source, &proxy.source) {
@@ -173,21 +208,6 @@ async fn prepare(proxy: &Rc<Proxy>) -> Result<Vec<std::path::PathBuf>, ServiceEr
             })?;
         tokio::task::spawn_local(streams::accept_streams(Rc::clone(proxy), listener));
     }
-    match &config.control {
-        Control::Serve(_) => {}
-        Control::File(path) => {
-            let standalone = Standalone::load(path)?;
-            *proxy.identity.borrow_mut() = Some(Identity::new(&standalone.identity)?);
-            *proxy.desired.borrow_mut() = standalone.desired()?;
-        }
-        Control::Coordinator { address, token } => {
-            proxy.recall()?;
-            let bundle = agent::join(config.state_dir()?, &config.name, address, token.as_ref()).await?;
-            *proxy.identity.borrow_mut() = Some(agent::identity(&bundle)?);
-            tokio::task::spawn_local(agent::run(Rc::clone(proxy), bundle));
-        }
-    }
-    tokio::task::spawn_local(converge::run(Rc::clone(proxy)));
     Ok(sockets)
 }
 
@@ -196,7 +216,7 @@ fn listen_nbd<C: Core>(
     field: &'static str,
     listen: &Listen,
     handle: &Handle<C>,
-    sockets: &mut Vec<std::path::PathBuf>,
+    sockets: &mut Vec<PathBuf>,
 ) -> Result<(), ServiceError> {
     let failed = |source| ServiceError::Listen { field, address: listen.to_string(), source };
     match listen {

@@ -60,8 +60,6 @@ pub struct Applied {
     pub streams: HashMap<StreamId, TargetStream>,
     /// Views open, by name.
     pub views: HashMap<String, View>,
-    /// Disks served without protection are there.
-    pub serving: bool,
 }
 
 /// An open view.

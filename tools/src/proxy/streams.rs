@@ -61,7 +61,7 @@ fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
             proxy.event(Severity::Info, Some(stream), "resync", message);
         }
         SourceEvent::SyncEnded { stream, disk, .. } => {
-            let message = format!("the synchronisation of disk {disk} is complete");
+            let message = format!("disk {disk} is synchronised");
             proxy.event(Severity::Info, Some(stream), "resync", message);
         }
         SourceEvent::CutTaken { stream, cut, seq, label } => {
