@@ -5,11 +5,16 @@ after each client the newest point, seen through a view, must be what the source
 Needs nbdinfo, nbdcopy (libnbd-bin), qemu-img, qemu-io (qemu-utils), fio, python3-libnbd.
 """
 
+import contextlib
 import json
+import random
+import socket
+import ssl
+import subprocess
 import sys
 
 import protocol
-from cluster import MIB, Cluster, Failed, Served, Tests, expect, eventually, digest, random_file, run, workspace
+from cluster import AFTERIMAGE, MIB, Cluster, Failed, Served, Tests, expect, eventually, digest, random_file, run, workspace
 
 SIZE = 96 * MIB
 
@@ -136,8 +141,6 @@ def digest_file(path):
 def refused(tests, folder):
     """Mistakes are refused at once, by name, and leave nothing behind."""
     def says(words, *args):
-        import subprocess
-        from cluster import AFTERIMAGE
         done = subprocess.run([AFTERIMAGE, *map(str, args)], capture_output=True, timeout=20, check=False)
         text = (done.stdout + done.stderr).decode()
         expect(done.returncode not in (0, 101), f"exit code {done.returncode}: {text}")
@@ -188,6 +191,8 @@ def pair(tests, folder):
         for name, case in protocol.CASES.items():
             tests.run(f"protected: libnbd: {name}", case, uri, SIZE)
         tests.run("protected: the newest point after libnbd", cluster.replica_is_source)
+        tests.run("strangers at the target's port", strangers_at_the_target, cluster)
+        tests.run("strangers at the coordinator's port", strangers_at_the_coordinator, cluster)
         tests.run("a view is read-only", read_only_view, cluster)
         tests.run("a view with a delta takes writes, the replica does not change", writable_view, cluster)
         tests.run("an older point still shows what was there", older_point, cluster)
@@ -198,6 +203,60 @@ def pair(tests, folder):
     finally:
         if cluster:
             cluster.close()
+
+
+def strangers(port):
+    """Whoever has no certificate is told nothing, whatever it sends."""
+    noise = random.Random(5)
+    for data in (b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\xff\xff",
+                 noise.randbytes(100_000), b"\x16\x03\x03\x40\x00\x01\x00\x3f\xfc" + noise.randbytes(16_380)):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+            with contextlib.suppress(OSError):
+                plain.sendall(data)
+                plain.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(OSError):
+                while part := plain.recv(65536):
+                    answer += part
+            # A TLS alert, at most.
+            expect(len(answer) < 100, f"{len(answer)} bytes in answer to garbage")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "afterimage-stream/1"])
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+        with context.wrap_socket(plain, server_hostname="target") as tls:
+            tls.sendall(noise.randbytes(1000))
+            expect(not tls.recv(65536).startswith(b"AI"), "a stranger is welcomed")
+
+
+def strangers_at_the_target(cluster):
+    """The port on which streams arrive."""
+    strangers(cluster.stream_port)
+    expect(cluster.target.check() and cluster.protected(), "the group is not protected any more")
+    # Half a handshake that never goes on holds nobody up.
+    idle = [socket.create_connection(("127.0.0.1", cluster.stream_port)) for _ in range(50)]
+    run("qemu-io", "-f", "raw", "-c", "write -P 0xc1 5M 64k", "-c", "flush", cluster.uri("data"))
+    eventually("settled", cluster.settled)
+    for connection in idle:
+        connection.close()
+
+
+def strangers_at_the_coordinator(cluster):
+    """The port of the gRPC API: a client without a certificate may spend a token, and nothing else."""
+    strangers(cluster.port)
+    grpc = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    for frame in (b"\xff" * 64, b"\xff\xff\xff\x01\x05\x00\x00\x00\x01" + b"\x82" * 1000, b"\x00\x00\x04\x08\x00\x00\x00\x00\x00\x00\x00\x00\x00"):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", cluster.port), timeout=10) as plain:
+            with context.wrap_socket(plain, server_hostname="coordinator") as tls:
+                tls.sendall(grpc + frame)
+                while tls.recv(65536):
+                    pass
+    expect(cluster.coordinator.check() and cluster.status(), "the coordinator does not answer any more")
 
 
 def read_only_view(cluster):
