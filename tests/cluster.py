@@ -200,9 +200,9 @@ class Cluster:
         self.source_socket = folder / "source.sock"
         self.views_socket = folder / "views.sock"
         state = folder / "coordinator"
-        self.coordinator = self.begin("coordinator", "coordinator", "--state", state,
-                                      "--listen", f"127.0.0.1:{self.port}", "--operator", folder / "identity.json")
-        self.identity = folder / "identity.json"
+        self.coordinator = self.begin("coordinator", "coordinator", "--data-dir", state,
+                                      "--listen", f"127.0.0.1:{self.port}")
+        self.identity = state / "admin.json"
         eventually("the coordinator made an identity for the operator",
                    lambda: self.coordinator.check() and self.identity.exists())
         eventually("the coordinator answers", lambda: self.coordinator.check() and self.try_command("status"))
