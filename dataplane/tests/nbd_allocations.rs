@@ -174,16 +174,20 @@ struct Disk {
     answers: VecDeque<Answer>,
 }
 
+fn geometry(len: usize) -> Geometry {
+    Geometry {
+        size: len as u64,
+        block: 512,
+        physical_block: 4096,
+        read_only: false,
+        discard: true,
+        serial: String::new(),
+    }
+}
+
 impl HostDisk<SliceIo> for &mut Disk {
     fn geometry(&self) -> Geometry {
-        Geometry {
-            size: self.data.len() as u64,
-            block: 512,
-            physical_block: 4096,
-            read_only: false,
-            discard: true,
-            serial: String::new(),
-        }
+        geometry(self.data.len())
     }
 
     fn request(&mut self, io: &mut SliceIo, cookie: u64, request: Request) {
@@ -213,7 +217,7 @@ impl HostDisk<SliceIo> for &mut Disk {
 
 impl Disks<SliceIo> for Disk {
     fn exports(&self) -> Vec<Export> {
-        let geometry = (&mut Disk { data: vec![0; self.data.len()], answers: VecDeque::new() }).geometry();
+        let geometry = geometry(self.data.len());
         vec![Export { key: DiskKey(1), name: "disk".into(), description: String::new(), geometry }]
     }
 

@@ -112,7 +112,7 @@ const CONNECTIONS_MAX: usize = u16::MAX as usize;
 
 const RECV: u16 = 0;
 const SEND: u16 = 1;
-const HANDSHAKE: u16 = 2;
+const HANDSHAKE_TIMER: u16 = 2;
 const RETRY_TIMER: u16 = 3;
 
 #[derive(Debug, Default)]
@@ -139,6 +139,7 @@ pub struct Server<I: Io> {
     used: Vec<(DiskKey, usize)>,
     answers: Vec<Answer>,
     retry_timer: bool,
+    handshake_timer: bool,
     shutdown: bool,
     io: PhantomData<fn(&mut I)>,
 }
@@ -161,6 +162,7 @@ impl<I: Io> Server<I> {
             used: Vec::new(),
             answers: Vec::new(),
             retry_timer: false,
+            handshake_timer: false,
             shutdown: false,
             io: PhantomData,
         }
@@ -190,7 +192,11 @@ impl<I: Io> Server<I> {
         let deadline = io.now().saturating_add(self.shared.limits.handshake);
         let mut conn = Box::new(Conn::new(id, sock, rx, tx, deadline));
         conn.rx.post_plain(io, token(self.base, id, RECV), sock);
-        io.submit(token(self.base, id, HANDSHAKE), Op::Timer { at: deadline });
+        if !self.handshake_timer {
+            // One for all: later deadlines are seen when this one has passed.
+            self.handshake_timer = true;
+            io.submit(token(self.base, 0, HANDSHAKE_TIMER), Op::Timer { at: deadline });
+        }
         conn.active = true;
         place.conn = Some(conn);
         self.active.push(index);
@@ -206,9 +212,13 @@ impl<I: Io> Server<I> {
     /// Takes a completion.
     pub fn done(&mut self, io: &mut I, disks: &mut impl Disks<I>, done: Done) {
         let (kind, id) = (done.token as u16, (done.token >> 16) as u32);
-        if kind == RETRY_TIMER {
-            self.retry_timer = false;
-            return;
+        match kind {
+            RETRY_TIMER => {
+                self.retry_timer = false;
+                return;
+            }
+            HANDSHAKE_TIMER => return self.drop_silent(io),
+            _ => {}
         }
         let Some((index, conn)) = conn_of(&mut self.places, id) else { return };
         match kind {
@@ -229,13 +239,6 @@ impl<I: Io> Server<I> {
                 conn.sent(&mut self.shared, io, done);
                 if !conn.dead && !conn.rx.is_receiving() {
                     negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
-                }
-            }
-            HANDSHAKE if matches!(conn.phase, Phase::Negotiating(_)) && !conn.dead => {
-                if io.now() >= conn.deadline {
-                    conn.kill(&mut self.shared, io);
-                } else {
-                    io.submit(done.token, Op::Timer { at: conn.deadline });
                 }
             }
             _ => {}
@@ -415,6 +418,28 @@ impl<I: Io> Server<I> {
                 self.retry_timer = true;
                 io.submit(token(self.base, 0, RETRY_TIMER), Op::Timer { at: now.saturating_add(RETRY) });
             }
+        }
+    }
+
+    /// Drops clients whose next step of the negotiation is overdue; looks again when the next one may be.
+    fn drop_silent(&mut self, io: &mut I) {
+        let now = io.now();
+        let mut next = None;
+        for index in 0..self.places.len() as u16 {
+            let Some(conn) = &mut self.places[usize::from(index)].conn else { continue };
+            if conn.dead || !matches!(conn.phase, Phase::Negotiating(_)) {
+                continue;
+            }
+            if now >= conn.deadline {
+                conn.kill(&mut self.shared, io);
+                self.activate(index);
+            } else {
+                next = Some(next.unwrap_or(Nanos::MAX).min(conn.deadline));
+            }
+        }
+        self.handshake_timer = next.is_some();
+        if let Some(at) = next {
+            io.submit(token(self.base, 0, HANDSHAKE_TIMER), Op::Timer { at });
         }
     }
 
