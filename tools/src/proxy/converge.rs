@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use afterimage_dataplane::source::{DiskConfig, ProtectError};
-use afterimage_dataplane::target::{Choice, TargetError};
+use afterimage_dataplane::target::{Choice, PointError, TargetError};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::v1::{OpenView, Problem, Severity, SourceGroup, TargetStream};
 
@@ -225,7 +225,10 @@ async fn reopen(proxy: &Proxy, view: &OpenView) -> Result<(), Undone> {
         return Ok(());
     }
     match open_view(proxy, view).await? {
-        Ok(_) => Ok(()),
+        // Once the stream is ready, its event brings us back here.
+        Ok(_) | Err(ViewError::Target(TargetError::Recovering(_) | TargetError::Point(PointError::NotReady(_)))) => {
+            Ok(())
+        }
         Err(ViewError::Senseless(error)) => Err(problem(error)),
         Err(ViewError::Target(error)) => Err(problem(format!("view `{}`: {error}", view.view))),
     }

@@ -36,8 +36,6 @@ use super::identity::Identity;
 pub const STEP: Duration = Duration::from_secs(5);
 /// Longest that a whole handshake may take, however many small steps a peer makes of it.
 pub const WHOLE: Duration = Duration::from_secs(15);
-/// Send and receive buffer of a stream's socket, bytes: 1 Gbit/s over 30 ms of distance.
-const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
 /// Bytes of a TLS record's header.
 const RECORD_HEADER: usize = 5;
 /// Longest TLS record without its header (RFC 8446, 5.2).
@@ -242,9 +240,8 @@ where
             // A ring wants to wait for the socket, not to be told EAGAIN.
             stream.set_nonblocking(false)?;
             stream.set_nodelay(true)?;
-            // The kernel may grant less; that is no reason to fail.
-            let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SOCKET_BUFFER);
-            let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&stream, SOCKET_BUFFER);
+            // Buffer sizes stay the kernel's: set by hand they would be cut at net.core.[rw]mem_max (208 KiB unless
+            // somebody has raised it) and no longer grow with the distance up to tcp_[rw]mem (4 and 6 MiB).
             rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
             Ok((stream.try_clone()?, OwnedFd::from(stream)))
         })();
