@@ -324,3 +324,7 @@ impl<C: Core> DataLoop<C> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "runtime_tests.rs"]
+mod tests;
