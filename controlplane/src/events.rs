@@ -1,0 +1,71 @@
+//! What has happened, for people: kept in memory, in order, bounded.
+
+use std::collections::VecDeque;
+
+use afterimage_wire::v1::{Event, Severity};
+
+/// Events that are kept.
+pub const MAX_EVENTS: usize = 10_000;
+/// Longest message, bytes.
+const MAX_MESSAGE: usize = 2048;
+
+/// The last [`MAX_EVENTS`] events.
+#[derive(Default)]
+pub struct Events {
+    kept: VecDeque<Event>,
+    next: u64,
+}
+
+impl Events {
+    /// Adds one and returns it with its number.
+    pub fn push(&mut self, time_ns: u64, severity: Severity, kind: &str, subject: &str, message: &str) -> Event {
+        let mut end = message.len().min(MAX_MESSAGE);
+        while !message.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.next += 1;
+        let event = Event {
+            number: self.next,
+            time_ns,
+            severity: severity.into(),
+            kind: kind.to_owned(),
+            subject: subject.to_owned(),
+            message: message[..end].to_owned(),
+        };
+        if self.kept.len() == MAX_EVENTS {
+            self.kept.pop_front();
+        }
+        self.kept.push_back(event.clone());
+        event
+    }
+
+    /// At most `limit` events with `from` or a higher number whose subject `fits`, oldest first.
+    pub fn from(&self, from: u64, limit: usize, fits: impl Fn(&str) -> bool) -> Vec<Event> {
+        self.kept.iter().filter(|e| e.number >= from && fits(&e.subject)).take(limit).cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_rise_and_the_oldest_go() {
+        let mut events = Events::default();
+        for i in 0..MAX_EVENTS + 5 {
+            events.push(i as u64, Severity::Info, "k", "s", "m");
+        }
+        let all = events.from(0, usize::MAX, |_| true);
+        assert_eq!(all.len(), MAX_EVENTS);
+        assert_eq!((all[0].number, all[MAX_EVENTS - 1].number), (6, MAX_EVENTS as u64 + 5));
+        assert_eq!(events.from(10_000, 3, |_| true).len(), 3);
+        assert!(events.from(0, 10, |s| s == "other").is_empty());
+    }
+
+    #[test]
+    fn a_long_message_is_cut_at_a_character() {
+        let mut events = Events::default();
+        let event = events.push(0, Severity::Info, "k", "s", &"ä".repeat(5000));
+        assert!(event.message.len() <= MAX_MESSAGE);
+    }
+}

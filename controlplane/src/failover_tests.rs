@@ -1,0 +1,230 @@
+//! The failover machine, step by step, with scripted proxies.
+
+use super::*;
+
+const UID: &str = "6f1f7c9e-0000-4000-8000-000000000001";
+
+fn group() -> Group {
+    Group {
+        uid: UID.into(),
+        tenant: "default".into(),
+        id: "shop".into(),
+        version: 1,
+        created_ns: 0,
+        updated_ns: 0,
+        description: String::new(),
+        policy: "gold".into(),
+        source: "src".into(),
+        target: "dr".into(),
+        key: "k".into(),
+        generation: 1,
+        writer_generation: 1,
+        next_slot: 1,
+        phase: GroupPhase::FailingOver { operation: "op".into() },
+        hold: false,
+        complete: true,
+        request_id: String::new(),
+    }
+}
+
+fn disks() -> Vec<(String, String)> {
+    vec![("d1".into(), "data".into())]
+}
+
+fn failover(to: Choice, unconfirmed: bool) -> Failover {
+    let spec = Spec { to, unconfirmed, reason: String::new() };
+    let mut work = Failover::new(spec, &[], 700, "ok".into(), 5);
+    work.facts.disks = vec!["d1".into()];
+    work
+}
+
+fn point(seq: u64) -> v1::Point {
+    v1::Point { seq, disks: vec!["d1".into()], ..v1::Point::default() }
+}
+
+fn opened() -> Outcome {
+    let export = v1::ViewExport { disk: "data".into(), disk_uid: "d1".into(), ..v1::ViewExport::default() };
+    Outcome::View(v1::ViewOpened { exports: vec![export] })
+}
+
+fn error(message: &str) -> Outcome {
+    Outcome::Error(v1::CommandError { kind: 1, message: message.into() })
+}
+
+/// Proxies that do as they are told, except where `fault` answers instead.
+fn run(work: &mut Failover, group: &mut Group, mut fault: impl FnMut(&Tell) -> Option<Reply>) -> Vec<Tell> {
+    let mut told = Vec::new();
+    for now in 10.. {
+        let reply = match work.begin(group, now) {
+            Action::Ended => break,
+            Action::Record => Reply::Nothing,
+            Action::Drain { seq, .. } => Reply::Drained(seq),
+            Action::Tell { command, .. } => {
+                let reply = fault(&command).unwrap_or_else(|| {
+                    Reply::Answer(match &command {
+                        Tell::Fence(f) if f.hold => Outcome::Fenced(v1::Fenced { last_seq: 90 }),
+                        Tell::RaiseGeneration(r) => {
+                            Outcome::Generation(v1::GenerationRaised { generation: r.at_least })
+                        }
+                        Tell::ResolvePoint(_) => Outcome::Point(point(90)),
+                        Tell::OpenView(_) => opened(),
+                        _ => Outcome::Done(v1::Done {}),
+                    })
+                });
+                told.push(command);
+                reply
+            }
+        };
+        work.apply(group, &disks(), reply, now);
+        assert!(now < 50, "the machine does not end");
+    }
+    told
+}
+
+#[test]
+fn the_steps_are_done_in_order_and_the_group_runs_from_its_view() {
+    let (mut work, mut group) = (failover(Choice::Latest, false), group());
+    let told = run(&mut work, &mut group, |_| None);
+    assert_eq!(work.state, State::Done);
+    assert!(work.steps.iter().all(|s| s.state == StepState::Done), "{:?}", work.steps);
+    assert!(matches!(told[..], [Tell::Fence(_), Tell::RaiseGeneration(_), Tell::ResolvePoint(_), Tell::OpenView(_)]));
+    assert_eq!(work.facts.fence, Some(FenceKind::Confirmed));
+    assert_eq!(group.phase, GroupPhase::FailedOver { view: FAILOVER_VIEW.into() });
+    // The source stays held, and below the disks' generation.
+    assert!(group.hold);
+    assert_eq!((group.generation, group.writer_generation), (2, 1));
+}
+
+#[test]
+fn a_source_that_cannot_be_reached_needs_the_operators_word() {
+    let gone = |t: &Tell| matches!(t, Tell::Fence(f) if f.hold).then(|| Reply::Unreachable("not connected".into()));
+    let (mut work, mut shop) = (failover(Choice::Latest, true), group());
+    run(&mut work, &mut shop, gone);
+    assert_eq!((work.state, work.facts.fence), (State::Done, Some(FenceKind::Unconfirmed)));
+    assert!(shop.hold, "it is fenced when it comes back");
+
+    let (mut work, mut shop) = (failover(Choice::Latest, false), group());
+    run(&mut work, &mut shop, gone);
+    assert_eq!(work.state, State::Failed);
+    let failure = work.error.unwrap();
+    assert_eq!(failure.step, StepName::Fence);
+    assert!(failure.remedy.contains("unconfirmed"));
+    assert!(!shop.hold);
+    assert_eq!((shop.generation, shop.writer_generation, &shop.phase), (1, 1, &GroupPhase::Protecting));
+}
+
+#[test]
+fn a_failure_after_the_raise_gives_the_source_a_higher_generation_and_lets_it_go_on() {
+    let (mut work, mut group) = (failover(Choice::Seq(50), false), group());
+    let told = run(&mut work, &mut group, |t| {
+        matches!(t, Tell::OpenView(_)).then(|| Reply::Answer(error("no room for a delta")))
+    });
+    assert_eq!(work.state, State::Failed);
+    let failure = work.error.clone().unwrap();
+    assert_eq!((failure.step, failure.message.as_str()), (StepName::OpenView, "no room for a delta"));
+    assert!(failure.remedy.contains("\"dr\""));
+    assert!(matches!(
+        told[4..],
+        [Tell::CloseView(_), Tell::RaiseGeneration(_), Tell::Fence(v1::Fence { hold: false, .. })]
+    ));
+    assert_eq!((group.generation, group.writer_generation), (3, 3));
+    assert!(!group.hold);
+    assert_eq!(group.phase, GroupPhase::Protecting);
+}
+
+#[test]
+fn undoing_never_hangs_on_a_proxy_that_is_gone() {
+    let (mut work, mut group) = (failover(Choice::Latest, false), group());
+    let mut fenced = false;
+    run(&mut work, &mut group, |t| match t {
+        Tell::Fence(f) if f.hold && !fenced => {
+            fenced = true;
+            None
+        }
+        _ => Some(Reply::Unreachable("lost".into())),
+    });
+    assert_eq!(work.state, State::Failed);
+    assert_eq!(work.steps.last().unwrap().state, StepState::Skipped);
+    assert!(!group.hold, "the source is told by the desired state");
+    assert_eq!(group.generation, group.writer_generation);
+}
+
+#[test]
+fn a_point_that_lacks_a_disk_or_is_damaged_is_not_run_from() {
+    for bad in [v1::Point { disks: vec![], ..point(9) }, v1::Point { damage: "segment 3".into(), ..point(9) }] {
+        let (mut work, mut group) = (failover(Choice::Seq(9), false), group());
+        run(&mut work, &mut group, |t| {
+            matches!(t, Tell::ResolvePoint(_)).then(|| Reply::Answer(Outcome::Point(bad.clone())))
+        });
+        assert_eq!(work.error.unwrap().step, StepName::ResolvePoint);
+        assert_eq!(work.state, State::Failed);
+    }
+}
+
+#[test]
+fn an_answer_below_the_generation_asked_for_is_a_failure() {
+    let (mut work, mut group) = (failover(Choice::Latest, false), group());
+    run(&mut work, &mut group, |t| {
+        matches!(t, Tell::RaiseGeneration(r) if r.at_least == 2)
+            .then(|| Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: 1 })))
+    });
+    assert_eq!(work.error.unwrap().step, StepName::RaiseGeneration);
+}
+
+#[test]
+fn a_machine_stored_at_any_step_goes_on_from_there() {
+    // Reference: an undisturbed run. Then the same, stored and read back before each step's outcome is known.
+    let (mut whole, mut whole_group) = (failover(Choice::Latest, false), group());
+    run(&mut whole, &mut whole_group, |_| None);
+    for crash_at in 0..whole.steps.len() - 1 {
+        let (mut work, mut group) = (failover(Choice::Latest, false), group());
+        for _ in 0..crash_at {
+            let reply = match work.begin(&mut group, 1) {
+                Action::Record => Reply::Nothing,
+                Action::Drain { seq, .. } => Reply::Drained(seq),
+                Action::Tell { command: Tell::Fence(_), .. } => {
+                    Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 }))
+                }
+                Action::Tell { command: Tell::RaiseGeneration(r), .. } => {
+                    Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: r.at_least }))
+                }
+                Action::Tell { command: Tell::ResolvePoint(_), .. } => Reply::Answer(Outcome::Point(point(90))),
+                Action::Tell { .. } => Reply::Answer(opened()),
+                Action::Ended => panic!("ended early"),
+            };
+            work.apply(&mut group, &disks(), reply, 1);
+        }
+        work.begin(&mut group, 1);
+        let stored = serde_json::to_vec(&work).unwrap();
+        let mut work: Failover = serde_json::from_slice(&stored).unwrap();
+        run(&mut work, &mut group, |_| None);
+        assert_eq!(work.state, State::Done, "stored at step {crash_at}");
+        assert_eq!(work.facts, whole.facts);
+        assert_eq!((group.generation, &group.phase), (whole_group.generation, &whole_group.phase));
+    }
+}
+
+#[test]
+fn a_resumed_fence_waits_for_the_source_to_come_back() {
+    let (mut work, mut group) = (failover(Choice::Latest, true), group());
+    let Action::Tell { connect_ms, .. } = work.begin(&mut group, 1) else { panic!() };
+    assert_eq!(connect_ms, 0, "a dead source costs no time");
+    let Action::Tell { connect_ms, .. } = work.begin(&mut group, 2) else { panic!() };
+    assert!(connect_ms > 0);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_state_and_remedy() {
+    let spec = |unconfirmed| Spec { to: Choice::Latest, unconfirmed, reason: String::new() };
+    let protecting = Group { phase: GroupPhase::Protecting, ..group() };
+    assert_eq!(check(&spec(false), "", &protecting, 1, true, true), Ok(()));
+    assert!(matches!(check(&spec(false), "", &group(), 1, true, true), Err(Problem::State { .. })));
+    assert!(matches!(check(&spec(false), "", &protecting, 0, true, true), Err(Problem::State { .. })));
+    assert!(matches!(check(&spec(false), "", &protecting, 1, true, false), Err(Problem::Unreachable { .. })));
+    let text = check(&spec(false), "", &protecting, 1, false, true).unwrap_err().to_string();
+    assert!(text.contains("unconfirmed") && text.contains("src"), "{text}");
+    assert!(matches!(check(&spec(true), "shp", &protecting, 1, false, true), Err(Problem::Invalid { .. })));
+    assert_eq!(check(&spec(true), "shop", &protecting, 1, false, true), Ok(()));
+    let over = Group { phase: GroupPhase::FailedOver { view: "failover".into() }, ..group() };
+    assert!(check(&spec(false), "", &over, 1, true, true).unwrap_err().to_string().contains("failed over already"));
+}

@@ -1,0 +1,417 @@
+//! The objects that are kept in the store, one key each, as JSON. Fields are only ever added, with a default.
+
+use afterimage_wire::ids::DiskId;
+use serde::{Deserialize, Serialize};
+
+use crate::failover::Failover;
+use crate::names::{Kind, Name, child};
+use crate::policy::Promises;
+use crate::token::TokenRecord;
+
+/// A policy.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Policy {
+    /// Uid.
+    pub uid: String,
+    /// Tenant.
+    pub tenant: String,
+    /// Id.
+    pub id: String,
+    /// Rises with each change.
+    pub version: u64,
+    /// Nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// Nanoseconds since the Unix epoch.
+    pub updated_ns: u64,
+    /// For a person.
+    pub description: String,
+    /// What is promised.
+    pub promises: Promises,
+}
+
+/// Where a group stands, as decided by operations; that no complete point is held yet is seen from reports.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupPhase {
+    /// Its source writes.
+    Protecting,
+    /// An operation is taking it to its target.
+    FailingOver {
+        /// Uid of the operation.
+        operation: String,
+    },
+    /// It runs from a view at its target.
+    FailedOver {
+        /// Id of the view.
+        view: String,
+    },
+    /// Its protection is being ended.
+    Deleting,
+}
+
+/// A group.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Group {
+    /// Uid; also the id of its stream.
+    pub uid: String,
+    /// Tenant.
+    pub tenant: String,
+    /// Id.
+    pub id: String,
+    /// Rises with each change.
+    pub version: u64,
+    /// Nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// Nanoseconds since the Unix epoch.
+    pub updated_ns: u64,
+    /// For a person.
+    pub description: String,
+    /// Id of its policy.
+    pub policy: String,
+    /// Id of the proxy at its disks.
+    pub source: String,
+    /// Id of the proxy that keeps its journal.
+    pub target: String,
+    /// The key under which its writers' keys are wrapped.
+    pub key: String,
+    /// Generation of its disks, as its target has been told.
+    pub generation: u64,
+    /// Generation under which its source may write; below the other once the disks have been taken from it.
+    pub writer_generation: u64,
+    /// Slot of the next disk.
+    pub next_slot: u16,
+    /// Phase.
+    pub phase: GroupPhase,
+    /// The source holds all I/O of the disks, now and after it restarts.
+    pub hold: bool,
+    /// A complete point of all disks has been held.
+    pub complete: bool,
+    /// As given when it was created.
+    #[serde(default)]
+    pub request_id: String,
+}
+
+impl Group {
+    /// Its name.
+    pub fn name(&self) -> Name {
+        Name::new(&self.tenant, Kind::Group, &self.id)
+    }
+}
+
+/// A disk of a group.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Disk {
+    /// Uid.
+    pub uid: String,
+    /// Uid of its group.
+    pub group_uid: String,
+    /// Id within the group.
+    pub id: String,
+    /// Slot in the stream.
+    pub slot: u16,
+    /// On the source's host.
+    pub path: String,
+    /// As the host sees it.
+    pub serial: String,
+    /// Bytes.
+    pub size: u64,
+    /// Logical block, bytes.
+    pub block: u32,
+    /// Physical block, bytes.
+    pub physical_block: u32,
+    /// NBD export.
+    pub export_name: String,
+    /// Nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// It is leaving the stream.
+    #[serde(default)]
+    pub leaving: bool,
+}
+
+/// A proxy that has joined.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Proxy {
+    /// Uid.
+    pub uid: String,
+    /// Tenant.
+    pub tenant: String,
+    /// Id.
+    pub id: String,
+    /// Rises with each change.
+    pub version: u64,
+    /// Nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// SHA-256 of its key, hex. Only a certificate with this key opens a session.
+    pub pin: String,
+    /// The key before, until the proxy has registered with the new one.
+    #[serde(default)]
+    pub previous_pin: Option<String>,
+    /// When its certificate ends, nanoseconds since the Unix epoch.
+    pub expire_time_ns: u64,
+    /// As it last registered: where sources connect to.
+    #[serde(default)]
+    pub data_address: String,
+    /// As it last registered: where machines connect to.
+    #[serde(default)]
+    pub nbd_addresses: Vec<String>,
+    /// As it last registered.
+    #[serde(default)]
+    pub capabilities: Vec<String>,
+    /// As it last registered.
+    #[serde(default)]
+    pub boot_id: String,
+    /// As it last registered.
+    #[serde(default)]
+    pub software_version: String,
+}
+
+impl Proxy {
+    /// Its name.
+    pub fn name(&self) -> Name {
+        Name::new(&self.tenant, Kind::Proxy, &self.id)
+    }
+
+    /// Whether it says that it can do this; one that says nothing of the kind is asked and may refuse.
+    pub fn can(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|c| c == capability)
+    }
+}
+
+/// A restore point as an operation or view keeps it.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct PointRecord {
+    /// Last record that it holds.
+    pub seq: u64,
+    /// Number of the cut, if it is one.
+    pub cut: Option<u64>,
+    /// The source's wall clock there.
+    pub wall_ns: u64,
+    /// Label.
+    #[serde(default)]
+    pub label: String,
+    /// Clock in sync.
+    #[serde(default)]
+    pub clock_synced: bool,
+    /// Nothing unflushed.
+    #[serde(default)]
+    pub flush_clean: bool,
+    /// Uids of the disks that it holds.
+    pub disks: Vec<String>,
+    /// Branch.
+    #[serde(default)]
+    pub timeline: String,
+}
+
+/// What a view is for.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ViewKind {
+    /// Read-only.
+    Browse,
+    /// Writable, thrown away.
+    Test,
+    /// What a failed over group runs from.
+    Failover,
+}
+
+/// An export of a view.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ExportRecord {
+    /// Id of the disk.
+    pub disk: String,
+    /// Uid of the disk.
+    pub disk_uid: String,
+    /// NBD export.
+    pub name: String,
+    /// NBD URIs.
+    pub uris: Vec<String>,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// A view.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct View {
+    /// Uid.
+    pub uid: String,
+    /// Tenant.
+    pub tenant: String,
+    /// Id of its group.
+    pub group: String,
+    /// Id.
+    pub id: String,
+    /// Rises with each change.
+    pub version: u64,
+    /// Nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// What it is for.
+    pub kind: ViewKind,
+    /// It can be written.
+    pub writable: bool,
+    /// What it shows.
+    pub point: PointRecord,
+    /// Uids of the disks asked for; none for all.
+    pub disk_uids: Vec<String>,
+    /// Exports; none until it is open.
+    pub exports: Vec<ExportRecord>,
+    /// For a person.
+    pub reason: String,
+    /// It has been opened.
+    pub open: bool,
+    /// It is being closed: the proxy need not open it again.
+    #[serde(default)]
+    pub closing: bool,
+    /// As given.
+    #[serde(default)]
+    pub request_id: String,
+}
+
+impl View {
+    /// Its name.
+    pub fn name(&self) -> String {
+        child(&self.group_name(), "views", &self.id)
+    }
+
+    /// The name of its group.
+    pub fn group_name(&self) -> Name {
+        Name::new(&self.tenant, Kind::Group, &self.group)
+    }
+
+    /// Its name at the proxy: unique there, and fit for a file name.
+    pub fn proxy_name(&self) -> String {
+        proxy_view_name(&self.tenant, &self.group, &self.id)
+    }
+}
+
+/// The name of a view at its proxy. Ids hold no dots, so two views never share one.
+pub fn proxy_view_name(tenant: &str, group: &str, id: &str) -> String {
+    if tenant == crate::names::DEFAULT_TENANT { format!("{group}.{id}") } else { format!("{tenant}.{group}.{id}") }
+}
+
+/// Long work.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Operation {
+    /// Uid.
+    pub uid: String,
+    /// Tenant.
+    pub tenant: String,
+    /// Rises with each change.
+    pub version: u64,
+    /// Id of the group that it works on.
+    pub group: String,
+    /// As given.
+    pub request_id: String,
+    /// Who asked.
+    pub actor: String,
+    /// Nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// Nanoseconds since the Unix epoch; 0 before the end.
+    pub ended_ns: u64,
+    /// The work.
+    pub work: Failover,
+}
+
+impl Operation {
+    /// Its name.
+    pub fn name(&self) -> Name {
+        Name::new(&self.tenant, Kind::Operation, &self.uid)
+    }
+}
+
+/// A policy key, wrapped.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeyRecord {
+    /// Uid.
+    pub id: String,
+    /// Nonce and sealed key, hex.
+    pub wrapped: String,
+}
+
+/// An object of the store.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Object {
+    /// A policy.
+    Policy(Policy),
+    /// A group.
+    Group(Group),
+    /// A disk.
+    Disk(Disk),
+    /// A proxy.
+    Proxy(Proxy),
+    /// A view.
+    View(View),
+    /// An operation.
+    Operation(Operation),
+    /// A join token.
+    Token(TokenRecord),
+    /// A policy key.
+    Key(KeyRecord),
+    /// The highest term.
+    Term(u64),
+}
+
+impl Object {
+    /// Its key in the store.
+    pub fn key(&self) -> String {
+        match self {
+            Self::Policy(o) => format!("policies/{}/{}", o.tenant, o.id),
+            Self::Group(o) => format!("groups/{}/{}", o.tenant, o.id),
+            Self::Disk(o) => format!("disks/{}/{:05}", o.group_uid, o.slot),
+            Self::Proxy(o) => format!("proxies/{}/{}", o.tenant, o.id),
+            Self::View(o) => format!("views/{}/{}/{}", o.tenant, o.group, o.id),
+            Self::Operation(o) => format!("operations/{}/{}", o.tenant, o.uid),
+            Self::Token(o) => format!("tokens/{}", o.id),
+            Self::Key(o) => format!("keys/{}", o.id),
+            Self::Term(_) => "term".to_owned(),
+        }
+    }
+
+    /// The stored bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let json = match self {
+            Self::Policy(o) => serde_json::to_vec(o),
+            Self::Group(o) => serde_json::to_vec(o),
+            Self::Disk(o) => serde_json::to_vec(o),
+            Self::Proxy(o) => serde_json::to_vec(o),
+            Self::View(o) => serde_json::to_vec(o),
+            Self::Operation(o) => serde_json::to_vec(o),
+            Self::Token(o) => serde_json::to_vec(o),
+            Self::Key(o) => serde_json::to_vec(o),
+            Self::Term(o) => serde_json::to_vec(o),
+        };
+        json.expect("objects are plain data with string keys")
+    }
+
+    /// Reads a stored object.
+    ///
+    /// # Errors
+    /// The key names no kind of object, or the value does not read as one.
+    pub fn decode(key: &str, value: &[u8]) -> Result<Self, String> {
+        fn read<T: for<'a> Deserialize<'a>>(key: &str, value: &[u8]) -> Result<T, String> {
+            serde_json::from_slice(value).map_err(|e| format!("{key}: {e}"))
+        }
+        let kind = key.split('/').next().unwrap_or_default();
+        Ok(match kind {
+            "policies" => Self::Policy(read(key, value)?),
+            "groups" => Self::Group(read(key, value)?),
+            "disks" => Self::Disk(read(key, value)?),
+            "proxies" => Self::Proxy(read(key, value)?),
+            "views" => Self::View(read(key, value)?),
+            "operations" => Self::Operation(read(key, value)?),
+            "tokens" => Self::Token(read(key, value)?),
+            "keys" => Self::Key(read(key, value)?),
+            "term" => Self::Term(read(key, value)?),
+            _ => return Err(format!("{key}: no kind of object that this program knows")),
+        })
+    }
+}
+
+/// A fresh uid.
+pub fn new_uid() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+/// The id of a stream or disk with this uid, as the data plane has it.
+pub fn wire_id(uid: &str) -> Option<DiskId> {
+    uuid::Uuid::parse_str(uid).ok().map(|u| DiskId(*u.as_bytes()))
+}

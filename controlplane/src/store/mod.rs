@@ -1,0 +1,191 @@
+//! Where objects are kept: keys with a revision each, changed several at once or not at all, by compare-and-swap.
+//!
+//! One trait, so that several coordinators can share an `etcd` one day; [`redb`] is embedded. Small values only
+//! ([`MAX_VALUE`]): points, histograms and events do not belong here.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use tokio::sync::broadcast;
+
+pub mod redb;
+
+/// Longest value, bytes.
+pub const MAX_VALUE: usize = 64 * 1024;
+/// Longest key, bytes.
+pub const MAX_KEY: usize = 512;
+/// Most keys changed at once.
+pub const MAX_CHANGES: usize = 2048;
+/// Changes that a watch may be behind before it has to list again.
+pub const WATCH_BACKLOG: usize = 1024;
+
+/// A value with the revision of its last change.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Entry {
+    /// Key.
+    pub key: String,
+    /// Revision of the store at which it was last changed.
+    pub revision: u64,
+    /// Value.
+    pub value: Vec<u8>,
+}
+
+/// What must be so for a change to happen.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Expect {
+    /// Nothing.
+    Any,
+    /// The key does not exist.
+    Absent,
+    /// The key was last changed at this revision.
+    Revision(u64),
+}
+
+/// One key's change.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Change {
+    /// Key.
+    pub key: String,
+    /// Condition.
+    pub expect: Expect,
+    /// New value; none deletes the key.
+    pub value: Option<Vec<u8>>,
+}
+
+/// What the store cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A condition does not hold: nothing was changed.
+    #[error("{key} is at revision {found:?}, expected was {expected:?}")]
+    Conflict {
+        /// The first key whose condition does not hold.
+        key: String,
+        /// What was expected.
+        expected: Expect,
+        /// Its revision; none if it does not exist.
+        found: Option<u64>,
+    },
+    /// A key, value or transaction beyond the bounds.
+    #[error("{what} of {key}: {size}; at most {limit}")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// Which key.
+        key: String,
+        /// Its size.
+        size: usize,
+        /// The bound.
+        limit: usize,
+    },
+    /// Written by another version of this program.
+    #[error("the store's schema is {found}; this program reads {known}")]
+    Schema {
+        /// What was found.
+        found: u64,
+        /// What is known.
+        known: u64,
+    },
+    /// Another process has it open.
+    #[error("{0} is in use by another coordinator")]
+    InUse(String),
+    /// The file or the disk fails.
+    #[error("the store failed: {0}")]
+    Failed(String),
+}
+
+/// Answer that comes later; calls may block on a disk or a network.
+pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
+
+/// Keys under a prefix, and the revision of the store at which that was so.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Listing {
+    /// Rising by key.
+    pub entries: Vec<Entry>,
+    /// Of the store.
+    pub revision: u64,
+}
+
+/// A store.
+pub trait Store: Send + Sync + 'static {
+    /// One key.
+    fn get<'a>(&'a self, key: &'a str) -> Pending<'a, Option<Entry>>;
+
+    /// All keys that begin with `prefix`, as of one moment.
+    fn list<'a>(&'a self, prefix: &'a str) -> Pending<'a, Listing>;
+
+    /// Does all changes at once and durably, or none; returns the new revision, which is that of every key changed.
+    ///
+    /// Once called it may happen even if the caller stops waiting.
+    fn commit(&self, changes: Vec<Change>) -> Pending<'static, u64>;
+
+    /// Changes from now on.
+    fn watch(&self, prefix: &str) -> Watch;
+}
+
+/// A change as a watch sees it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Seen {
+    /// Key.
+    pub key: String,
+    /// Revision of the change.
+    pub revision: u64,
+    /// New value; none if the key was deleted.
+    pub value: Option<Vec<u8>>,
+}
+
+/// What a watch tells.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Watched {
+    /// A key has changed.
+    Change(Seen),
+    /// The watch is too far behind: list again and compare.
+    Compacted,
+    /// The store is closed.
+    Closed,
+}
+
+/// Changes under a prefix, in the order of their revisions.
+pub struct Watch {
+    prefix: String,
+    receiver: broadcast::Receiver<Seen>,
+}
+
+impl Watch {
+    pub(crate) fn new(prefix: &str, receiver: broadcast::Receiver<Seen>) -> Self {
+        Self { prefix: prefix.to_owned(), receiver }
+    }
+
+    /// The next change under the prefix.
+    pub async fn next(&mut self) -> Watched {
+        loop {
+            match self.receiver.recv().await {
+                Ok(seen) if seen.key.starts_with(&self.prefix) => return Watched::Change(seen),
+                Ok(_) => {}
+                Err(broadcast::error::RecvError::Lagged(_)) => return Watched::Compacted,
+                Err(broadcast::error::RecvError::Closed) => return Watched::Closed,
+            }
+        }
+    }
+}
+
+/// Refuses what is beyond the bounds, before anything is done.
+pub(crate) fn check_bounds(changes: &[Change]) -> Result<(), StoreError> {
+    let too_large = |what, key: &str, size, limit| {
+        let end = (0..=key.len().min(80)).rev().find(|i| key.is_char_boundary(*i)).unwrap_or(0);
+        Err(StoreError::TooLarge { what, key: key[..end].to_owned(), size, limit })
+    };
+    if changes.len() > MAX_CHANGES {
+        return too_large("number of changes", "a transaction", changes.len(), MAX_CHANGES);
+    }
+    for change in changes {
+        if change.key.len() > MAX_KEY {
+            return too_large("length of the key", &change.key, change.key.len(), MAX_KEY);
+        }
+        if let Some(value) = &change.value
+            && value.len() > MAX_VALUE
+        {
+            return too_large("length of the value", &change.key, value.len(), MAX_VALUE);
+        }
+    }
+    Ok(())
+}
