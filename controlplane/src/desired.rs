@@ -1,0 +1,212 @@
+//! What a proxy should be, from the objects: a pure function. A proxy gets nothing of groups that are not its own, and
+//! policy keys only of those.
+
+use afterimage_wire::v1;
+
+use crate::convert::{compression_to_proto, view_kind_to_proto};
+use crate::keys::unhex;
+use crate::model::Model;
+use crate::objects::{Disk, Group, GroupPhase, Proxy, View};
+
+/// The desired state of a proxy at this model's revision. `key` opens a policy key; a group whose key does not open is
+/// left out and named in the second part of the result.
+pub fn desired(
+    model: &Model,
+    proxy: &Proxy,
+    mut key: impl FnMut(&str) -> Option<Vec<u8>>,
+) -> (v1::DesiredState, Vec<String>) {
+    let mut state = v1::DesiredState { term: model.term, version: model.revision, ..v1::DesiredState::default() };
+    let mut without_key = Vec::new();
+    let groups = model.groups.values().filter(|g| g.tenant == proxy.tenant && g.phase != GroupPhase::Deleting);
+    for group in groups {
+        let (is_source, is_target) = (group.source == proxy.id, group.target == proxy.id);
+        if !is_source && !is_target {
+            continue;
+        }
+        let Some(bytes) = key(&group.key) else {
+            without_key.push(group.name().to_string());
+            continue;
+        };
+        let key = v1::PolicyKey { id: group.key.clone(), key: bytes };
+        let peer = if is_source { model.target_of(group) } else { model.source_of(group) };
+        if let Some(peer) = peer
+            && !state.peers.iter().any(|p| p.uid == peer.uid)
+        {
+            state.peers.push(as_peer(peer));
+        }
+        if is_source {
+            state.sources.push(source_group(model, group, key));
+        } else {
+            state.targets.push(target_stream(model, group, key));
+        }
+    }
+    (state, without_key)
+}
+
+fn as_peer(proxy: &Proxy) -> v1::Peer {
+    // While a proxy changes its key both are good: it may have the new one and not use it yet.
+    let pins = std::iter::once(&proxy.pin).chain(&proxy.previous_pin);
+    v1::Peer { uid: proxy.uid.clone(), name: proxy.id.clone(), key_pins: pins.filter_map(|p| unhex(p)).collect() }
+}
+
+fn source_group(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::SourceGroup {
+    let target = model.target_of(group);
+    let promises = model.policy_of(group).map(|p| &p.promises);
+    let disk = |d: &Disk| v1::SourceDisk {
+        uid: d.uid.clone(),
+        slot: d.slot.into(),
+        name: d.id.clone(),
+        path: d.path.clone(),
+        export_name: d.export_name.clone(),
+        serial: d.serial.clone(),
+        size_bytes: d.size,
+        block_bytes: d.block,
+        physical_block_bytes: d.physical_block,
+        generation: group.writer_generation,
+    };
+    v1::SourceGroup {
+        stream_uid: group.uid.clone(),
+        name: group.id.clone(),
+        key: Some(key),
+        cut_interval_ms: promises.map_or(1000, |p| p.cut_interval_ms),
+        compression: promises.map_or(v1::Compression::Auto, |p| compression_to_proto(p.compression)).into(),
+        disks: model.disks_of(group).map(disk).collect(),
+        target_address: target.map(|t| t.data_address.clone()).unwrap_or_default(),
+        target_uid: target.map(|t| t.uid.clone()).unwrap_or_default(),
+        hold: group.hold,
+        rpo_target_us: promises.map_or(0, |p| p.rpo_target_us),
+    }
+}
+
+fn target_stream(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::TargetStream {
+    let promises = model.policy_of(group).map(|p| &p.promises);
+    let disk = |d: &Disk| v1::TargetDisk {
+        uid: d.uid.clone(),
+        slot: d.slot.into(),
+        name: d.id.clone(),
+        serial: d.serial.clone(),
+        size_bytes: d.size,
+        block_bytes: d.block,
+        physical_block_bytes: d.physical_block,
+        generation: group.generation,
+    };
+    v1::TargetStream {
+        stream_uid: group.uid.clone(),
+        name: group.id.clone(),
+        key: Some(key),
+        retention_s: promises.map_or(14_400, |p| p.retention_s),
+        journal_budget_bytes: promises.map_or(0, |p| p.journal_budget_bytes),
+        disks: model.disks_of(group).map(disk).collect(),
+        source_uid: model.source_of(group).map(|s| s.uid.clone()).unwrap_or_default(),
+        views: model.views_of(group).filter(|v| v.open && !v.closing).map(|v| open_view(group, v)).collect(),
+    }
+}
+
+/// The command that opens a view, also after a restart of its proxy.
+pub fn open_view(group: &Group, view: &View) -> v1::OpenView {
+    v1::OpenView {
+        stream_uid: group.uid.clone(),
+        view: view.proxy_name(),
+        seq: view.point.seq,
+        disk_uids: view.disk_uids.clone(),
+        writable: view.writable,
+        kind: view_kind_to_proto(view.kind).into(),
+        reason: view.reason.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::tests::proxy;
+    use crate::model::Txn;
+    use crate::names::{Kind, Name};
+    use crate::objects::{Object, Policy, new_uid};
+    use crate::policy::{Promises, Wanted};
+
+    fn model() -> Model {
+        let mut txn = Txn::default();
+        for (id, address) in [("src", ""), ("dr", "dr:1"), ("other", "o:1")] {
+            txn.put(Object::Proxy(proxy(id, address)));
+        }
+        txn.put(Object::Policy(Policy {
+            uid: new_uid(),
+            tenant: "default".into(),
+            id: "gold".into(),
+            version: 1,
+            created_ns: 0,
+            updated_ns: 0,
+            description: String::new(),
+            promises: Promises::new(&Wanted { retention_s: Some(60), ..Wanted::default() }).unwrap(),
+        }));
+        let mut model = Model::default().applied(txn, 7);
+        let asked = v1::Group {
+            policy: "tenants/default/policies/gold".into(),
+            source: "tenants/default/proxies/src".into(),
+            target: "tenants/default/proxies/dr".into(),
+            ..v1::Group::default()
+        };
+        let name = Name::new("default", Kind::Group, "shop");
+        let mut group = crate::group::new_group(&model, &name, &asked, 1).unwrap();
+        group.generation = 5;
+        group.writer_generation = 4;
+        let mut txn = Txn::default();
+        txn.put(Object::Disk(Disk {
+            uid: new_uid(),
+            group_uid: group.uid.clone(),
+            id: "data".into(),
+            slot: 0,
+            path: "/d".into(),
+            serial: "s".into(),
+            size: 4096,
+            block: 512,
+            physical_block: 4096,
+            export_name: "shop/data".into(),
+            created_ns: 1,
+            leaving: false,
+        }));
+        txn.put(Object::Group(group));
+        model = model.applied(txn, 8);
+        model
+    }
+
+    fn of(model: &Model, id: &str) -> v1::DesiredState {
+        let proxy = &model.proxies[&("default".to_owned(), id.to_owned())];
+        desired(model, proxy, |_| Some(vec![1; 32])).0
+    }
+
+    #[test]
+    fn each_end_gets_its_own_part() {
+        let model = model();
+        let (source, target) = (of(&model, "src"), of(&model, "dr"));
+        assert_eq!((source.sources.len(), source.targets.len(), source.version), (1, 0, 8));
+        assert_eq!((target.sources.len(), target.targets.len()), (0, 1));
+        assert_eq!(source.sources[0].target_address, "dr:1");
+        assert_eq!(source.peers[0].name, "dr");
+        assert_eq!(target.peers[0].name, "src");
+        assert_eq!(target.targets[0].retention_s, 60);
+    }
+
+    #[test]
+    fn a_source_whose_disks_were_taken_is_not_given_the_new_generation() {
+        let model = model();
+        assert_eq!(of(&model, "src").sources[0].disks[0].generation, 4);
+        assert_eq!(of(&model, "dr").targets[0].disks[0].generation, 5);
+    }
+
+    #[test]
+    fn a_proxy_gets_nothing_of_groups_that_are_not_its_own() {
+        let model = model();
+        let state = of(&model, "other");
+        assert!(state.sources.is_empty() && state.targets.is_empty() && state.peers.is_empty());
+    }
+
+    #[test]
+    fn a_group_without_its_key_is_named_and_left_out() {
+        let model = model();
+        let proxy = &model.proxies[&("default".to_owned(), "src".to_owned())];
+        let (state, missing) = desired(&model, proxy, |_| None);
+        assert!(state.sources.is_empty());
+        assert_eq!(missing, ["tenants/default/groups/shop"]);
+    }
+}

@@ -1,0 +1,340 @@
+//! What is shown of a group: its phase and conditions, from the objects and what is reported. Pure.
+
+use std::collections::BTreeMap;
+
+use afterimage_wire::v1::{self, Severity};
+
+use crate::convert;
+use crate::live::{Live, ProxyLive, StreamLive};
+use crate::model::Model;
+use crate::names::{Kind, Name, child};
+use crate::objects::{Group, GroupPhase, Object, Proxy};
+use crate::rpo::WINDOW_S;
+
+/// A proxy whose session is open but that says nothing for this long is silent, nanoseconds.
+const SILENT_NS: u64 = 3_000_000_000;
+/// A certificate that ends sooner than this is a warning, nanoseconds.
+const EXPIRES_SOON_NS: u64 = 30 * 86_400 * 1_000_000_000;
+
+/// A condition as found; since when it has been so is the tracker's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Finding {
+    /// Kind.
+    pub kind: &'static str,
+    /// How bad.
+    pub severity: Severity,
+    /// For a person.
+    pub message: String,
+}
+
+fn finding(kind: &'static str, severity: Severity, message: impl Into<String>) -> Finding {
+    Finding { kind, severity, message: message.into() }
+}
+
+/// What is looked at.
+pub struct Scene<'a> {
+    /// Objects.
+    pub model: &'a Model,
+    /// Reports.
+    pub live: &'a Live,
+    /// Whether a proxy (by uid) has a session.
+    pub connected: &'a dyn Fn(&str) -> bool,
+    /// The coordinator's monotonic clock, nanoseconds.
+    pub now_ns: u64,
+    /// The wall clock, nanoseconds since the Unix epoch.
+    pub wall_ns: u64,
+}
+
+impl Scene<'_> {
+    fn reach(&self, role: &str, kind: &'static str, id: &str, proxy: Option<&Proxy>, out: &mut Vec<Finding>) -> bool {
+        let Some(proxy) = proxy else {
+            out.push(finding(kind, Severity::Error, format!("the {role} proxy \"{id}\" does not exist any more")));
+            return false;
+        };
+        if !(self.connected)(&proxy.uid) {
+            let message = format!("the {role} proxy \"{id}\" is not connected; look at that host");
+            out.push(finding(kind, Severity::Error, message));
+            return false;
+        }
+        let heard = self.live.proxies.get(&proxy.uid).and_then(|p| p.last_heard_ns);
+        if heard.is_some_and(|h| self.now_ns.saturating_sub(h) > SILENT_NS) {
+            let message = format!("the {role} proxy \"{id}\" is connected and reports nothing");
+            out.push(finding("silent", Severity::Error, message));
+        }
+        true
+    }
+
+    /// The conditions of a group.
+    pub fn conditions(&self, group: &Group) -> Vec<Finding> {
+        let mut out = Vec::new();
+        if group.phase == GroupPhase::Deleting {
+            out.push(finding("deleting", Severity::Info, "being deleted; if that stopped half-way, delete it again"));
+        }
+        let over = matches!(group.phase, GroupPhase::FailedOver { .. });
+        let (source, target) = (self.model.source_of(group), self.model.target_of(group));
+        // A group that runs at its target does not need its source.
+        let source_there = !over && self.reach("source", "source-unreachable", &group.source, source, &mut out);
+        let target_there = self.reach("target", "target-unreachable", &group.target, target, &mut out);
+        let nothing = StreamLive::default();
+        let stream = self.live.streams.get(&group.uid).unwrap_or(&nothing);
+        if let Some((_, report)) = stream.source.as_ref().filter(|_| source_there) {
+            self.source_conditions(group, report, &mut out);
+        }
+        if let Some((_, report)) = stream.target.as_ref().filter(|_| target_there) {
+            if !report.stopped.is_empty() {
+                out.push(finding("target-stopped", Severity::Error, format!("takes no data: {}", report.stopped)));
+            }
+            if !report.damage.is_empty() {
+                out.push(finding("damaged", Severity::Error, report.damage.join("; ")));
+            }
+        }
+        if let (Some(since), Some(policy), false) = (stream.above_since_ns, self.model.policy_of(group), over)
+            && self.now_ns.saturating_sub(since) / 1_000_000 >= policy.promises.warn_after_ms
+        {
+            let target = policy.promises.rpo_target_us as f64 / 1000.0;
+            out.push(finding("rpo-above-target", Severity::Warning, format!("above its target of {target} ms")));
+        }
+        self.problem_conditions(group, [source.filter(|_| !over), target], &mut out);
+        out
+    }
+
+    fn source_conditions(&self, group: &Group, report: &v1::SourceGroupReport, out: &mut Vec<Finding>) {
+        if report.held && !group.hold {
+            out.push(finding("held", Severity::Error, "the source holds all I/O though it need not"));
+        } else if report.held {
+            out.push(finding("held", Severity::Warning, "the source holds all I/O"));
+        }
+        if report.fenced {
+            let message = "the target refuses the source's generation: its disks have been taken from it";
+            out.push(finding("fenced", Severity::Error, message));
+        }
+        let detail = &report.link_detail;
+        match report.link() {
+            v1::LinkState::Down => out.push(finding("link-down", Severity::Error, detail.clone())),
+            v1::LinkState::Refused => out.push(finding("refused", Severity::Error, detail.clone())),
+            _ => {}
+        }
+        match report.rung() {
+            v1::Rung::Spilling => out.push(finding("spilling", Severity::Warning, "frames queue on the source's disk")),
+            v1::Rung::Dirty => {
+                let message = "captured without order: a resync follows, and no new points until it is done";
+                out.push(finding("dirty", Severity::Error, message));
+            }
+            _ => {}
+        }
+        if report.sync.is_some() && group.complete {
+            out.push(finding("resyncing", Severity::Warning, "disks are being synchronised again"));
+        }
+        for disk in report.disks.iter().filter(|d| d.state.starts_with("failed")) {
+            out.push(finding("disk-failed", Severity::Error, format!("{}: {}", disk.disk_uid, disk.state)));
+        }
+    }
+
+    fn problem_conditions(&self, group: &Group, proxies: [Option<&Proxy>; 2], out: &mut Vec<Finding>) {
+        for proxy in proxies.into_iter().flatten() {
+            let problems = self.live.proxies.get(&proxy.uid).map(|p| p.problems.as_slice()).unwrap_or_default();
+            for problem in problems.iter().filter(|p| p.stream_uid == group.uid) {
+                out.push(finding("error", Severity::Error, format!("\"{}\": {}", proxy.id, problem.message)));
+            }
+        }
+    }
+
+    /// The conditions of a proxy.
+    pub fn proxy_conditions(&self, proxy: &Proxy) -> Vec<Finding> {
+        let mut out = Vec::new();
+        let nothing = ProxyLive::default();
+        let live = self.live.proxies.get(&proxy.uid).unwrap_or(&nothing);
+        if !(self.connected)(&proxy.uid) {
+            out.push(finding("unreachable", Severity::Error, "not connected; look at that host"));
+        } else if live.last_heard_ns.is_some_and(|h| self.now_ns.saturating_sub(h) > SILENT_NS) {
+            out.push(finding("silent", Severity::Error, "connected, and reports nothing"));
+        }
+        if proxy.expire_time_ns < self.wall_ns.saturating_add(EXPIRES_SOON_NS) {
+            let message = "its certificate ends within 30 days: have it renewed";
+            out.push(finding("certificate-expires", Severity::Warning, message));
+        }
+        for problem in live.problems.iter().filter(|p| p.stream_uid.is_empty()) {
+            out.push(finding("error", Severity::Error, problem.message.clone()));
+        }
+        out
+    }
+
+    /// A group as it is shown. `since` gives when a condition of this group began.
+    pub fn group_status(&self, group: &Group, since: &dyn Fn(&str, &str) -> u64) -> v1::GroupStatus {
+        let (model, name) = (self.model, group.name());
+        let subject = name.to_string();
+        let nothing = StreamLive::default();
+        let stream = self.live.streams.get(&group.uid).unwrap_or(&nothing);
+        let source = stream.source.as_ref().map(|(_, r)| r.clone()).unwrap_or_default();
+        let target = stream.target.as_ref().map(|(_, r)| r.clone()).unwrap_or_default();
+        let rates = stream.rates.shown(self.now_ns);
+        let disks = model.disks_of(group).map(|disk| {
+            let report = source.disks.iter().find(|r| r.disk_uid == disk.uid).cloned().unwrap_or_default();
+            v1::DiskStatus {
+                name: child(&name, "disks", &disk.id),
+                uid: disk.uid.clone(),
+                state: report.state,
+                sync: report.sync,
+                uris: report.uris,
+                clients: report.clients,
+                generation: group.generation,
+                size_bytes: disk.size,
+            }
+        });
+        let view = |view| {
+            let shown = convert::view_to_proto(model, view);
+            // Open is what the target says, once it has said anything.
+            let open = stream.target.is_none() || stream.views.contains_key(&view.proxy_name());
+            v1::View { open: shown.open && open, ..shown }
+        };
+        v1::GroupStatus {
+            phase: convert::phase_to_proto(group).into(),
+            conditions: as_conditions(&subject, self.conditions(group), since),
+            operation: model.active_operation(group).map(|o| convert::operation_to_proto(model, o)),
+            rpo: Some(self.rpo(group, stream)),
+            rung: source.rung,
+            writes_per_s: rates.writes,
+            captured_bytes_per_s: rates.captured,
+            wire_bytes_per_s: rates.wire,
+            writes: source.writes,
+            captured_bytes: source.captured_bytes,
+            wire_bytes: source.wire_bytes,
+            queue_bytes: source.queue_bytes,
+            queue_limit_bytes: source.queue_limit_bytes,
+            captured_seq: source.captured_seq,
+            sent_seq: source.sent_seq,
+            durable_seq: target.durable_seq,
+            sync: source.sync,
+            points: target.points.map(|p| convert::named_summary(&name, p)),
+            journal_bytes: target.journal_bytes,
+            journal_budget_bytes: target.journal_budget_bytes,
+            segments: target.segments,
+            disks: disks.collect(),
+            views: model.views_of(group).map(view).collect(),
+            source: Name::new(&group.tenant, Kind::Proxy, &group.source).to_string(),
+            target: Name::new(&group.tenant, Kind::Proxy, &group.target).to_string(),
+            policy: Name::new(&group.tenant, Kind::Policy, &group.policy).to_string(),
+            uid: group.uid.clone(),
+            name: subject,
+        }
+    }
+
+    /// The RPO of a group as it is shown.
+    pub fn rpo(&self, group: &Group, stream: &StreamLive) -> v1::Rpo {
+        let target_us = self.model.policy_of(group).map_or(0, |p| p.promises.rpo_target_us);
+        let over = matches!(group.phase, GroupPhase::FailedOver { .. });
+        let shown = stream.rpo.shown(self.now_ns, target_us).filter(|_| !over);
+        v1::Rpo {
+            now_us: shown.map(|s| s.now_us),
+            p50_us: shown.map(|s| s.p50_us),
+            p99_us: shown.map(|s| s.p99_us),
+            max_us: shown.map(|s| s.max_us),
+            report_age_us: shown.map(|s| s.report_age_us),
+            target_us,
+            within_target: shown.map(|s| s.within_target),
+            window_s: WINDOW_S,
+        }
+    }
+
+    /// A proxy as it is shown.
+    pub fn proxy(&self, proxy: &Proxy, desired_version: u64, since: &dyn Fn(&str, &str) -> u64) -> v1::Proxy {
+        let subject = proxy.name().to_string();
+        let live = self.live.proxies.get(&proxy.uid);
+        let heard = live.and_then(|p| p.last_heard_ns);
+        v1::Proxy {
+            uid: proxy.uid.clone(),
+            etag: self.model.etag(&Object::Proxy(proxy.clone()).key()),
+            version: proxy.version,
+            create_time_ns: proxy.created_ns,
+            connected: (self.connected)(&proxy.uid),
+            last_heard_age_ms: heard.map(|h| self.now_ns.saturating_sub(h) / 1_000_000),
+            data_address: proxy.data_address.clone(),
+            nbd_addresses: proxy.nbd_addresses.clone(),
+            capabilities: proxy.capabilities.clone(),
+            boot_id: proxy.boot_id.clone(),
+            software_version: proxy.software_version.clone(),
+            key_pin: proxy.pin.clone(),
+            certificate_expire_time_ns: proxy.expire_time_ns,
+            observed_version: live.map_or(0, |p| p.observed_version),
+            desired_version,
+            conditions: as_conditions(&subject, self.proxy_conditions(proxy), since),
+            name: subject,
+        }
+    }
+}
+
+fn as_conditions(subject: &str, found: Vec<Finding>, since: &dyn Fn(&str, &str) -> u64) -> Vec<v1::Condition> {
+    let one = |f: Finding| v1::Condition {
+        kind: f.kind.to_owned(),
+        severity: f.severity.into(),
+        since_ns: since(subject, f.kind),
+        message: f.message,
+    };
+    found.into_iter().map(one).collect()
+}
+
+/// Since when each condition has been so; tells what has begun and ended.
+#[derive(Default)]
+pub struct Tracker {
+    since: BTreeMap<(String, String), (u64, Severity)>,
+}
+
+impl Tracker {
+    /// Since when a subject has had a condition; 0 if it has not.
+    pub fn since(&self, subject: &str, kind: &str) -> u64 {
+        self.since.get(&(subject.to_owned(), kind.to_owned())).map_or(0, |s| s.0)
+    }
+
+    /// Takes in the conditions of a subject and returns what to tell.
+    pub fn update(&mut self, subject: &str, found: &[Finding], wall_ns: u64) -> Vec<(Severity, String)> {
+        let mut told = Vec::new();
+        let gone: Vec<(String, String)> = self
+            .since
+            .keys()
+            .filter(|(s, kind)| s == subject && !found.iter().any(|f| f.kind == kind))
+            .cloned()
+            .collect();
+        for key in gone {
+            self.since.remove(&key);
+            told.push((Severity::Info, format!("{}: over", key.1)));
+        }
+        for f in found {
+            let key = (subject.to_owned(), f.kind.to_owned());
+            if !self.since.contains_key(&key) {
+                self.since.insert(key, (wall_ns, f.severity));
+                told.push((f.severity, format!("{}: {}", f.kind, f.message)));
+            }
+        }
+        told
+    }
+
+    /// Forgets subjects that do not exist any more.
+    pub fn retain(&mut self, exists: impl Fn(&str) -> bool) {
+        self.since.retain(|(subject, _), _| exists(subject));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_is_told_when_it_begins_and_when_it_ends() {
+        let mut tracker = Tracker::default();
+        let down = [finding("link-down", Severity::Error, "no route")];
+        assert_eq!(tracker.update("g", &down, 7), [(Severity::Error, "link-down: no route".to_owned())]);
+        assert!(tracker.update("g", &down, 8).is_empty());
+        assert_eq!(tracker.since("g", "link-down"), 7);
+        assert!(tracker.update("other", &[], 9).is_empty());
+        assert_eq!(tracker.update("g", &[], 10).len(), 1);
+        assert_eq!(tracker.since("g", "link-down"), 0);
+    }
+
+    #[test]
+    fn subjects_that_are_gone_are_forgotten() {
+        let mut tracker = Tracker::default();
+        tracker.update("g", &[finding("x", Severity::Info, "")], 7);
+        tracker.retain(|s| s != "g");
+        assert!(tracker.since.is_empty());
+    }
+}
