@@ -240,7 +240,8 @@ pub enum Action {
     Ended,
 }
 
-/// What came of an action.
+/// What came of an action. One at a time: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, PartialEq, Debug)]
 pub enum Reply {
     /// The proxy's answer.

@@ -5,10 +5,12 @@ pub mod bundle;
 pub mod ca;
 pub mod client;
 pub mod convert;
+pub mod coordinator;
 pub mod desired;
 pub mod events;
 pub mod failover;
 pub mod group;
+pub mod grpc;
 pub mod keys;
 pub mod live;
 pub mod model;
@@ -21,3 +23,5 @@ pub mod sessions;
 pub mod status;
 pub mod store;
 pub mod token;
+
+pub use grpc::{Config, Running, ServeError, serve, start};

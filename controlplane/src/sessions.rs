@@ -106,6 +106,11 @@ impl Sessions {
         self.lock().contains_key(uid)
     }
 
+    /// Whether this session is still the proxy's.
+    pub fn is_current(&self, uid: &str, epoch: u64) -> bool {
+        self.lock().get(uid).is_some_and(|s| s.epoch == epoch)
+    }
+
     /// Told whenever a session begins or ends.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()

@@ -1,6 +1,7 @@
 //! What is shown of a group: its phase and conditions, from the objects and what is reported. Pure.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use afterimage_wire::v1::{self, Severity};
 
@@ -276,13 +277,13 @@ fn as_conditions(subject: &str, found: Vec<Finding>, since: &dyn Fn(&str, &str) 
 /// Since when each condition has been so; tells what has begun and ended.
 #[derive(Default)]
 pub struct Tracker {
-    since: BTreeMap<(String, String), (u64, Severity)>,
+    since: BTreeMap<(String, String), u64>,
 }
 
 impl Tracker {
     /// Since when a subject has had a condition; 0 if it has not.
     pub fn since(&self, subject: &str, kind: &str) -> u64 {
-        self.since.get(&(subject.to_owned(), kind.to_owned())).map_or(0, |s| s.0)
+        self.since.get(&(subject.to_owned(), kind.to_owned())).copied().unwrap_or(0)
     }
 
     /// Takes in the conditions of a subject and returns what to tell.
@@ -300,8 +301,8 @@ impl Tracker {
         }
         for f in found {
             let key = (subject.to_owned(), f.kind.to_owned());
-            if !self.since.contains_key(&key) {
-                self.since.insert(key, (wall_ns, f.severity));
+            if let Entry::Vacant(new) = self.since.entry(key) {
+                new.insert(wall_ns);
                 told.push((f.severity, format!("{}: {}", f.kind, f.message)));
             }
         }

@@ -1,0 +1,343 @@
+//! Operations being done: what the machine in [`crate::failover`] says, recorded and carried out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use afterimage_wire::v1::command::Command as Tell;
+use afterimage_wire::v1::command_result::Outcome;
+use afterimage_wire::v1::{self, Severity};
+use tokio::time::{Instant, sleep};
+
+use super::Coordinator;
+use super::groups::check_request_id;
+use crate::convert;
+use crate::failover::{self, Action, Choice, FAILOVER_VIEW, Failover, Reply, Side, Spec, StepName, StepState};
+use crate::model::{Model, Txn};
+use crate::names::Name;
+use crate::objects::{Group, GroupPhase, Object, Operation, View, ViewKind, new_uid};
+use crate::policy::check_text;
+use crate::problem::Problem;
+
+/// Before a change that the store refused is tried again.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+/// Between two looks at how far the target is.
+const DRAIN_POLL: Duration = Duration::from_millis(25);
+
+/// A failover as asked for.
+#[derive(Clone, Debug)]
+pub struct FailoverWanted {
+    /// Which point.
+    pub to: Choice,
+    /// Go on if the source cannot be reached.
+    pub unconfirmed: bool,
+    /// The group's id, typed.
+    pub confirm_name: String,
+    /// Checks only.
+    pub validate_only: bool,
+    /// Of the caller.
+    pub request_id: String,
+    /// For a person.
+    pub reason: String,
+    /// Who asks.
+    pub actor: String,
+}
+
+impl Coordinator {
+    /// Checks a failover and starts it.
+    ///
+    /// # Errors
+    /// It does not fit the state; the target is not there, or the point is not fit.
+    pub async fn start_failover(
+        self: &Arc<Self>,
+        name: &Name,
+        wanted: FailoverWanted,
+    ) -> Result<v1::Operation, Problem> {
+        check_request_id(&wanted.request_id)?;
+        check_text("reason", &wanted.reason)?;
+        let model = self.model();
+        if let Some(same) = same_request(&model, name, &wanted.request_id) {
+            return Ok(convert::operation_to_proto(&model, same));
+        }
+        let spec = Spec { to: wanted.to, unconfirmed: wanted.unconfirmed, reason: wanted.reason.clone() };
+        self.check_failover(&model, name, &spec, &wanted.confirm_name)?;
+        // Known before anything is stopped: such a point is held, is whole, and can be named.
+        let point = self.resolve_point(name, wanted.to).await?;
+        let disks = disk_names(&model, model.group(name)?);
+        failover::check_point(&convert::point_from_proto(&point), &point.damage, &disks).map_err(|state| {
+            Problem::state(name, format!("not to be failed over there: {state}"), "choose another point")
+        })?;
+        let checked = format!("record {} can be opened", point.seq);
+        let rpo = self.look(|scene, _| {
+            let live = scene.live.streams.get(&scene.model.group(name).ok()?.uid)?;
+            scene.rpo(scene.model.group(name).ok()?, live).now_us
+        });
+        let now = self.clock.wall_ns();
+        let uid = new_uid();
+        let begun = self
+            .change(|model, txn| {
+                if let Some(same) = same_request(model, name, &wanted.request_id) {
+                    return Ok((same.clone(), false));
+                }
+                self.check_failover(model, name, &spec, &wanted.confirm_name)?;
+                let group = model.group(name)?;
+                let disks: Vec<_> = model.disks_of(group).collect();
+                let operation = Operation {
+                    uid: uid.clone(),
+                    tenant: name.tenant.clone(),
+                    version: 1,
+                    group: name.id.clone(),
+                    request_id: wanted.request_id.clone(),
+                    actor: wanted.actor.clone(),
+                    created_ns: now,
+                    ended_ns: 0,
+                    work: Failover::new(spec.clone(), &disks, rpo.unwrap_or_default(), checked, now),
+                };
+                if wanted.validate_only {
+                    return Ok((operation, false));
+                }
+                let phase = GroupPhase::FailingOver { operation: uid.clone() };
+                txn.put(Object::Group(Group { version: group.version + 1, phase, ..group.clone() }));
+                txn.put(Object::Operation(operation.clone()));
+                for old in model.surplus_operations(&name.tenant) {
+                    txn.delete(Object::Operation(old.clone()));
+                }
+                Ok((operation, true))
+            })
+            .await?;
+        let (operation, started) = begun;
+        if started {
+            let message = format!("failover begun by {}: {}", operation.actor, operation.name());
+            self.tell(Severity::Warning, "operation", &name.to_string(), &message);
+            tokio::spawn(self.clone().drive(operation.name()));
+        }
+        let mut shown = convert::operation_to_proto(&self.model(), &operation);
+        if wanted.validate_only && !started {
+            shown.validate_only = true;
+            shown.name.clear();
+            shown.uid.clear();
+            shown.state = v1::OperationState::Done.into();
+        }
+        Ok(shown)
+    }
+
+    fn check_failover(&self, model: &Model, name: &Name, spec: &Spec, confirm: &str) -> Result<(), Problem> {
+        let group = model.group(name)?;
+        let connected = |p: Option<&crate::objects::Proxy>| p.is_some_and(|p| self.sessions.connected(&p.uid));
+        let (source, target) = (connected(model.source_of(group)), connected(model.target_of(group)));
+        failover::check(spec, confirm, group, model.disks_of(group).count(), source, target)
+    }
+
+    /// Goes on with what an earlier life of the coordinator had begun.
+    pub(super) fn resume_operations(self: &Arc<Self>) {
+        for operation in self.model().operations.values().filter(|o| o.ended_ns == 0) {
+            let subject = Name::new(&operation.tenant, crate::names::Kind::Group, &operation.group).to_string();
+            self.tell(Severity::Warning, "operation", &subject, &format!("going on with {}", operation.name()));
+            tokio::spawn(self.clone().drive(operation.name()));
+        }
+    }
+
+    /// Does an operation to its end.
+    async fn drive(self: Arc<Self>, name: Name) {
+        let mut reply = None;
+        let mut closing = self.closing();
+        loop {
+            let recorded = self.record(&name, reply.clone()).await;
+            let (action, group) = match recorded {
+                Ok(Some(next)) => next,
+                Ok(None) => return,
+                Err(e) => {
+                    tracing::error!(operation = %name, error = %e, "cannot record a step; trying again");
+                    tokio::select! {
+                        () = sleep(STORE_RETRY) => continue,
+                        _ = closing.wait_for(|c| *c) => return,
+                    }
+                }
+            };
+            tokio::select! {
+                done = self.carry_out(&name, &group, action) => reply = Some(done),
+                // The step stays recorded as running: the next life does it again.
+                _ = closing.wait_for(|c| *c) => return,
+            }
+        }
+    }
+
+    /// Records what came of the last action and begins the next, in one commit. None once it has ended.
+    async fn record(self: &Arc<Self>, name: &Name, reply: Option<Reply>) -> Result<Option<(Action, Group)>, Problem> {
+        let now = self.clock.wall_ns();
+        let (next, told) = self
+            .change(move |model, txn| {
+                let mut operation = model.operation(name)?.clone();
+                if operation.ended_ns != 0 {
+                    return Ok((None, Vec::new()));
+                }
+                let before = operation.work.clone();
+                let group_name = Name::new(&name.tenant, crate::names::Kind::Group, &operation.group);
+                let mut group = model.group(&group_name)?.clone();
+                let disks = disk_names(model, &group);
+                if let Some(reply) = reply {
+                    operation.work.apply(&mut group, &disks, reply, now);
+                }
+                let action = operation.work.begin(&mut group, now);
+                if action == Action::Ended {
+                    operation.ended_ns = now;
+                }
+                operation.version += 1;
+                group.version += 1;
+                group.updated_ns = now;
+                let told = changes(&group_name, &before, &operation.work);
+                keep_view(model, txn, &group, &operation);
+                txn.put(Object::Group(group.clone()));
+                let ended = operation.ended_ns != 0;
+                txn.put(Object::Operation(operation));
+                Ok(((!ended).then_some((action, group)), told))
+            })
+            .await?;
+        for (severity, subject, message) in told {
+            self.tell(severity, "step", &subject, &message);
+        }
+        Ok(next)
+    }
+
+    async fn carry_out(&self, name: &Name, group: &Group, action: Action) -> Reply {
+        match action {
+            Action::Record | Action::Ended => Reply::Nothing,
+            Action::Drain { seq, within_ms } => self.drain(group, seq, Duration::from_millis(within_ms)).await,
+            Action::Tell { side, command, connect_ms, answer_ms } => {
+                let model = self.model();
+                let proxy = match side {
+                    Side::Source => model.source_of(group),
+                    Side::Target => model.target_of(group),
+                };
+                let Some(proxy) = proxy else { return Reply::Unreachable("that proxy does not exist any more".into()) };
+                let step = model.operation(name).ok().and_then(running_step).map_or("", StepName::as_str);
+                let (connect, answer) = (Duration::from_millis(connect_ms), Duration::from_millis(answer_ms));
+                match self.command(proxy, &name.id, step, command, connect, answer).await {
+                    Ok(outcome) => Reply::Answer(outcome),
+                    Err(e) => Reply::Unreachable(format!("\"{}\": {e}", proxy.id)),
+                }
+            }
+        }
+    }
+
+    /// Waits until the target holds what the held source had captured.
+    async fn drain(&self, group: &Group, seq: u64, within: Duration) -> Reply {
+        let model = self.model();
+        let Some(target) = model.target_of(group) else { return Reply::Drained(0) };
+        let until = Instant::now() + within;
+        let ask =
+            v1::ResolvePoint { stream_uid: group.uid.clone(), at: Some(convert::choice_to_proto(Choice::Latest)) };
+        let mut newest = 0;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Reply::Drained(newest);
+            }
+            let asked = Tell::ResolvePoint(ask.clone());
+            if let Ok(Outcome::Point(point)) = self.command(target, "", "drain", asked, Duration::ZERO, left).await {
+                newest = point.seq.max(newest);
+            }
+            if newest >= seq {
+                return Reply::Drained(newest);
+            }
+            sleep(DRAIN_POLL).await;
+        }
+    }
+
+    /// An operation as it is, once it has ended or after `within`.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub async fn wait_operation(&self, name: &Name, within: Duration) -> Result<v1::Operation, Problem> {
+        let mut changes = self.model_changes();
+        let mut closing = self.closing();
+        let until = Instant::now() + within;
+        loop {
+            changes.mark_unchanged();
+            let model = self.model();
+            let operation = model.operation(name)?;
+            if operation.ended_ns != 0 || Instant::now() >= until || *closing.borrow() {
+                return Ok(convert::operation_to_proto(&model, operation));
+            }
+            tokio::select! {
+                _ = tokio::time::timeout_at(until, changes.changed()) => {}
+                _ = closing.wait_for(|c| *c) => {}
+            }
+        }
+    }
+}
+
+fn same_request<'a>(model: &'a Model, group: &Name, request_id: &str) -> Option<&'a Operation> {
+    let same = |o: &&Operation| o.tenant == group.tenant && o.group == group.id && o.request_id == request_id;
+    model.operations.values().filter(|_| !request_id.is_empty()).find(same)
+}
+
+fn disk_names(model: &Model, group: &Group) -> Vec<(String, String)> {
+    model.disks_of(group).map(|d| (d.uid.clone(), d.id.clone())).collect()
+}
+
+fn running_step(operation: &Operation) -> Option<StepName> {
+    operation.work.steps.iter().find(|s| s.state == StepState::Running).map(|s| s.name)
+}
+
+/// The view object follows the steps: recorded before it is opened, gone once it is closed.
+fn keep_view(model: &Model, txn: &mut Txn, group: &Group, operation: &Operation) {
+    let step = |name| operation.work.steps.iter().find(|s| s.name == name).map(|s| s.state);
+    let old = model.view(&group.name(), FAILOVER_VIEW).ok();
+    let begun = step(StepName::OpenView).is_some_and(|s| s != StepState::Pending);
+    let closed = matches!(step(StepName::CloseView), Some(StepState::Done | StepState::Skipped));
+    let Some(point) = operation.work.facts.point.clone().filter(|_| begun) else { return };
+    if closed {
+        if let Some(old) = old {
+            txn.delete(Object::View(old.clone()));
+        }
+        return;
+    }
+    let view = View {
+        uid: old.map_or_else(new_uid, |v| v.uid.clone()),
+        tenant: group.tenant.clone(),
+        group: group.id.clone(),
+        id: FAILOVER_VIEW.to_owned(),
+        version: old.map_or(1, |v| v.version + 1),
+        created_ns: old.map_or(group.updated_ns, |v| v.created_ns),
+        kind: ViewKind::Failover,
+        writable: true,
+        point,
+        disk_uids: operation.work.facts.disks.clone(),
+        exports: operation.work.facts.exports.clone(),
+        reason: operation.work.spec.reason.clone(),
+        open: step(StepName::OpenView) == Some(StepState::Done),
+        closing: step(StepName::CloseView).is_some(),
+        request_id: String::new(),
+    };
+    txn.put(Object::View(view));
+}
+
+/// What to tell of a change of an operation.
+fn changes(group: &Name, before: &Failover, after: &Failover) -> Vec<(Severity, String, String)> {
+    let mut told = Vec::new();
+    for step in &after.steps {
+        let old = before.steps.iter().find(|s| s.name == step.name).map(|s| s.state);
+        if old == Some(step.state) {
+            continue;
+        }
+        let (severity, word) = match step.state {
+            StepState::Done => (Severity::Info, "done"),
+            StepState::Skipped => (Severity::Info, "skipped"),
+            StepState::Failed => (Severity::Error, "failed"),
+            StepState::Pending | StepState::Running => continue,
+        };
+        let detail = if step.detail.is_empty() { String::new() } else { format!(": {}", step.detail) };
+        told.push((severity, group.to_string(), format!("{} {word}{detail}", step.name.as_str())));
+    }
+    if before.state != after.state {
+        let message = match (after.state, &after.error) {
+            (failover::State::Done, _) => (Severity::Warning, "failed over".to_owned()),
+            (failover::State::Failed, Some(e)) => {
+                (Severity::Error, format!("failover failed at {}: {}; {}", e.step.as_str(), e.message, e.remedy))
+            }
+            _ => return told,
+        };
+        told.push((message.0, group.to_string(), message.1));
+    }
+    told
+}

@@ -1,0 +1,200 @@
+//! Enrolment: tokens given out, spent for a certificate once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use afterimage_wire::v1::{self, Severity};
+
+use super::Coordinator;
+use crate::bundle::Bundle;
+use crate::ca::{Identity, Issued, Role, hex, key_and_request};
+use crate::convert;
+use crate::model::{MAX_OBJECTS, MAX_TOKENS};
+use crate::names::{Kind, Name, check_id};
+use crate::objects::{Object, Proxy, new_uid};
+use crate::problem::Problem;
+use crate::token::{JoinToken, TokenRecord, TokenRefusal};
+
+/// How long a token is good for if nothing is said.
+const DEFAULT_TTL: Duration = Duration::from_secs(3600);
+/// The least and the most of that, seconds.
+const TTL_S: std::ops::RangeInclusive<u64> = 60..=604_800;
+
+impl Coordinator {
+    /// Gives out a token.
+    ///
+    /// # Errors
+    /// A name or a time that is not allowed; too many tokens are out.
+    pub async fn create_join_token(
+        self: &Arc<Self>,
+        tenant: &str,
+        role: Role,
+        name: &str,
+        ttl_s: u64,
+    ) -> Result<(String, u64), Problem> {
+        check_id("name", name)?;
+        let ttl = match ttl_s {
+            0 => DEFAULT_TTL,
+            s if TTL_S.contains(&s) => Duration::from_secs(s),
+            s => return Err(Problem::invalid("ttl_s", s, format!("{} to {} seconds", TTL_S.start(), TTL_S.end()))),
+        };
+        let expire = self.clock.wall_ns() + ttl.as_nanos() as u64;
+        let (record, secret) =
+            TokenRecord::new(tenant, role, name, expire).map_err(|e| Problem::Internal(e.to_string()))?;
+        let token = JoinToken {
+            id: record.id.clone(),
+            secret,
+            endpoint: self.settings.endpoint.clone(),
+            ca_pem: self.ca.certificate_pem().to_owned(),
+            role: role.as_str().to_owned(),
+            name: name.to_owned(),
+        };
+        self.change(|model, txn| {
+            if model.tokens.len() >= MAX_TOKENS {
+                return Err(Problem::Limit { what: "join tokens given out".into(), limit: MAX_TOKENS as u64 });
+            }
+            txn.put(Object::Token(record));
+            Ok(())
+        })
+        .await?;
+        Ok((token.encode(), expire))
+    }
+
+    /// Spends a token: a certificate for the key of the request. The token is gone afterwards, whatever came of it.
+    ///
+    /// # Errors
+    /// The token is spent, expired or wrong; the request is none.
+    pub async fn join(self: &Arc<Self>, id: &str, secret: &str, csr_pem: &str) -> Result<v1::JoinResponse, Problem> {
+        let now = self.clock.wall_ns();
+        let taken = self
+            .change(|model, txn| {
+                let Some(record) = model.tokens.get(id) else { return Ok(Err(TokenRefusal::Unknown)) };
+                let checked = record.check(secret, now);
+                if checked == Err(TokenRefusal::WrongSecret) {
+                    // Ids are no secrets: whoever guesses one must not spend it for its owner.
+                    return Ok(Err(TokenRefusal::WrongSecret));
+                }
+                txn.delete(Object::Token(record.clone()));
+                Ok(checked.map(|()| record.clone()))
+            })
+            .await?;
+        let record = taken.map_err(|why| {
+            tracing::warn!(token = ?id.get(..8.min(id.len())), ?why, "a join token was refused");
+            Problem::Denied {
+                who: "the holder of this token".into(),
+                method: "afterimage.v1.Enrolment/Join".into(),
+                needs: "a token that is neither spent nor expired; ask an admin for a new one".into(),
+            }
+        })?;
+        self.issue(&record.tenant, record.role, &record.name, csr_pem).await
+    }
+
+    /// A new certificate for who has a good one.
+    ///
+    /// # Errors
+    /// The proxy has been deleted; the request is none.
+    pub async fn renew(self: &Arc<Self>, who: &Identity, csr_pem: &str) -> Result<v1::JoinResponse, Problem> {
+        if who.role == Role::Proxy {
+            self.proxy_of(who)?;
+        }
+        self.issue(&who.tenant, who.role, &who.name, csr_pem).await
+    }
+
+    async fn issue(
+        self: &Arc<Self>,
+        tenant: &str,
+        role: Role,
+        name: &str,
+        csr_pem: &str,
+    ) -> Result<v1::JoinResponse, Problem> {
+        let sign = |uid: Option<&str>| {
+            let signed = self.ca.issue(csr_pem, tenant, role, name, uid);
+            signed.map_err(|e| Problem::invalid("csr_pem", "this request", format!("a PKCS#10 request, PEM: {e}")))
+        };
+        let (issued, uid) = if role == Role::Proxy {
+            self.enrol_proxy(Name::new(tenant, Kind::Proxy, name), sign).await?
+        } else {
+            (sign(None)?, String::new())
+        };
+        let subject = crate::names::tenant(tenant);
+        self.tell(
+            Severity::Info,
+            "enrolment",
+            &subject,
+            &format!("a certificate was issued to {}/{name}", role.as_str()),
+        );
+        Ok(v1::JoinResponse {
+            certificate_pem: issued.certificate_pem,
+            ca_pem: self.ca.certificate_pem().to_owned(),
+            expire_time_ns: issued.expire_time_ns,
+            role: convert::role_to_proto(role).into(),
+            name: name.to_owned(),
+            uid,
+            tenant: tenant.to_owned(),
+        })
+    }
+
+    async fn enrol_proxy(
+        self: &Arc<Self>,
+        name: Name,
+        sign: impl Fn(Option<&str>) -> Result<Issued, Problem>,
+    ) -> Result<(Issued, String), Problem> {
+        let now = self.clock.wall_ns();
+        self.change(|model, txn| {
+            let old = model.proxy(&name).ok();
+            if old.is_none() && model.proxies.len() >= MAX_OBJECTS {
+                return Err(Problem::Limit { what: "proxies".into(), limit: MAX_OBJECTS as u64 });
+            }
+            let uid = old.map_or_else(new_uid, |p| p.uid.clone());
+            let issued = sign(Some(&uid))?;
+            let pin = hex(&issued.pin);
+            let proxy = match old {
+                Some(old) => Proxy {
+                    version: old.version + 1,
+                    previous_pin: Some(old.pin.clone()),
+                    pin,
+                    expire_time_ns: issued.expire_time_ns,
+                    ..old.clone()
+                },
+                None => Proxy {
+                    uid: uid.clone(),
+                    tenant: name.tenant.clone(),
+                    id: name.id.clone(),
+                    version: 1,
+                    created_ns: now,
+                    pin,
+                    previous_pin: None,
+                    expire_time_ns: issued.expire_time_ns,
+                    data_address: String::new(),
+                    nbd_addresses: Vec::new(),
+                    capabilities: Vec::new(),
+                    boot_id: String::new(),
+                    software_version: String::new(),
+                },
+            };
+            txn.put(Object::Proxy(proxy));
+            Ok((issued, uid))
+        })
+        .await
+    }
+
+    /// A bundle made here, for the operator of this host.
+    ///
+    /// # Errors
+    /// A key cannot be made or signed.
+    pub fn local_bundle(&self, tenant: &str, role: Role, name: &str) -> Result<Bundle, Problem> {
+        let (key_pem, csr_pem) = key_and_request().map_err(|e| Problem::Internal(e.to_string()))?;
+        let issued = self.ca.issue(&csr_pem, tenant, role, name, None).map_err(|e| Problem::Internal(e.to_string()))?;
+        Ok(Bundle::new(
+            tenant,
+            role.as_str(),
+            name,
+            "",
+            &self.settings.endpoint,
+            self.ca.certificate_pem(),
+            &issued.certificate_pem,
+            &key_pem,
+            issued.expire_time_ns,
+        ))
+    }
+}

@@ -1,0 +1,332 @@
+//! Groups and their disks: created, changed, deleted.
+
+use std::sync::Arc;
+
+use afterimage_wire::v1::command::Command as Tell;
+use afterimage_wire::v1::command_result::Outcome;
+use afterimage_wire::v1::{self, CommandErrorKind, Severity};
+use std::time::Duration;
+
+use super::{Coordinator, misfit, refusal, unreachable};
+use crate::convert;
+use crate::group::{DiskWanted, Found, check_disks, new_group};
+use crate::model::Model;
+use crate::names::{Kind, Name};
+use crate::objects::{Disk, Group, GroupPhase, Object, Proxy, ViewKind};
+use crate::policy::check_text;
+use crate::problem::Problem;
+
+/// Longest request id, characters.
+const MAX_REQUEST_ID: usize = 64;
+
+/// Checks a request id.
+///
+/// # Errors
+/// Too long, or not printable.
+pub(super) fn check_request_id(id: &str) -> Result<(), Problem> {
+    if id.len() > MAX_REQUEST_ID || !id.chars().all(|c| c.is_ascii_graphic()) {
+        let allowed = format!("up to {MAX_REQUEST_ID} printable ASCII characters without spaces");
+        return Err(Problem::invalid("request_id", id, allowed));
+    }
+    Ok(())
+}
+
+impl Coordinator {
+    /// Creates a group with its disks. The source proxy looks at each disk first.
+    ///
+    /// # Errors
+    /// A field that is not allowed; names, paths or exports that are taken; proxies that do not fit or are not there.
+    pub async fn create_group(
+        self: &Arc<Self>,
+        name: &Name,
+        asked: &v1::Group,
+        validate_only: bool,
+        request_id: &str,
+    ) -> Result<v1::Group, Problem> {
+        check_request_id(request_id)?;
+        let model = self.model();
+        if let Ok(old) = model.group(name)
+            && !request_id.is_empty()
+            && old.request_id == request_id
+        {
+            return Ok(convert::group_to_proto(&model, old));
+        }
+        let now = self.clock.wall_ns();
+        let mut group = new_group(&model, name, asked, now)?;
+        group.request_id = request_id.to_owned();
+        let field = |i: usize| format!("group.disks[{i}]");
+        let wanted: Vec<DiskWanted> =
+            asked.disks.iter().enumerate().map(|(i, d)| DiskWanted::new(&field(i), "", d)).collect::<Result<_, _>>()?;
+        check_disks(&model, &group, &wanted)?;
+        let source = model.source_of(&group).cloned().ok_or_else(|| Problem::not_found("proxy", &group.source))?;
+        let mut disks = Vec::with_capacity(wanted.len());
+        for (i, disk) in wanted.iter().enumerate() {
+            let found = self.inspect(&source, &format!("{}.path", field(i)), &disk.path).await?;
+            disks.push(disk.found(&field(i), &group, i as u16, found, now)?);
+        }
+        group.next_slot = disks.len() as u16;
+        let key = self.keys.generate().map_err(|e| Problem::Internal(e.to_string()))?;
+        group.key.clone_from(&key.id);
+        let (made, made_disks) = (group.clone(), disks.clone());
+        self.change(|model, txn| {
+            // Looking took a while: what was checked has to hold still.
+            new_group(model, name, asked, now)?;
+            check_disks(model, &group, &wanted)?;
+            if !validate_only {
+                txn.put(Object::Key(key));
+                txn.put(Object::Group(group));
+                disks.into_iter().for_each(|d| txn.put(Object::Disk(d)));
+            }
+            Ok(())
+        })
+        .await?;
+        if validate_only {
+            let mut shown = convert::group_to_proto(&model, &made);
+            shown.disks = made_disks.iter().map(|d| convert::disk_to_proto(&made, d)).collect();
+            return Ok(shown);
+        }
+        self.tell(Severity::Info, "object", &name.to_string(), "protected from now on");
+        let model = self.model();
+        Ok(convert::group_to_proto(&model, model.group(name)?))
+    }
+
+    /// What a proxy finds at a path.
+    async fn inspect(&self, source: &Proxy, field: &str, path: &str) -> Result<Found, Problem> {
+        let tell = Tell::InspectDisk(v1::InspectDisk { path: path.to_owned() });
+        match self.command(source, "", "", tell, Duration::ZERO, Duration::from_secs(15)).await {
+            Ok(Outcome::Disk(d)) => Ok(Found {
+                size: d.size_bytes,
+                block: d.block_bytes,
+                physical_block: d.physical_block_bytes.max(d.block_bytes),
+            }),
+            Ok(Outcome::Error(e)) if matches!(e.kind(), CommandErrorKind::NotFound | CommandErrorKind::Invalid) => {
+                let allowed = format!("a raw file or block device on the host of \"{}\": {}", source.id, e.message);
+                Err(Problem::invalid(field, path, allowed))
+            }
+            Ok(Outcome::Error(e)) => Err(refusal(source, &e)),
+            Ok(_) => Err(misfit(source)),
+            Err(e) => Err(unreachable(source, &e)),
+        }
+    }
+
+    /// Changes a group's policy or description.
+    ///
+    /// # Errors
+    /// There is none of that name; it has changed; a field that is not allowed or must not change.
+    pub async fn update_group(
+        self: &Arc<Self>,
+        name: &Name,
+        asked: &v1::Group,
+        validate_only: bool,
+    ) -> Result<v1::Group, Problem> {
+        check_text("group.description", &asked.description)?;
+        let policy = Name::parse("group.policy", Kind::Policy, &asked.policy)?;
+        let now = self.clock.wall_ns();
+        let made = self
+            .change(|model, txn| {
+                let old = model.group(name)?;
+                model.check_etag(name, &Object::Group(old.clone()).key(), &asked.etag)?;
+                if policy.tenant != name.tenant {
+                    return Err(Problem::invalid("group.policy", &policy, "of the group's own tenant"));
+                }
+                model.policy(&policy)?;
+                for (field, given, kept) in
+                    [("group.source", &asked.source, &old.source), ("group.target", &asked.target, &old.target)]
+                {
+                    let kept = Name::new(&name.tenant, Kind::Proxy, kept).to_string();
+                    if !given.is_empty() && *given != kept {
+                        return Err(Problem::invalid(field, given, format!("{kept}: it cannot be changed")));
+                    }
+                }
+                let made = Group {
+                    version: old.version + 1,
+                    updated_ns: now,
+                    description: asked.description.clone(),
+                    policy: policy.id,
+                    ..old.clone()
+                };
+                if !validate_only {
+                    txn.put(Object::Group(made.clone()));
+                }
+                Ok(made)
+            })
+            .await?;
+        Ok(convert::group_to_proto(&self.model(), &made))
+    }
+
+    /// Ends a group's protection. Safe to call again if it stopped half-way.
+    ///
+    /// # Errors
+    /// There is none of that name; it is being failed over, runs from a view or has views open; a proxy is not there and
+    /// `force` was not said.
+    pub async fn delete_group(
+        self: &Arc<Self>,
+        name: &Name,
+        etag: &str,
+        delete_points: bool,
+        force: bool,
+    ) -> Result<(), Problem> {
+        let group = self
+            .change(|model, txn| {
+                let old = model.group(name)?;
+                if old.phase == GroupPhase::Deleting {
+                    return Ok(old.clone());
+                }
+                model.check_etag(name, &Object::Group(old.clone()).key(), etag)?;
+                self.check_deletable(model, old, delete_points, force)?;
+                let marked = Group { version: old.version + 1, phase: GroupPhase::Deleting, ..old.clone() };
+                txn.put(Object::Group(marked.clone()));
+                Ok(marked)
+            })
+            .await?;
+        let model = self.model();
+        let stream_uid = group.uid.clone();
+        if let Some(source) = model.source_of(&group) {
+            let told = self.ask(source, Tell::Unprotect(v1::Unprotect { stream_uid: stream_uid.clone() })).await;
+            self.forgive(&group, told, force)?;
+        }
+        if let Some(target) = model.target_of(&group).filter(|_| delete_points) {
+            let told = self.ask(target, Tell::DropStream(v1::DropStream { stream_uid })).await;
+            self.forgive(&group, told, force)?;
+        }
+        self.change(|model, txn| {
+            let Ok(old) = model.group(name) else { return Ok(()) };
+            model.views_of(old).for_each(|v| txn.delete(Object::View(v.clone())));
+            let disks = model.disks.values().filter(|d| d.group_uid == old.uid);
+            disks.for_each(|d| txn.delete(Object::Disk(d.clone())));
+            if let Some(key) = model.keys.get(&old.key).filter(|_| delete_points) {
+                // What is kept of the journal can still be opened by its key.
+                txn.delete(Object::Key(key.clone()));
+            }
+            txn.delete(Object::Group(old.clone()));
+            Ok(())
+        })
+        .await?;
+        self.tell(Severity::Info, "object", &name.to_string(), "deleted");
+        Ok(())
+    }
+
+    fn check_deletable(&self, model: &Model, group: &Group, points: bool, force: bool) -> Result<(), Problem> {
+        let name = group.name();
+        match &group.phase {
+            GroupPhase::FailingOver { operation } => {
+                let remedy = format!("wait for tenants/{}/operations/{operation}", group.tenant);
+                return Err(Problem::state(name, "being failed over", remedy));
+            }
+            GroupPhase::FailedOver { .. } if points || !force => {
+                let remedy = "its machine runs from its points; to forget the group and keep them, say `force` and not \
+                              `delete_points`";
+                return Err(Problem::state(name, "failed over", remedy));
+            }
+            _ => {}
+        }
+        if let Some(view) = model.views_of(group).find(|v| v.kind != ViewKind::Failover) {
+            return Err(Problem::state(name, format!("shown by {}", view.name()), "close that view first"));
+        }
+        let needed = [model.source_of(group), model.target_of(group).filter(|_| points)];
+        for proxy in needed.into_iter().flatten() {
+            if !force && !self.sessions.connected(&proxy.uid) {
+                let detail = "it is not connected; bring it back, or say `force`".to_owned();
+                return Err(Problem::Unreachable { proxy: proxy.name().to_string(), detail });
+            }
+        }
+        Ok(())
+    }
+
+    fn forgive(&self, group: &Group, told: Result<Outcome, Problem>, force: bool) -> Result<(), Problem> {
+        match told {
+            Ok(_) => Ok(()),
+            Err(e) if force => {
+                self.tell(Severity::Warning, "object", &group.name().to_string(), &format!("forced past: {e}"));
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Adds a disk to a group.
+    ///
+    /// # Errors
+    /// As for [`Self::create_group`]; or the group is not protecting.
+    pub async fn create_disk(
+        self: &Arc<Self>,
+        name: &Name,
+        id: &str,
+        asked: &v1::Disk,
+        validate_only: bool,
+    ) -> Result<v1::Disk, Problem> {
+        let model = self.model();
+        let group = model.group(name)?;
+        let wanted = DiskWanted::new("disk", id, asked)?;
+        check_protecting(group)?;
+        check_disks(&model, group, std::slice::from_ref(&wanted))?;
+        let source = model.source_of(group).ok_or_else(|| Problem::not_found("proxy", &group.source))?;
+        let found = self.inspect(source, "disk.path", &wanted.path).await?;
+        let now = self.clock.wall_ns();
+        let (group, made) = self
+            .change(|model, txn| {
+                let group = model.group(name)?;
+                check_protecting(group)?;
+                check_disks(model, group, std::slice::from_ref(&wanted))?;
+                let made = wanted.found("disk", group, group.next_slot, found, now)?;
+                // Until the new disk is synchronised there is no point of *all* disks.
+                let group = Group {
+                    version: group.version + 1,
+                    updated_ns: now,
+                    next_slot: group.next_slot + 1,
+                    complete: false,
+                    ..group.clone()
+                };
+                if !validate_only {
+                    txn.put(Object::Group(group.clone()));
+                    txn.put(Object::Disk(made.clone()));
+                }
+                Ok((group, made))
+            })
+            .await?;
+        Ok(convert::disk_to_proto(&group, &made))
+    }
+
+    /// Takes a disk out of a group.
+    ///
+    /// # Errors
+    /// There is none of that name; the group is not protecting, or this is its last disk; the source proxy is not there,
+    /// or cannot.
+    pub async fn delete_disk(self: &Arc<Self>, name: &Name, id: &str) -> Result<(), Problem> {
+        let model = self.model();
+        let group = model.group(name)?;
+        check_protecting(group)?;
+        let found = model.disks.values().find(|d| d.group_uid == group.uid && d.id == id);
+        let disk = found.cloned().ok_or_else(|| Problem::not_found("disk", crate::names::child(name, "disks", id)))?;
+        if model.disks_of(group).all(|d| d.uid == disk.uid) {
+            return Err(Problem::state(name, "of this one disk only", "delete the group instead"));
+        }
+        let source = model.source_of(group).ok_or_else(|| Problem::not_found("proxy", &group.source))?;
+        self.mark_leaving(&disk, true).await?;
+        let leave = v1::LeaveDisk { stream_uid: group.uid.clone(), disk_uid: disk.uid.clone() };
+        if let Err(e) = self.ask(source, Tell::LeaveDisk(leave)).await {
+            self.mark_leaving(&disk, false).await?;
+            return Err(e);
+        }
+        self.change(|_, txn| {
+            txn.delete(Object::Disk(disk));
+            Ok(())
+        })
+        .await
+    }
+
+    async fn mark_leaving(self: &Arc<Self>, disk: &Disk, leaving: bool) -> Result<(), Problem> {
+        self.change(|_, txn| {
+            txn.put(Object::Disk(Disk { leaving, ..disk.clone() }));
+            Ok(())
+        })
+        .await
+    }
+}
+
+fn check_protecting(group: &Group) -> Result<(), Problem> {
+    if group.phase == GroupPhase::Protecting {
+        return Ok(());
+    }
+    Err(Problem::state(group.name(), "not being protected by its source", "disks change only while it is"))
+}

@@ -1,0 +1,328 @@
+//! The coordinator at work: objects in the store, sessions of proxies, operations being done. The verbs are in the
+//! modules below; `grpc` only translates.
+//!
+//! ```text
+//!  verbs ──▶ change(): decide on the model · commit · next model ──▶ converge: desired states to proxies
+//!  reports ─▶ live ──▶ watchman: conditions, events
+//!  operations ─▶ drive: begin (recorded) · command · apply (recorded)
+//! ```
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use afterimage_wire::v1::command::Command as Tell;
+use afterimage_wire::v1::command_result::Outcome;
+use afterimage_wire::v1::{self, CommandErrorKind, Event, Severity};
+use tokio::sync::{broadcast, watch};
+
+use crate::ca::Ca;
+use crate::desired::desired;
+use crate::events::Events;
+use crate::keys::Wrapper;
+use crate::live::Live;
+use crate::model::{Model, Txn};
+use crate::objects::{Object, Proxy, new_uid};
+use crate::problem::Problem;
+use crate::sessions::{CallError, Sessions};
+use crate::status::{Scene, Tracker};
+use crate::store::{Store, StoreError};
+
+mod drive;
+mod enrol;
+mod groups;
+mod points;
+mod policies;
+mod report;
+mod views;
+mod watchman;
+
+pub use drive::FailoverWanted;
+pub use points::page_size;
+
+/// Events that a watcher may be behind before it misses some.
+const EVENT_BACKLOG: usize = 1024;
+
+/// Where things are and how fast they go.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `https://host:port` by which others reach the coordinator; goes into join tokens.
+    pub endpoint: String,
+    /// Time between reports of a proxy.
+    pub report_interval: Duration,
+    /// Where the keys lie, for error messages.
+    pub data_dir: PathBuf,
+}
+
+/// The clock: monotonic for ages, wall for people.
+#[derive(Copy, Clone, Debug)]
+pub struct Clock {
+    start: Instant,
+}
+
+impl Clock {
+    /// Nanoseconds since the coordinator started, and a bit: never 0.
+    pub fn mono_ns(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64 + 1_000_000_000
+    }
+
+    /// Nanoseconds since the Unix epoch.
+    pub fn wall_ns(&self) -> u64 {
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+    }
+
+    /// Since the start.
+    pub fn uptime(&self) -> Duration {
+        self.start.elapsed()
+    }
+}
+
+/// The coordinator. Shared by all calls and tasks.
+pub struct Coordinator {
+    /// Settings.
+    pub settings: Settings,
+    /// Certificates.
+    pub ca: Ca,
+    /// Sessions of proxies.
+    pub sessions: Sessions,
+    /// The clock.
+    pub clock: Clock,
+    keys: Wrapper,
+    store: Arc<dyn Store>,
+    /// Taken while a change is decided and committed: one at a time.
+    changing: Arc<tokio::sync::Mutex<()>>,
+    model: RwLock<Arc<Model>>,
+    model_changed: watch::Sender<u64>,
+    live: Mutex<Live>,
+    tracker: Mutex<Tracker>,
+    events: Mutex<Events>,
+    event_feed: broadcast::Sender<Event>,
+    closing: watch::Sender<bool>,
+}
+
+impl Coordinator {
+    /// Reads the objects, and raises the term.
+    ///
+    /// # Errors
+    /// The store cannot be read or written, or holds what this program does not know.
+    pub async fn open(
+        settings: Settings,
+        store: Arc<dyn Store>,
+        ca: Ca,
+        keys: Wrapper,
+    ) -> Result<Arc<Self>, StoreError> {
+        let model = Model::load(store.list("").await?).map_err(StoreError::Failed)?;
+        let coordinator = Arc::new(Self {
+            settings,
+            ca,
+            sessions: Sessions::default(),
+            clock: Clock { start: Instant::now() },
+            keys,
+            store,
+            changing: Arc::default(),
+            model: RwLock::new(Arc::new(model)),
+            model_changed: watch::channel(0).0,
+            live: Mutex::default(),
+            tracker: Mutex::default(),
+            events: Mutex::default(),
+            event_feed: broadcast::channel(EVENT_BACKLOG).0,
+            closing: watch::channel(false).0,
+        });
+        let raised = coordinator
+            .change(|model, txn| {
+                txn.put(Object::Term(model.term + 1));
+                Ok(model.term + 1)
+            })
+            .await
+            .map_err(|e| StoreError::Failed(e.to_string()))?;
+        tracing::info!(term = raised, objects = coordinator.model().revision, "the store is open");
+        Ok(coordinator)
+    }
+
+    /// Starts what goes on by itself: convergence, conditions, and operations that an earlier life had begun.
+    pub fn start(self: &Arc<Self>) -> Vec<tokio::task::JoinHandle<()>> {
+        self.resume_operations();
+        self.drop_half_made_views();
+        vec![tokio::spawn(self.clone().converge_always()), tokio::spawn(self.clone().watch_over())]
+    }
+
+    /// Ends sessions and streams, so that the server can stop.
+    pub fn close(&self) {
+        self.closing.send_replace(true);
+        self.sessions.close();
+    }
+
+    /// True from [`Self::close`] on; streams end with it.
+    pub fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    /// Ready from [`Self::close`] on.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut closing = self.closing();
+        async move {
+            // An error says that the coordinator is gone altogether.
+            let _ = closing.wait_for(|c| *c).await;
+        }
+    }
+
+    /// The objects now.
+    pub fn model(&self) -> Arc<Model> {
+        self.model.read().expect("nothing panics while it holds this").clone()
+    }
+
+    /// Told with each new model.
+    pub fn model_changes(&self) -> watch::Receiver<u64> {
+        self.model_changed.subscribe()
+    }
+
+    /// Decides on the newest model and commits what was decided; one change at a time. Once decided it is done, even if
+    /// the caller goes away.
+    ///
+    /// # Errors
+    /// As decided; or the store failed and nothing was changed.
+    pub async fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        decide: impl FnOnce(&Model, &mut Txn) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        let turn = self.changing.clone().lock_owned().await;
+        let model = self.model();
+        let mut txn = Txn::default();
+        let result = decide(&model, &mut txn)?;
+        if txn.is_empty() {
+            return Ok(result);
+        }
+        let coordinator = self.clone();
+        let committed = tokio::spawn(async move {
+            let revision = coordinator.store.commit(model.changes(&txn)).await?;
+            let next = Arc::new(model.applied(txn, revision));
+            *coordinator.model.write().expect("nothing panics while it holds this") = next;
+            coordinator.model_changed.send_replace(revision);
+            drop(turn);
+            Ok::<(), StoreError>(())
+        });
+        match committed.await {
+            Ok(Ok(())) => Ok(result),
+            Ok(Err(e)) => {
+                tracing::error!(error = %e, "the store refused a change");
+                Err(Problem::Internal(format!("nothing was changed: {e}")))
+            }
+            Err(e) => Err(Problem::Internal(format!("the change was interrupted: {e}"))),
+        }
+    }
+
+    /// Something has happened.
+    pub fn tell(&self, severity: Severity, kind: &str, subject: &str, message: &str) {
+        match severity {
+            Severity::Error => tracing::error!(kind, subject, "{message}"),
+            Severity::Warning => tracing::warn!(kind, subject, "{message}"),
+            _ => tracing::info!(kind, subject, "{message}"),
+        }
+        let mut events = self.events.lock().expect("nothing panics while it holds this");
+        let event = events.push(self.clock.wall_ns(), severity, kind, subject, message);
+        // Nobody watching is no error.
+        let _ = self.event_feed.send(event);
+    }
+
+    /// Events from now on.
+    pub fn event_feed(&self) -> broadcast::Receiver<Event> {
+        self.event_feed.subscribe()
+    }
+
+    /// Events that are kept.
+    pub fn events_from(&self, from: u64, limit: usize, fits: impl Fn(&str) -> bool) -> Vec<Event> {
+        self.events.lock().expect("nothing panics while it holds this").from(from, limit, fits)
+    }
+
+    /// Looks at what is, with everything that is needed to show it.
+    pub fn look<T>(&self, at: impl FnOnce(&Scene<'_>, &dyn Fn(&str, &str) -> u64) -> T) -> T {
+        let model = self.model();
+        let live = self.live.lock().expect("nothing panics while it holds this");
+        let tracker = self.tracker.lock().expect("nothing panics while it holds this");
+        let scene = Scene {
+            model: &model,
+            live: &live,
+            connected: &|uid| self.sessions.connected(uid),
+            now_ns: self.clock.mono_ns(),
+            wall_ns: self.clock.wall_ns(),
+        };
+        at(&scene, &|subject, kind| tracker.since(subject, kind))
+    }
+
+    /// Gives a proxy a command and waits for its answer, whatever it is.
+    pub(crate) async fn command(
+        &self,
+        proxy: &Proxy,
+        operation: &str,
+        step: &str,
+        tell: Tell,
+        connect: Duration,
+        answer: Duration,
+    ) -> Result<Outcome, CallError> {
+        let command = v1::Command {
+            id: new_uid(),
+            term: self.model().term,
+            operation: operation.to_owned(),
+            step: step.to_owned(),
+            command: Some(tell),
+        };
+        self.sessions.call(&proxy.uid, command, connect, answer).await
+    }
+
+    /// Asks a proxy something on behalf of a caller who waits: it has to be connected, and to answer soon.
+    pub(crate) async fn ask(&self, proxy: &Proxy, tell: Tell) -> Result<Outcome, Problem> {
+        const PATIENCE: Duration = Duration::from_secs(15);
+        match self.command(proxy, "", "", tell, Duration::ZERO, PATIENCE).await {
+            Ok(Outcome::Error(e)) => Err(refusal(proxy, &e)),
+            Ok(outcome) => Ok(outcome),
+            Err(e) => Err(unreachable(proxy, &e)),
+        }
+    }
+
+    async fn converge_always(self: Arc<Self>) {
+        let mut changes = self.model_changes();
+        let mut closing = self.closing();
+        loop {
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return },
+                _ = closing.wait_for(|c| *c) => return,
+            }
+            let model = self.model();
+            for proxy in model.proxies.values().filter(|p| self.sessions.connected(&p.uid)) {
+                self.converge(&model, proxy, false);
+            }
+        }
+    }
+
+    /// Sends a proxy what it should be, unless it has been told.
+    pub(crate) fn converge(&self, model: &Model, proxy: &Proxy, first: bool) {
+        let key = |id: &str| model.keys.get(id).and_then(|k| self.keys.unwrap(k).ok()).map(|k| k.to_vec());
+        let (state, without_key) = desired(model, proxy, key);
+        for group in without_key {
+            let message = format!("its policy key does not open: {}", self.settings.data_dir.display());
+            self.tell(Severity::Error, "key", &group, &message);
+        }
+        self.sessions.converge(&proxy.uid, state, first);
+    }
+}
+
+/// A proxy that is not there.
+fn unreachable(proxy: &Proxy, error: &CallError) -> Problem {
+    let detail = format!("{error}; look at that host, then try again");
+    Problem::Unreachable { proxy: proxy.name().to_string(), detail }
+}
+
+/// A proxy that said no.
+fn refusal(proxy: &Proxy, error: &v1::CommandError) -> Problem {
+    let detail = match error.kind() {
+        CommandErrorKind::Unsupported => format!("cannot do that: {}", error.message),
+        _ => error.message.clone(),
+    };
+    Problem::Refused { proxy: proxy.name().to_string(), detail }
+}
+
+/// A proxy whose answer is of the wrong kind.
+fn misfit(proxy: &Proxy) -> Problem {
+    let detail = "its answer does not fit the question; is it of another version?".to_owned();
+    Problem::Refused { proxy: proxy.name().to_string(), detail }
+}

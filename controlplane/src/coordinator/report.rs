@@ -1,0 +1,166 @@
+//! Sessions from the coordinator's side: a proxy registers, reports, leaves.
+
+use std::sync::Arc;
+
+use afterimage_wire::v1::coordinator_message::Message;
+use afterimage_wire::v1::{self, Severity};
+use tokio::sync::mpsc;
+
+use super::Coordinator;
+use crate::ca::{Identity, hex};
+use crate::names::{Kind, Name};
+use crate::objects::{Object, Proxy};
+use crate::problem::Problem;
+use crate::sessions::Outgoing;
+
+/// Longest text of a registration, bytes.
+const MAX_TEXT: usize = 512;
+/// Most entries of a list in a registration.
+const MAX_LIST: usize = 64;
+/// Most events taken from one report.
+const MAX_REPORT_EVENTS: usize = 64;
+
+impl Coordinator {
+    /// The proxy that a certificate stands for.
+    ///
+    /// # Errors
+    /// It has been deleted, or has joined again with another key since.
+    pub fn proxy_of(&self, who: &Identity) -> Result<Proxy, Problem> {
+        let name = Name::new(&who.tenant, Kind::Proxy, &who.name);
+        let pin = hex(&who.pin);
+        let denied = |needs: &str| Problem::Denied {
+            who: format!("proxy/{}", who.name),
+            method: "afterimage.v1.ProxyControl/Session".to_owned(),
+            needs: needs.to_owned(),
+        };
+        match self.model().proxy(&name) {
+            Ok(p) if p.uid == who.uid && (p.pin == pin || p.previous_pin.as_ref() == Some(&pin)) => Ok(p.clone()),
+            Ok(_) => Err(denied("this proxy has joined again since: use its newest certificate")),
+            Err(_) => Err(denied("this proxy has been deleted: have it join again")),
+        }
+    }
+
+    /// A proxy begins a session. Returns its uid and the session's epoch.
+    ///
+    /// # Errors
+    /// Not the proxy of its certificate; it has seen a newer term or state than this coordinator has.
+    pub async fn register(
+        self: &Arc<Self>,
+        who: &Identity,
+        register: v1::Register,
+        outbox: mpsc::Sender<Outgoing>,
+    ) -> Result<(String, u64), Problem> {
+        let proxy = self.proxy_of(who)?;
+        let subject = proxy.name().to_string();
+        check_register(&proxy, &register)?;
+        let model = self.model();
+        if register.observed_version > model.revision || register.observed_term > model.term {
+            // The store is older than what this proxy has seen: it was restored from a backup, or is another one.
+            let state = format!(
+                "ahead of this coordinator: it has seen version {} in term {}, the store is at {} in {}",
+                register.observed_version, register.observed_term, model.revision, model.term
+            );
+            self.tell(Severity::Error, "proxy", &subject, &state);
+            return Err(Problem::state(subject, state, "start the coordinator with its newest store"));
+        }
+        let pin = hex(&who.pin);
+        let changed = self
+            .change(|model, txn| {
+                let old = model.proxy(&proxy.name())?;
+                let new = Proxy {
+                    data_address: register.data_address,
+                    nbd_addresses: register.nbd_addresses,
+                    capabilities: register.capabilities,
+                    boot_id: register.boot_id,
+                    software_version: register.software_version,
+                    // Once it is here with its new key, the old one is done with.
+                    previous_pin: old.previous_pin.clone().filter(|_| old.pin != pin),
+                    ..old.clone()
+                };
+                if new != *old {
+                    txn.put(Object::Proxy(Proxy { version: old.version + 1, ..new.clone() }));
+                }
+                Ok(())
+            })
+            .await;
+        changed?;
+        let epoch = self.sessions.begin(&proxy.uid, outbox.clone());
+        let model = self.model();
+        let registered =
+            v1::Registered { term: model.term, report_interval_ms: self.settings.report_interval.as_millis() as u32 };
+        let first = v1::CoordinatorMessage { message: Some(Message::Registered(registered)) };
+        // Its outbox is new and empty.
+        let _ = outbox.try_send(Ok(first));
+        self.live.lock().expect("nothing panics while it holds this").proxies.entry(proxy.uid.clone()).or_default();
+        self.converge(&model, &proxy, true);
+        self.tell(Severity::Info, "proxy", &subject, "connected");
+        Ok((proxy.uid, epoch))
+    }
+
+    /// A proxy's session has ended.
+    pub fn deregister(&self, who: &Identity, uid: &str, epoch: u64) {
+        if self.sessions.end(uid, epoch) {
+            let subject = Name::new(&who.tenant, Kind::Proxy, &who.name).to_string();
+            self.tell(Severity::Warning, "proxy", &subject, "not connected any more");
+        }
+    }
+
+    /// A report has come.
+    pub fn report(&self, who: &Identity, uid: &str, mut report: v1::Report) {
+        let model = self.model();
+        let group = |stream: &str| model.group_by_uid(stream).filter(|g| g.tenant == who.tenant);
+        let subject = |stream: &str| match group(stream) {
+            Some(g) if g.source == who.name || g.target == who.name => g.name().to_string(),
+            _ => Name::new(&who.tenant, Kind::Proxy, &who.name).to_string(),
+        };
+        let events: Vec<v1::ProxyEvent> = std::mem::take(&mut report.events);
+        for event in events.iter().take(MAX_REPORT_EVENTS) {
+            let kind = if is_word(&event.kind) { event.kind.as_str() } else { "proxy" };
+            self.tell(event.severity(), kind, &subject(&event.stream_uid), &event.message);
+        }
+        let is_source = |stream: &str| group(stream).is_some_and(|g| g.source == who.name);
+        let is_target = |stream: &str| group(stream).is_some_and(|g| g.target == who.name);
+        let now = self.clock.mono_ns();
+        let remarks = {
+            let mut live = self.live.lock().expect("nothing panics while it holds this");
+            live.report(now, uid, report, is_source, is_target)
+        };
+        for remark in remarks {
+            self.tell(Severity::Warning, "report", &subject(&remark.stream_uid), &remark.message);
+        }
+    }
+}
+
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && text.len() <= 32 && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'-')
+}
+
+fn check_register(proxy: &Proxy, register: &v1::Register) -> Result<(), Problem> {
+    if register.name != proxy.id {
+        return Err(Problem::invalid(
+            "register.name",
+            &register.name,
+            format!("as in its certificate: {:?}", proxy.id),
+        ));
+    }
+    if register.uid != proxy.uid {
+        return Err(Problem::invalid("register.uid", &register.uid, format!("as given when it joined: {}", proxy.uid)));
+    }
+    let texts = [&register.software_version, &register.data_address, &register.boot_id];
+    let lists = [&register.nbd_addresses, &register.capabilities];
+    let long = |t: &String| t.len() > MAX_TEXT || t.chars().any(char::is_control);
+    if lists.iter().any(|l| l.len() > MAX_LIST) || texts.into_iter().chain(lists.into_iter().flatten()).any(long) {
+        let allowed = format!("lists of up to {MAX_LIST}, texts of up to {MAX_TEXT} bytes without control characters");
+        return Err(Problem::invalid("register", "too much", allowed));
+    }
+    if !register.data_address.is_empty() {
+        let port = register
+            .data_address
+            .rsplit_once(':')
+            .and_then(|(host, port)| port.parse::<u16>().ok().filter(|p| *p != 0 && !host.is_empty()));
+        if port.is_none() {
+            return Err(Problem::invalid("register.data_address", &register.data_address, "\"host:port\""));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,227 @@
+//! Views: a restore point opened beside what is running. Recorded before they are opened, so that none is forgotten.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use afterimage_wire::v1::command::Command as Tell;
+use afterimage_wire::v1::command_result::Outcome;
+use afterimage_wire::v1::{self, Severity};
+
+use super::groups::check_request_id;
+use super::{Coordinator, misfit};
+use crate::convert;
+use crate::desired::open_view;
+use crate::failover::{Choice, FAILOVER_VIEW};
+use crate::model::{MAX_OBJECTS, Model};
+use crate::names::{Name, check_id};
+use crate::objects::{GroupPhase, Object, PointRecord, View, ViewKind, new_uid};
+use crate::policy::check_text;
+use crate::problem::Problem;
+
+/// How long a proxy has to come back to close what was half made.
+const CLEAN_UP: Duration = Duration::from_secs(60);
+
+impl Coordinator {
+    /// Opens a point as a view.
+    ///
+    /// # Errors
+    /// There is no such group, point or disk; the name is taken; the target is not there or cannot.
+    #[allow(clippy::too_many_arguments)]
+    pub async fn create_view(
+        self: &Arc<Self>,
+        name: &Name,
+        id: &str,
+        asked: &v1::View,
+        choice: Choice,
+        validate_only: bool,
+        request_id: &str,
+    ) -> Result<v1::View, Problem> {
+        check_request_id(request_id)?;
+        check_id("view_id", id)?;
+        check_text("view.reason", &asked.reason)?;
+        if id == FAILOVER_VIEW {
+            return Err(Problem::invalid("view_id", id, "another: this one is kept for a failover"));
+        }
+        let model = self.model();
+        if let Ok(old) = model.view(name, id)
+            && !request_id.is_empty()
+            && old.request_id == request_id
+        {
+            return Ok(convert::view_to_proto(&model, old));
+        }
+        let disk_uids = check_view(&model, name, id, &asked.disks)?;
+        let point = self.resolve_point(name, choice).await?;
+        if !point.damage.is_empty() {
+            return Err(Problem::state(&point.name, format!("damaged: {}", point.damage), "choose another point"));
+        }
+        let record = convert::point_from_proto(&point);
+        check_held(&model, name, &record, &disk_uids)?;
+        let view = View {
+            uid: new_uid(),
+            tenant: name.tenant.clone(),
+            group: name.id.clone(),
+            id: id.to_owned(),
+            version: 1,
+            created_ns: self.clock.wall_ns(),
+            kind: if asked.writable { ViewKind::Test } else { ViewKind::Browse },
+            writable: asked.writable,
+            point: record,
+            disk_uids,
+            exports: Vec::new(),
+            reason: asked.reason.clone(),
+            open: false,
+            closing: false,
+            request_id: request_id.to_owned(),
+        };
+        if validate_only {
+            return Ok(convert::view_to_proto(&model, &view));
+        }
+        let recorded = view.clone();
+        self.change(|model, txn| {
+            check_view(model, name, id, &asked.disks)?;
+            txn.put(Object::View(recorded));
+            Ok(())
+        })
+        .await?;
+        let group = model.group(name)?;
+        let (target, _) = self.target_of(name)?;
+        let opened = match self.ask(&target, Tell::OpenView(open_view(group, &view))).await {
+            Ok(Outcome::View(opened)) => Ok(opened),
+            Ok(_) => Err(misfit(&target)),
+            Err(e) => Err(e),
+        };
+        match opened {
+            Ok(opened) => {
+                let exports = opened.exports.iter().map(convert::export_from_proto).collect();
+                let view = View { version: 2, exports, open: true, ..view };
+                let shown = view.clone();
+                self.change(|_, txn| {
+                    txn.put(Object::View(view));
+                    Ok(())
+                })
+                .await?;
+                self.tell(Severity::Info, "object", &shown.name(), &format!("open at record {}", shown.point.seq));
+                Ok(convert::view_to_proto(&self.model(), &shown))
+            }
+            Err(problem) => {
+                self.clean_up(view).await;
+                Err(problem)
+            }
+        }
+    }
+
+    /// Closes a view.
+    ///
+    /// # Errors
+    /// There is none of that name; a group runs from it; the target is not there and `force` was not said.
+    pub async fn delete_view(
+        self: &Arc<Self>,
+        group: &Name,
+        id: &str,
+        keep_delta: bool,
+        force: bool,
+    ) -> Result<(), Problem> {
+        let view = self
+            .change(|model, txn| {
+                let view = model.view(group, id)?;
+                let runs = matches!(model.group(group).map(|g| &g.phase), Ok(GroupPhase::FailingOver { .. }))
+                    || matches!(model.group(group).map(|g| &g.phase), Ok(GroupPhase::FailedOver { view }) if view == id);
+                if view.kind == ViewKind::Failover && runs {
+                    let remedy = "it cannot be closed while the group is failed over";
+                    return Err(Problem::state(view.name(), "what its group runs from", remedy));
+                }
+                // From here on the proxy does not open it again by itself.
+                txn.put(Object::View(View { closing: true, version: view.version + 1, ..view.clone() }));
+                Ok(view.clone())
+            })
+            .await?;
+        let (target, _) = self.target_of(group)?;
+        let close = Tell::CloseView(v1::CloseView { view: view.proxy_name(), keep_delta });
+        if let Err(e) = self.ask(&target, close).await {
+            if !force {
+                return Err(e);
+            }
+            self.tell(Severity::Warning, "object", &view.name(), &format!("forgotten though not closed: {e}"));
+        }
+        self.forget(&view).await
+    }
+
+    async fn forget(self: &Arc<Self>, view: &View) -> Result<(), Problem> {
+        let (group, id) = (view.group_name(), view.id.clone());
+        self.change(|model, txn| {
+            if let Ok(view) = model.view(&group, &id) {
+                txn.delete(Object::View(view.clone()));
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn clean_up(self: &Arc<Self>, view: View) {
+        if let Ok((target, _)) = self.target_of(&view.group_name()) {
+            let close = Tell::CloseView(v1::CloseView { view: view.proxy_name(), keep_delta: false });
+            // It may never have been opened; either way nothing of it is to stay.
+            let _ = self.command(&target, "", "", close, Duration::ZERO, Duration::from_secs(5)).await;
+        }
+        if let Err(e) = self.forget(&view).await {
+            self.tell(Severity::Error, "object", &view.name(), &format!("could not be forgotten: {e}"));
+        }
+    }
+
+    /// Views that an earlier life recorded and did not get open: closed and forgotten.
+    pub(super) fn drop_half_made_views(self: &Arc<Self>) {
+        let model = self.model();
+        let half_made = |v: &&View| !v.open && v.kind != ViewKind::Failover;
+        let views: Vec<View> = model.views.values().filter(half_made).cloned().collect();
+        for view in views {
+            let coordinator = self.clone();
+            tokio::spawn(async move {
+                if let Ok((target, _)) = coordinator.target_of(&view.group_name()) {
+                    let close = Tell::CloseView(v1::CloseView { view: view.proxy_name(), keep_delta: false });
+                    let _ = coordinator.command(&target, "", "", close, CLEAN_UP, CLEAN_UP).await;
+                }
+                if let Err(e) = coordinator.forget(&view).await {
+                    coordinator.tell(Severity::Error, "object", &view.name(), &e.to_string());
+                }
+            });
+        }
+    }
+}
+
+/// Checks that a view of these disks can be made; gives their uids.
+fn check_view(model: &Model, name: &Name, id: &str, disks: &[String]) -> Result<Vec<String>, Problem> {
+    let group = model.group(name)?;
+    if group.phase == GroupPhase::Deleting {
+        return Err(Problem::state(name, "being deleted", "nothing fits any more"));
+    }
+    if let Ok(taken) = model.view(name, id) {
+        return Err(Problem::Exists { field: "view_id".into(), value: id.to_owned(), by: taken.name() });
+    }
+    if model.views.len() >= MAX_OBJECTS {
+        return Err(Problem::Limit { what: "views".into(), limit: MAX_OBJECTS as u64 });
+    }
+    let mut uids = Vec::new();
+    for (i, disk) in disks.iter().enumerate() {
+        let found = model.disks_of(group).find(|d| d.id == *disk);
+        let found = found.ok_or_else(|| {
+            let all: Vec<&str> = model.disks_of(group).map(|d| d.id.as_str()).collect();
+            Problem::invalid(format!("view.disks[{i}]"), disk, all.join(", "))
+        })?;
+        if !uids.contains(&found.uid) {
+            uids.push(found.uid.clone());
+        }
+    }
+    Ok(uids)
+}
+
+fn check_held(model: &Model, name: &Name, point: &PointRecord, disk_uids: &[String]) -> Result<(), Problem> {
+    let group = model.group(name)?;
+    let missing = model.disks_of(group).find(|d| disk_uids.contains(&d.uid) && !point.disks.contains(&d.uid));
+    match missing {
+        Some(disk) => {
+            let state = format!("without the disk \"{}\", which is being synchronised there", disk.id);
+            Err(Problem::state(crate::names::child(name, "points", point.seq), state, "choose another point"))
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,136 @@
+//! Looks at everything a few times a second: conditions begin and end, the first complete point makes a group
+//! protected, silence counts towards the RPO, expired tokens go.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use afterimage_wire::v1::Severity;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::Coordinator;
+use crate::live::{Live, StreamLive};
+use crate::model::Model;
+use crate::objects::{Group, GroupPhase, Object};
+use crate::status::Finding;
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(250);
+/// Looks between two sweeps of what has expired.
+const SWEEP_EVERY: u32 = 240;
+
+impl Coordinator {
+    pub(super) async fn watch_over(self: Arc<Self>) {
+        let mut tick = interval(LOOK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut closing = self.closing();
+        for round in 1u32.. {
+            tokio::select! {
+                _ = tick.tick() => {}
+                _ = closing.wait_for(|c| *c) => return,
+            }
+            let model = self.model();
+            self.age(&model);
+            self.find_conditions(&model);
+            self.find_complete(&model).await;
+            if round % SWEEP_EVERY == 1 {
+                self.sweep(&model).await;
+            }
+        }
+    }
+
+    fn age(&self, model: &Model) {
+        let now = self.clock.mono_ns();
+        let mut live = self.live.lock().expect("nothing panics while it holds this");
+        let Live { streams, .. } = &mut *live;
+        for group in model.groups.values() {
+            let Some(stream) = streams.get_mut(&group.uid) else { continue };
+            if matches!(group.phase, GroupPhase::FailedOver { .. }) {
+                stream.rpo.clear();
+                stream.above_since_ns = None;
+                continue;
+            }
+            stream.rpo.silence(now);
+            let target = model.policy_of(group).map_or(u64::MAX, |p| p.promises.rpo_target_us);
+            match stream.rpo.shown(now, target) {
+                Some(shown) if shown.now_us > target => {
+                    stream.above_since_ns.get_or_insert(now);
+                }
+                _ => stream.above_since_ns = None,
+            }
+        }
+        live.retain(|uid| model.group_by_uid(uid).is_some(), |uid| model.proxy_by_uid(uid).is_some());
+    }
+
+    fn find_conditions(&self, model: &Model) {
+        let found: Vec<(String, Vec<Finding>)> = self.look(|scene, _| {
+            let groups = model.groups.values().map(|g| (g.name().to_string(), scene.conditions(g)));
+            let proxies = model.proxies.values().map(|p| (p.name().to_string(), scene.proxy_conditions(p)));
+            groups.chain(proxies).collect()
+        });
+        let wall = self.clock.wall_ns();
+        let mut told = Vec::new();
+        {
+            let mut tracker = self.tracker.lock().expect("nothing panics while it holds this");
+            tracker.retain(|subject| found.iter().any(|(s, _)| s == subject));
+            for (subject, findings) in &found {
+                let new = tracker.update(subject, findings, wall);
+                told.extend(new.into_iter().map(|(severity, message)| (severity, subject, message)));
+            }
+        }
+        for (severity, subject, message) in told {
+            self.tell(severity, "condition", subject, &message);
+        }
+    }
+
+    async fn find_complete(self: &Arc<Self>, model: &Model) {
+        let now_complete: Vec<Group> = {
+            let live = self.live.lock().expect("nothing panics while it holds this");
+            let complete = |g: &&Group| {
+                g.phase == GroupPhase::Protecting
+                    && !g.complete
+                    && live.streams.get(&g.uid).is_some_and(|s| holds_all(model, g, s))
+            };
+            model.groups.values().filter(complete).cloned().collect()
+        };
+        for group in now_complete {
+            let name = group.name();
+            let marked = self
+                .change(|model, txn| {
+                    let Ok(old) = model.group(&name) else { return Ok(()) };
+                    txn.put(Object::Group(Group { complete: true, version: old.version + 1, ..old.clone() }));
+                    Ok(())
+                })
+                .await;
+            match marked {
+                Ok(()) => self.tell(Severity::Info, "phase", &name.to_string(), "protected: a complete point is held"),
+                Err(e) => tracing::error!(group = %name, error = %e, "cannot record that it is protected"),
+            }
+        }
+    }
+
+    async fn sweep(self: &Arc<Self>, model: &Model) {
+        let now = self.clock.wall_ns();
+        let expired: Vec<_> = model.tokens.values().filter(|t| t.expire_time_ns <= now).cloned().collect();
+        if expired.is_empty() {
+            return;
+        }
+        let swept = self
+            .change(|model, txn| {
+                let still = expired.into_iter().filter(|t| model.tokens.contains_key(&t.id));
+                still.for_each(|t| txn.delete(Object::Token(t)));
+                Ok(())
+            })
+            .await;
+        if let Err(e) = swept {
+            tracing::error!(error = %e, "cannot forget expired tokens");
+        }
+    }
+}
+
+/// The newest complete point holds every disk of the group.
+fn holds_all(model: &Model, group: &Group, stream: &StreamLive) -> bool {
+    let Some((_, report)) = &stream.target else { return false };
+    let Some(newest) = report.points.as_ref().and_then(|p| p.newest.as_ref()) else { return false };
+    let mut disks = model.disks_of(group).peekable();
+    disks.peek().is_some() && disks.all(|d| newest.disks.contains(&d.uid))
+}

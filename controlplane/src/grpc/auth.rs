@@ -1,0 +1,300 @@
+//! Who may call what: one table, denied unless it is in there. Runs before any message is read.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tonic::body::Body;
+use tonic::codegen::http::{Request, Response};
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use tonic::{Extensions, Status};
+use tower::{Layer, Service};
+
+use crate::ca::{Identity, Role, identify};
+use crate::names::{self, Kind, Name};
+use crate::problem::Problem;
+
+/// What a method takes.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Needs {
+    /// Nothing: the one way in without a certificate.
+    Nothing,
+    /// Any certificate of ours.
+    Certificate,
+    /// A proxy's.
+    Proxy,
+    /// A viewer's or more.
+    Viewer,
+    /// An operator's or more.
+    Operator,
+    /// An admin's.
+    Admin,
+}
+
+/// The table: method by its path. Nothing for what is not in it.
+pub fn needs(path: &str) -> Option<Needs> {
+    let (service, method) = path.strip_prefix('/')?.split_once('/')?;
+    let Some(service) = service.strip_prefix("afterimage.v1.") else {
+        // Health and reflection tell nothing of anybody's, but are for those who belong here.
+        let known = ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"];
+        return known.contains(&service).then_some(Needs::Certificate);
+    };
+    Some(match (service, method) {
+        ("Enrolment", "Join") => Needs::Nothing,
+        ("Enrolment", "Renew") => Needs::Certificate,
+        ("Enrolment", "CreateJoinToken") | ("Proxies", "DeleteProxy") => Needs::Admin,
+        ("ProxyControl", "Session") => Needs::Proxy,
+        ("Policies", "GetPolicy" | "ListPolicies")
+        | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks")
+        | ("Proxies", "GetProxy" | "ListProxies")
+        | ("Points", "ListPoints" | "ResolvePoint")
+        | ("Operations", "GetOperation" | "ListOperations" | "WaitOperation")
+        | ("Views", "GetView" | "ListViews")
+        | ("Status", "GetStatus" | "Watch" | "ListEvents") => Needs::Viewer,
+        ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
+        | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk")
+        | ("Points", "CreateCut")
+        | ("Failovers", "StartFailover")
+        | ("Views", "CreateView" | "DeleteView") => Needs::Operator,
+        _ => return None,
+    })
+}
+
+/// Whether a caller may, by role alone.
+pub fn allows(needs: Needs, role: Option<Role>) -> bool {
+    match (needs, role) {
+        (Needs::Nothing, _) | (Needs::Certificate, Some(_)) | (Needs::Proxy, Some(Role::Proxy)) => true,
+        (Needs::Viewer, Some(role)) => matches!(role, Role::Viewer | Role::Operator | Role::Admin),
+        (Needs::Operator, Some(role)) => matches!(role, Role::Operator | Role::Admin),
+        (Needs::Admin, Some(role)) => role == Role::Admin,
+        _ => false,
+    }
+}
+
+fn check(path: &str, who: Option<&Identity>) -> Result<(), Problem> {
+    let needs = needs(path);
+    if needs.is_some_and(|n| allows(n, who.map(|w| w.role))) {
+        return Ok(());
+    }
+    let needs = match needs {
+        Some(Needs::Nothing | Needs::Certificate) => "a certificate of this coordinator",
+        Some(Needs::Proxy) => "a proxy's certificate",
+        Some(Needs::Viewer) => "the role viewer, operator or admin",
+        Some(Needs::Operator) => "the role operator or admin",
+        Some(Needs::Admin) => "the role admin",
+        None => "there is no such method",
+    };
+    let who = who.map_or_else(|| "a caller without a certificate".to_owned(), actor);
+    Err(Problem::Denied { who, method: path.trim_start_matches('/').chars().take(100).collect(), needs: needs.into() })
+}
+
+/// "role/name".
+pub fn actor(who: &Identity) -> String {
+    format!("{}/{}", who.role.as_str(), who.name)
+}
+
+/// The caller of a method that needs a certificate.
+///
+/// # Errors
+/// There is none: the table was not asked.
+pub fn caller(extensions: &Extensions) -> Result<Identity, Status> {
+    extensions.get::<Identity>().cloned().ok_or_else(|| Status::unauthenticated("a certificate is needed"))
+}
+
+/// What a caller may name: what is under its own tenant.
+pub struct Scope(pub Identity);
+
+impl Scope {
+    /// Of a request.
+    ///
+    /// # Errors
+    /// No certificate.
+    pub fn of<T>(request: &tonic::Request<T>) -> Result<Self, Status> {
+        caller(request.extensions()).map(Self)
+    }
+
+    fn own(&self, field: &str, tenant: &str, value: &str) -> Result<(), Problem> {
+        if tenant == self.0.tenant {
+            return Ok(());
+        }
+        // As if there were nothing: another tenant's names are not to be found out.
+        Err(Problem::invalid(field, value, format!("under \"tenants/{}\"", self.0.tenant)))
+    }
+
+    /// A tenant's name.
+    ///
+    /// # Errors
+    /// Malformed, or another tenant's.
+    pub fn tenant(&self, field: &str, value: &str) -> Result<String, Problem> {
+        let tenant = names::parse_tenant(field, value)?;
+        self.own(field, &tenant, value)?;
+        Ok(tenant)
+    }
+
+    /// The name of a policy, group, proxy or operation.
+    ///
+    /// # Errors
+    /// Malformed, or another tenant's.
+    pub fn name(&self, field: &str, kind: Kind, value: &str) -> Result<Name, Problem> {
+        let name = Name::parse(field, kind, value)?;
+        self.own(field, &name.tenant, value)?;
+        Ok(name)
+    }
+
+    /// The name of something under a group.
+    ///
+    /// # Errors
+    /// Malformed, or another tenant's.
+    pub fn child(&self, field: &str, collection: &str, value: &str) -> Result<(Name, String), Problem> {
+        let (group, id) = names::parse_child(field, collection, value)?;
+        self.own(field, &group.tenant, value)?;
+        Ok((group, id))
+    }
+}
+
+/// Puts [`Authorised`] around the services.
+#[derive(Clone, Default)]
+pub struct AuthLayer;
+
+impl<S> Layer<S> for AuthLayer {
+    type Service = Authorised<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Authorised { inner }
+    }
+}
+
+/// Lets a call through only if the table allows it; hands the caller's identity on.
+#[derive(Clone)]
+pub struct Authorised<S> {
+    inner: S,
+}
+
+impl<S> Service<Request<Body>> for Authorised<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let certificates =
+            request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(|tls| tls.peer_certs());
+        let who = certificates.as_deref().and_then(|all| all.first()).and_then(|leaf| identify(leaf));
+        if let Err(problem) = check(request.uri().path(), who.as_ref()) {
+            tracing::warn!(%problem, "denied");
+            let response = Status::from(problem).into_http();
+            return Box::pin(async move { Ok(response) });
+        }
+        if let Some(who) = who {
+            request.extensions_mut().insert(who);
+        }
+        Box::pin(self.inner.call(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every method of our services, from the descriptors that clients see.
+    fn methods() -> Vec<String> {
+        let set = tonic_types_descriptors();
+        assert!(set.len() > 20, "{set:?}");
+        set
+    }
+
+    /// Reads service and method names out of the descriptor set: field 1 (file) → 2 (package), 6 (service) → 1 (name),
+    /// 2 (method) → 1 (name).
+    fn tonic_types_descriptors() -> Vec<String> {
+        fn fields(mut bytes: &[u8]) -> Vec<(u64, &[u8])> {
+            let varint = |bytes: &mut &[u8]| {
+                let (mut value, mut shift) = (0u64, 0);
+                loop {
+                    let byte = bytes[0];
+                    *bytes = &bytes[1..];
+                    value |= u64::from(byte & 0x7f) << shift;
+                    if byte < 0x80 {
+                        return value;
+                    }
+                    shift += 7;
+                }
+            };
+            let mut out = Vec::new();
+            while !bytes.is_empty() {
+                let tag = varint(&mut bytes);
+                match tag & 7 {
+                    0 => drop(varint(&mut bytes)),
+                    2 => {
+                        let length = varint(&mut bytes) as usize;
+                        out.push((tag >> 3, &bytes[..length]));
+                        bytes = &bytes[length..];
+                    }
+                    other => panic!("wire type {other}"),
+                }
+            }
+            out
+        }
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        let mut all = Vec::new();
+        for (_, file) in fields(afterimage_wire::v1::DESCRIPTORS) {
+            for (_, service) in fields(file).into_iter().filter(|(n, _)| *n == 6) {
+                let parts = fields(service);
+                let name = text(parts.iter().find(|(n, _)| *n == 1).unwrap().1);
+                for (_, method) in parts.iter().filter(|(n, _)| *n == 2) {
+                    let method = text(fields(method).iter().find(|(n, _)| *n == 1).unwrap().1);
+                    all.push(format!("/afterimage.v1.{name}/{method}"));
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn every_method_is_in_the_table() {
+        for method in methods() {
+            assert!(needs(&method).is_some(), "{method} is denied to everybody");
+        }
+    }
+
+    #[test]
+    fn only_join_is_open() {
+        let open: Vec<String> = methods().into_iter().filter(|m| allows(needs(m).unwrap(), None)).collect();
+        assert_eq!(open, ["/afterimage.v1.Enrolment/Join"]);
+    }
+
+    #[test]
+    fn what_is_unknown_is_denied() {
+        for path in ["", "/", "/x", "/afterimage.v1.Policies/Nuke", "/afterimage.v2.Policies/GetPolicy", "//Join"] {
+            assert!(check(path, None).is_err(), "{path}");
+            assert_eq!(needs(path), None);
+        }
+    }
+
+    #[test]
+    fn a_proxy_may_only_be_a_proxy() {
+        let allowed: Vec<String> =
+            methods().into_iter().filter(|m| allows(needs(m).unwrap(), Some(Role::Proxy))).collect();
+        let expected =
+            ["Enrolment/Join", "Enrolment/Renew", "ProxyControl/Session"].map(|m| format!("/afterimage.v1.{m}"));
+        assert_eq!(allowed.len(), 3);
+        assert!(expected.iter().all(|m| allowed.contains(m)));
+    }
+
+    #[test]
+    fn a_viewer_changes_nothing() {
+        for method in methods().iter().filter(|m| allows(needs(m).unwrap(), Some(Role::Viewer))) {
+            let verb = method.rsplit('/').next().unwrap();
+            let reads =
+                ["Get", "List", "Wait", "Watch", "Resolve", "Join", "Renew"].iter().any(|v| verb.starts_with(v));
+            assert!(reads, "{method}");
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! The port: TLS, who may call what, and services that translate and decide nothing.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use afterimage_wire::v1;
+use afterimage_wire::v1::enrolment_server::EnrolmentServer;
+use afterimage_wire::v1::failovers_server::FailoversServer;
+use afterimage_wire::v1::groups_server::GroupsServer;
+use afterimage_wire::v1::operations_server::OperationsServer;
+use afterimage_wire::v1::points_server::PointsServer;
+use afterimage_wire::v1::policies_server::PoliciesServer;
+use afterimage_wire::v1::proxies_server::ProxiesServer;
+use afterimage_wire::v1::proxy_control_server::ProxyControlServer;
+use afterimage_wire::v1::status_server::StatusServer;
+use afterimage_wire::v1::views_server::ViewsServer;
+use tokio::task::JoinHandle;
+use tonic::transport::server::{Router, TcpIncoming};
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tower::layer::util::{Identity as NoLayer, Stack};
+
+use crate::bundle::{Bundle, BundleError};
+use crate::ca::{Ca, CaError, Role};
+use crate::client::install_crypto;
+use crate::coordinator::{Coordinator, Settings};
+use crate::keys::{KeyError, Wrapper};
+use crate::names::DEFAULT_TENANT;
+use crate::problem::Problem;
+use crate::store::StoreError;
+use crate::store::redb::RedbStore;
+
+pub mod auth;
+mod control;
+mod enrolment;
+mod errors;
+mod operator;
+mod status;
+
+/// Longest message that is read, bytes.
+const MAX_MESSAGE: usize = 4 * 1024 * 1024;
+/// Calls at once on one connection.
+const MAX_STREAMS: u32 = 256;
+/// Longest headers, bytes.
+const MAX_HEADERS: u32 = 16 * 1024;
+/// How long a TLS handshake may take.
+const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
+/// Silence on a connection after which it is asked whether it is there, and how long it has to answer.
+const KEEPALIVE: Duration = Duration::from_secs(5);
+/// How long calls have to end when the coordinator stops.
+const STOP_WITHIN: Duration = Duration::from_secs(3);
+/// Name in the certificate of the local operator.
+const LOCAL_ADMIN: &str = "local";
+/// The local operator's bundle is made anew when it ends sooner than this, nanoseconds.
+const ADMIN_RENEW_NS: u64 = 30 * 86_400 * 1_000_000_000;
+
+/// Where a coordinator stands.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Store, CA, keys and the local operator's bundle; made if it is not there.
+    pub data_dir: PathBuf,
+    /// Addresses to listen on, at least one. Port 0 takes a free one.
+    pub listen: Vec<SocketAddr>,
+    /// `host:port` by which others reach it; goes into join tokens. Default: the first address that is listened on.
+    pub advertise: Option<String>,
+    /// More names or addresses for its certificate. Clients of ours need none of them.
+    pub names: Vec<String>,
+    /// Time between reports of a proxy.
+    pub report_interval: Duration,
+}
+
+impl Config {
+    /// With what is usual for everything else.
+    pub fn new(data_dir: impl Into<PathBuf>, listen: SocketAddr) -> Self {
+        Self {
+            data_dir: data_dir.into(),
+            listen: vec![listen],
+            advertise: None,
+            names: Vec::new(),
+            report_interval: Duration::from_millis(250),
+        }
+    }
+}
+
+/// A coordinator that cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A setting that is not allowed.
+    #[error("{0}")]
+    Config(String),
+    /// The data folder cannot be made or used.
+    #[error("{}: {source}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The CA.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// The key file.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
+    /// The local operator's bundle.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// TLS or the transport.
+    #[error("the port failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// Something else.
+    #[error("{0}")]
+    Problem(#[from] Problem),
+}
+
+/// A coordinator that runs.
+pub struct Running {
+    addresses: Vec<SocketAddr>,
+    admin: PathBuf,
+    coordinator: Arc<Coordinator>,
+    servers: Vec<JoinHandle<Result<(), tonic::transport::Error>>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Running {
+    /// What it listens on, with the ports that were taken.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// `https://host:port` as in join tokens.
+    pub fn endpoint(&self) -> &str {
+        &self.coordinator.settings.endpoint
+    }
+
+    /// The local operator's bundle (role admin), readable by the owner of the data folder.
+    pub fn admin_bundle(&self) -> &std::path::Path {
+        &self.admin
+    }
+
+    /// Waits until a port fails, which it does not by itself.
+    async fn failed(&mut self) -> Result<(), ServeError> {
+        for server in &mut self.servers {
+            match server.await {
+                Ok(result) => result?,
+                Err(e) => return Err(ServeError::Config(format!("a server ended: {e}"))),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends sessions and calls, in a bounded time. Operations that are being done go on with the next start.
+    pub async fn stop(self) {
+        self.coordinator.close();
+        let aborts: Vec<_> = self.servers.iter().map(JoinHandle::abort_handle).collect();
+        let ends = async {
+            for server in self.servers {
+                let _ = server.await;
+            }
+            for task in self.tasks {
+                let _ = task.await;
+            }
+        };
+        if tokio::time::timeout(STOP_WITHIN, ends).await.is_err() {
+            aborts.iter().for_each(tokio::task::AbortHandle::abort);
+        }
+    }
+}
+
+/// Runs a coordinator until `shutdown` is ready.
+///
+/// # Errors
+/// It cannot start: a setting, the folder, the store, an address; or a port fails.
+pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+    let mut running = start(config).await?;
+    let ended = tokio::select! {
+        () = shutdown => Ok(()),
+        failed = running.failed() => failed,
+    };
+    running.coordinator.close();
+    if ended.is_ok() {
+        running.stop().await;
+    }
+    ended
+}
+
+/// Starts a coordinator and returns once its ports are open.
+///
+/// On the first start this makes, in the data folder: `state.redb` (objects), `ca.pem` (the CA and its key),
+/// `keys.bin` (wraps policy keys) and `admin.json` (the local operator's bundle), all readable by their owner only.
+///
+/// # Errors
+/// A setting, the folder, the store, or an address.
+pub async fn start(config: Config) -> Result<Running, ServeError> {
+    install_crypto();
+    let (report, dir) = (config.report_interval, &config.data_dir);
+    if !(Duration::from_millis(50)..=Duration::from_secs(10)).contains(&report) {
+        return Err(ServeError::Config(format!("report_interval is {report:?}; allowed: 50 ms to 10 s")));
+    }
+    if config.listen.is_empty() {
+        return Err(ServeError::Config("listen is empty; allowed: at least one address".to_owned()));
+    }
+    make_folder(dir)?;
+    // First of all: it is what keeps a second coordinator out.
+    let store = RedbStore::open(&dir.join("state.redb"))?;
+    only_owner(&dir.join("state.redb"))?;
+    let ca = Ca::open(&dir.join("ca.pem"))?;
+    let keys = Wrapper::open(&dir.join("keys.bin"))?;
+    let mut incoming = Vec::new();
+    for address in &config.listen {
+        let refused = |source| ServeError::Listen { address: *address, source };
+        let bound = TcpIncoming::bind(*address).map_err(refused)?.with_nodelay(Some(true));
+        incoming.push((bound.local_addr().map_err(refused)?, bound));
+    }
+    let addresses: Vec<SocketAddr> = incoming.iter().map(|(a, _)| *a).collect();
+    let endpoint = endpoint(config.advertise.as_deref(), addresses[0])?;
+    let mut names = config.names.clone();
+    names.extend(addresses.iter().map(|a| a.ip().to_string()));
+    let (certificate, key) = ca.server(&names)?;
+    let tls = ServerTlsConfig::new()
+        .identity(Identity::from_pem(certificate, key))
+        .client_ca_root(Certificate::from_pem(ca.certificate_pem()))
+        .client_auth_optional(true)
+        .timeout(HANDSHAKE_WITHIN);
+    let settings = Settings { endpoint, report_interval: report, data_dir: dir.clone() };
+    let coordinator = Coordinator::open(settings, Arc::new(store), ca, keys).await?;
+    let admin = dir.join("admin.json");
+    keep_admin(&coordinator, &admin)?;
+    let mut servers = Vec::new();
+    for (_, bound) in incoming {
+        let stop = coordinator.closed();
+        let router = router(&coordinator, tls.clone()).await?;
+        servers.push(tokio::spawn(router.serve_with_incoming_shutdown(bound, stop)));
+    }
+    let tasks = coordinator.start();
+    Ok(Running { addresses, admin, coordinator, servers, tasks })
+}
+
+type Layered = Router<Stack<auth::AuthLayer, NoLayer>>;
+
+async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<Layered, ServeError> {
+    let operator = operator::Operator(coordinator.clone());
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<PoliciesServer<operator::Operator>>().await;
+    reporter.set_serving::<StatusServer<status::StatusService>>().await;
+    reporter.set_serving::<ProxyControlServer<control::ControlService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| ServeError::Config(format!("the API's descriptors: {e}")))?;
+    macro_rules! bounded {
+        ($server:ident, $service:expr) => {
+            $server::new($service).max_decoding_message_size(MAX_MESSAGE)
+        };
+    }
+    Ok(Server::builder()
+        .tls_config(tls)?
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADERS)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .layer(auth::AuthLayer)
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(bounded!(PoliciesServer, operator.clone()))
+        .add_service(bounded!(GroupsServer, operator.clone()))
+        .add_service(bounded!(ProxiesServer, operator.clone()))
+        .add_service(bounded!(PointsServer, operator.clone()))
+        .add_service(bounded!(FailoversServer, operator.clone()))
+        .add_service(bounded!(OperationsServer, operator.clone()))
+        .add_service(bounded!(ViewsServer, operator))
+        .add_service(bounded!(StatusServer, status::StatusService(coordinator.clone())))
+        .add_service(bounded!(EnrolmentServer, enrolment::EnrolmentService(coordinator.clone())))
+        .add_service(bounded!(ProxyControlServer, control::ControlService(coordinator.clone()))))
+}
+
+fn make_folder(path: &std::path::Path) -> Result<(), ServeError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|source| ServeError::Folder { path: path.to_owned(), source })
+}
+
+fn only_owner(path: &std::path::Path) -> Result<(), ServeError> {
+    use std::os::unix::fs::PermissionsExt;
+    let set = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600));
+    set.map_err(|source| ServeError::Folder { path: path.to_owned(), source })
+}
+
+fn endpoint(advertise: Option<&str>, bound: SocketAddr) -> Result<String, ServeError> {
+    let Some(given) = advertise else {
+        let reach = match bound.ip() {
+            ip if !ip.is_unspecified() => bound,
+            ip if ip.is_ipv4() => SocketAddr::from(([127, 0, 0, 1], bound.port())),
+            _ => SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, bound.port())),
+        };
+        return Ok(format!("https://{reach}"));
+    };
+    let (host, port) = given.rsplit_once(':').unwrap_or_default();
+    if host.is_empty() || given.contains('/') || !port.parse::<u16>().is_ok_and(|p| p != 0) {
+        return Err(ServeError::Config(format!("advertise is {given:?}; allowed: \"host:port\"")));
+    }
+    Ok(format!("https://{given}"))
+}
+
+/// The local operator's bundle: made at the first start, again when it is damaged or about to end, and kept pointing at
+/// this coordinator.
+fn keep_admin(coordinator: &Coordinator, path: &std::path::Path) -> Result<(), ServeError> {
+    let soon = coordinator.clock.wall_ns() + ADMIN_RENEW_NS;
+    let bundle = match Bundle::load(path) {
+        Ok(mut old) if old.ca_pem == coordinator.ca.certificate_pem() && old.expire_time_ns > soon => {
+            if old.endpoint == coordinator.settings.endpoint {
+                return Ok(());
+            }
+            old.endpoint.clone_from(&coordinator.settings.endpoint);
+            old
+        }
+        _ => coordinator.local_bundle(DEFAULT_TENANT, Role::Admin, LOCAL_ADMIN)?,
+    };
+    Ok(bundle.save(path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_endpoint_is_one_that_can_be_reached() {
+        let any: SocketAddr = "0.0.0.0:7443".parse().unwrap();
+        assert_eq!(endpoint(None, any).unwrap(), "https://127.0.0.1:7443");
+        assert_eq!(endpoint(None, "[::]:1".parse().unwrap()).unwrap(), "https://[::1]:1");
+        assert_eq!(endpoint(Some("dr.example:7443"), any).unwrap(), "https://dr.example:7443");
+        for bad in ["dr.example", ":1", "h:0", "h:x", "https://h:1"] {
+            assert!(endpoint(Some(bad), any).unwrap_err().to_string().contains("advertise"), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! Who gets in, and what hostile input gets: an error, and nothing else.
+
+mod world;
+
+use std::time::Duration;
+
+use afterimage_controlplane::bundle::Bundle;
+use afterimage_controlplane::{Config, client, start};
+use afterimage_wire::v1::enrolment_client::EnrolmentClient;
+use afterimage_wire::v1::policies_client::PoliciesClient;
+use afterimage_wire::v1::proxy_message::Message as Up;
+use afterimage_wire::v1::status_client::StatusClient;
+use afterimage_wire::v1::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::Code;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use world::*;
+
+async fn anonymous(world: &World) -> Channel {
+    let tls = ClientTlsConfig::new()
+        .domain_name("coordinator.afterimage")
+        .ca_certificate(Certificate::from_pem(&world.admin.ca_pem));
+    let endpoint = Endpoint::from_shared(world.admin.endpoint.clone()).unwrap();
+    endpoint.tls_config(tls).unwrap().connect().await.unwrap()
+}
+
+fn policy(id: &str) -> CreatePolicyRequest {
+    CreatePolicyRequest {
+        parent: TENANT.into(),
+        policy_id: id.into(),
+        policy: Some(Policy::default()),
+        validate_only: false,
+    }
+}
+
+#[tokio::test]
+async fn each_role_may_what_it_may() {
+    let world = World::new().await;
+    let list = || ListPoliciesRequest { parent: TENANT.into() };
+    let token =
+        || CreateJoinTokenRequest { parent: TENANT.into(), role: Role::Admin.into(), name: "x".into(), ttl_s: 0 };
+    let denied = Code::PermissionDenied;
+
+    let channel = anonymous(&world).await;
+    assert_eq!(code(PoliciesClient::new(channel.clone()).list_policies(list()).await), denied);
+    assert_eq!(code(HealthClient::new(channel).check(HealthCheckRequest { service: String::new() }).await), denied);
+
+    let viewer = client::connect(&world.join(Role::Viewer, "vera").await).await.unwrap();
+    PoliciesClient::new(viewer.clone()).list_policies(list()).await.unwrap();
+    assert_eq!(code(PoliciesClient::new(viewer.clone()).create_policy(policy("a")).await), denied);
+    HealthClient::new(viewer).check(HealthCheckRequest { service: String::new() }).await.unwrap();
+
+    let operator = client::connect(&world.join(Role::Operator, "olga").await).await.unwrap();
+    PoliciesClient::new(operator.clone()).create_policy(policy("a")).await.unwrap();
+    assert_eq!(code(EnrolmentClient::new(operator).create_join_token(token()).await), denied);
+
+    let bundle = world.join(Role::Proxy, "src").await;
+    let proxy = client::connect(&bundle).await.unwrap();
+    assert_eq!(code(PoliciesClient::new(proxy.clone()).list_policies(list()).await), denied);
+    let get = GetStatusRequest { parent: TENANT.into() };
+    assert_eq!(code(StatusClient::new(proxy).get_status(get).await), denied);
+
+    let (_sender, stream) = open_session(&world.admin).await;
+    assert_eq!(code(stream), denied);
+}
+
+#[tokio::test]
+async fn a_token_works_once() {
+    let world = World::new().await;
+    let token = world.token(Role::Operator, "olga").await;
+    let bundle = client::join(&token, None).await.unwrap();
+    assert_eq!((bundle.role.as_str(), bundle.name.as_str()), ("operator", "olga"));
+    let text = client::join(&token, None).await.unwrap_err().to_string();
+    assert!(text.contains("neither spent nor expired"), "{text}");
+}
+
+#[tokio::test]
+async fn of_two_that_race_for_a_token_one_gets_in() {
+    let world = World::new().await;
+    let token = world.token(Role::Proxy, "src").await;
+    let (a, b) = tokio::join!(client::join(&token, None), client::join(&token, None));
+    assert_ne!(a.is_ok(), b.is_ok());
+}
+
+#[tokio::test]
+async fn a_guessed_secret_neither_works_nor_spends_the_token() {
+    let world = World::new().await;
+    let token = afterimage_controlplane::token::JoinToken::parse(&world.token(Role::Admin, "ann").await).unwrap();
+    let wrong = JoinRequest { token_id: token.id.clone(), secret: "guess".into(), csr_pem: String::new() };
+    let mut enrolment = EnrolmentClient::new(anonymous(&world).await);
+    assert_eq!(code(enrolment.join(wrong).await), Code::PermissionDenied);
+    client::join(&token.encode(), None).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_token_is_spent_even_if_the_request_is_bad() {
+    let world = World::new().await;
+    let token = afterimage_controlplane::token::JoinToken::parse(&world.token(Role::Viewer, "v").await).unwrap();
+    let bad = JoinRequest { token_id: token.id.clone(), secret: token.secret.clone(), csr_pem: "no".into() };
+    let mut enrolment = EnrolmentClient::new(anonymous(&world).await);
+    assert_eq!(code(enrolment.join(bad).await), Code::InvalidArgument);
+    assert!(client::join(&token.encode(), None).await.is_err());
+}
+
+#[tokio::test]
+async fn a_tokens_terms_are_checked() {
+    let world = World::new().await;
+    let mut enrolment = EnrolmentClient::new(world.channel.clone());
+    let good = CreateJoinTokenRequest { parent: TENANT.into(), role: Role::Proxy.into(), name: "a".into(), ttl_s: 60 };
+    enrolment.create_join_token(good.clone()).await.unwrap();
+    for bad in [
+        CreateJoinTokenRequest { ttl_s: 59, ..good.clone() },
+        CreateJoinTokenRequest { ttl_s: u64::MAX, ..good.clone() },
+        CreateJoinTokenRequest { role: 0, ..good.clone() },
+        CreateJoinTokenRequest { role: 77, ..good.clone() },
+        CreateJoinTokenRequest { name: "../x".into(), ..good.clone() },
+        CreateJoinTokenRequest { parent: "tenants/other".into(), ..good },
+    ] {
+        assert_eq!(code(enrolment.create_join_token(bad).await), Code::InvalidArgument);
+    }
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_replaces_the_old_one() {
+    let world = World::new().await;
+    let old = world.join(Role::Proxy, "src").await;
+    let new = client::renew(&old).await.unwrap();
+    assert_eq!((new.uid.as_str(), new.name.as_str()), (old.uid.as_str(), "src"));
+    // Until the new one has been used the old one is still good.
+    FakeProxy::connect(old.clone(), Script::default()).await.kill().await;
+    let session = FakeProxy::connect(new, Script::default()).await;
+    let (sender, stream) = open_session(&old).await;
+    sender.send(ProxyMessage { message: Some(Up::Register(register(&old, &Script::default()))) }).await.unwrap();
+    assert_eq!(code(stream.unwrap().message().await), Code::PermissionDenied);
+    drop(session);
+}
+
+#[tokio::test]
+async fn another_coordinators_certificate_is_refused() {
+    let (world, other) = (World::new().await, World::new().await);
+    let mut foreign = other.admin.clone();
+    foreign.endpoint.clone_from(&world.admin.endpoint);
+    // The client sees that it is not its coordinator …
+    assert!(client::connect(&foreign).await.is_err());
+    // … and the coordinator that it is not its client.
+    foreign.ca_pem.clone_from(&world.admin.ca_pem);
+    let listed = match client::connect(&foreign).await {
+        Err(_) => return,
+        Ok(channel) => PoliciesClient::new(channel).list_policies(ListPoliciesRequest { parent: TENANT.into() }).await,
+    };
+    assert!(listed.is_err());
+}
+
+async fn refused_session(bundle: &Bundle, message: ProxyMessage) -> Code {
+    let (sender, stream) = open_session(bundle).await;
+    let mut stream = stream.unwrap();
+    sender.send(message).await.unwrap();
+    loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("ended without a reason"),
+            Err(status) => return status.code(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_begins_wrong_ends_with_a_reason() {
+    let world = World::new().await;
+    let bundle = world.join(Role::Proxy, "src").await;
+    let good = register(&bundle, &Script::default());
+    let send = |message| ProxyMessage { message: Some(message) };
+    let invalid = Code::InvalidArgument;
+    assert_eq!(refused_session(&bundle, ProxyMessage { message: None }).await, invalid);
+    assert_eq!(refused_session(&bundle, send(Up::Report(Report::default()))).await, invalid);
+    for bad in [
+        Register { name: "dr".into(), ..good.clone() },
+        Register { uid: "another".into(), ..good.clone() },
+        Register { data_address: "no-port".into(), ..good.clone() },
+        Register { boot_id: "x".repeat(10_000), ..good.clone() },
+        Register { capabilities: vec!["x".into(); 1000], ..good.clone() },
+    ] {
+        assert_eq!(refused_session(&bundle, send(Up::Register(bad))).await, invalid);
+    }
+    // It has seen more than this coordinator has: the store is not the newest.
+    let ahead = Register { observed_version: 1_000_000, ..good.clone() };
+    assert_eq!(refused_session(&bundle, send(Up::Register(ahead))).await, Code::FailedPrecondition);
+    let ahead = Register { observed_term: 1_000_000, ..good };
+    assert_eq!(refused_session(&bundle, send(Up::Register(ahead))).await, Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn hostile_reports_hurt_nobody() {
+    let world = World::new().await;
+    let (_source, _target) = world.shop().await;
+    let stream_uid = world.status().await.uid;
+    let eve = world.join(Role::Proxy, "eve").await;
+    let (sender, stream) = open_session(&eve).await;
+    let mut stream = stream.unwrap();
+    let send = async |message| sender.send(ProxyMessage { message: Some(message) }).await.unwrap();
+    send(Up::Register(register(&eve, &Script::default()))).await;
+    stream.message().await.unwrap().unwrap();
+    // Somebody else's stream, as if it were its own; a histogram that is none; answers that nobody asked for.
+    let lies = SourceGroupReport {
+        stream_uid: stream_uid.clone(),
+        rpo_now_us: 1 << 60,
+        rpo_histogram: vec![0xff; 4096],
+        held: true,
+        ..Default::default()
+    };
+    let view = ViewReport { stream_uid, view: "shop.x".into(), ..Default::default() };
+    send(Up::Report(Report { sources: vec![lies], views: vec![view; 5000], ..Default::default() })).await;
+    let outcome = Some(command_result::Outcome::Done(Done {}));
+    send(Up::Result(CommandResult { id: "never given".into(), outcome })).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let status = world.status().await;
+    assert!(status.rpo.unwrap().now_us.unwrap() < 10_000_000);
+    assert!(status.conditions.is_empty(), "{:?}", status.conditions);
+    // A second registration ends it.
+    send(Up::Register(register(&eve, &Script::default()))).await;
+    loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            other => break assert_eq!(code(other), Code::InvalidArgument),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_newer_session_takes_over() {
+    let world = World::new().await;
+    let bundle = world.join(Role::Proxy, "src").await;
+    let (sender, stream) = open_session(&bundle).await;
+    let mut first = stream.unwrap();
+    let message = Some(Up::Register(register(&bundle, &Script::default())));
+    sender.send(ProxyMessage { message }).await.unwrap();
+    first.message().await.unwrap().unwrap();
+    let second = FakeProxy::connect(bundle, Script::default()).await;
+    loop {
+        match first.message().await {
+            Ok(Some(_)) => {}
+            other => break assert_eq!(code(other), Code::Aborted),
+        }
+    }
+    let get = GetProxyRequest { name: proxy_name("src") };
+    assert!(world.proxies().get_proxy(get).await.unwrap().into_inner().connected);
+    drop(second);
+}
+
+#[tokio::test]
+async fn what_is_no_tls_gets_nothing_and_costs_nothing() {
+    let world = World::new().await;
+    let address = world.running.as_ref().unwrap().addresses()[0];
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 4096], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b""] {
+        let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        socket.write_all(bytes).await.unwrap();
+        socket.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        let _ = socket.read_to_end(&mut answer).await;
+        assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+    }
+    world.policies().list_policies(ListPoliciesRequest { parent: TENANT.into() }).await.unwrap();
+}
+
+#[tokio::test]
+async fn messages_beyond_the_bound_are_refused() {
+    let world = World::new().await;
+    let mut request = policy("big");
+    request.policy.as_mut().unwrap().description = "x".repeat(8 * 1024 * 1024);
+    let refused = code(world.policies().create_policy(request).await);
+    assert!(matches!(refused, Code::OutOfRange | Code::ResourceExhausted), "{refused:?}");
+    let mut request = policy("long");
+    request.policy.as_mut().unwrap().description = "x".repeat(100_000);
+    let status = world.policies().create_policy(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().len() < 1000, "what is echoed is bounded");
+}
+
+#[tokio::test]
+async fn a_restart_keeps_everything_and_the_admins_bundle_works_on() {
+    let mut world = World::new().await;
+    world.gold().await;
+    let before = world.admin.clone();
+    world.restart().await;
+    assert_eq!(world.admin, before);
+    world.policies().get_policy(GetPolicyRequest { name: GOLD.into() }).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_second_coordinator_on_the_same_folder_is_refused() {
+    let world = World::new().await;
+    let config = Config::new(world.folder.path().join("coordinator"), ([127, 0, 0, 1], 0).into());
+    let text = start(config).await.err().unwrap().to_string();
+    assert!(text.contains("in use"), "{text}");
+}
+
+#[tokio::test]
+async fn settings_that_are_not_allowed_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::new(folder.path(), ([127, 0, 0, 1], 0).into());
+    let text = async |config| start(config).await.err().unwrap().to_string();
+    assert!(text(Config { listen: vec![], ..config.clone() }).await.contains("listen"));
+    assert!(text(Config { advertise: Some("nonsense".into()), ..config.clone() }).await.contains("advertise"));
+    assert!(text(Config { report_interval: Duration::ZERO, ..config.clone() }).await.contains("report_interval"));
+    assert!(text(Config { names: vec!["ä b".into()], ..config }).await.len() > 5);
+}
+
+#[tokio::test]
+async fn everything_in_the_folder_is_its_owners_only() {
+    use std::os::unix::fs::PermissionsExt;
+    let world = World::new().await;
+    let folder = world.folder.path().join("coordinator");
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&folder), 0o700);
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        assert_eq!(mode(&path), 0o600, "{}", path.display());
+    }
+}
