@@ -65,7 +65,7 @@ impl Conn {
         match mode {
             ReadMode::Chunks => self.answer_chunk(shared, number, req_number),
             ReadMode::Gathered => self.answer_gathered(shared, req_number),
-            ReadMode::Ordered => self.answer_ordered(shared, io, req_number),
+            ReadMode::Ordered => self.answer_ordered(shared, io),
         }
     }
 
@@ -77,7 +77,7 @@ impl Conn {
         match op.data {
             Some(part) => {
                 let header = data_header(over && !failed, cookie, op.offset, op.len as u32);
-                self.push_data(shared, part, &header, op.cost);
+                self.push_data(shared, part, &header, op.cost, false);
             }
             None => self.release_read(shared, op.cost),
         }
@@ -96,14 +96,15 @@ impl Conn {
         let mut first = true;
         while let Some(op) = self.ops.remove(next) {
             next = op.next;
+            let more = next != NONE;
             match op.data {
                 Some(part) if !failed => {
                     if !first {
-                        self.push_data(shared, part, &[], op.cost);
+                        self.push_data(shared, part, &[], op.cost, more);
                     } else if self.structured {
-                        self.push_data(shared, part, &data_header(true, cookie, offset, len), op.cost);
+                        self.push_data(shared, part, &data_header(true, cookie, offset, len), op.cost, more);
                     } else {
-                        self.push_data(shared, part, &simple_reply(0, cookie), op.cost);
+                        self.push_data(shared, part, &simple_reply(0, cookie), op.cost, more);
                     }
                 }
                 _ => self.release_read(shared, op.cost),
@@ -113,51 +114,52 @@ impl Conn {
         self.finish(req_number);
     }
 
-    fn answer_ordered<I: Io>(&mut self, shared: &mut Shared, io: &mut I, req_number: u32) {
-        loop {
-            let req = self.reqs.get(req_number).expect("a part's request is under way");
-            if req.error != 0 {
-                if req.started {
-                    // Its header said that all is well: nothing but the end of the connection can take that back.
-                    return self.kill(shared, io);
-                }
-                break;
+    /// Moves what is ready of the reads that go out in order. One at a time: nothing gets between its pieces.
+    fn answer_ordered<I: Io>(&mut self, shared: &mut Shared, io: &mut I) {
+        while let Some(&number) = self.ordered.front() {
+            self.stream_ready(shared, number);
+            let req = self.reqs.get(number).expect("a queued read is under way");
+            if req.error != 0 && req.started {
+                // Its header said that all is well: nothing but the end of the connection can take that back.
+                return self.kill(shared, io);
             }
-            let (first, started, cookie) = (req.first, req.started, req.cookie);
-            if self.ops.get(first).is_none_or(|op| op.data.is_none()) {
-                break;
+            if !req.is_over() {
+                return;
             }
-            let Some(PartOp { data: Some(part), cost, next, .. }) = self.ops.remove(first) else { break };
-            let req = self.reqs.get(req_number).expect("as above");
-            req.first = next;
-            if next == NONE {
-                req.last = NONE;
-            }
-            req.started = true;
-            if started {
-                self.push_data(shared, part, &[], cost);
-            } else {
-                self.push_data(shared, part, &simple_reply(0, cookie), cost);
-            }
-        }
-        let req = self.reqs.get(req_number).expect("as above");
-        if req.is_over() {
             let mut next = req.first;
             while let Some(op) = self.ops.remove(next) {
                 next = op.next;
                 self.release_read(shared, op.cost);
             }
-            self.finish(req_number);
+            self.ordered.pop_front();
+            self.finish(number);
         }
     }
 
-    fn push_data(&mut self, shared: &mut Shared, mut part: Part, header: &[u8], cost: usize) {
-        shared.counters.read_bytes += part.len as u64;
-        let start = part.at - header.len();
-        part.buf[start..part.at].copy_from_slice(header);
-        part.len += header.len();
-        part.at = start;
-        self.tx.push_data(part, cost);
+    /// Queues the parts of a read whose turn has come, in order as far as they are there.
+    fn stream_ready(&mut self, shared: &mut Shared, number: u32) {
+        loop {
+            let req = self.reqs.get(number).expect("a queued read is under way");
+            let (first, started, cookie, end) = (req.first, req.started, req.cookie, req.end);
+            if req.error != 0 || self.ops.get(first).is_none_or(|op| op.data.is_none()) {
+                return;
+            }
+            let Some(PartOp { data: Some(part), cost, next, offset, len, .. }) = self.ops.remove(first) else { return };
+            let req = self.reqs.get(number).expect("as above");
+            req.first = next;
+            if next == NONE {
+                req.last = NONE;
+            }
+            req.started = true;
+            let more = offset + len as u64 != end;
+            let header = simple_reply(0, cookie);
+            let part = with_header(shared, part, if started { &[] } else { &header });
+            self.tx.push_stream(part, cost, more);
+        }
+    }
+
+    fn push_data(&mut self, shared: &mut Shared, part: Part, header: &[u8], cost: usize, more: bool) {
+        self.tx.push_data(with_header(shared, part, header), cost, more);
     }
 
     // --- reads on their way to the disk
@@ -222,4 +224,14 @@ impl Conn {
             disk.request(io, self.cookie(number), Request::Read { offset, len });
         }
     }
+}
+
+/// The part with its header written in front of the data.
+fn with_header(shared: &mut Shared, mut part: Part, header: &[u8]) -> Part {
+    shared.counters.read_bytes += part.len as u64;
+    let start = part.at - header.len();
+    part.buf[start..part.at].copy_from_slice(header);
+    part.len += header.len();
+    part.at = start;
+    part
 }

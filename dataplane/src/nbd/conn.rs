@@ -11,17 +11,17 @@ use crate::io::{Done, Io, Nanos, Part, Sock, Token};
 
 use super::negotiate::{Entered, Negotiation};
 use super::proto::{
-    self, DATA_HEADER, MAX_PAYLOAD, REQUEST_HEADER, RequestHeader, SIMPLE_HEADER, chunk, chunk_header, cmd, cmd_flag,
-    error, simple_reply,
+    self, DATA_HEADER, MAX_PAYLOAD_UNTOLD, REQUEST_HEADER, RequestHeader, SIMPLE_HEADER, chunk, chunk_header, cmd,
+    cmd_flag, error, simple_reply,
 };
 use super::receive::{Fill, Receiver, Want, capacity, position};
 use super::reply::{SMALL_MAX, Sender};
-use super::request::{Kind, NONE, PartOp, Req, Slab};
+use super::request::{Kind, NONE, PartOp, ReadMode, Req, Slab};
 use super::server::Shared;
 use super::status::{self, STATUS_MAX};
 
 /// Longest payload that is received only to be thrown away, bytes. A client that announces more is out of step.
-const DRAIN_MAX: u32 = 2 * MAX_PAYLOAD;
+const DRAIN_MAX: u32 = MAX_PAYLOAD_UNTOLD;
 /// Longest read that is gathered, bytes, if the budget has room for it.
 const GATHER_MAX: usize = 4 << 20;
 
@@ -68,6 +68,7 @@ pub struct Conn {
     discard: bool,
     pub(super) structured: bool,
     allocation: bool,
+    max_payload: u32,
     pub(super) reqs: Slab<Req>,
     pub(super) ops: Slab<PartOp>,
     /// Parts that the disk has, of all requests.
@@ -81,6 +82,8 @@ pub struct Conn {
     drained: Option<(u64, u32, &'static str)>,
     /// Reads that have parts still to be given to the disk.
     pub(super) reads: VecDeque<u32>,
+    /// Reads that go out in order as they come; the first has its turn.
+    pub(super) ordered: VecDeque<u32>,
     /// Parts for which the disk had no buffer.
     pub(super) retry: VecDeque<u32>,
     /// This connection's part of the server's budgets, bytes.
@@ -111,6 +114,7 @@ impl Conn {
             discard: false,
             structured: false,
             allocation: false,
+            max_payload: 0,
             reqs: Slab::default(),
             ops: Slab::default(),
             outstanding: 0,
@@ -118,6 +122,7 @@ impl Conn {
             drain: 0,
             drained: None,
             reads: VecDeque::new(),
+            ordered: VecDeque::new(),
             retry: VecDeque::new(),
             read_held: 0,
             write_held: 0,
@@ -162,6 +167,7 @@ impl Conn {
         self.reqs.clear();
         self.ops.clear();
         self.reads.clear();
+        self.ordered.clear();
         self.retry.clear();
         self.writing = None;
         shared.read_used -= std::mem::take(&mut self.read_held);
@@ -210,7 +216,7 @@ impl Conn {
 
     /// Transmission begins.
     pub fn enter(&mut self, entered: Entered) {
-        let Entered { export, structured, allocation } = entered;
+        let Entered { export, structured, allocation, max_payload } = entered;
         self.phase = Phase::Serving;
         self.key = Some(export.key);
         self.size = export.geometry.size;
@@ -218,6 +224,7 @@ impl Conn {
         self.discard = export.geometry.discard;
         self.structured = structured;
         self.allocation = allocation;
+        self.max_payload = max_payload;
         self.rx.enter();
         self.blocked = true; // the first look is due when the negotiation's last reply is on its way
     }
@@ -371,6 +378,9 @@ impl Conn {
             cmd::READ => {
                 let mode = self.read_mode(shared, header);
                 let number = self.reqs.insert(Req::new(cookie, offset, offset + len, Kind::Read(mode)));
+                if mode == ReadMode::Ordered {
+                    self.ordered.push_back(number);
+                }
                 self.reads.push_back(number);
                 self.issue_reads(shared, io, disk);
                 return Ok(());
@@ -470,8 +480,8 @@ impl Conn {
         if len == 0 {
             return Err((error::EINVAL, "an empty range"));
         }
-        if matches!(kind, cmd::READ | cmd::WRITE) && len > MAX_PAYLOAD {
-            return Err((error::EINVAL, "longer than 32 MiB"));
+        if matches!(kind, cmd::READ | cmd::WRITE) && len > self.max_payload {
+            return Err((error::EINVAL, "longer than the server takes"));
         }
         if offset.checked_add(u64::from(len)).is_none_or(|end| end > self.size) {
             let no_space = matches!(kind, cmd::WRITE | cmd::WRITE_ZEROES);

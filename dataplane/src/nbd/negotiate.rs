@@ -6,8 +6,8 @@
 use crate::host::{DiskKey, Export};
 
 use super::proto::{
-    GREETING, MAX_PAYLOAD, MAX_STRING, OPTION_HEADER, OPTION_MAGIC, OPTION_REPLY_MAGIC, be16, be32, be64, flag,
-    handshake, info, option, rep,
+    GREETING, MAX_PAYLOAD, MAX_PAYLOAD_UNTOLD, MAX_STRING, OPTION_HEADER, OPTION_MAGIC, OPTION_REPLY_MAGIC, be16, be32,
+    be64, flag, handshake, info, option, rep,
 };
 
 /// Longest option data that is looked at, bytes: a name of [`MAX_STRING`] and queries of that length besides.
@@ -28,6 +28,8 @@ pub struct Entered {
     pub structured: bool,
     /// `base:allocation` was selected for this export.
     pub allocation: bool,
+    /// Longest payload of a read or write, bytes.
+    pub max_payload: u32,
 }
 
 /// Where the negotiation stands after some bytes.
@@ -198,7 +200,8 @@ impl Negotiation {
                 if !self.no_zeroes {
                     out.extend_from_slice(&[0; 124]);
                 }
-                self.enter(export)
+                // This client had no way to be told how much we take: the reference client asks for 50 MB.
+                self.enter(export, MAX_PAYLOAD_UNTOLD)
             }
             option::LIST => {
                 if data.is_empty() {
@@ -233,9 +236,9 @@ impl Negotiation {
         }
     }
 
-    fn enter(&self, export: Export) -> Verdict {
+    fn enter(&self, export: Export, max_payload: u32) -> Verdict {
         let allocation = self.structured && self.allocation == Some(export.key);
-        Verdict::Enter(Box::new(Entered { export, structured: self.structured, allocation }))
+        Verdict::Enter(Box::new(Entered { export, structured: self.structured, allocation, max_payload }))
     }
 
     fn info_or_go(
@@ -291,7 +294,7 @@ impl Negotiation {
             put_reply(out, number, rep::INFO, &item);
         }
         put_reply(out, number, rep::ACK, &[]);
-        if number == option::GO { self.enter(export) } else { Verdict::Reply }
+        if number == option::GO { self.enter(export, MAX_PAYLOAD) } else { Verdict::Reply }
     }
 
     fn meta_context(&mut self, number: u32, data: &[u8], exports: &mut dyn FnMut() -> Vec<Export>, out: &mut Vec<u8>) {

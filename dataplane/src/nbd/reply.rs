@@ -25,6 +25,14 @@ struct Sending {
     cost: usize,
 }
 
+/// Data, and whether the message goes on with the next piece.
+#[derive(Debug)]
+struct Piece {
+    part: Part,
+    cost: usize,
+    more: bool,
+}
+
 /// A small reply that follows data.
 #[derive(Debug)]
 struct Tail {
@@ -38,7 +46,13 @@ pub struct Sender {
     small: Option<Buf>,
     small_len: usize,
     spare: Option<Buf>,
-    data: VecDeque<(Part, usize)>,
+    /// Whole messages.
+    data: VecDeque<Piece>,
+    /// Pieces of the one message that is sent as it comes.
+    stream: VecDeque<Piece>,
+    /// What was sent last goes on with the next piece of `data` or of `stream`.
+    in_data: bool,
+    in_stream: bool,
     after: VecDeque<Tail>,
     /// Replies of the negotiation; sent before anything else.
     bulk: Vec<u8>,
@@ -55,6 +69,9 @@ impl Sender {
             small_len: 0,
             spare: Some(pool.take(OUT_BYTES)?),
             data: VecDeque::new(),
+            stream: VecDeque::new(),
+            in_data: false,
+            in_stream: false,
             after: VecDeque::new(),
             bulk: Vec::new(),
             bulk_sent: 0,
@@ -100,9 +117,15 @@ impl Sender {
         self.after.push_back(Tail { bytes, len: head.len() + tail.len() });
     }
 
-    /// Queues data with its header in front. `cost` comes back when it is sent.
-    pub fn push_data(&mut self, part: Part, cost: usize) {
-        self.data.push_back((part, cost));
+    /// Queues data with its header in front. `cost` comes back when it is sent. With `more` the message goes on with the
+    /// next call, which comes before anything else happens.
+    pub fn push_data(&mut self, part: Part, cost: usize, more: bool) {
+        self.data.push_back(Piece { part, cost, more });
+    }
+
+    /// Queues a piece of the one message that is sent as it comes; without `more` it ends.
+    pub fn push_stream(&mut self, part: Part, cost: usize, more: bool) {
+        self.stream.push_back(Piece { part, cost, more });
     }
 
     /// A send is under way.
@@ -115,6 +138,7 @@ impl Sender {
         self.sending.is_none()
             && self.small_len == 0
             && self.data.is_empty()
+            && self.stream.is_empty()
             && self.after.is_empty()
             && self.bulk.is_empty()
     }
@@ -132,15 +156,15 @@ impl Sender {
         }
         let mut sending = Sending::default();
         let mut parts = std::mem::take(&mut self.parts);
-        if self.small_len > 0 {
+        if self.small_len > 0 && !self.in_data && !self.in_stream {
             let buf = std::mem::replace(&mut self.small, self.spare.take());
             let buf = buf.expect("one of the two buffers is always here");
             parts.push(Part { buf, at: 0, len: std::mem::take(&mut self.small_len) });
             sending.small = true;
         }
         let mut bytes = 0;
-        while parts.len() < SEND_PARTS && (bytes < SEND_BYTES) {
-            let Some((part, cost)) = self.data.pop_front() else { break };
+        while parts.len() < SEND_PARTS && bytes < SEND_BYTES {
+            let Some(Piece { part, cost, .. }) = self.next_piece() else { break };
             bytes += part.len;
             sending.cost += cost;
             parts.push(part);
@@ -158,6 +182,19 @@ impl Sender {
             _ => io.submit(token, Op::SendV { sock, parts }),
         }
         self.sending = Some(sending);
+    }
+
+    /// What may be sent next.
+    fn next_piece(&mut self) -> Option<Piece> {
+        if !self.in_stream
+            && let Some(piece) = self.data.pop_front()
+        {
+            self.in_data = piece.more;
+            return Some(piece);
+        }
+        let piece = self.stream.pop_front()?;
+        self.in_stream = piece.more;
+        Some(piece)
     }
 
     fn take_bulk(&mut self) {
@@ -199,6 +236,7 @@ impl Sender {
     pub fn clear(&mut self) {
         self.small_len = 0;
         self.data.clear();
+        self.stream.clear();
         self.after.clear();
         self.bulk = Vec::new();
         self.bulk_sent = 0;

@@ -4,7 +4,7 @@ use super::bed::{Bed, go, meta, option_bytes, pattern};
 use afterimage_dataplane::io::sim::Rng;
 use afterimage_dataplane::nbd::proto::{RequestHeader, cmd, option};
 
-const SEEDS: u64 = 150;
+const SEEDS: u64 = 60;
 
 /// Sends the bytes cut at random places, with pauses.
 fn send_cut(bed: &mut Bed, rng: &mut Rng, client: usize, bytes: &[u8]) {

@@ -1,9 +1,10 @@
 //! What each request does, and the error each bad one gets.
 
-use super::bed::{Bed, Message, pattern};
+use super::bed::{Bed, MemDisk, Message, classes, pattern};
 use afterimage_dataplane::host::MAX_PART;
 use afterimage_dataplane::io::Errno;
-use afterimage_dataplane::nbd::proto::{MAX_PAYLOAD, be32, chunk, cmd, cmd_flag, error};
+use afterimage_dataplane::nbd::Limits;
+use afterimage_dataplane::nbd::proto::{MAX_PAYLOAD, be32, chunk, cmd, cmd_flag, error, option};
 
 #[test]
 fn a_write_reads_back_by_simple_replies() {
@@ -55,6 +56,30 @@ fn a_read_of_the_whole_disk_by_one_simple_reply() {
     bed.request(client, cmd::READ, 0, 1, 0, 8 << 20);
     assert_eq!(bed.error(client), 0);
     assert_eq!(bed.take(client, 8 << 20), data);
+}
+
+#[test]
+fn nothing_gets_between_the_pieces_of_a_long_simple_reply() {
+    for len in [3 << 20, 7 << 20] {
+        let mut bed = Bed::new(4);
+        let client = bed.serving(false);
+        let data = pattern(3, 8 << 20);
+        bed.disk().data.copy_from_slice(&data);
+        bed.disk().late = true;
+        for cookie in 0..40 {
+            match cookie % 4 {
+                0 => bed.request(client, cmd::READ, 0, cookie, cookie * 512, len),
+                1 => bed.request(client, cmd::READ, 0, cookie, cookie * 512, 4096),
+                _ => bed.request(client, cmd::FLUSH, 0, cookie, 0, 0),
+            }
+        }
+        for _ in 0..40 {
+            let Message::Simple { error: 0, cookie } = bed.message(client) else { panic!("no success") };
+            let len = [len, 4096, 0, 0][cookie as usize % 4] as usize;
+            let at = cookie as usize * 512;
+            assert!(bed.take(client, len) == data[at..at + len], "the data of {cookie}");
+        }
+    }
 }
 
 #[test]
@@ -366,4 +391,21 @@ fn shutting_down_answers_what_is_under_way() {
     assert!(bed.rest(idle).is_empty());
     bed.settle(1_000_000_000);
     assert!(bed.server.is_idle());
+}
+#[test]
+fn a_client_that_could_not_be_told_the_longest_payload_may_send_more() {
+    let mut bed = Bed::with(25, Limits::default(), classes(), vec![MemDisk::new(7, "disk", 50 << 20)]);
+    let client = bed.connect();
+    bed.take(client, 18);
+    bed.send(client, &3u32.to_be_bytes());
+    bed.option(client, option::EXPORT_NAME, b"disk");
+    bed.take(client, 10);
+    let data = pattern(1, 40 << 20);
+    bed.write(client, 0, 1, 1024, &data);
+    assert_eq!(bed.error(client), 0);
+    bed.request(client, cmd::READ, 0, 2, 1024, 40 << 20);
+    assert_eq!(bed.error(client), 0);
+    assert!(bed.take(client, 40 << 20) == data);
+    bed.request(client, cmd::READ, 0, 3, 0, (64 << 20) + 1);
+    assert_eq!(bed.error(client), error::EINVAL);
 }
