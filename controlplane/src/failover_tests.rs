@@ -228,3 +228,38 @@ fn what_does_not_fit_is_refused_with_state_and_remedy() {
     let over = Group { phase: GroupPhase::FailedOver { view: "failover".into() }, ..group() };
     assert!(check(&spec(false), "", &over, 1, true, true).unwrap_err().to_string().contains("failed over already"));
 }
+
+#[test]
+fn a_machine_stored_while_undoing_goes_on_undoing() {
+    let no_room = |t: &Tell| matches!(t, Tell::OpenView(_)).then(|| Reply::Answer(error("no room")));
+    let (mut whole, mut whole_group) = (failover(Choice::Seq(50), false), group());
+    run(&mut whole, &mut whole_group, no_room);
+    for step in [StepName::CloseView, StepName::ReturnGeneration, StepName::Release] {
+        let (mut work, mut group) = (failover(Choice::Seq(50), false), group());
+        // As `run`, until the step has been recorded as running.
+        let reached = |w: &Failover| w.steps.iter().any(|s| s.name == step && s.state == StepState::Running);
+        while !reached(&work) {
+            let reply = match work.begin(&mut group, 1) {
+                Action::Tell { command, .. } => match command {
+                    Tell::Fence(f) if f.hold => Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 })),
+                    Tell::RaiseGeneration(r) => {
+                        Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: r.at_least }))
+                    }
+                    Tell::ResolvePoint(_) => Reply::Answer(Outcome::Point(point(50))),
+                    Tell::OpenView(_) => Reply::Answer(error("no room")),
+                    _ => Reply::Answer(Outcome::Done(v1::Done {})),
+                },
+                _ => Reply::Nothing,
+            };
+            if !reached(&work) {
+                work.apply(&mut group, &disks(), reply, 1);
+            }
+        }
+        let stored = serde_json::to_vec(&work).unwrap();
+        let mut work: Failover = serde_json::from_slice(&stored).unwrap();
+        run(&mut work, &mut group, no_room);
+        assert_eq!((work.state, work.error.clone()), (State::Failed, whole.error.clone()), "stored at {step:?}");
+        assert_eq!((group.generation, group.writer_generation, group.hold), (3, 3, false));
+        assert_eq!(group.phase, GroupPhase::Protecting);
+    }
+}

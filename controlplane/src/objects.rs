@@ -1,6 +1,5 @@
 //! The objects that are kept in the store, one key each, as JSON. Fields are only ever added, with a default.
 
-use afterimage_wire::ids::DiskId;
 use serde::{Deserialize, Serialize};
 
 use crate::failover::Failover;
@@ -409,9 +408,4 @@ impl Object {
 /// A fresh uid.
 pub fn new_uid() -> String {
     uuid::Uuid::new_v4().to_string()
-}
-
-/// The id of a stream or disk with this uid, as the data plane has it.
-pub fn wire_id(uid: &str) -> Option<DiskId> {
-    uuid::Uuid::parse_str(uid).ok().map(|u| DiskId(*u.as_bytes()))
 }

@@ -278,6 +278,120 @@ async fn messages_beyond_the_bound_are_refused() {
     assert!(status.message().len() < 1000, "what is echoed is bounded");
 }
 
+/// Sends bytes as they are.
+#[derive(Clone, Copy, Default)]
+struct Raw;
+
+impl tonic::codec::Codec for Raw {
+    type Encode = Vec<u8>;
+    type Decode = ();
+    type Encoder = Self;
+    type Decoder = Self;
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl tonic::codec::Encoder for Raw {
+    type Item = Vec<u8>;
+    type Error = tonic::Status;
+    fn encode(&mut self, item: Vec<u8>, to: &mut tonic::codec::EncodeBuf<'_>) -> Result<(), tonic::Status> {
+        bytes::BufMut::put_slice(to, &item);
+        Ok(())
+    }
+}
+
+impl tonic::codec::Decoder for Raw {
+    type Item = ();
+    type Error = tonic::Status;
+    fn decode(&mut self, from: &mut tonic::codec::DecodeBuf<'_>) -> Result<Option<()>, tonic::Status> {
+        let length = bytes::Buf::remaining(from);
+        bytes::Buf::advance(from, length);
+        Ok(Some(()))
+    }
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_message_get_an_error_from_every_method() {
+    let world = World::new().await;
+    let methods = [
+        ("Policies", "CreatePolicy GetPolicy ListPolicies UpdatePolicy DeletePolicy"),
+        ("Groups", "CreateGroup GetGroup ListGroups UpdateGroup DeleteGroup CreateDisk GetDisk ListDisks DeleteDisk"),
+        ("Proxies", "GetProxy ListProxies DeleteProxy"),
+        ("Points", "ListPoints ResolvePoint CreateCut"),
+        ("Failovers", "StartFailover"),
+        ("Operations", "GetOperation ListOperations WaitOperation"),
+        ("Views", "CreateView GetView ListViews DeleteView"),
+        ("Status", "GetStatus Watch ListEvents"),
+        ("Enrolment", "CreateJoinToken Join Renew"),
+    ];
+    // Empty, a field cut short, an endless varint, a length past the end, a group that never ends.
+    let hostile: [&[u8]; 6] = [
+        &[],
+        &[0x0a, 0x7f, 0x41],
+        &[0xff; 64],
+        &[0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f],
+        &[0x0b; 300],
+        &[0x0a, 0x02, 0xc3, 0x28],
+    ];
+    for (service, names) in methods {
+        for name in names.split(' ') {
+            for bytes in hostile {
+                let mut client = tonic::client::Grpc::new(world.channel.clone());
+                client.ready().await.unwrap();
+                let path = format!("/afterimage.v1.{service}/{name}").parse().unwrap();
+                let answer = client.unary(tonic::Request::new(bytes.to_vec()), path, Raw).await;
+                assert!(answer.is_err(), "{service}/{name} took {bytes:?}");
+            }
+        }
+    }
+    world.policies().list_policies(ListPoliciesRequest { parent: TENANT.into() }).await.unwrap();
+}
+
+#[tokio::test]
+async fn reflection_names_our_services() {
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    let world = World::new().await;
+    let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut client = ServerReflectionClient::new(world.channel.clone());
+    let mut answers = client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+    let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
+    for service in ["Policies", "Groups", "ProxyControl", "Enrolment"] {
+        let name = format!("afterimage.v1.{service}");
+        assert!(list.service.iter().any(|s| s.name == name), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn half_of_a_backup_is_refused_by_name() {
+    let mut world = World::new().await;
+    let (_source, _target) = world.shop().await;
+    world.running.take().unwrap().stop().await;
+    let folder = world.folder.path().join("coordinator");
+    let refused = async || {
+        let config = Config::new(&folder, ([127, 0, 0, 1], 0).into());
+        start(config).await.err().expect("refused").to_string()
+    };
+    for file in ["ca.pem", "keys.bin"] {
+        let path = folder.join(file);
+        let kept = std::fs::read(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(refused().await.contains(file));
+        std::fs::write(&path, kept).unwrap();
+    }
+    std::fs::write(folder.join("keys.bin"), [7; 32]).unwrap();
+    assert!(refused().await.contains("does not open with this key file"));
+}
+
 #[tokio::test]
 async fn a_restart_keeps_everything_and_the_admins_bundle_works_on() {
     let mut world = World::new().await;

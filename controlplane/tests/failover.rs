@@ -133,7 +133,7 @@ async fn a_failure_lets_the_source_go_on_and_says_at_which_step() {
     assert_eq!(undone, ["release", "return-generation", "close-view"]);
 
     let stream = world.status().await.uid;
-    assert_eq!(source.script.journal.lock().unwrap().held[&stream], false);
+    assert!(!source.script.journal.lock().unwrap().held[&stream]);
     let mut desired = source.desired.subscribe();
     let state = desired.wait_for(|d| !d.sources[0].hold && d.sources[0].disks[0].generation == 3).await.unwrap();
     assert_eq!(state.sources.len(), 1);

@@ -104,7 +104,7 @@ impl Coordinator {
     /// Reads the objects, and raises the term.
     ///
     /// # Errors
-    /// The store cannot be read or written, or holds what this program does not know.
+    /// The store cannot be read or written, or holds what this program does not know; a policy key does not open.
     pub async fn open(
         settings: Settings,
         store: Arc<dyn Store>,
@@ -112,6 +112,9 @@ impl Coordinator {
         keys: Wrapper,
     ) -> Result<Arc<Self>, StoreError> {
         let model = Model::load(store.list("").await?).map_err(StoreError::Failed)?;
+        for key in model.keys.values() {
+            keys.unwrap(key).map_err(|e| StoreError::Failed(format!("{e}: {}", settings.data_dir.display())))?;
+        }
         let coordinator = Arc::new(Self {
             settings,
             ca,
