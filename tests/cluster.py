@@ -274,7 +274,7 @@ class Cluster:
 
     def open_view(self, name, point="latest", writable=False):
         """A view; URIs by disk."""
-        view = self.command("view", "open", self.GROUP, point, "--name", name, *(["--writable"] if writable else []))
+        view = self.command("view", "open", self.GROUP, name, "--to", point, *(["--writable"] if writable else []))
         return {export["disk"]: next(u for u in export["uris"] if u.startswith("nbd+unix")) for export in view["exports"]}
 
     def close_view(self, name):

@@ -1,13 +1,282 @@
-//! `afterimage coordinator`: the role that holds the desired state, the certificate authority and the operations.
+//! `afterimage coordinator`: the role that holds the desired state, the certificate authority and the operations. It
+//! reads its settings, opens its state, says how others join, and serves until it is told to stop.
 
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Options of `afterimage coordinator`.
-#[derive(clap::Args, Debug)]
-pub struct Args {}
+use afterimage_controlplane::grpc::{Config, Running, ServeError, start};
+use clap::ValueEnum;
+use serde::Deserialize;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::operator::failure::{Failure, Kind};
+use crate::operator::output::{Output, fields};
+
+/// Port of the coordinator, where none is given.
+const PORT: u16 = 7700;
+
+/// Folder of the state, where none is given.
+const DATA_DIR: &str = "/var/lib/afterimage/coordinator";
+
+/// Options of `afterimage coordinator`. A flag wins over the file.
+#[derive(clap::Args, Debug, Default)]
+#[command(after_help = "\
+Examples:
+  afterimage coordinator                                        everything at its default
+  afterimage coordinator --listen 10.0.0.5:7700 --data-dir /srv/coordinator
+  afterimage coordinator --advertise coordinator.example:443    behind a gateway
+
+The first start makes a certificate authority and an identity for an admin, DIR/admin.json. With it:
+  export AFTERIMAGE_IDENTITY=DIR/admin.json
+  afterimage token create src --role proxy
+  afterimage token create anna --role operator
+
+It stands at the target or at a third site, never only at the source. Replication goes on without it.
+SIGTERM and SIGINT stop it cleanly; AFTERIMAGE_LOG sets what is logged (info, debug, …).")]
+pub struct Args {
+    /// Configuration file (TOML) with listen, advertise, data_dir, log.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Address to listen on; port 0 takes one that is free; may be given many times [default: 0.0.0.0:7700].
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Vec<SocketAddr>,
+    /// Where proxies and operators reach it, as written into tokens [default: the address listened on].
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Folder for the state, the CA and the admin's identity [default: /var/lib/afterimage/coordinator].
+    #[arg(long, alias = "state", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// How the log is written, to standard error [default: text].
+    #[arg(long, value_name = "FORMAT")]
+    log: Option<LogFormat>,
+    /// Say as one line of JSON when it is ready.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a log is written.
+#[derive(ValueEnum, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON document for each line.
+    Json,
+}
+
+/// The configuration file. A field that is not known is refused, not passed over.
+#[derive(Deserialize, Debug, Default)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    listen: Vec<SocketAddr>,
+    advertise: Option<String>,
+    data_dir: Option<PathBuf>,
+    log: Option<LogFormat>,
+}
+
+/// What it runs with.
+#[derive(Debug, PartialEq, Eq)]
+struct Settings {
+    listen: Vec<SocketAddr>,
+    /// `host:port`; the first address listened on where none was given.
+    advertise: Option<String>,
+    data_dir: PathBuf,
+    log: LogFormat,
+}
+
+impl Settings {
+    fn load(args: &Args) -> Result<Self, Failure> {
+        let file = match &args.config {
+            None => File::default(),
+            Some(path) => read(path)?,
+        };
+        let given = if args.listen.is_empty() { file.listen } else { args.listen.clone() };
+        let settings = Settings {
+            listen: if given.is_empty() { vec![SocketAddr::from(([0, 0, 0, 0], PORT))] } else { given },
+            advertise: args.advertise.clone().or(file.advertise),
+            data_dir: args.data_dir.clone().or(file.data_dir).unwrap_or_else(|| PathBuf::from(DATA_DIR)),
+            log: args.log.or(file.log).unwrap_or_default(),
+        };
+        if let Some(address) = &settings.advertise {
+            check_advertised(address)?;
+        }
+        Ok(settings)
+    }
+}
+
+fn read(path: &Path) -> Result<File, Failure> {
+    let object = format!("configuration {}", path.display());
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Failure::new(Kind::Usage, &object, format!("cannot be read: {error}")))?;
+    // The message of the parser names the line, the field and what is allowed.
+    toml::from_str(&text).map_err(|error| Failure::new(Kind::Usage, object, error.to_string().trim_end()))
+}
+
+/// An address that is written into every token is worth a look before the first one is given out.
+fn check_advertised(address: &str) -> Result<(), Failure> {
+    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse().ok());
+    match port {
+        Some(1u16..) => Ok(()),
+        _ => {
+            Err(Failure::usage(format!("advertise is \"{address}\"; allowed: HOST:PORT, with a port from 1 to 65535")))
+        }
+    }
+}
 
 /// Runs the coordinator until it is told to stop.
-pub fn run(_args: Args) -> ExitCode {
-    eprintln!("afterimage: coordinator: not available in this build");
-    ExitCode::FAILURE
+pub fn run(args: Args) -> ExitCode {
+    let json = args.json;
+    match serve(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => crate::operator::report(&failure, json),
+    }
+}
+
+fn serve(args: Args) -> Result<(), Failure> {
+    let settings = Settings::load(&args)?;
+    start_log(settings.log);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("coordinator")
+        .build()
+        .map_err(|error| Failure::new(Kind::Failed, "coordinator", format!("no runtime: {error}")))?;
+    runtime.block_on(until_stopped(settings, Output { json: args.json, yes: false }))
+}
+
+async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
+    let failed = |message: String| Failure::new(Kind::Failed, "coordinator", message);
+    // Caught from before the start on: a signal that comes early must not leave a half-made state.
+    let stop = StopSignal::new().map_err(|error| failed(format!("signals cannot be caught: {error}")))?;
+    let everywhere = settings.listen.iter().any(|address| address.ip().is_unspecified());
+    let loopback = everywhere && settings.advertise.is_none();
+    let config = Config {
+        listen: settings.listen.clone(),
+        advertise: settings.advertise,
+        ..Config::new(settings.data_dir, settings.listen[0])
+    };
+    let running = start(config).await.map_err(|error| refused(&error))?;
+    ready(&running, out, loopback);
+    let signal = stop.wait().await;
+    tracing::info!("{signal}: stopping; replication goes on without the coordinator");
+    running.stop().await;
+    Ok(())
+}
+
+/// Why it did not start: by a setting, or otherwise.
+fn refused(error: &ServeError) -> Failure {
+    let failure = |kind, hint: &str| Failure::new(kind, "coordinator", error.to_string()).hint(hint);
+    match error {
+        ServeError::Config(_) => failure(Kind::Usage, ""),
+        ServeError::Listen { .. } => failure(Kind::Failed, "choose another --listen, or stop what listens there"),
+        ServeError::Folder { .. } => failure(Kind::Failed, "choose another --data-dir, or make that one writable"),
+        _ => failure(Kind::Failed, ""),
+    }
+}
+
+/// Says that it is ready, and how others join.
+fn ready(running: &Running, out: Output, loopback: bool) {
+    let listening: Vec<String> = running.addresses().iter().map(ToString::to_string).collect();
+    let admin = running.admin_bundle().display().to_string();
+    let document = serde_json::json!({
+        "ready": true,
+        "endpoint": running.endpoint(),
+        "listening": listening,
+        "admin_identity": admin,
+    });
+    out.show(&document, || {
+        let mut text = fields(&[
+            ("coordinator", running.endpoint().to_owned()),
+            ("listening on", listening.join(" ")),
+            ("admin identity", admin.clone()),
+        ]);
+        text += "\nlet others join:\n";
+        text += &format!("  export AFTERIMAGE_IDENTITY={admin}\n");
+        text += "  afterimage token create NAME --role proxy\n";
+        text += "  afterimage token create NAME --role operator\n";
+        if loopback {
+            text += "\nTokens say that it is on this host: for others give --advertise HOST:PORT, ";
+            text += "or --coordinator where they join.\n";
+        }
+        text
+    });
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("AFTERIMAGE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+/// SIGTERM or SIGINT, whichever comes first.
+struct StopSignal {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignal {
+    fn new() -> std::io::Result<Self> {
+        Ok(StopSignal { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn wait(mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, args: Args) -> Result<Settings, Failure> {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), text).expect("written");
+        Settings::load(&Args { config: Some(file.path().to_owned()), ..args })
+    }
+
+    #[test]
+    fn without_a_word_everything_has_its_default() {
+        let settings = Settings::load(&Args::default()).unwrap();
+        assert_eq!(settings.listen, ["0.0.0.0:7700".parse().unwrap()]);
+        assert_eq!(settings.data_dir, Path::new(DATA_DIR));
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file() {
+        let args = Args { data_dir: Some("/flag".into()), ..Args::default() };
+        let settings = load("data_dir = '/file'\nlisten = ['127.0.0.1:1']\nlog = 'json'\n", args).unwrap();
+        assert_eq!(settings.data_dir, Path::new("/flag"));
+        assert_eq!((settings.listen[0].port(), settings.log), (1, LogFormat::Json));
+    }
+
+    #[test]
+    fn a_misspelt_field_is_refused_by_name() {
+        let refused = load("lisen = '127.0.0.1:1'\n", Args::default()).unwrap_err();
+        assert_eq!(refused.kind, Kind::Usage);
+        assert!(refused.message.contains("lisen") && refused.message.contains("listen"), "{refused}");
+    }
+
+    #[test]
+    fn an_address_that_nobody_can_reach_is_refused_before_it_is_in_a_token() {
+        for bad in ["", "host", "host:", ":7700", "host:0", "host:65536"] {
+            assert!(load(&format!("advertise = '{bad}'\n"), Args::default()).is_err(), "{bad}");
+        }
+        assert!(load("advertise = '[2001:db8::1]:443'\n", Args::default()).is_ok());
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_refused_by_name() {
+        let args = Args { config: Some("/nonexistent/c.toml".into()), ..Args::default() };
+        assert!(Settings::load(&args).unwrap_err().to_string().contains("/nonexistent/c.toml"));
+    }
 }

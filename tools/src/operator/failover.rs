@@ -287,13 +287,13 @@ fn result(operation: &v1::Operation) -> String {
 }
 
 fn shown(operation: &v1::Operation) -> String {
-    let what = if operation.validate_only { "dry run of a failover" } else { "failover" };
-    let mut shown = format!(
-        "{what} {} of group {}: {}\n",
-        id(&operation.name),
-        group_of(&operation.subject),
-        operation_word(operation.state())
-    );
+    // A dry run is stored nowhere and has no name.
+    let what = match operation.validate_only {
+        true => "dry run of a failover".to_owned(),
+        false => format!("failover {}", id(&operation.name)),
+    };
+    let state = operation_word(operation.state());
+    let mut shown = format!("{what} of group {}: {state}\n", group_of(&operation.subject));
     if operation.create_time_ns > 0 {
         shown += &format!("started {} by {}\n", show_time(operation.create_time_ns), operation.actor);
     }
@@ -317,7 +317,7 @@ fn listed(operations: &[v1::Operation]) -> String {
         return "no failovers".to_owned();
     }
     table(
-        &["FAILOVER", "GROUP", "STATE", "STARTED", ">TOOK", "BY"],
+        &["=FAILOVER", "GROUP", "STATE", "STARTED", ">TOOK"],
         operations.iter().map(|operation| {
             let mood = match operation.state() {
                 OperationState::Done => Mood::Good,
@@ -331,7 +331,6 @@ fn listed(operations: &[v1::Operation]) -> String {
                 state(operation_word(operation.state()), mood),
                 text(show_time(operation.create_time_ns)),
                 text(took.unwrap_or_default()),
-                text(&operation.actor),
             ]
         }),
     )

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, IsTerminal, Write};
 
-use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+use comfy_table::{Attribute, Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, Table, presets};
 
 use super::failure::{Failure, Kind};
 
@@ -45,12 +45,11 @@ impl Output {
         if self.yes {
             return Ok(());
         }
-        let refused = |message: &str| {
-            Err(Failure::new(Kind::Refused, object, message)
-                .hint(format!("add --yes to go on without being asked. {loss}")))
+        let refused = |message: String| {
+            Err(Failure::new(Kind::Refused, object, message).hint("add --yes to go on without being asked"))
         };
         if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
-            return refused("not done: this needs a yes, and there is no terminal to ask on");
+            return refused(format!("{loss}\nNot done: this needs a yes, and there is no terminal to ask on."));
         }
         let mut asked = std::io::stderr().lock();
         let mut answer = String::new();
@@ -59,7 +58,7 @@ impl Output {
             .and_then(|()| std::io::stdin().lock().read_line(&mut answer));
         match heard {
             Ok(_) if answer.trim().eq_ignore_ascii_case("yes") => Ok(()),
-            _ => refused("not done: the answer was not yes"),
+            _ => refused("not done: the answer was not yes".to_owned()),
         }
     }
 }
@@ -78,13 +77,19 @@ pub fn put(text: &str) {
     }
 }
 
+/// Columns to use: those of the terminal, at most [`MAX_WIDTH`].
+pub fn width() -> u16 {
+    // Terminals that do not know their size say 0.
+    let known = Table::new().width().filter(|width| *width >= MIN_WIDTH);
+    known.unwrap_or(MAX_WIDTH).min(MAX_WIDTH)
+}
+
 /// A table as text, within the terminal and [`MAX_WIDTH`]. A column whose name begins with `>` holds quantities and is
-/// set to the right, so that digits stand below each other.
+/// set to the right, so that digits stand below each other; one whose name begins with `=` is never wrapped, so that it
+/// can be copied.
 pub fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<Cell>>) -> String {
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let mut table = Table::new();
-    let width = table.width().unwrap_or(MAX_WIDTH).clamp(MIN_WIDTH, MAX_WIDTH);
-    render(&mut table, width, colour, head, rows)
+    render(&mut Table::new(), width(), colour, head, rows)
 }
 
 fn render(
@@ -100,7 +105,9 @@ fn render(
     } else {
         table.force_no_tty();
     }
-    table.set_header(head.iter().map(|name| Cell::new(name.trim_start_matches('>')).add_attribute(Attribute::Bold)));
+    table.set_header(
+        head.iter().map(|name| Cell::new(name.trim_start_matches(['>', '='])).add_attribute(Attribute::Bold)),
+    );
     table.add_rows(rows);
     for column in table.column_iter_mut() {
         // Columns stand apart by two spaces, and the first begins where the line does.
@@ -108,6 +115,9 @@ fn render(
         column.set_padding((left, 1));
         if head.get(column.index).is_some_and(|name| name.starts_with('>')) {
             column.set_cell_alignment(CellAlignment::Right);
+        }
+        if head.get(column.index).is_some_and(|name| name.starts_with('=')) {
+            column.set_constraint(ColumnConstraint::ContentWidth);
         }
     }
     // Trailing spaces would wrap on a terminal that is exactly as wide, and are noise in a pipe.
@@ -177,6 +187,15 @@ mod tests {
     fn a_narrow_table_takes_only_the_room_it_needs() {
         let shown = render(&mut Table::new(), 100, false, &["NAME", ">SIZE"], vec![vec![text("db"), text("1 GiB")]]);
         assert_eq!(shown, "NAME   SIZE\ndb    1 GiB\n");
+    }
+
+    #[test]
+    fn what_is_to_be_copied_is_not_wrapped() {
+        let id = "3c0e5f0a-94a7-4a52-9d29-1b7f5d3f6f11";
+        let row = vec![text(id), text("word ".repeat(30))];
+        let shown = render(&mut Table::new(), 60, false, &["=ID", "TEXT"], [row]);
+        assert!(shown.contains(id), "{shown}");
+        assert!(widths(&shown) <= 60, "{shown}");
     }
 
     #[test]

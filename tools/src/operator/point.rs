@@ -245,7 +245,7 @@ fn listed(group: &str, found: &Found, writes: bool) -> String {
     }
     if let Some(v1::PointSummary { oldest: Some(oldest), newest: Some(newest), count, cuts }) = &found.summary {
         shown += &format!(
-            "held: {} single writes and {} cuts, {} to {}\n",
+            "held: {} single writes, {} of them cuts\n      {} to {}\n",
             show_count(*count),
             show_count(*cuts),
             show_time(oldest.wall_ns),

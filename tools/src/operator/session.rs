@@ -115,7 +115,11 @@ impl Session {
     pub fn answered(&self, object: impl Into<String>, status: &Status) -> Failure {
         match transport_cause(status) {
             Some(cause) => unreached(&self.bundle.endpoint, &cause),
-            None => Failure::answered(object, status),
+            None => {
+                let mut failure = Failure::answered(object, status);
+                failure.message = short(&failure.message, &self.bundle.tenant);
+                failure
+            }
         }
     }
 
@@ -250,6 +254,13 @@ fn silent(endpoint: &str, limit: u64) -> Failure {
         .hint("try again, or wait longer: --timeout 2m")
 }
 
+/// A message with names as the operator types them: `shop`, not `tenants/default/groups/shop`.
+fn short(message: &str, tenant: &str) -> String {
+    ["policies", "proxies", "groups", "operations"]
+        .iter()
+        .fold(message.to_owned(), |text, kind| text.replace(&format!("tenants/{tenant}/{kind}/"), ""))
+}
+
 /// The innermost cause, if the connection failed; nothing if the coordinator answered.
 ///
 /// An answer of the coordinator has no source: those come from the transport below.
@@ -276,6 +287,12 @@ mod tests {
         assert_eq!(unreached("https://x:1", "invalid peer certificate: UnknownIssuer").kind, Kind::Refused);
         assert_eq!(unreached("https://x:1", "received fatal alert: UnknownCA").kind, Kind::Refused);
         assert_eq!(unreached("https://x:1", "Connection refused (os error 111)").kind, Kind::Unreachable);
+    }
+
+    #[test]
+    fn names_in_messages_are_as_they_are_typed() {
+        let message = "tenants/default/proxies/dr is in use by tenants/default/groups/shop: delete that group first";
+        assert_eq!(short(message, "default"), "dr is in use by shop: delete that group first");
     }
 
     #[test]

@@ -10,13 +10,16 @@ use clap::Args;
 use super::documents::{self, id, rung_word, severity_word};
 use super::failure::{Failure, Kind};
 use super::group::object;
-use super::output::{line, put};
+use super::output::{line, put, width};
 use super::session::Session;
 use super::status::{groups, micros, notes, phase};
 use super::values::{duration_ns, show_count, show_rate, show_size, show_time};
 
 /// Events kept in the picture.
 const PICTURE_EVENTS: usize = 8;
+
+/// Pause before a coordinator that is gone is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Options of `afterimage watch`.
 #[derive(Args, Debug)]
@@ -47,25 +50,41 @@ pub struct Events {
 
 /// Watches until stopped.
 pub async fn run(args: Watch, session: &Session) -> Result<(), Failure> {
+    let until = args.at_most.map(|ns| Instant::now() + Duration::from_nanos(ns));
+    let mut picture = (session.out.live() && !args.events).then(Picture::default);
+    loop {
+        let ended = match until {
+            None => stream(&args, session, &mut picture).await,
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                match tokio::time::timeout(left, stream(&args, session, &mut picture)).await {
+                    Ok(ended) => ended,
+                    Err(_) => return Ok(()),
+                }
+            }
+        };
+        match (ended, &mut picture) {
+            // Somebody who looks at a picture wants to see the coordinator come back; a program wants to know.
+            (Err(failure), Some(picture)) if failure.kind == Kind::Unreachable && picture.status.time_ns > 0 => {
+                picture.trouble = format!("{failure}").lines().next().unwrap_or_default().to_owned();
+                picture.draw();
+                tokio::time::sleep(AGAIN).await;
+            }
+            (ended, _) => return ended,
+        }
+    }
+}
+
+/// Shows what comes, until it ends: which is a failure, as it does not end by itself.
+async fn stream(args: &Watch, session: &Session, picture: &mut Option<Picture>) -> Result<(), Failure> {
     let parent = args.group.as_ref().map_or_else(|| session.tenant(), |group| session.group(group));
     let about = args.group.as_deref().map_or_else(|| "watch".to_owned(), object);
     let interval_ms = u32::try_from(args.interval / 1_000_000).unwrap_or(u32::MAX);
     let request = v1::WatchRequest { parent, interval_ms, events_only: args.events };
     let mut updates = session.ask(&about, session.status().watch(request)).await?;
-    let until = args.at_most.map(|ns| Instant::now() + Duration::from_nanos(ns));
-    let mut picture = (session.out.live() && !args.events).then(Picture::default);
     loop {
-        let next = match until {
-            None => updates.message().await,
-            Some(until) => {
-                match tokio::time::timeout(until.saturating_duration_since(Instant::now()), updates.message()).await {
-                    Ok(next) => next,
-                    Err(_) => return Ok(()),
-                }
-            }
-        };
-        match next {
-            Ok(Some(v1::WatchResponse { update: Some(update) })) => match &mut picture {
+        match updates.message().await {
+            Ok(Some(v1::WatchResponse { update: Some(update) })) => match picture {
                 Some(picture) => picture.update(update),
                 None => tell(&update, session.out.json),
             },
@@ -156,12 +175,15 @@ fn event_line(event: &v1::Event) -> String {
 struct Picture {
     status: v1::StatusSnapshot,
     events: VecDeque<v1::Event>,
+    /// Why nothing new comes; empty if it does.
+    trouble: String,
     /// Lines of the last drawing, to go back over.
     drawn: usize,
 }
 
 impl Picture {
     fn update(&mut self, update: Update) {
+        self.trouble.clear();
         match update {
             Update::Status(status) => self.status = status,
             Update::Event(event) => {
@@ -171,6 +193,10 @@ impl Picture {
                 self.events.push_back(event);
             }
         }
+        self.draw();
+    }
+
+    fn draw(&mut self) {
         let text = self.text();
         // Up to the first line of the last drawing, then clear to the end of the screen: no flicker, and what was on
         // the terminal before stays above.
@@ -180,7 +206,8 @@ impl Picture {
     }
 
     fn text(&self) -> String {
-        let mut text = format!("{}\n\n", show_time(self.status.time_ns));
+        let mut text = format!("{}\n", show_time(self.status.time_ns));
+        text += &if self.trouble.is_empty() { "\n".to_owned() } else { cut(&self.trouble) };
         if self.status.groups.is_empty() {
             text += "no groups\n";
         } else {
@@ -210,7 +237,7 @@ impl Picture {
 
 /// A line no wider than the terminal: one that wraps would count as two when going back over it.
 fn cut(line: &str) -> String {
-    let most = usize::from(super::output::MAX_WIDTH.min(comfy_table::Table::new().width().unwrap_or(u16::MAX)));
+    let most = usize::from(width());
     if line.chars().count() <= most {
         return format!("{line}\n");
     }
