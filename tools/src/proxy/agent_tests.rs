@@ -154,7 +154,7 @@ fn play(
         control,
         source: None,
         target: None,
-        log: LogFormat::Human,
+        log: LogFormat::Text,
     };
     let proxy = Rc::new(Proxy::new(config, None, None));
     let shared = Rc::clone(&proxy);

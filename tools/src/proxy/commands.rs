@@ -112,7 +112,8 @@ impl Answered {
 
 /// Does a command.
 pub async fn execute(proxy: &Proxy, command: Command) -> CommandResult {
-    tracing::info!(id = command.id, operation = command.operation, step = command.step, "command");
+    let name = command.command.as_ref().map_or("unknown", name);
+    tracing::info!(id = command.id, operation = command.operation, step = command.step, "command {name}");
     let outcome = match proxy.see_term(command.term) {
         Err(error @ StateError::Term { .. }) => refused(Kind::StaleTerm, error),
         Err(error) => refused(Kind::Io, error),
@@ -123,6 +124,24 @@ pub async fn execute(proxy: &Proxy, command: Command) -> CommandResult {
         Outcome::Error(CommandError { kind: kind.into(), message })
     });
     CommandResult { id: command.id, outcome: Some(outcome) }
+}
+
+/// For the log.
+fn name(verb: &Verb) -> &'static str {
+    match verb {
+        Verb::Fence(said) if said.hold => "fence: hold",
+        Verb::Fence(_) => "fence: let go",
+        Verb::RaiseGeneration(_) => "raise generation",
+        Verb::ResolvePoint(_) => "resolve point",
+        Verb::ListPoints(_) => "list points",
+        Verb::OpenView(_) => "open view",
+        Verb::CloseView(_) => "close view",
+        Verb::LabelCut(_) => "label cut",
+        Verb::InspectDisk(_) => "inspect disk",
+        Verb::Unprotect(_) => "unprotect",
+        Verb::DropStream(_) => "drop stream",
+        Verb::LeaveDisk(_) => "leave disk",
+    }
 }
 
 async fn verb(proxy: &Proxy, verb: Option<Verb>) -> Result<Outcome, Refused> {

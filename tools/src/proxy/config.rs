@@ -83,10 +83,10 @@ impl FromStr for Secret {
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// For a person.
+    /// Lines for people.
     #[default]
-    Human,
-    /// One JSON object a line.
+    Text,
+    /// A JSON document for each line.
     Json,
 }
 
@@ -318,7 +318,7 @@ Examples:
 The file:
   name = \"src-1\"
   state_dir = \"/var/lib/afterimage/proxy\"
-  log = \"human\"                      # or json
+  log = \"text\"                       # or json
   [coordinator]
   address = \"10.0.0.5:7700\"
   token_file = \"/root/token\"         # needed for the first start only

@@ -11,6 +11,7 @@
 //! The data threads ([`runtime`], [`cores`]) know nothing of TLS, gRPC or certificates; the service thread touches no
 //! data. Where desired state comes from ([`agent`], [`standalone`] or `--serve`) makes no difference to the rest.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -72,13 +73,13 @@ pub fn run(args: Args) -> ExitCode {
     }
 }
 
-/// The log goes to standard error; `RUST_LOG` chooses what is in it.
+/// The log goes to standard error; `AFTERIMAGE_LOG` chooses what is in it.
 fn log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("AFTERIMAGE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // An error says that a log is set up already, which is as good.
     let _ = match format {
-        LogFormat::Human => log.with_target(false).try_init(),
+        LogFormat::Text => log.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
         LogFormat::Json => log.json().try_init(),
     };
 }

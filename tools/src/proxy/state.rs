@@ -259,7 +259,7 @@ mod tests {
             control: Control::Serve(Vec::new()),
             source: None,
             target: None,
-            log: LogFormat::Human,
+            log: LogFormat::Text,
         };
         Proxy::new(config, None, None)
     }
