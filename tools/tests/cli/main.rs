@@ -4,6 +4,7 @@
 mod bed;
 mod proxies;
 mod refusals;
+mod role;
 
 use bed::{Bed, Said, binary, run};
 use serde_json::Value;
