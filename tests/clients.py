@@ -237,7 +237,7 @@ def strangers_at_the_target(cluster):
     # Half a handshake that never goes on holds nobody up.
     idle = [socket.create_connection(("127.0.0.1", cluster.stream_port)) for _ in range(50)]
     run("qemu-io", "-f", "raw", "-c", "write -P 0xc1 5M 64k", "-c", "flush", cluster.uri("data"))
-    eventually("settled", cluster.settled)
+    cluster.settle()
     for connection in idle:
         connection.close()
 
@@ -261,7 +261,7 @@ def strangers_at_the_coordinator(cluster):
 
 def read_only_view(cluster):
     import nbd
-    eventually("settled", cluster.settled)
+    cluster.settle()
     view = cluster.open_view("ro")
     try:
         handle = nbd.NBD()
@@ -280,7 +280,7 @@ def read_only_view(cluster):
 
 
 def writable_view(cluster):
-    eventually("settled", cluster.settled)
+    cluster.settle()
     before = digest(cluster.uri("data"))
     view = cluster.open_view("rw", writable=True)
     try:
@@ -297,11 +297,11 @@ def writable_view(cluster):
 def older_point(cluster):
     uri = cluster.uri("data")
     run("qemu-io", "-f", "raw", "-c", "write -P 0xa1 0 1M", "-c", "flush", uri)
-    eventually("settled", cluster.settled)
+    cluster.settle()
     before = digest(uri)
     cut = cluster.command("point", "cut", cluster.GROUP, "--label", "before")
     run("qemu-io", "-f", "raw", "-c", "write -P 0xa2 0 1M", "-c", "flush", uri)
-    eventually("settled", cluster.settled)
+    cluster.settle()
     view = cluster.open_view("older", f"seq:{cut['seq']}")
     try:
         expect(digest(view["data"]) == before, "it does not")

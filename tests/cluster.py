@@ -258,10 +258,14 @@ class Cluster:
         status = self.status()
         return status["phase"] == "protected" and status["sync"] is None and status
 
-    def settled(self):
-        """Everything captured is durable at the target; the status, then."""
-        status = self.protected()
-        return status and status["captured_seq"] is not None and status["captured_seq"] == status["durable_seq"] and status
+    def settle(self, timeout=60):
+        """Waits until everything that was written before is durable at the target; the number of a point that has it.
+
+        Reports of the two ends are of different moments: a cut, taken now, is what can be waited for."""
+        cut = self.command("point", "cut", self.GROUP, "--label", "settle")
+        eventually(f"record {cut['seq']} is durable at the target",
+                   lambda: (self.protected() or {}).get("durable_seq", 0) >= cut["seq"], timeout)
+        return cut["seq"]
 
     def uri(self, disk):
         """A source disk. The exports are called as the group's status says."""
@@ -282,12 +286,12 @@ class Cluster:
 
     def replica_is_source(self):
         """The newest point, seen through a view, is what the source's disks hold. The host must be quiet."""
-        settled = eventually("everything captured is durable at the target", self.settled, timeout=60)
+        seq = self.settle()
         view = self.open_view("compare")
         try:
             for disk in self.disks:
                 same = [digest(uri) for uri in (self.uri(disk), view[disk])]
-                expect(same[0] == same[1], f"disk {disk}: the newest point ({settled['points']}) is not the source's content")
+                expect(same[0] == same[1], f"disk {disk}: the newest point, at or after record {seq}, is not the source's content")
         finally:
             self.close_view("compare")
 

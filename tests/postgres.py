@@ -216,7 +216,7 @@ class Play:
 
     def work(self):
         server = self.servers[0]
-        eventually("the group is protected after the bulk of the load", self.cluster.settled, timeout=120)
+        self.cluster.settle(timeout=120)
         with open(self.folder / "pgbench.log", "ab") as log:
             self.bench = subprocess.Popen(
                 server.as_postgres(BIN / "pgbench", "-h", server.sockets, "-c", "4", "-j", "1", "-T", "600", "-n", "postgres"),
