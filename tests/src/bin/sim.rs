@@ -26,6 +26,9 @@ struct Args {
     /// Threads; 0 for one per core.
     #[arg(long, default_value_t = 0)]
     jobs: usize,
+    /// Play each seed twice: it must come out the same to the nanosecond, or no failure could be replayed.
+    #[arg(long)]
+    twice: bool,
     /// Print the plan and what happens.
     #[arg(short, long)]
     verbose: bool,
@@ -49,7 +52,15 @@ fn main() -> ExitCode {
                     if seed >= end || (!args.keep_going && !failed.lock().expect("not poisoned").is_empty()) {
                         return;
                     }
-                    match play(seed, args.verbose) {
+                    let first = play(seed, args.verbose);
+                    let result = match first {
+                        Ok(first) if args.twice => match play(seed, false) {
+                            Ok(second) if second == first => Ok(first),
+                            other => Err(format!("comes out as {first:?} and then as {other:?}")),
+                        },
+                        other => other,
+                    };
+                    match result {
                         Ok(report) => {
                             let mut total = total.lock().expect("not poisoned");
                             total.requests += report.requests;
