@@ -3,7 +3,6 @@
 //! A [`Buf`] is owned by exactly one holder: a machine, or the kernel while an operation runs (the ring keeps it until
 //! the completion). Dropping it gives its bytes back to the [`Pool`]. Nothing is allocated after the pool is made.
 
-use std::alloc::Layout;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,9 +18,25 @@ pub struct Class {
     pub count: usize,
 }
 
+/// Zeroed memory straight from the kernel: aligned to pages, and taken only page by page as it is first used (an
+/// allocator would zero aligned memory by touching it all, which a pool that is mostly idle never needs).
 struct Region {
     start: NonNull<u8>,
-    layout: Layout,
+    len: usize,
+}
+
+impl Region {
+    fn new(len: usize) -> Self {
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe {
+            let (rights, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            libc::mmap(std::ptr::null_mut(), len, rights, kind, -1, 0)
+        };
+        match NonNull::new(start.cast::<u8>()) {
+            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => Self { start, len },
+            _ => panic!("no {len} bytes of memory for buffers: {}", std::io::Error::last_os_error()),
+        }
+    }
 }
 
 // SAFETY: the region is plain memory; every byte of it is reached only through the one `Buf` that owns its range (the
@@ -32,8 +47,8 @@ unsafe impl Sync for Region {}
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: allocated in `Pool::new` with this layout; the last `Arc` is gone, so no `Buf` is left.
-        unsafe { std::alloc::dealloc(self.start.as_ptr(), self.layout) }
+        // SAFETY: mapped in `Region::new` with this length; the last `Arc` is gone, so no `Buf` is left.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 
@@ -56,16 +71,13 @@ impl Pool {
     /// A pool with these classes, zeroed.
     ///
     /// # Panics
-    /// If there is no class, or a capacity is 0 or no multiple of 4096: a bug of the caller.
+    /// If there is no class, or a capacity is 0 or no multiple of 4096 (a bug of the caller); or if the kernel has no
+    /// address space left.
     pub fn new(classes: &[Class]) -> Self {
         let mut classes = classes.to_vec();
         classes.sort_by_key(|c| c.capacity);
         let total: usize = classes.iter().map(|c| c.capacity * c.count).sum();
         assert!(total > 0 && classes.iter().all(|c| c.capacity > 0 && c.capacity.is_multiple_of(ALIGN)));
-        let layout = Layout::from_size_align(total, ALIGN).expect("a pool's size is far below the address space");
-        // SAFETY: `total` is not zero.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        let Some(start) = NonNull::new(start) else { std::alloc::handle_alloc_error(layout) };
         let mut offset = 0;
         let classes = classes
             .into_iter()
@@ -75,7 +87,7 @@ impl Pool {
                 state
             })
             .collect();
-        Self(Arc::new(Inner { region: Region { start, layout }, classes }))
+        Self(Arc::new(Inner { region: Region::new(total), classes }))
     }
 
     /// A buffer of at least `capacity` bytes, or none if all that fit are taken. Its content is what was left in it.
@@ -112,12 +124,12 @@ impl Pool {
 
     /// Bytes of the whole pool.
     pub fn total_bytes(&self) -> usize {
-        self.0.region.layout.size()
+        self.0.region.len
     }
 
     /// Where the region lies and how long it is, for registering it with a ring.
     pub(super) fn region(&self) -> (*mut u8, usize) {
-        (self.0.region.start.as_ptr(), self.0.region.layout.size())
+        (self.0.region.start.as_ptr(), self.0.region.len)
     }
 
     /// True if both handles are of one pool.
