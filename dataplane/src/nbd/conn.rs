@@ -18,7 +18,7 @@ use super::receive::{Fill, Receiver, Want, capacity, position};
 use super::reply::{SMALL_MAX, Sender};
 use super::request::{Kind, NONE, PartOp, ReadMode, Req, Slab};
 use super::server::Shared;
-use super::status::{self, STATUS_MAX};
+use super::status::{Extents, STATUS_MAX};
 
 /// Longest payload that is received only to be thrown away, bytes. A client that announces more is out of step.
 const DRAIN_MAX: u32 = MAX_PAYLOAD_UNTOLD;
@@ -391,10 +391,10 @@ impl Conn {
             }
             cmd::BLOCK_STATUS => {
                 let one = flags & cmd_flag::REQ_ONE != 0;
-                let mut extents = [0; STATUS_MAX];
-                let used = status::extents(io, disk, offset, offset + len, one, &mut extents);
-                let head = chunk_header(chunk::DONE, chunk::BLOCK_STATUS, cookie, used as u32);
-                self.tx.push_small(&head, &extents[..used]);
+                let extents = Extents::of(io, disk, offset, offset + len, one);
+                let payload = extents.bytes();
+                let head = chunk_header(chunk::DONE, chunk::BLOCK_STATUS, cookie, payload.len() as u32);
+                self.tx.push_small(&head, payload);
                 return Ok(());
             }
             cmd::FLUSH => Request::Flush,

@@ -103,12 +103,14 @@ impl Shared {
 pub const RETRY: Nanos = 5_000_000;
 /// A client that has taken nothing for so long while others wait for the buffers that it holds is dropped.
 const STALL: Nanos = 30_000_000_000;
+/// A handshake that has stood still for less is not given up for another client.
+const HANDSHAKE_GRACE: Nanos = 2_000_000_000;
 /// Bytes of replies to options that may wait; no further option is looked at meanwhile.
 const BULK_MAX: usize = 64 * 1024;
 /// More requests than this could fill the buffer for small replies: see [`Limits::requests`].
 const REQUESTS_MAX: usize = (OUT_BYTES - STATUS_MAX) / SMALL_MAX - 1;
-/// Connections are numbered in 16 bits.
-const CONNECTIONS_MAX: usize = u16::MAX as usize;
+/// Connections are numbered in 16 bits, and those that are being forgotten count too.
+const CONNECTIONS_MAX: usize = 1 << 15;
 
 const RECV: u16 = 0;
 const SEND: u16 = 1;
@@ -171,10 +173,9 @@ impl<I: Io> Server<I> {
     /// Takes over a connected socket of a new client and greets it. On error the socket is closed.
     pub fn attach(&mut self, io: &mut I, sock: Sock, disks: &impl Disks<I>) -> Result<(), AttachError> {
         let _ = disks; // asked when the client asks
-        let connected = self.places.len() - self.vacant.len();
-        if connected >= self.shared.limits.connections || self.shutdown {
+        if self.shutdown || !self.make_room(io) {
             io.close_sock(sock);
-            return Err(AttachError::TooMany(connected));
+            return Err(AttachError::TooMany(self.shared.limits.connections));
         }
         self.shared.pool_bytes = io.pool().total_bytes();
         let halves = io.pool().take(STAGING_BYTES).and_then(|b| Some((Receiver::new(b), Sender::new(io.pool())?)));
@@ -202,6 +203,28 @@ impl<I: Io> Server<I> {
         self.active.push(index);
         self.shared.counters.connections += 1;
         Ok(())
+    }
+
+    /// True if one more client may come. Those that only hold a place have to make room: the one whose handshake has
+    /// stood still the longest goes, if that is long enough.
+    fn make_room(&mut self, io: &mut I) -> bool {
+        let live = || self.places.iter().filter_map(|p| p.conn.as_deref()).filter(|c| !c.dead);
+        if self.places.len() - self.vacant.len() < self.shared.limits.connections
+            || live().count() < self.shared.limits.connections
+        {
+            return true;
+        }
+        let oldest = live().filter(|c| matches!(c.phase, Phase::Negotiating(_))).min_by_key(|c| c.deadline);
+        let patience = self.shared.limits.handshake.saturating_sub(HANDSHAKE_GRACE);
+        let Some((id, deadline)) = oldest.map(|c| (c.id, c.deadline)) else { return false };
+        if deadline > io.now().saturating_add(patience) {
+            return false;
+        }
+        if let Some((index, conn)) = conn_of(&mut self.places, id) {
+            conn.kill(&mut self.shared, io);
+            self.activate(index);
+        }
+        true
     }
 
     /// True if a completion with this token is for [`Server::done`].

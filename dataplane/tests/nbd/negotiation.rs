@@ -344,3 +344,16 @@ fn one_client_too_many_is_turned_away() {
     bed.settle(1_000_000_000);
     bed.serving(true);
 }
+
+#[test]
+fn clients_that_say_nothing_do_not_keep_others_out() {
+    let limits = Limits { connections: 3, ..Limits::default() };
+    let mut bed = Bed::with(1, limits, classes(), vec![MemDisk::new(7, "disk", 1 << 20)]);
+    let serving = bed.serving(true);
+    let silent = [bed.connect(), bed.connect()];
+    bed.settle(3_000_000_000);
+    bed.serving(true);
+    bed.settle(1_000_000_000);
+    assert!(bed.clients[silent[0]].closed && !bed.clients[silent[1]].closed);
+    assert_eq!(bed.read(serving, 0, 0, 1), Ok(vec![0]));
+}
