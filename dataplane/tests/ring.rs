@@ -190,6 +190,68 @@ fn a_registration_longer_than_one_piece_works() {
     }
 }
 
+/// A loop device over a file, gone at the end; none where this host has none to give.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn new(path: &str) -> Option<Self> {
+        let made = std::process::Command::new("losetup").args(["-f", "--show", "--direct-io=on", path]).output();
+        let made = made.ok().filter(|made| made.status.success())?;
+        Some(Self(String::from_utf8_lossy(&made.stdout).trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_opened_locked_written_and_zeroed() {
+    let (mut ring, dir) = (ring(), dir());
+    let backing = format!("{}/backing", dir.path().display());
+    std::fs::File::create(&backing).and_then(|file| file.set_len(8 << 20)).expect("a backing file");
+    let Some(device) = LoopDevice::new(&backing) else {
+        eprintln!("skipped: no loop device can be made here");
+        return;
+    };
+    let how = OpenHow { write: true, create_new: false, lock: true };
+    let file = ring.open(&device.0, how).expect("nobody holds it");
+    assert_eq!(ring.open(&device.0, how), Err(Errno::BUSY));
+    let info = ring.info(file).expect("it is open");
+    assert!(info.device && info.size == 8 << 20 && info.block >= 512 && info.physical_block >= info.block);
+    assert_eq!(ring.set_len(file, 8 << 20, true), Ok(()));
+    assert_eq!(ring.set_len(file, 4 << 20, false), Err(Errno::INVAL));
+    let mut source = part(ring.pool(), 1 << 20);
+    source.buf.fill(7);
+    ring.submit(1, Op::Write { file, offset: 1 << 20, part: source, durable: true });
+    assert_eq!(wait(&mut ring).result, Ok(1 << 20));
+    assert!(!ring.allocation(file, 1 << 20).expect("it is open").hole);
+    if info.discard {
+        ring.submit(2, Op::Zero { file, offset: (1 << 20) + 4096, len: 4096, unmap: true });
+        assert_eq!(wait(&mut ring).result, Ok(0));
+    }
+    ring.submit(3, Op::Zero { file, offset: (1 << 20) + 8192, len: 4096, unmap: false });
+    assert_eq!(wait(&mut ring).result, Ok(0));
+    ring.submit(4, Op::Sync { file });
+    assert_eq!(wait(&mut ring).result, Ok(0));
+    let target = part(ring.pool(), 1 << 20);
+    ring.submit(5, Op::Read { file, offset: 1 << 20, part: target });
+    let back = wait(&mut ring).part.expect("the buffer comes back");
+    let zeros = if info.discard { 4096..12288 } else { 8192..12288 };
+    for (at, byte) in back.buf.iter().enumerate() {
+        assert_eq!(*byte, if zeros.contains(&at) { 0 } else { 7 }, "byte {at}");
+    }
+    let target = part(ring.pool(), 8192);
+    ring.submit(6, Op::Read { file, offset: (8 << 20) - 4096, part: target });
+    assert_eq!(wait(&mut ring).result, Err(Errno::IO));
+    ring.close(file);
+    let file = ring.open(&device.0, how).expect("it was closed");
+    ring.close(file);
+    drop(ring);
+}
+
 #[test]
 fn polls_do_not_enter_the_kernel_in_vain() {
     let mut ring = ring();

@@ -185,13 +185,13 @@ impl Names {
         self.visible = self.stable.clone();
     }
 
-    /// True if any name, now or after a power loss, leads to it.
-    pub(super) fn reaches(&self, inode: InodeId) -> bool {
-        self.visible.values().chain(self.stable.values()).any(|i| *i == inode)
-            || self
-                .pending
-                .iter()
-                .any(|c| matches!(c, Change::Link { inode: i, .. } | Change::Rename { inode: i, .. } if *i == inode))
+    /// All that any name leads to, now or after a power loss.
+    pub(super) fn reachable(&self) -> BTreeSet<InodeId> {
+        let pending = self.pending.iter().filter_map(|change| match change {
+            Change::Link { inode, .. } | Change::Rename { inode, .. } => Some(*inode),
+            Change::Unlink { .. } => None,
+        });
+        self.visible.values().chain(self.stable.values()).copied().chain(pending).collect()
     }
 }
 

@@ -3,6 +3,7 @@
 //! A [`Sock`] is one end: number `2 c` or `2 c + 1` of connection `c`. Each end holds the bytes on their way to it.
 
 use std::collections::VecDeque;
+use std::io::Read as _;
 
 use super::state::{Event, LifeId, State};
 use crate::io::{Done, Errno, Nanos, Op, Part, Sock, Token};
@@ -258,9 +259,8 @@ impl State {
         let mut left = len;
         for part in part.iter_mut().chain(&mut parts) {
             let take = left.min(part.len);
-            for (slot, byte) in part.buf[part.at..part.at + take].iter_mut().zip(end.arrived.drain(..take)) {
-                *slot = byte;
-            }
+            let read = end.arrived.read_exact(&mut part.buf[part.at..part.at + take]);
+            read.expect("no more is taken than has arrived");
             left -= take;
         }
         end.held -= len;

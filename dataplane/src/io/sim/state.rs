@@ -366,12 +366,10 @@ impl State {
 
     /// Forgets contents that no name and no open file leads to.
     pub(super) fn collect(&mut self, node: usize) {
-        let Node { names, inodes, .. } = &mut self.nodes[node];
-        let lives = &self.lives;
-        inodes.retain(|inode, _| {
-            names.reaches(*inode)
-                || lives.iter().any(|life| life.node == node && life.files.values().any(|file| file.inode == *inode))
-        });
+        let mut reachable = self.nodes[node].names.reachable();
+        let lives = self.lives.iter().filter(|life| life.node == node);
+        reachable.extend(lives.flat_map(|life| life.files.values().map(|file| file.inode)));
+        self.nodes[node].inodes.retain(|inode, _| reachable.contains(inode));
     }
 
     /// Bytes that the node's disk can still take.
