@@ -50,7 +50,6 @@ pub struct Piece {
 #[derive(Debug, Default)]
 pub struct Cover {
     gaps: Vec<(u64, u64)>,
-    left: Vec<(u64, u64)>,
     hits: Vec<Entry>,
     pieces: Vec<Piece>,
 }
@@ -92,13 +91,15 @@ impl Cover {
     }
 
     fn take(&mut self, hit: &Entry, segment: u64, first_seq: u64) {
-        self.left.clear();
-        for &(start, end) in &self.gaps {
-            let (from, to) = (start.max(hit.start), end.min(hit.end()));
-            if from >= to {
-                self.left.push((start, end));
-                continue;
-            }
+        // Gaps are sorted and apart: those that the record meets are neighbours.
+        let from = self.gaps.partition_point(|gap| gap.1 <= hit.start);
+        let to = from + self.gaps[from..].partition_point(|gap| gap.0 < hit.end());
+        if from == to {
+            return;
+        }
+        let seq = first_seq + u64::from(hit.seq_delta);
+        for &(start, end) in &self.gaps[from..to] {
+            let (start, end) = (start.max(hit.start), end.min(hit.end()));
             let content = match hit.kind {
                 EntryKind::Zero => Content::Zero,
                 EntryKind::Unreadable => Content::Unreadable,
@@ -106,19 +107,15 @@ impl Cover {
                     segment,
                     frame: hit.frame,
                     chunk: hit.chunk,
-                    at: hit.payload_at + (from - hit.start) as u32,
+                    at: hit.payload_at + (start - hit.start) as u32,
                 },
             };
-            let seq = first_seq + u64::from(hit.seq_delta);
-            self.pieces.push(Piece { offset: from, len: to - from, content, seq });
-            if start < from {
-                self.left.push((start, from));
-            }
-            if to < end {
-                self.left.push((to, end));
-            }
+            self.pieces.push(Piece { offset: start, len: end - start, content, seq });
         }
-        std::mem::swap(&mut self.gaps, &mut self.left);
+        let (first, last) = (self.gaps[from], self.gaps[to - 1]);
+        let before = (first.0 < hit.start).then_some((first.0, hit.start));
+        let behind = (hit.end() < last.1).then_some((hit.end(), last.1));
+        self.gaps.splice(from..to, before.into_iter().chain(behind));
     }
 
     /// The pieces in the order of the disk; what no record covers is [`Content::Below`].

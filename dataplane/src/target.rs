@@ -2,31 +2,63 @@
 //!
 //! The owner (a data thread on the ring, or the simulator) gives it completions ([`Target::done`]) and turns
 //! ([`Target::turn`]), and says hello and attaches the sockets of sources.
+//!
+//! - `config`, `status`: what goes in and what comes out; `hello`: who may write; `stream`: one stream and how it is
+//!   opened after a start; `points`: restore points; `views`: opening, serving and closing views; `ops`: operations
+//!   under way.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
+use afterimage_wire::control::StopReason;
 use afterimage_wire::handshake::{Hello, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, StreamId};
+use afterimage_wire::timeline::TimelineKind;
 
-use crate::host::{Answer, DiskKey, Disks, Export, Geometry, HostDisk, Request};
-use crate::io::{Allocation, Done, Errno, Io, Nanos, Sock, Token};
+use crate::io::{Done, Io, Nanos, Sock, Token};
+use crate::journal::append::NoRoom;
+use crate::receive::{Connection, End};
 use crate::seal::ControlKey;
+use crate::view::{Reads, View};
 
 mod config;
+mod hello;
+pub(crate) mod ops;
+mod points;
 mod status;
+pub(crate) mod stream;
+mod views;
 
 pub use config::{Choice, MAX_SEGMENT, MIN_SEGMENT, PointError, StreamConfig, TargetConfig, TargetError, ViewConfig};
 pub use status::{Damage, DiskStatus, PointInfo, StreamState, StreamStatus, TargetEvent, ViewStatus};
+pub use views::ViewDisk;
+
+use ops::{Ctx, JournalId, Ops, Purpose};
+use stream::{Phase, Stream, Welcomed};
 
 /// Most views open on one target.
 pub const MAX_VIEWS: usize = 256;
+/// Events kept until they are asked for; older ones are dropped.
+const MAX_EVENTS: usize = 1024;
+/// Batches of received frames taken into the index in one turn.
+const INDEX_PER_TURN: usize = 2;
+/// When a buffer is waited for, how long until the next look.
+const STARVED: Nanos = 1_000_000;
 
 /// The core.
 pub struct Target<I: Io> {
-    base: Token,
+    ops: Ops,
     config: TargetConfig,
     events: VecDeque<TargetEvent>,
-    marker: std::marker::PhantomData<I>,
+    next_id: u32,
+    next_key: u32,
+    streams: BTreeMap<u32, Stream>,
+    connections: BTreeMap<u32, Connection>,
+    views: Vec<View>,
+    reads: Reads,
+    /// There is more to do without a completion.
+    more: bool,
+    starved_at: Option<Nanos>,
+    marker: std::marker::PhantomData<fn(I)>,
 }
 
 impl<I: Io> Target<I> {
@@ -36,12 +68,25 @@ impl<I: Io> Target<I> {
     /// [`TargetError::Config`].
     pub fn new(base_id: u16, config: TargetConfig) -> Result<Self, TargetError> {
         config.check()?;
-        Ok(Self { base: Token::from(base_id) << 48, config, events: VecDeque::new(), marker: std::marker::PhantomData })
+        Ok(Self {
+            ops: Ops::new(base_id),
+            reads: Reads::new(config.cache_bytes),
+            config,
+            events: VecDeque::new(),
+            next_id: 1,
+            next_key: 1,
+            streams: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            views: Vec::new(),
+            more: false,
+            starved_at: None,
+            marker: std::marker::PhantomData,
+        })
     }
 
     /// True if a completion with this token is ours.
     pub fn owns(&self, token: Token) -> bool {
-        token >> 48 == self.base >> 48
+        self.ops.owns(token)
     }
 
     /// Settings.
@@ -49,72 +94,411 @@ impl<I: Io> Target<I> {
         &self.config
     }
 
+    fn id_of(&self, stream: StreamId) -> Option<u32> {
+        self.streams.values().find(|open| open.config.stream == stream).map(|open| open.id)
+    }
+
+    fn stream(&mut self, stream: StreamId) -> Result<&mut Stream, TargetError> {
+        let id = self.id_of(stream).ok_or(TargetError::UnknownStream(stream))?;
+        self.streams.get_mut(&id).ok_or(TargetError::UnknownStream(stream))
+    }
+
+    fn ready(&mut self, stream: StreamId) -> Result<&mut Stream, TargetError> {
+        let open = self.stream(stream)?;
+        match &open.phase {
+            Phase::Ready => Ok(open),
+            Phase::Failed(why) => Err(TargetError::Failed { stream, why: why.clone() }),
+            _ => Err(TargetError::Recovering(stream)),
+        }
+    }
+
     /// Makes the stream, or opens what is there and begins to recover it ([`TargetEvent::Ready`] follows). Called again
     /// for an open stream, it takes over name, retention, new disks and higher generations.
     ///
     /// # Errors
     /// Storage, a table that makes no sense, or a disk that is another one than the table's.
-    pub fn open_stream(&mut self, _io: &mut I, config: StreamConfig) -> Result<(), TargetError> {
-        Err(TargetError::UnknownStream(config.stream))
+    pub fn open_stream(&mut self, io: &mut I, config: StreamConfig) -> Result<(), TargetError> {
+        if let Some(id) = self.id_of(config.stream) {
+            let open = self.streams.get_mut(&id).expect("found above");
+            if !matches!(open.phase, Phase::Failed(_)) {
+                return open.reconfigure(io, config);
+            }
+            // It is read again from the beginning.
+            self.forget_stream(io, id);
+        }
+        let id = self.take_id();
+        let mut open = Stream::open(io, id, config, &self.config)?;
+        open.open_turn(&mut Ctx { io, ops: &mut self.ops }, &mut self.next_id, &mut self.events);
+        self.streams.insert(id, open);
+        Ok(())
+    }
+
+    fn take_id(&mut self) -> u32 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+
+    fn forget_stream(&mut self, io: &mut I, id: u32) {
+        let names: Vec<String> =
+            self.views.iter().filter(|view| view.stream == id).map(|view| view.name.clone()).collect();
+        for name in names {
+            self.shut_view(&name);
+        }
+        if let Some(mut open) = self.streams.remove(&id) {
+            if let Some(connection) = open.connection.take().and_then(|id| self.connections.get_mut(&id)) {
+                connection.stop(StopReason::ShuttingDown, 0, "the stream is closed here".into());
+            }
+            open.close(io);
+        }
     }
 
     /// Closes the stream, its connection and its views; `erase` also removes all it has on disk.
     ///
     /// # Errors
     /// Not known, or storage.
-    pub fn drop_stream(&mut self, _io: &mut I, stream: StreamId, _erase: bool) -> Result<(), TargetError> {
-        Err(TargetError::UnknownStream(stream))
+    pub fn drop_stream(&mut self, io: &mut I, stream: StreamId, erase: bool) -> Result<(), TargetError> {
+        let id = self.id_of(stream).ok_or(TargetError::UnknownStream(stream))?;
+        self.forget_stream(io, id);
+        if !erase {
+            return Ok(());
+        }
+        let dir = format!("{}/streams/{stream}", self.config.root);
+        // The tables go last: as long as they are there, what is left can be found.
+        for folder in [format!("{dir}/segments"), format!("{dir}/replica"), dir] {
+            let storage = |path: &str, errno| TargetError::Storage { what: "erasing", path: path.to_owned(), errno };
+            let names = io.list(&folder).map_err(|errno| storage(&folder, errno))?;
+            for name in names.iter().filter(|name| !matches!(name.as_str(), "segments" | "replica")) {
+                let path = format!("{folder}/{name}");
+                io.remove(&path).map_err(|errno| storage(&path, errno))?;
+            }
+            io.sync_dir(&folder).map_err(|errno| storage(&folder, errno))?;
+        }
+        Ok(())
     }
 
     /// Decides about a source that introduces itself.
-    pub fn hello(&mut self, _io: &mut I, _hello: &Hello) -> Welcome {
-        Welcome::Refused { reason: Refusal::UnknownStream, message: String::new() }
+    pub fn hello(&mut self, io: &mut I, hello: &Hello) -> Welcome {
+        let id = self.id_of(hello.stream);
+        let Some(stream) = id.and_then(|id| self.streams.get_mut(&id)) else {
+            return hello::refuse(Refusal::UnknownStream, format!("stream {} is not known here", hello.stream));
+        };
+        match hello::decide(stream, hello) {
+            Ok(accepted) => {
+                if stream.position().incarnation != hello.incarnation {
+                    stream.welcomed =
+                        Some(Welcomed { incarnation: hello.incarnation, whole_resync: accepted.whole_resync });
+                }
+                let timeline = stream.history.table().current;
+                // From here on the position must not move under the source by frames of an older connection that are
+                // not on their way to the disk yet.
+                if let Some(old) = stream.connection
+                    && let Some(connection) = self.connections.get_mut(&old)
+                {
+                    connection.stop(StopReason::Replaced, 0, "a newer connection of the source took over".into());
+                    connection.discard();
+                    stream.journal.drop_queue();
+                }
+                self.pump_connections(io);
+                Welcome::Accepted { timeline, position: accepted.position, whole_resync: accepted.whole_resync }
+            }
+            Err(refused) => refused,
+        }
     }
 
     /// Takes a connection after its handshake: `hello` was accepted, and `Begin` has come. It is decided about again
     /// (a fence may have come between); a refusal then is a sealed `Stop`. Replaces the stream's older connection.
     /// `control` seals target → source.
-    pub fn attach(&mut self, io: &mut I, _hello: &Hello, sock: Sock, _control: ControlKey) {
-        io.close_sock(sock);
+    pub fn attach(&mut self, io: &mut I, hello: &Hello, sock: Sock, control: ControlKey) {
+        let Ok(stream) = self.stream(hello.stream) else { return io.close_sock(sock) };
+        let (number, stream_id, id) = (stream.id, stream.config.stream, stream.connection.take());
+        let decision = hello::decide(stream, hello);
+        if decision.is_ok() {
+            stream.journal.drop_queue();
+        } else {
+            stream.connection = id;
+        }
+        // Decided again, since the queue is gone.
+        let decision = decision.and_then(|_| match self.stream(hello.stream) {
+            Ok(stream) => hello::decide(stream, hello),
+            Err(_) => Err(hello::refuse(Refusal::UnknownStream, "")),
+        });
+        let claims = hello.disks.iter().map(|claim| (claim.disk.id, claim.generation)).collect();
+        let connection_id = self.take_id();
+        let now = io.now();
+        match decision {
+            Ok(accepted) => {
+                if let Some(old) = id.and_then(|id| self.connections.get_mut(&id)) {
+                    old.stop(StopReason::Replaced, 0, "a newer connection of the source took over".into());
+                    old.discard();
+                }
+                let connection = Connection::new(
+                    connection_id,
+                    number,
+                    stream_id,
+                    accepted.writer,
+                    claims,
+                    sock,
+                    control,
+                    accepted.next,
+                    now,
+                );
+                self.connections.insert(connection_id, connection);
+                if let Some(stream) = self.streams.get_mut(&number) {
+                    stream.connection = Some(connection_id);
+                    stream.last_heard = Some(now);
+                }
+                self.event(TargetEvent::Connected { stream: hello.stream, incarnation: hello.incarnation });
+            }
+            Err(refused) => {
+                let (reason, value, why) = match refused {
+                    Welcome::Refused { reason: Refusal::Fenced { generation, .. }, message } => {
+                        (StopReason::Fenced, generation, message)
+                    }
+                    Welcome::Refused { reason: Refusal::Unable, message } => (StopReason::NoSpace, 0, message),
+                    Welcome::Refused { message, .. } => (StopReason::Replaced, 0, message),
+                    Welcome::Accepted { .. } => return io.close_sock(sock),
+                };
+                let Some(writer) = self.throwaway(hello) else { return io.close_sock(sock) };
+                let mut connection =
+                    Connection::new(connection_id, number, stream_id, writer, claims, sock, control, (1, 1), now);
+                connection.stop(reason, value, why);
+                self.connections.insert(connection_id, connection);
+            }
+        }
+        self.pump_connections(io);
+    }
+
+    /// Stands for the writer of a connection that is only told why it ends.
+    fn throwaway(&mut self, hello: &Hello) -> Option<std::sync::Arc<crate::journal::Writer>> {
+        let key = self.stream(hello.stream).ok()?.config.policy_key.unwrap(hello.incarnation, &hello.key).ok()?;
+        Some(std::sync::Arc::new(crate::journal::Writer {
+            incarnation: hello.incarnation,
+            predecessor: hello.predecessor,
+            wrapped: hello.key,
+            key,
+            disks: Vec::new(),
+        }))
     }
 
     /// A completion of ours.
-    pub fn done(&mut self, _io: &mut I, _done: Done) {}
+    pub fn done(&mut self, io: &mut I, done: Done) {
+        let Some(purpose) = self.ops.take(done.token) else { return };
+        match purpose {
+            Purpose::Receive(id) => {
+                if let Some(connection) = self.connections.get_mut(&id) {
+                    connection.on_received(io.now(), done);
+                    if let Some(stream) = self.streams.get_mut(&connection.stream)
+                        && stream.connection == Some(id)
+                    {
+                        stream.last_heard = Some(connection.last_heard);
+                        let mut ctx = Ctx { io, ops: &mut self.ops };
+                        connection.turn(&mut ctx, &mut stream.journal);
+                        stream.journal.pump(&mut ctx);
+                    }
+                }
+            }
+            Purpose::Control(id) => {
+                if let Some(connection) = self.connections.get_mut(&id) {
+                    connection.on_sent(&done);
+                }
+            }
+            Purpose::Append(JournalId::Stream(id), serial) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.journal.on_append(serial, done);
+                    self.written(id);
+                }
+            }
+            Purpose::Append(JournalId::Delta(id), serial) => {
+                if let Some(delta) = self.delta(id) {
+                    delta.on_append(serial, done);
+                }
+            }
+            Purpose::AppendSync(JournalId::Stream(id)) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.journal.on_sync(&done);
+                }
+            }
+            Purpose::AppendSync(JournalId::Delta(id)) => {
+                if let Some(delta) = self.delta(id) {
+                    delta.journal.on_sync(&done);
+                }
+            }
+            Purpose::Prepare(JournalId::Stream(id)) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.journal.on_prepare(&done);
+                }
+            }
+            Purpose::Prepare(JournalId::Delta(id)) => {
+                if let Some(delta) = self.delta(id) {
+                    delta.journal.on_prepare(&done);
+                }
+            }
+            Purpose::Recover(id) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.recover_done(io, done, &mut self.events);
+                }
+            }
+            Purpose::Fold(id, what) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.fold_done(&mut Ctx { io, ops: &mut self.ops }, what, done);
+                }
+            }
+            Purpose::Chunk(number) => self.reads.on_chunk(number, done),
+            Purpose::Image(number) => self.reads.on_image(number, done),
+        }
+    }
+
+    fn delta(&mut self, id: u32) -> Option<&mut crate::delta::Delta> {
+        self.streams.values_mut().flat_map(|stream| &mut stream.deltas).find(|delta| delta.id == id)
+    }
+
+    /// Batches are durable: acknowledged now, indexed in a later turn, so that the acknowledgement does not wait.
+    fn written(&mut self, id: u32) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let mut any = false;
+        while let Some(written) = stream.journal.take_written() {
+            stream.received_bytes += written.part.len as u64;
+            stream.to_index.push_back(written);
+            any = true;
+        }
+        if any {
+            stream.welcomed = None;
+            let durable = stream.journal.durable;
+            if let Some(connection) = stream.connection.and_then(|id| self.connections.get_mut(&id))
+                && connection.writer.incarnation == durable.incarnation
+            {
+                connection.acknowledge(durable.frame, durable.seq);
+            }
+        }
+    }
 
     /// Moves what is queued; call after the completions of a poll.
-    pub fn turn(&mut self, _io: &mut I) {}
+    pub fn turn(&mut self, io: &mut I) {
+        self.more = false;
+        let mut starved = false;
+        let mut ctx = Ctx { io, ops: &mut self.ops };
+        for stream in self.streams.values_mut() {
+            if !stream.is_ready() {
+                stream.open_turn(&mut ctx, &mut self.next_id, &mut self.events);
+                continue;
+            }
+            // What became durable before this turn's poll is indexed; its acknowledgement is under way.
+            self.more |= stream.index_turn(INDEX_PER_TURN, &mut self.events);
+            self.more |= stream.fold_turn(&mut ctx);
+            starved |= stream.fold.starved;
+            for delta in &mut stream.deltas {
+                self.more |= delta.turn(&mut ctx);
+            }
+            stream.journal.pump(&mut ctx);
+        }
+        self.pump_connections(io);
+        let mut ctx = Ctx { io, ops: &mut self.ops };
+        self.reads.turn(&mut ctx, &mut self.streams);
+        starved |= self.reads.is_starved() || self.connections.values().any(Connection::is_starved);
+        self.starved_at = starved.then(|| io.now() + STARVED);
+        self.deliver();
+        self.look_after(io);
+        let surplus = self.events.len().saturating_sub(MAX_EVENTS);
+        self.events.drain(..surplus);
+    }
+
+    fn pump_connections(&mut self, io: &mut I) {
+        let mut ended = Vec::new();
+        for connection in self.connections.values_mut() {
+            let mut ctx = Ctx { io, ops: &mut self.ops };
+            match self.streams.get_mut(&connection.stream) {
+                Some(stream) => {
+                    connection.turn(&mut ctx, &mut stream.journal);
+                    stream.journal.pump(&mut ctx);
+                }
+                None => connection.say(&mut ctx),
+            }
+            if connection.is_over() {
+                ended.push(connection.id);
+            }
+        }
+        for id in ended {
+            let Some(mut connection) = self.connections.remove(&id) else { continue };
+            connection.close(io);
+            let Some(stream) = self.streams.get_mut(&connection.stream) else { continue };
+            stream.received_frames += connection.received_frames;
+            if stream.connection == Some(id) {
+                stream.connection = None;
+            }
+            let why = match connection.end {
+                Some(End::Stopped(_, why)) => why,
+                Some(End::Peer(Some(errno))) => errno.to_string(),
+                Some(End::Peer(None)) | None => "the source closed the connection".into(),
+            };
+            tracing::info!(stream = %stream.config.stream, why, "a source's connection has ended");
+            let stream = stream.config.stream;
+            self.events.push_back(TargetEvent::Disconnected { stream, why });
+        }
+    }
+
+    /// Conditions that end a connection, and what is to be told.
+    fn look_after(&mut self, io: &mut I) {
+        for stream in self.streams.values_mut() {
+            if let Some((why, floor)) = stream.fold.shortened.take() {
+                let told = stream.shortened.is_some();
+                stream.shortened = Some(format!("history is shorter than its retention: {why} is used up"));
+                if !told {
+                    let why = why.to_owned();
+                    self.events.push_back(TargetEvent::Shortened { stream: stream.config.stream, floor, why });
+                }
+            }
+            let connection = stream.connection.and_then(|id| self.connections.get_mut(&id));
+            if let Some(errno) = stream.journal.failed() {
+                if let Some(connection) = connection {
+                    connection.stop(StopReason::JournalFailed, 0, format!("the journal's disk failed: {errno}"));
+                }
+                continue;
+            }
+            if stream.no_space.is_some() {
+                // Folding (a longer budget, a closed view) may have made room.
+                if stream.has_space(io) {
+                    stream.no_space = None;
+                }
+                continue;
+            }
+            if let Some(why) = stream.journal.no_room()
+                && !(why == NoRoom::Budget && stream.can_fold())
+            {
+                let why = match why {
+                    NoRoom::Budget => "the journal's budget is used up and nothing may be folded",
+                    NoRoom::Space => "the journal's file system is full",
+                };
+                tracing::error!(stream = %stream.config.stream, why, "the stream stops");
+                stream.no_space = Some(why.to_owned());
+                stream.journal.drop_queue();
+                if let Some(connection) = connection {
+                    connection.stop(StopReason::NoSpace, 0, why.to_owned());
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, event: TargetEvent) {
+        self.events.push_back(event);
+    }
 
     /// When [`Target::turn`] is wanted at the latest; a past time means at once, after a poll that does not wait.
     pub fn deadline(&self) -> Option<Nanos> {
-        None
+        if self.more {
+            return Some(0);
+        }
+        let streams = self.streams.values().flat_map(|stream| {
+            let deltas = stream.deltas.iter().filter_map(|delta| delta.deadline());
+            deltas.chain(stream.deadline()).chain(stream.journal.deadline()).chain(stream.fold_deadline())
+        });
+        let connections = self.connections.values().filter_map(Connection::deadline);
+        streams.chain(connections).chain(self.starved_at).min()
     }
 
     /// What happened by itself.
     pub fn next_event(&mut self) -> Option<TargetEvent> {
         self.events.pop_front()
-    }
-
-    /// Restore points from record `from_seq` on, oldest first, at most `limit`.
-    ///
-    /// # Errors
-    /// Stream not known or not ready.
-    pub fn points(
-        &mut self,
-        _io: &mut I,
-        stream: StreamId,
-        _from_seq: u64,
-        _limit: usize,
-        _cuts_only: bool,
-    ) -> Result<Vec<PointInfo>, PointError> {
-        Err(PointError::NotReady(stream))
-    }
-
-    /// The point that is meant.
-    ///
-    /// # Errors
-    /// There is none. A point that does not hold all disks is given, with `complete` false.
-    pub fn resolve(&mut self, _io: &mut I, stream: StreamId, _choice: Choice) -> Result<PointInfo, PointError> {
-        Err(PointError::NotReady(stream))
     }
 
     /// Fences: raises the generation of these disks (all of the stream if none is named) to one above the highest among
@@ -125,70 +509,108 @@ impl<I: Io> Target<I> {
     /// Not known, or storage: then nothing is raised.
     pub fn raise_generation(
         &mut self,
-        _io: &mut I,
+        io: &mut I,
         stream: StreamId,
-        _disks: &[DiskId],
-        _reason: &str,
+        disks: &[DiskId],
+        reason: &str,
     ) -> Result<u64, TargetError> {
-        Err(TargetError::UnknownStream(stream))
-    }
-
-    /// Presents a point as disks, without copying. The same call again (also after a restart) gives the same view, with
-    /// what was written to it.
-    ///
-    /// # Errors
-    /// The point does not exist or does not hold a disk; the name is another view's; storage.
-    pub fn open_view(&mut self, _io: &mut I, config: ViewConfig) -> Result<Vec<Export>, TargetError> {
-        Err(TargetError::UnknownStream(config.stream))
-    }
-
-    /// Ends a view: requests under way end with an error. `keep_delta` keeps what was written for a later
-    /// [`Target::open_view`] of the same name, and keeps its base from being folded.
-    ///
-    /// # Errors
-    /// Not known, or storage.
-    pub fn close_view(&mut self, _io: &mut I, name: &str, _keep_delta: bool) -> Result<(), TargetError> {
-        Err(TargetError::UnknownView(name.to_owned()))
+        let id = self.ready(stream)?.id;
+        let open = self.streams.get_mut(&id).ok_or(TargetError::UnknownStream(stream))?;
+        let generation = open.history.raise(io, disks)?;
+        tracing::info!(%stream, generation, reason, "writers of an older generation are fenced");
+        let table = open.history.table();
+        let fenced = |claim: &(DiskId, u64)| table.disk(claim.0).is_some_and(|known| claim.1 < known.generation);
+        if let Some(connection) = open.connection.and_then(|id| self.connections.get_mut(&id))
+            && connection.claims.iter().any(fenced)
+        {
+            connection.stop(StopReason::Fenced, generation, format!("fenced: {reason}"));
+            connection.discard();
+            // No write was begun for these. Those that were, end in the journal behind the point that the failover
+            // takes, and are not acknowledged.
+            open.journal.drop_queue();
+            open.connection = None;
+        }
+        self.pump_connections(io);
+        Ok(generation)
     }
 
     /// Where every stream stands.
     pub fn status(&self) -> Vec<StreamStatus> {
-        Vec::new()
-    }
-}
-
-/// A disk of a view, borrowed.
-pub struct ViewDisk<'a, I: Io> {
-    target: &'a mut Target<I>,
-    answers: VecDeque<Answer>,
-    key: DiskKey,
-}
-
-impl<I: Io> Disks<I> for Target<I> {
-    fn exports(&self) -> Vec<Export> {
-        Vec::new()
+        self.streams.values().map(|stream| self.status_of(stream)).collect()
     }
 
-    fn disk(&mut self, key: DiskKey) -> Option<impl HostDisk<I> + '_> {
-        Some(ViewDisk { target: self, answers: VecDeque::new(), key })
+    fn status_of(&self, stream: &Stream) -> StreamStatus {
+        let connection = stream.connection.and_then(|id| self.connections.get(&id));
+        let state = match (&stream.phase, stream.journal.failed(), &stream.no_space) {
+            (Phase::Failed(why), ..) => StreamState::Failed(why.clone()),
+            (Phase::Ready, Some(errno), _) => StreamState::Failed(format!("the journal's disk failed: {errno}")),
+            (Phase::Ready, None, Some(why)) => StreamState::NoSpace(why.clone()),
+            (Phase::Ready, None, None) => StreamState::Ready,
+            _ => StreamState::Recovering,
+        };
+        let place = stream.position();
+        let journal = &stream.journal;
+        let oldest_time = journal.segments.front().map_or(0, |segment| segment.time.0);
+        let lives = stream.points.now();
+        let disks = stream.history.table().disks.iter().map(|known| {
+            let life = lives.get(&known.disk.slot);
+            DiskStatus {
+                id: known.disk.id,
+                name: known.disk.name.clone(),
+                size: life.map_or(known.disk.size, |life| life.info.size),
+                generation: known.generation,
+                timeline: known.timeline,
+                member: life.is_some_and(|life| life.member),
+                syncing: life.is_some_and(|life| !life.open.is_empty()),
+                damaged: !stream.damage.is_empty() && life.is_some_and(|life| life.member && life.owes_whole),
+            }
+        });
+        let views = self.views.iter().filter(|view| view.stream == stream.id).map(|view| {
+            let delta = stream.deltas.iter().find(|delta| Some(delta.id) == view.delta);
+            ViewStatus {
+                name: view.name.clone(),
+                seq: view.seq,
+                timeline: delta.map(|delta| delta.timeline()).unwrap_or_default(),
+                kind: if delta.is_some() { view.kind } else { TimelineKind::View },
+                delta_bytes: delta.map_or(0, |delta| delta.journal.bytes),
+                failed: delta.and_then(|delta| delta.failed.clone()),
+            }
+        });
+        StreamStatus {
+            stream: stream.config.stream,
+            name: stream.config.name.clone(),
+            state,
+            connected: connection.is_some_and(|connection| connection.end.is_none()),
+            last_heard: stream.last_heard,
+            timeline: stream.history.table().current,
+            incarnation: place.incarnation,
+            received_frame: journal.accepted.frame,
+            durable_frame: place.frame,
+            durable_seq: place.seq,
+            floor: stream.points.floor(),
+            oldest: stream.points.oldest_complete(),
+            newest: stream.points.newest_complete(),
+            newest_cut: stream.points.newest_cut(),
+            history: journal.stream_time().saturating_sub(oldest_time),
+            journal_bytes: journal.bytes,
+            segments: journal.segments.len(),
+            index_bytes: journal.index_bytes() + stream.points.bytes(),
+            received_bytes: stream.received_bytes,
+            received_frames: stream.received_frames + connection.map_or(0, |connection| connection.received_frames),
+            folded_segments: stream.fold.folded,
+            shortened: stream.shortened.clone(),
+            damage: stream.damage.clone(),
+            disks: disks.collect(),
+            views: views.collect(),
+        }
     }
-}
 
-impl<I: Io> HostDisk<I> for ViewDisk<'_, I> {
-    fn geometry(&self) -> Geometry {
-        let _ = (&self.target.base, self.key);
-        Geometry { size: 0, block: 512, physical_block: 4096, read_only: true, discard: false, serial: String::new() }
-    }
-
-    fn request(&mut self, _io: &mut I, cookie: u64, _request: Request) {
-        self.answers.push_back(Answer { cookie, result: Err(Errno::IO) });
-    }
-
-    fn answers(&mut self) -> &mut VecDeque<Answer> {
-        &mut self.answers
-    }
-
-    fn allocation(&mut self, _io: &mut I, _offset: u64) -> Result<Allocation, Errno> {
-        Err(Errno::IO)
+    /// Takes every durable frame into the index: what is asked next is about all of them.
+    fn settle(&mut self, stream: StreamId) {
+        if let Some(id) = self.id_of(stream)
+            && let Some(open) = self.streams.get_mut(&id)
+        {
+            open.index_written(usize::MAX, &mut self.events);
+        }
     }
 }

@@ -211,6 +211,9 @@ impl Points {
 
     /// Acknowledged history was lost from this record on.
     pub fn damage(&mut self, seq: u64) {
+        while self.cuts.back().is_some_and(|cut| cut.seq >= seq) {
+            self.cuts.pop_back();
+        }
         self.change(seq.max(self.floor + 1), 0, Change::Damage);
     }
 

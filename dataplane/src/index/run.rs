@@ -171,6 +171,19 @@ impl SegmentIndex {
         self.runs.push(all);
     }
 
+    /// Forgets all records numbered `seq` and above.
+    pub fn forget_from(&mut self, seq: u64) {
+        let limit = seq.saturating_sub(self.first_seq);
+        let keep = |entry: &Entry| u64::from(entry.seq_delta) < limit;
+        self.tail.retain(keep);
+        for run in &mut self.runs {
+            if run.iter().any(|entry| !keep(entry)) {
+                run.retain(keep);
+                build(run);
+            }
+        }
+    }
+
     /// The parts, newest first.
     pub fn newest_first(&self) -> impl Iterator<Item = IndexPart<'_>> {
         std::iter::once(IndexPart { entries: &self.tail, sorted: false })

@@ -1,0 +1,563 @@
+//! A stream at its target: tables, journal, images, fold, deltas; how it is opened after a start.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use afterimage_wire::ids::{DiskId, IncarnationId, TimelineId};
+use afterimage_wire::record::DiskInfo;
+use afterimage_wire::timeline::TimelineKind;
+use afterimage_wire::{ALIGN, align_up};
+
+use super::config::{StreamConfig, TargetConfig, TargetError};
+use super::ops::{Ctx, JournalId, Purpose};
+use super::status::{Damage, TargetEvent};
+use crate::delta::Delta;
+use crate::fold::Fold;
+use crate::index::Points;
+use crate::io::{Errno, File, Io, Nanos, OpenHow};
+use crate::journal::recover::{Progress, Recovery};
+use crate::journal::{Journal, JournalConfig, Place, Writer, Written, parse_segment_name};
+use crate::timeline::History;
+
+/// How long to wait for the lock of a file that a dead process still has I/O on.
+const LOCK_AGAIN: Nanos = 10_000_000;
+/// A segment holds at most this part of the retention.
+const ROLL_PART: u64 = 8;
+/// Batches of durable frames that wait to be indexed.
+const MAX_TO_INDEX: usize = 8;
+/// Shortest stream time of a segment that is not full.
+const ROLL_MIN: Nanos = 1_000_000_000;
+
+/// A replica image.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Image {
+    pub file: File,
+    /// Bytes.
+    pub size: u64,
+    /// Alignment of I/O.
+    pub block: u32,
+    /// Ranges can be given back.
+    pub unmap: bool,
+}
+
+/// How far a stream is open.
+#[derive(Debug)]
+pub(crate) enum Phase {
+    /// Another process, or I/O of a dead one, holds the stream's lock.
+    Locked,
+    /// Images are being opened; their locks may be held by I/O of a dead process.
+    Images,
+    /// The journal is being read.
+    Journal(Recovery),
+    /// The deltas of views are being read; the number of the one at hand.
+    Deltas(usize, Option<Recovery>),
+    /// Open.
+    Ready,
+    /// It cannot be used.
+    Failed(String),
+}
+
+/// A hello that was accepted and whose writer has sent nothing yet.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Welcomed {
+    pub incarnation: IncarnationId,
+    pub whole_resync: bool,
+}
+
+/// A stream.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    pub id: u32,
+    pub config: StreamConfig,
+    pub bounds: TargetConfig,
+    pub dir: String,
+    pub history: History,
+    pub phase: Phase,
+    again: Option<Nanos>,
+    pub journal: Journal,
+    pub points: Points,
+    pub images: BTreeMap<u16, Image>,
+    pub fold: Fold,
+    pub deltas: Vec<Delta>,
+    /// Points that open views without a delta need.
+    pub view_pins: Vec<(u32, u64)>,
+    pub damage: Vec<Damage>,
+    pub connection: Option<u32>,
+    pub last_heard: Option<Nanos>,
+    pub welcomed: Option<Welcomed>,
+    /// Durable, not yet in the index.
+    pub to_index: VecDeque<Written>,
+    ripe: usize,
+    pub plain: Vec<u8>,
+    pub received_bytes: u64,
+    pub received_frames: u64,
+    pub shortened: Option<String>,
+    pub no_space: Option<String>,
+    lock: Option<File>,
+}
+
+fn storage(what: &'static str, path: &str, errno: Errno) -> TargetError {
+    TargetError::Storage { what, path: path.to_owned(), errno }
+}
+
+impl Stream {
+    /// Opens or makes the tables; the rest follows in turns.
+    pub fn open<I: Io>(io: &mut I, id: u32, config: StreamConfig, bounds: &TargetConfig) -> Result<Self, TargetError> {
+        let dir = format!("{}/streams/{}", bounds.root, config.stream);
+        for folder in
+            [format!("{}/streams", bounds.root), dir.clone(), format!("{dir}/segments"), format!("{dir}/replica")]
+        {
+            io.list(&folder).map_err(|errno| storage("opening", &folder, errno))?;
+        }
+        let history = History::unread(config.stream);
+        let mut stream = Self {
+            id,
+            journal: Self::empty_journal(id, &config, bounds, &dir, TimelineId::NONE),
+            config,
+            bounds: bounds.clone(),
+            dir,
+            history,
+            phase: Phase::Locked,
+            again: None,
+            points: Points::default(),
+            images: BTreeMap::new(),
+            fold: Fold::default(),
+            deltas: Vec::new(),
+            view_pins: Vec::new(),
+            damage: Vec::new(),
+            connection: None,
+            last_heard: None,
+            welcomed: None,
+            to_index: VecDeque::new(),
+            ripe: 0,
+            plain: Vec::new(),
+            received_bytes: 0,
+            received_frames: 0,
+            shortened: None,
+            no_space: None,
+            lock: None,
+        };
+        if stream.take_lock(io)? {
+            stream.load(io).inspect_err(|_| stream.close(io))?;
+            stream.phase = Phase::Images;
+        }
+        Ok(stream)
+    }
+
+    fn empty_journal(
+        id: u32,
+        config: &StreamConfig,
+        bounds: &TargetConfig,
+        dir: &str,
+        timeline: TimelineId,
+    ) -> Journal {
+        let journal = JournalConfig {
+            dir: format!("{dir}/segments"),
+            stream: config.stream,
+            timeline,
+            segment_bytes: bounds.segment_bytes,
+        };
+        Journal::new(JournalId::Stream(id), journal, config.policy_key.clone(), u64::from(id) << 40 | 1)
+    }
+
+    /// A second process on the same folder is kept out from the first byte on. What a dead one still has in flight is
+    /// waited for here and, file by file, later. False: not yet.
+    fn take_lock<I: Io>(&mut self, io: &mut I) -> Result<bool, TargetError> {
+        let path = format!("{}/lock", self.dir);
+        let how = OpenHow { write: true, create_new: true, lock: true };
+        let opened = match io.open(&path, how) {
+            Err(Errno::EXIST) => io.open(&path, OpenHow { create_new: false, ..how }),
+            other => other,
+        };
+        match opened {
+            Ok(file) => {
+                self.lock = Some(file);
+                Ok(true)
+            }
+            Err(Errno::AGAIN) => Ok(false),
+            Err(errno) => Err(storage("locking", &path, errno)),
+        }
+    }
+
+    /// Reads the tables.
+    fn load<I: Io>(&mut self, io: &mut I) -> Result<(), TargetError> {
+        let mut history = History::open(io, &self.dir, self.config.stream, &self.config.name)?;
+        history.configure(io, &self.config.disks)?;
+        history.drop_orphans(io)?;
+        let state = history.state();
+        let lives = state.disks.iter().map(|life| (life.info.slot, life.clone())).collect();
+        self.points = Points::new(state.floor, lives, state.newest_cut);
+        let timeline = history.table().current;
+        self.journal = Self::empty_journal(self.id, &self.config, &self.bounds, &self.dir, timeline);
+        self.history = history;
+        self.bound_journal();
+        Ok(())
+    }
+
+    fn bound_journal(&mut self) {
+        let roll_after = (self.config.retention / ROLL_PART).max(ROLL_MIN);
+        self.journal.set_bounds(self.bounds.budget_bytes, self.bounds.reserve_bytes, roll_after);
+        self.journal.set_disks(self.history.table().disks.iter().map(|disk| disk.disk.clone()).collect());
+    }
+
+    /// Takes over what may change while the stream is open.
+    pub fn reconfigure<I: Io>(&mut self, io: &mut I, config: StreamConfig) -> Result<(), TargetError> {
+        if matches!(self.phase, Phase::Locked) {
+            self.config = config;
+            return Ok(());
+        }
+        self.history.configure(io, &config.disks)?;
+        self.config = config;
+        self.bound_journal();
+        Ok(())
+    }
+
+    /// It takes connections and opens views.
+    pub fn is_ready(&self) -> bool {
+        matches!(self.phase, Phase::Ready)
+    }
+
+    /// The highest record that may be folded, if a view or a delta needs what is above.
+    pub fn pins(&self) -> Option<u64> {
+        let deltas = self.history.state().views.iter().filter(|view| !view.removing).map(|view| view.seq);
+        self.view_pins.iter().map(|pin| pin.1).chain(deltas).min()
+    }
+
+    /// Makes sure that the disk's image is there and long enough; an image never shrinks.
+    pub fn ensure_image<I: Io>(&mut self, io: &mut I, info: &DiskInfo) -> Result<(), Errno> {
+        let want = align_up(usize::try_from(info.size).map_err(|_| Errno::INVAL)?) as u64;
+        if let Some(image) = self.images.get_mut(&info.slot) {
+            if image.size < want {
+                io.set_len(image.file, want, false)?;
+                image.size = want;
+            }
+            return Ok(());
+        }
+        let (dir, path) = (format!("{}/replica", self.dir), format!("{}/replica/{}.img", self.dir, info.id));
+        let how = OpenHow { write: true, create_new: false, lock: true };
+        let file = match io.open(&path, how) {
+            Err(Errno::NOENT) => {
+                let file = io.open(&path, OpenHow { create_new: true, ..how })?;
+                io.sync_dir(&dir).map(|()| file)
+            }
+            other => other,
+        }?;
+        let ready = io.info(file).and_then(|now| {
+            if now.size < want {
+                io.set_len(file, want, false)?;
+            }
+            Ok((now, now.size.max(want)))
+        });
+        let (now, size) = ready.inspect_err(|_| io.close(file))?;
+        let block = now.block.clamp(512, ALIGN as u32);
+        self.images.insert(info.slot, Image { file, size, block, unmap: now.discard });
+        Ok(())
+    }
+
+    /// The image of a slot, at least `end` bytes long.
+    pub fn image_for<I: Io>(&mut self, io: &mut I, slot: u16, end: u64) -> Result<Option<Image>, Errno> {
+        let info = self.points.base().get(&slot).map(|life| life.info.clone());
+        let info = info.or_else(|| {
+            let known = self.history.table().disks.iter().find(|disk| disk.disk.slot == slot);
+            known.map(|disk| disk.disk.clone())
+        });
+        let Some(info) = info else { return Ok(None) };
+        self.ensure_image(io, &DiskInfo { size: info.size.max(end), ..info })?;
+        Ok(self.images.get(&slot).copied())
+    }
+
+    /// When to go on with opening although nothing completes.
+    pub fn deadline(&self) -> Option<Nanos> {
+        let phase = match &self.phase {
+            Phase::Journal(recovery) | Phase::Deltas(_, Some(recovery)) => recovery.deadline(),
+            _ => None,
+        };
+        [self.again, phase].into_iter().flatten().min()
+    }
+
+    fn fail(&mut self, why: String, events: &mut VecDeque<TargetEvent>) {
+        tracing::error!(stream = %self.config.stream, why, "the stream cannot be used");
+        events.push_back(TargetEvent::Failed { stream: self.config.stream, why: why.clone() });
+        self.phase = Phase::Failed(why);
+        self.again = None;
+    }
+
+    /// Goes on with opening.
+    pub fn open_turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, next_id: &mut u32, events: &mut VecDeque<TargetEvent>) {
+        if self.again.is_some_and(|again| ctx.io.now() < again) {
+            return;
+        }
+        self.again = None;
+        loop {
+            let phase = std::mem::replace(&mut self.phase, Phase::Images);
+            match self.step(ctx, phase, next_id) {
+                Ok((phase, true)) => self.phase = phase,
+                Ok((phase, false)) => {
+                    self.phase = phase;
+                    break;
+                }
+                Err(why) => return self.fail(why, events),
+            }
+            if self.is_ready() {
+                for damage in &self.damage {
+                    events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
+                }
+                events.push_back(TargetEvent::Ready { stream: self.config.stream });
+                break;
+            }
+        }
+    }
+
+    /// One step of opening: the next phase, and whether it can go on at once.
+    fn step<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, phase: Phase, next_id: &mut u32) -> Result<(Phase, bool), String> {
+        let purpose = Purpose::Recover(self.id);
+        match phase {
+            Phase::Locked => {
+                if !self.take_lock(ctx.io).map_err(|error| error.to_string())? {
+                    self.again = Some(ctx.io.now() + LOCK_AGAIN);
+                    return Ok((Phase::Locked, false));
+                }
+                self.load(ctx.io).map_err(|error| error.to_string())?;
+                Ok((Phase::Images, true))
+            }
+            Phase::Images => {
+                let known = self.history.table().disks.iter().map(|disk| disk.disk.clone());
+                let disks: Vec<DiskInfo> = known.chain(self.points.base().values().map(|l| l.info.clone())).collect();
+                for info in disks {
+                    match self.ensure_image(ctx.io, &info) {
+                        Ok(()) => {}
+                        Err(Errno::AGAIN) => {
+                            self.again = Some(ctx.io.now() + LOCK_AGAIN);
+                            return Ok((Phase::Images, false));
+                        }
+                        Err(errno) => return Err(format!("opening the image of disk {}: {errno}", info.id)),
+                    }
+                }
+                let files = self.segment_files(ctx.io, self.journal.config.timeline)?;
+                Ok((Phase::Journal(Recovery::new(files)), true))
+            }
+            Phase::Journal(mut recovery) => match recovery.turn(ctx, purpose, &mut self.journal, &mut self.points) {
+                Progress::Waiting => Ok((Phase::Journal(recovery), false)),
+                Progress::Failed(why) => {
+                    recovery.close(ctx.io);
+                    Err(why)
+                }
+                Progress::Ready => {
+                    self.damage.append(&mut recovery.damage);
+                    self.begin_deltas(ctx.io, next_id)?;
+                    Ok((Phase::Deltas(0, None), true))
+                }
+            },
+            Phase::Deltas(at, None) => {
+                let Some(delta) = self.deltas.get(at) else { return Ok((Phase::Ready, true)) };
+                let files = self.segment_files(ctx.io, delta.timeline())?;
+                Ok((Phase::Deltas(at, Some(Recovery::new(files))), true))
+            }
+            Phase::Deltas(at, Some(mut recovery)) => {
+                let delta = &mut self.deltas[at];
+                match recovery.turn(ctx, purpose, &mut delta.journal, &mut delta.points) {
+                    Progress::Waiting => Ok((Phase::Deltas(at, Some(recovery)), false)),
+                    Progress::Failed(why) => {
+                        recovery.close(ctx.io);
+                        Err(why)
+                    }
+                    Progress::Ready => {
+                        delta.recovered(&recovery.damage);
+                        self.damage.append(&mut recovery.damage);
+                        Ok((Phase::Deltas(at + 1, None), true))
+                    }
+                }
+            }
+            ready => Ok((ready, false)),
+        }
+    }
+
+    /// A read or sync of recovery has ended.
+    pub fn recover_done<I: Io>(&mut self, io: &mut I, done: crate::io::Done, events: &mut VecDeque<TargetEvent>) {
+        let result = match &mut self.phase {
+            Phase::Journal(recovery) => recovery.done(io, done, &mut self.journal, &mut self.points),
+            Phase::Deltas(at, Some(recovery)) => {
+                let delta = &mut self.deltas[*at];
+                recovery.done(io, done, &mut delta.journal, &mut delta.points)
+            }
+            _ => Ok(()),
+        };
+        if let Err(why) = result {
+            self.fail(why, events);
+        }
+    }
+
+    fn segment_files<I: Io>(&mut self, io: &mut I, timeline: TimelineId) -> Result<Vec<(u64, String)>, String> {
+        let dir = &self.journal.config.dir;
+        let names = io.list(dir).map_err(|errno| format!("listing {dir}: {errno}"))?;
+        let ours = names.iter().filter_map(|name| {
+            let (named, number) = parse_segment_name(name)?;
+            (named == timeline).then(|| (number, format!("{dir}/{name}")))
+        });
+        Ok(ours.collect())
+    }
+
+    /// The deltas of views, as of now empty; what is left of removed ones goes.
+    fn begin_deltas<I: Io>(&mut self, io: &mut I, next_id: &mut u32) -> Result<(), String> {
+        for view in self.history.state().views.clone() {
+            if view.removing {
+                self.remove_delta_files(io, view.timeline).map_err(|error| error.to_string())?;
+            } else {
+                let delta = Delta::new(*next_id, view, &self.journal.config, &self.config.policy_key);
+                *next_id += 1;
+                self.deltas.push(delta);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what is left of a delta that is marked as being removed.
+    pub fn remove_delta_files<I: Io>(&mut self, io: &mut I, timeline: TimelineId) -> Result<(), TargetError> {
+        let dir = self.journal.config.dir.clone();
+        let names = io.list(&dir).map_err(|errno| storage("listing", &dir, errno))?;
+        for name in names {
+            let spare = name == format!("spare-{timeline}.old");
+            if spare || parse_segment_name(&name).is_some_and(|(named, _)| named == timeline) {
+                let path = format!("{dir}/{name}");
+                io.remove(&path).map_err(|errno| storage("removing", &path, errno))?;
+            }
+        }
+        io.sync_dir(&dir).map_err(|errno| storage("syncing", &dir, errno))?;
+        self.history.end_removal(io, timeline)
+    }
+
+    /// Makes an empty delta for a view.
+    pub fn add_delta<I: Io>(
+        &mut self,
+        io: &mut I,
+        id: u32,
+        name: &str,
+        seq: u64,
+        kind: TimelineKind,
+        disks: Vec<DiskId>,
+        reason: &str,
+    ) -> Result<(), TargetError> {
+        let mut timeline = [0; 16];
+        io.random(&mut timeline);
+        let timeline = TimelineId(timeline);
+        let view = afterimage_wire::stream_state::DeltaView {
+            timeline,
+            seq,
+            kind,
+            removing: false,
+            name: name.to_owned(),
+            disks,
+        };
+        self.history.add_delta(io, view.clone(), reason)?;
+        self.deltas.push(Delta::new(id, view, &self.journal.config, &self.config.policy_key));
+        Ok(())
+    }
+
+    /// Takes into the index what was durable before the last turn: its acknowledgement is under way by now. True if
+    /// there is more.
+    pub fn index_turn(&mut self, limit: usize, events: &mut VecDeque<TargetEvent>) -> bool {
+        let surplus = self.to_index.len().saturating_sub(MAX_TO_INDEX);
+        self.index_written(self.ripe.min(limit).max(surplus), events);
+        self.ripe = self.to_index.len();
+        self.ripe > 0
+    }
+
+    /// When a failed fold is tried again.
+    pub fn fold_deadline(&self) -> Option<Nanos> {
+        self.fold.retry_at()
+    }
+
+    /// A segment more would fit.
+    pub fn has_space<I: Io>(&self, io: &mut I) -> bool {
+        let segment = self.bounds.segment_bytes;
+        self.journal.bytes + segment <= self.bounds.budget_bytes
+            && io
+                .free_space(&self.journal.config.dir)
+                .is_ok_and(|free| free >= self.bounds.reserve_bytes.saturating_add(segment))
+    }
+
+    /// Takes durable frames into the index, at most `limit`; true if some are left.
+    pub fn index_written(&mut self, limit: usize, events: &mut VecDeque<TargetEvent>) -> bool {
+        for _ in 0..limit {
+            let Some(written) = self.to_index.pop_front() else { return false };
+            self.index_batch(written, events);
+        }
+        !self.to_index.is_empty()
+    }
+
+    fn index_batch(&mut self, mut written: Written, events: &mut VecDeque<TargetEvent>) {
+        let (mut at, end) = (written.part.at, written.part.at + written.part.len);
+        let mut file_at = written.at;
+        while at < end {
+            let Ok(header) = afterimage_wire::frame::FrameHeader::parse(&written.part.buf[at..end]).copied() else {
+                break;
+            };
+            let len = header.length.get() as usize;
+            let bytes = &mut written.part.buf[at..at + len];
+            let result =
+                self.journal.index_frame(written.segment, file_at, bytes, &mut self.points, true, &mut self.plain);
+            if let Err(error) = result {
+                // Its CRC was right, so it is what the source sent: a fault of the source or of its memory. The frame is
+                // acknowledged; what it held is lost until the next whole synchronisation.
+                let first_seq = header.first_seq.get();
+                self.points.damage(first_seq);
+                self.points.reached(header.last_seq.get());
+                let number = header.number.get();
+                let damage = Damage {
+                    segment: self.journal.segment(written.segment).map_or(0, |segment| segment.number),
+                    incarnation: header.incarnation,
+                    first_frame: number,
+                    last_frame: number,
+                    first_seq,
+                    what: format!("frame {number} cannot be opened: {error}"),
+                };
+                tracing::error!(stream = %self.config.stream, what = damage.what, "history is lost");
+                events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
+                self.damage.push(damage);
+            }
+            at += len;
+            file_at += len as u64;
+        }
+    }
+
+    /// Every disk that is in the stream and has lost history since its last whole synchronisation.
+    pub fn owes_whole(&self) -> bool {
+        !self.damage.is_empty() && self.points.now().values().any(|life| life.member && life.owes_whole)
+    }
+
+    /// Where the stream stands: newest writer, frame and record on stable storage.
+    pub fn position(&self) -> Place {
+        self.journal.durable
+    }
+
+    /// The writer is known to this history.
+    pub fn knows(&self, incarnation: IncarnationId) -> bool {
+        self.history.state().incarnations.contains(&incarnation)
+            || self.journal.segments.iter().any(|segment| segment.writer.incarnation == incarnation)
+    }
+
+    /// The writer of the newest segment, if it is this one.
+    pub fn writer(&self, incarnation: IncarnationId) -> Option<Arc<Writer>> {
+        let newest = self.journal.segments.back()?;
+        (newest.writer.incarnation == incarnation).then(|| newest.writer.clone())
+    }
+
+    /// Closes every file.
+    pub fn close<I: Io>(&mut self, io: &mut I) {
+        match &mut self.phase {
+            Phase::Journal(recovery) | Phase::Deltas(_, Some(recovery)) => recovery.close(io),
+            _ => {}
+        }
+        self.fold.abandon();
+        self.journal.close(io);
+        for delta in &mut self.deltas {
+            delta.journal.close(io);
+        }
+        for image in std::mem::take(&mut self.images).into_values() {
+            io.close(image.file);
+        }
+        if let Some(lock) = self.lock.take() {
+            io.close(lock);
+        }
+    }
+}
