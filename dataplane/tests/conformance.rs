@@ -1,6 +1,7 @@
 //! The rules of `io`, held by both implementations: each case runs on the ring, with real files and sockets, and in the
 //! simulated world.
 
+use afterimage_dataplane::io::sim::Rng;
 use afterimage_dataplane::io::{Errno, Io, Nanos, Op, OpenHow, Part};
 use bed::{Bed, bytes, part};
 
@@ -238,6 +239,52 @@ cases! {
         assert_eq!(bed.io().read_small(&path).unwrap(), b"");
         assert_eq!(bed.io().list(&dir).unwrap(), ["table"]);
         assert!(bed.io().free_space(&dir).unwrap() > 1 << 20);
+    }
+
+    fn a_long_random_run_equals_its_model(bed: &mut impl Bed) {
+        let path = bed.path("f");
+        let file = bed.io().open(&path, NEW).unwrap();
+        let block = u64::from(bed.io().info(file).unwrap().block);
+        let mut rng = Rng::new(11);
+        let mut model: Vec<u8> = Vec::new();
+        for round in 0..150 {
+            let offset = rng.below(200_000 / block) * block;
+            let len = (1 + rng.below(30_000 / block)) * block;
+            let end = (offset + len) as usize;
+            match rng.below(8) {
+                0..4 => {
+                    let data = bytes(round, len as usize);
+                    bed.write(file, offset, &data);
+                    model.resize(model.len().max(end), 0);
+                    model[offset as usize..end].copy_from_slice(&data);
+                }
+                4..6 => {
+                    let unmap = rng.chance(0.5);
+                    assert_eq!(bed.run(1, Op::Zero { file, offset, len, unmap }).result, Ok(0));
+                    let end = end.min(model.len());
+                    if (offset as usize) < end {
+                        model[offset as usize..end].fill(0);
+                    }
+                }
+                6 => {
+                    bed.io().set_len(file, offset, rng.chance(0.5)).unwrap();
+                    model.resize(offset as usize, 0);
+                }
+                _ => assert_eq!(bed.run(1, Op::Sync { file }).result, Ok(0)),
+            }
+            let size = model.len() as u64;
+            assert_eq!(bed.io().info(file).unwrap().size, size);
+            if size > 0 {
+                let offset = rng.below(size / block) * block;
+                let len = (size - offset).min(64 * 1024);
+                let expected = &model[offset as usize..(offset + len) as usize];
+                assert!(bed.read(file, offset, len as usize).unwrap() == expected, "round {round}");
+                if bed.io().allocation(file, offset).unwrap().hole {
+                    let len = bed.io().allocation(file, offset).unwrap().len as usize;
+                    assert!(model[offset as usize..][..len].iter().all(|b| *b == 0), "no hole, round {round}");
+                }
+            }
+        }
     }
 
     fn many_operations_at_once_all_complete(bed: &mut impl Bed) {

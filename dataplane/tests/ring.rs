@@ -253,6 +253,40 @@ fn a_block_device_is_opened_locked_written_and_zeroed() {
 }
 
 #[test]
+fn opening_a_file_does_not_change_its_time() {
+    let (mut ring, dir) = (ring(), dir());
+    let path = format!("{}/f", dir.path().display());
+    std::fs::write(&path, [1; 4096]).expect("a file");
+    let before = std::fs::metadata(&path).and_then(|m| m.modified()).expect("its time");
+    std::thread::sleep(Duration::from_millis(30));
+    let file = ring.open(&path, OpenHow { write: true, create_new: false, lock: true }).expect("it is there");
+    let before = before.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_nanos() as u64;
+    assert_eq!(ring.info(file).expect("it is open").mtime_ns, before);
+}
+
+#[test]
+fn more_completions_than_the_queue_holds_are_not_lost() {
+    // 32 completions fit; 200 come while nobody looks.
+    let mut ring = Ring::new(pool(), RingConfig { entries: 8, ..RingConfig::default() }).expect("a ring");
+    let dir = dir();
+    let file = file(&mut ring, &dir, 1 << 20);
+    for n in 0..200 {
+        let source = part(ring.pool(), 4096);
+        ring.submit(n, Op::Write { file, offset: n * 4096, part: source, durable: false });
+    }
+    let mut done = Vec::new();
+    ring.poll(None, &mut done);
+    std::thread::sleep(Duration::from_millis(100));
+    let deadline = ring.now() + 10_000_000_000;
+    while done.len() < 200 {
+        assert!(ring.now() < deadline, "{} of 200 completions came", done.len());
+        ring.poll(Some(deadline), &mut done);
+    }
+    assert!(done.iter().all(|done| done.result == Ok(4096)));
+    assert_eq!(ring.in_flight(), 0);
+}
+
+#[test]
 fn polls_do_not_enter_the_kernel_in_vain() {
     let mut ring = ring();
     let mut done = Vec::new();

@@ -180,8 +180,8 @@ pub struct OpenHow {
     pub write: bool,
     /// Make it; `EEXIST` if it is there.
     pub create_new: bool,
-    /// Take the lock that is tied to the open file (`flock`; a device is also opened `O_EXCL`). `EAGAIN` while another
-    /// holds it, which a dead process does until its last I/O has ended.
+    /// Take the lock that is tied to the open file (`flock`; a device is also opened `O_EXCL`). `EAGAIN` (for a device
+    /// `EBUSY`, also if it is mounted) while another holds it, which a dead process does until its last I/O has ended.
     pub lock: bool,
 }
 
@@ -239,7 +239,9 @@ pub trait Io {
     /// Fills `out` with random bytes fit for keys (in the simulated world: from the seed).
     fn random(&mut self, out: &mut [u8]);
 
-    /// Opens a file, `O_DIRECT`.
+    /// Opens a file or block device, `O_DIRECT`: `EINVAL` where the file system has no direct I/O (a tmpfs before Linux
+    /// 6.6) and for what is neither; `EISDIR` for a folder; `ENFILE` if too many are open. Changes nothing about a file
+    /// that is there.
     fn open(&mut self, path: &str, how: OpenHow) -> Result<File, Errno>;
 
     /// Closes a file once no operation on it is under way; its lock ends then.
@@ -248,16 +250,18 @@ pub trait Io {
     /// Shuts a socket down and closes it; operations on it end with an error or at the end of the stream.
     fn close_sock(&mut self, sock: Sock);
 
-    /// What the file is now.
+    /// What the file is now. `EBADF` if it is not open.
     fn info(&mut self, file: File) -> Result<FileInfo, Errno>;
 
-    /// Whether the file is allocated at `offset`, and how far.
+    /// Whether the file is allocated at `offset`, and how far. All of it is where nobody knows, as on devices. `EINVAL`
+    /// at or past the end.
     fn allocation(&mut self, file: File, offset: u64) -> Result<Allocation, Errno>;
 
-    /// Sets the length and, if `allocate`, makes sure that all of it has room on the disk (`ENOSPC` if not).
+    /// Sets the length and, if `allocate`, makes sure that all of it has room on the disk (`ENOSPC` if not). Durable after
+    /// a sync. On a device only its own length can be set (`EINVAL`).
     fn set_len(&mut self, file: File, len: u64, allocate: bool) -> Result<(), Errno>;
 
-    /// Names in a folder, in no order. Made if missing.
+    /// Names in a folder, of files and folders, in no order. Made (durably, with those above it) if missing.
     fn list(&mut self, dir: &str) -> Result<Vec<String>, Errno>;
 
     /// Renames, replacing what is there. Durable after [`Io::sync_dir`].

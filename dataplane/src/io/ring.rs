@@ -295,6 +295,7 @@ impl Ring {
             self.flights[index as usize] = None;
         }
         self.table.shut_sockets();
+        self.waker.wake();
         let mut cancelled = false;
         let mut done = Vec::new();
         while self.held > 0 {
@@ -433,7 +434,7 @@ impl Io for Ring {
         }
         use std::os::fd::AsFd as _;
         let fd = files::open(path, how)?;
-        let discard = files::can_discard(fd.as_fd(), how.write);
+        let discard = files::can_discard(fd.as_fd());
         self.table.insert(&self.uring, fd, false, discard).map(File)
     }
 

@@ -52,7 +52,7 @@ impl Table {
 
     /// The entry, unless it was closed.
     pub(super) fn get(&self, number: u32) -> Option<&Entry> {
-        let slot = &self.slots[usize::from(number as u16)];
+        let slot = self.slots.get(usize::from(number as u16))?;
         slot.entry.as_ref().filter(|entry| u32::from(slot.generation) == number >> 16 && !entry.closing)
     }
 
