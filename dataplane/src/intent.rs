@@ -1,1 +1,560 @@
-//! Placeholder: not written yet.
+//! The write-intent log of a disk: which extents may differ from the replica. See [`afterimage_wire::intent`] for the
+//! file.
+//!
+//! An extent's bit is durable before the first write into it is issued, and stays while anything holds it:
+//! - a write in flight,
+//! - a record that is not acknowledged,
+//! - a completed write that no later-issued, successful flush covers (after power loss the disk may have lost what the
+//!   replica has),
+//! - the dirty map, or a range that could not be written or read.
+//!
+//! Bits nobody holds are cleared lazily, above a bound, those first that were not touched lately: a header that names
+//! the acknowledged place is made durable, then every candidate is judged again, then the pages are written. A crash
+//! in between leaves bits set, never the reverse.
+//!
+//! One write of the log is in flight at a time; who waits for a bit waits for a page write that began after the bit
+//! was set, so any number of writers share one.
+
+use std::collections::VecDeque;
+
+use afterimage_wire::ALIGN;
+use afterimage_wire::intent::{EXTENT, IntentHeader, PAGE_BITS, PAGES_AT, encode_page};
+
+use crate::io::{Buf, Done, File, Io, Nanos, Op, Part, Token};
+
+mod load;
+pub use load::{Loaded, Verdict, load};
+
+/// After a failed write of the log, the next attempt comes this much later.
+const RETRY: Nanos = 100_000_000;
+/// After this many failed attempts in a row, writes that wait for a bit are failed: the disk cannot be written safely.
+const MAX_FAILURES: u32 = 20;
+/// A bit is cleared at the earliest after this many ticks without a touch.
+const COLD_TICKS: u32 = 2;
+
+const PAGE_BYTES: usize = (PAGE_BITS / 8) as usize;
+const NONE: u32 = u32::MAX;
+
+/// Bytes of the log of a disk of that size.
+pub fn log_len(size: u64) -> u64 {
+    PAGES_AT + size.div_ceil(EXTENT).div_ceil(PAGE_BITS) * ALIGN as u64
+}
+
+/// How an extent stands towards the dirty map.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+enum Dirt {
+    Clean,
+    Dirty,
+    /// Being read by a synchronisation.
+    Syncing,
+    /// … and written uncaptured meanwhile.
+    Again,
+}
+
+/// An extent whose bit is set.
+#[derive(Debug)]
+struct Hot {
+    extent: u32,
+    /// I/Os under way.
+    in_flight: u32,
+    /// Version of the page in which the bit is set.
+    version: u64,
+    /// Newest record on the extent.
+    last_seq: u64,
+    /// Flush epoch of the newest completed write that was not durable by itself; 0 for none.
+    epoch: u64,
+    /// Tick of the last touch.
+    touched: u32,
+    dirt: Dirt,
+    /// Held until the disk is opened anew: unreadable, or written before a sync that failed.
+    stuck: bool,
+}
+
+#[derive(Debug, Default)]
+struct Page {
+    /// Rises with each change.
+    wanted: u64,
+    /// Version that is durable.
+    durable: u64,
+    queued: bool,
+}
+
+#[derive(Debug)]
+enum Writing {
+    Header(u64),
+    Page(u32, u64),
+}
+
+/// How an I/O on extents ended.
+#[derive(Copy, Clone, Debug, Default)]
+pub struct Outcome {
+    /// The record's number, if there is one.
+    pub seq: Option<u64>,
+    /// Current flush epoch, if a flush must still cover it.
+    pub epoch: u64,
+    /// The range could not be read: held until opened anew.
+    pub stuck: bool,
+}
+
+/// What holds beyond the log itself, when bits are cleared.
+#[derive(Copy, Clone, Debug)]
+pub struct Covered {
+    /// Acknowledged place.
+    pub frame: u64,
+    /// Its record.
+    pub seq: u64,
+    /// Newest flush epoch that was flushed.
+    pub epoch: u64,
+    /// Bits that may stay set with nothing holding them.
+    pub bound: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct IntentLog {
+    file: File,
+    token: Token,
+    /// Extent → place in `hot`, or none.
+    slots: Vec<u32>,
+    hot: Vec<Hot>,
+    dirty: usize,
+    bits: Vec<u8>,
+    pages: Vec<Page>,
+    queue: VecDeque<u32>,
+    /// 4 KiB; with the kernel while a write is in flight.
+    buf: Option<Buf>,
+    writing: Option<Writing>,
+    header: IntentHeader,
+    header_version: u64,
+    header_durable: u64,
+    /// What the header being written says: not what is set meanwhile.
+    pending: IntentHeader,
+    /// What the durable header says.
+    durable: IntentHeader,
+    failures: u32,
+    retry_at: Option<Nanos>,
+    tick: u32,
+    clear_after: Option<u64>,
+}
+
+impl IntentLog {
+    /// A log over an open file, with the extents that `loaded` says are set. Nothing is written yet: the caller sets
+    /// the header; `rewrite` queues every page as well.
+    pub(crate) fn new(file: File, token: Token, size: u64, header: IntentHeader, loaded: &Loaded, buf: Buf) -> Self {
+        let extents = size.div_ceil(EXTENT) as usize;
+        let pages = (extents as u64).div_ceil(PAGE_BITS) as usize;
+        let mut log = Self {
+            file,
+            token,
+            slots: vec![NONE; extents],
+            hot: Vec::with_capacity(1024),
+            dirty: 0,
+            bits: vec![0; pages * PAGE_BYTES],
+            pages: (0..pages).map(|_| Page::default()).collect(),
+            queue: VecDeque::with_capacity(pages),
+            buf: Some(buf),
+            writing: None,
+            header,
+            header_version: 0,
+            header_durable: 0,
+            pending: header,
+            durable: header,
+            failures: 0,
+            retry_at: None,
+            tick: COLD_TICKS,
+            clear_after: None,
+        };
+        for extent in &loaded.extents {
+            // Written by an earlier life, unknown when flushed.
+            let hot = log.hot_index(*extent);
+            log.hot[hot].dirt = Dirt::Dirty;
+            log.hot[hot].epoch = 1;
+            log.dirty += 1;
+        }
+        // What was read is what is durable; a torn page counts as all set, so its bits are, too.
+        log.queue.clear();
+        for (page, state) in log.pages.iter_mut().enumerate() {
+            state.durable = state.wanted;
+            state.queued = loaded.rewrite || loaded.torn.contains(&(page as u32));
+            if state.queued {
+                state.wanted += 1;
+                log.queue.push_back(page as u32);
+            }
+        }
+        log
+    }
+
+    fn hot_index(&mut self, extent: u32) -> usize {
+        let slot = self.slots[extent as usize];
+        if slot != NONE {
+            return slot as usize;
+        }
+        let page = extent / PAGE_BITS as u32;
+        self.change(extent, true);
+        self.slots[extent as usize] = self.hot.len() as u32;
+        self.hot.push(Hot {
+            extent,
+            in_flight: 0,
+            version: self.pages[page as usize].wanted,
+            last_seq: 0,
+            epoch: 0,
+            touched: self.tick,
+            dirt: Dirt::Clean,
+            stuck: false,
+        });
+        self.hot.len() - 1
+    }
+
+    fn change(&mut self, extent: u32, set: bool) {
+        let page = extent / PAGE_BITS as u32;
+        let bit = extent as usize % PAGE_BITS as usize;
+        let byte = &mut self.bits[page as usize * PAGE_BYTES + bit / 8];
+        if set {
+            *byte |= 1 << (bit % 8);
+        } else {
+            *byte &= !(1 << (bit % 8));
+        }
+        let state = &mut self.pages[page as usize];
+        state.wanted += 1;
+        if !state.queued {
+            state.queued = true;
+            self.queue.push_back(page);
+        }
+    }
+
+    fn extents(start: u64, end: u64) -> std::ops::Range<u32> {
+        (start / EXTENT) as u32..end.div_ceil(EXTENT) as u32
+    }
+
+    /// Counts an I/O on `start..end` as in flight and sets its bits. True if they are durable: it may be issued. Else
+    /// ask [`Self::ready`] after each completion of the log.
+    pub fn hold(&mut self, start: u64, end: u64) -> bool {
+        let mut ready = true;
+        for extent in Self::extents(start, end) {
+            let at = self.hot_index(extent);
+            let hot = &mut self.hot[at];
+            hot.in_flight += 1;
+            hot.touched = self.tick;
+            ready &= self.pages[(extent / PAGE_BITS as u32) as usize].durable >= hot.version;
+        }
+        ready
+    }
+
+    /// True if every bit of the range is durable.
+    pub fn ready(&self, start: u64, end: u64) -> bool {
+        Self::extents(start, end).all(|extent| {
+            let slot = self.slots[extent as usize];
+            slot != NONE && self.pages[(extent / PAGE_BITS as u32) as usize].durable >= self.hot[slot as usize].version
+        })
+    }
+
+    /// Ends what [`Self::hold`] began.
+    pub fn release(&mut self, start: u64, end: u64, outcome: Outcome) {
+        for extent in Self::extents(start, end) {
+            let hot = &mut self.hot[self.slots[extent as usize] as usize];
+            hot.in_flight -= 1;
+            Self::settle(hot, outcome);
+        }
+    }
+
+    fn settle(hot: &mut Hot, outcome: Outcome) {
+        hot.last_seq = hot.last_seq.max(outcome.seq.unwrap_or(0));
+        hot.epoch = hot.epoch.max(outcome.epoch);
+        hot.stuck |= outcome.stuck;
+    }
+
+    /// A record of a synchronisation on the range: holds those bits that are set.
+    pub fn note(&mut self, start: u64, end: u64, outcome: Outcome) {
+        for extent in Self::extents(start, end) {
+            let slot = self.slots[extent as usize];
+            if slot != NONE {
+                Self::settle(&mut self.hot[slot as usize], outcome);
+            } else if outcome.stuck {
+                let at = self.hot_index(extent);
+                Self::settle(&mut self.hot[at], outcome);
+            }
+        }
+    }
+
+    /// Puts the range in the dirty map. Its bits must be held (see [`Self::hold`]).
+    pub fn mark_dirty(&mut self, start: u64, end: u64) {
+        for extent in Self::extents(start, end) {
+            let at = self.hot_index(extent);
+            self.dirt(at);
+        }
+    }
+
+    fn dirt(&mut self, at: usize) {
+        let hot = &mut self.hot[at];
+        match hot.dirt {
+            Dirt::Clean => {
+                hot.dirt = Dirt::Dirty;
+                self.dirty += 1;
+            }
+            Dirt::Syncing => hot.dirt = Dirt::Again,
+            Dirt::Dirty | Dirt::Again => {}
+        }
+    }
+
+    /// Everything that is not acknowledged goes to the dirty map: its records are lost (a new incarnation begins).
+    pub fn unacked_to_dirty(&mut self, acked_seq: u64) {
+        for at in 0..self.hot.len() {
+            let hot = &mut self.hot[at];
+            match hot.dirt {
+                Dirt::Clean if hot.last_seq <= acked_seq => {}
+                Dirt::Clean => self.dirty += 1,
+                _ => {}
+            }
+            if hot.dirt != Dirt::Clean || hot.last_seq > acked_seq {
+                hot.dirt = Dirt::Dirty;
+            }
+            hot.last_seq = 0;
+        }
+    }
+
+    /// The first dirty extent at or after `from`, or the first of all.
+    pub fn next_dirty(&self, from: u32) -> Option<u32> {
+        if self.dirty == 0 {
+            return None;
+        }
+        let mut best: Option<u32> = None;
+        let mut first: Option<u32> = None;
+        for hot in self.hot.iter().filter(|h| h.dirt == Dirt::Dirty) {
+            first = Some(first.map_or(hot.extent, |f| f.min(hot.extent)));
+            if hot.extent >= from {
+                best = Some(best.map_or(hot.extent, |b| b.min(hot.extent)));
+            }
+        }
+        best.or(first)
+    }
+
+    /// A synchronisation begins to read the range.
+    pub fn sync_begin(&mut self, start: u64, end: u64) {
+        for extent in Self::extents(start, end) {
+            let slot = self.slots[extent as usize];
+            if slot != NONE && self.hot[slot as usize].dirt == Dirt::Dirty {
+                self.hot[slot as usize].dirt = Dirt::Syncing;
+                self.dirty -= 1;
+            }
+        }
+    }
+
+    /// Every record of the range has its number.
+    pub fn sync_done(&mut self, start: u64, end: u64) {
+        for extent in Self::extents(start, end) {
+            let slot = self.slots[extent as usize];
+            if slot == NONE {
+                continue;
+            }
+            let hot = &mut self.hot[slot as usize];
+            match hot.dirt {
+                Dirt::Syncing => hot.dirt = Dirt::Clean,
+                Dirt::Again => {
+                    hot.dirt = Dirt::Dirty;
+                    self.dirty += 1;
+                }
+                Dirt::Clean | Dirt::Dirty => {}
+            }
+        }
+    }
+
+    /// A sync failed: nothing is known of writes that were not flushed until `epoch`, whatever a later sync says.
+    pub fn stick_unflushed(&mut self, epoch: u64) {
+        for hot in &mut self.hot {
+            hot.stuck |= hot.epoch > epoch;
+        }
+    }
+
+    /// Extents whose bit is set.
+    pub fn hot(&self) -> usize {
+        self.hot.len()
+    }
+
+    /// Extents in the dirty map, not counting one that is being read.
+    pub fn dirty(&self) -> usize {
+        self.dirty
+    }
+
+    /// Something is in the dirty map or held for good.
+    pub fn owes(&self) -> bool {
+        self.hot.iter().any(|h| h.dirt != Dirt::Clean || h.stuck || h.in_flight > 0)
+    }
+
+    /// Changes the header; durable when [`Self::header_done`] says so of the returned ticket.
+    pub fn set_header(&mut self, change: impl FnOnce(&mut IntentHeader)) -> u64 {
+        change(&mut self.header);
+        self.header_version += 1;
+        self.header_version
+    }
+
+    /// The header as of that ticket, or a later one, is durable.
+    pub fn header_done(&self, ticket: u64) -> bool {
+        self.header_durable >= ticket
+    }
+
+    /// What the header says or will say.
+    pub fn header(&self) -> &IntentHeader {
+        &self.header
+    }
+
+    /// What the durable header says.
+    pub fn durable_header(&self) -> &IntentHeader {
+        &self.durable
+    }
+
+    /// Everything queued is durable.
+    pub fn is_settled(&self) -> bool {
+        self.writing.is_none() && self.queue.is_empty() && self.header_durable == self.header_version
+    }
+
+    /// The log cannot be written: writes into clean extents must fail.
+    pub fn is_broken(&self) -> bool {
+        self.failures >= MAX_FAILURES
+    }
+
+    /// A write of the log is with the kernel.
+    pub fn in_flight(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// When a failed write is tried again.
+    pub fn deadline(&self) -> Option<Nanos> {
+        self.retry_at
+    }
+
+    /// Issues the next write, if one is due.
+    pub fn pump(&mut self, io: &mut impl Io) {
+        if self.writing.is_some() {
+            return;
+        }
+        let header = self.header_durable < self.header_version;
+        if !header && self.queue.is_empty() {
+            return;
+        }
+        if self.retry_at.is_some_and(|at| io.now() < at) {
+            return;
+        }
+        self.retry_at = None;
+        let Some(mut buf) = self.buf.take() else { return };
+        let (offset, writing) = if header {
+            self.header.serial = self.durable.serial + 1;
+            buf[..ALIGN].copy_from_slice(&self.header.encode());
+            self.pending = self.header;
+            (self.header.serial % 2 * ALIGN as u64, Writing::Header(self.header_version))
+        } else {
+            let page = self.queue.pop_front().expect("not empty");
+            let state = &mut self.pages[page as usize];
+            state.queued = false;
+            let bits = &self.bits[page as usize * PAGE_BYTES..][..PAGE_BYTES];
+            encode_page(page, bits, &mut buf[..ALIGN]);
+            (PAGES_AT + u64::from(page) * ALIGN as u64, Writing::Page(page, state.wanted))
+        };
+        self.writing = Some(writing);
+        let part = Part { buf, at: 0, len: ALIGN };
+        io.submit(self.token, Op::Write { file: self.file, offset, part, durable: true });
+    }
+
+    /// Takes the completion of a write of the log. True if it failed.
+    pub fn done(&mut self, now: Nanos, done: Done) -> bool {
+        self.buf = done.part.map(|part| part.buf);
+        let Some(writing) = self.writing.take() else { return false };
+        if done.result.is_err() {
+            self.failures += 1;
+            self.retry_at = Some(now + RETRY);
+            if let Writing::Page(page, _) = writing
+                && !self.pages[page as usize].queued
+            {
+                self.pages[page as usize].queued = true;
+                self.queue.push_back(page);
+            }
+            return true;
+        }
+        self.failures = 0;
+        match writing {
+            Writing::Header(version) => {
+                self.header_durable = version;
+                self.durable = self.pending;
+            }
+            Writing::Page(page, version) => self.pages[page as usize].durable = version,
+        }
+        false
+    }
+
+    fn clearable(&self, hot: &Hot, covered: &Covered) -> bool {
+        hot.in_flight == 0
+            && hot.dirt == Dirt::Clean
+            && !hot.stuck
+            && hot.last_seq <= covered.seq
+            && hot.touched + COLD_TICKS <= self.tick
+    }
+
+    /// A tick of about a second: begins to clear bits if there are more than the bound. True if a sync of the disk
+    /// would let some be cleared.
+    pub fn tick(&mut self, covered: &Covered) -> bool {
+        self.tick += 1;
+        if self.hot.len() <= covered.bound || self.clear_after.is_some() {
+            return false;
+        }
+        let mut flushed = false;
+        let mut unflushed = false;
+        for hot in self.hot.iter().filter(|h| self.clearable(h, covered)) {
+            flushed |= hot.epoch <= covered.epoch;
+            unflushed |= hot.epoch > covered.epoch;
+        }
+        if flushed {
+            self.clear_after = Some(self.name_place(covered));
+        }
+        unflushed
+    }
+
+    /// Puts the acknowledged place in the header, unless the durable one names it.
+    fn name_place(&mut self, covered: &Covered) -> u64 {
+        if self.header.acked_frame == covered.frame && self.header.acked_seq == covered.seq {
+            return self.header_version;
+        }
+        let (frame, seq) = (covered.frame, covered.seq);
+        self.set_header(|h| {
+            h.acked_frame = frame;
+            h.acked_seq = seq;
+        })
+    }
+
+    /// Clears what may be cleared once the header is durable. Call it after each completion of the log.
+    pub fn clear(&mut self, covered: &Covered) {
+        if self.clear_after.is_none_or(|ticket| !self.header_done(ticket)) {
+            return;
+        }
+        self.clear_after = None;
+        let place = Covered { seq: covered.seq.min(self.durable.acked_seq), ..*covered };
+        let mut at = self.hot.len();
+        while at > 0 && self.hot.len() > covered.bound {
+            at -= 1;
+            if self.clearable(&self.hot[at], &place) && self.hot[at].epoch <= covered.epoch {
+                let extent = self.hot.swap_remove(at).extent;
+                self.slots[extent as usize] = NONE;
+                if let Some(moved) = self.hot.get(at) {
+                    self.slots[moved.extent as usize] = at as u32;
+                }
+                self.change(extent, false);
+            }
+        }
+    }
+
+    /// At a clean stop: as [`Self::tick`], for everything at once and whenever it was touched.
+    pub fn clear_all(&mut self, covered: &Covered) {
+        for hot in &mut self.hot {
+            hot.touched = 0;
+        }
+        self.clear_after = Some(self.name_place(covered));
+    }
+
+    /// A batch waits for its header.
+    pub fn is_clearing(&self) -> bool {
+        self.clear_after.is_some()
+    }
+
+    /// Gives the file back; nothing may be in flight.
+    pub fn into_file(self) -> File {
+        self.file
+    }
+}

@@ -1,1 +1,356 @@
-//! Placeholder: not written yet.
+//! The shipper of a stream: numbered records become sealed frames, frames leave in order and are kept until they are
+//! acknowledged.
+//!
+//! ```text
+//! queue of records ─▶ plan a frame ─▶ seal (perhaps elsewhere) ─▶ ready ─▶ sending ─▶ sent ─▶ acknowledged: freed
+//! ```
+//! A frame leaves at once while few are unacknowledged; otherwise records gather until the frame is full or its oldest
+//! record has waited for the age bound: batches grow with the load and cost nothing without it. A frame number is sealed
+//! once; after a connection was lost the same bytes leave again, from the place that the target names.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use afterimage_wire::frame::FrameHeader;
+use afterimage_wire::ids::{IncarnationId, StreamId};
+
+use crate::io::{Buf, Io, Nanos, Op, Part};
+use crate::seal::{DataKey, FrameMeta, Plan};
+use crate::sealers::{Job, Sealing};
+
+mod link;
+mod queue;
+
+pub(crate) use link::{Heard, Link, LinkState};
+pub(crate) use queue::{Event, Queue, Room, SMALL_COST, Waiter};
+
+/// Most frames that leave in one send.
+const MAX_SEND: usize = 16;
+/// Most records in one frame.
+const MAX_FRAME_RECORDS: usize = 4096;
+/// Without a link, records gather for this long: nothing is gained by small frames.
+const UNLINKED_AGE: Nanos = 50_000_000;
+/// Jobs kept for their memory.
+const MAX_SPARE: usize = 32;
+
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+enum FrameState {
+    Sealing,
+    /// Sealed, here.
+    Ready,
+    /// With the kernel.
+    Sending,
+}
+
+#[derive(Debug)]
+struct Frame {
+    state: FrameState,
+    buf: Option<Buf>,
+    len: usize,
+    cost: usize,
+    last_seq: u64,
+    /// When its first record was numbered.
+    oldest: Nanos,
+}
+
+/// Bounds that the shipper needs.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct ShipLimits {
+    pub age_bound: Nanos,
+    pub few_unacked: usize,
+    pub frame_bytes: usize,
+    pub link_silence: Nanos,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Shipper {
+    pub queue: Queue,
+    pub link: Link,
+    stream: StreamId,
+    pub incarnation: IncarnationId,
+    key: Arc<DataKey>,
+    /// Index of the group and count of its incarnations: names the owner of a job.
+    owner: u64,
+    limits: ShipLimits,
+    compress: bool,
+    /// Unacknowledged frames; the first one's number is `acked_frame + 1`.
+    frames: VecDeque<Frame>,
+    next_frame: u64,
+    /// Next frame to send on this connection.
+    next_send: u64,
+    /// Newest frame ever handed to the network.
+    sent_frame: u64,
+    pub acked_frame: u64,
+    pub acked_seq: u64,
+    pub sealed_seq: u64,
+    pub sent_seq: u64,
+    pub wire_bytes: u64,
+    pub sealed_frames: u64,
+    #[allow(clippy::vec_box)] // the boxes go round
+    spare: Vec<Box<Job>>,
+    /// No buffer for a frame since then.
+    pub blocked_since: Option<Nanos>,
+}
+
+impl Shipper {
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        stream: StreamId,
+        group: u32,
+        incarnation: IncarnationId,
+        key: DataKey,
+        first_seq: u64,
+        queue_bytes: usize,
+        compress: bool,
+        limits: ShipLimits,
+    ) -> Self {
+        Self {
+            queue: Queue::new(queue_bytes, first_seq),
+            link: Link::new(limits.link_silence),
+            stream,
+            incarnation,
+            key: Arc::new(key),
+            owner: u64::from(group) << 32,
+            limits,
+            compress,
+            frames: VecDeque::with_capacity(256),
+            next_frame: 1,
+            next_send: 1,
+            sent_frame: 0,
+            acked_frame: 0,
+            acked_seq: first_seq - 1,
+            sealed_seq: first_seq - 1,
+            sent_seq: first_seq - 1,
+            wire_bytes: 0,
+            sealed_frames: 0,
+            spare: Vec::with_capacity(MAX_SPARE),
+            blocked_since: None,
+        }
+    }
+
+    /// Begins another incarnation: everything queued is forgotten, numbers go on at `first` or above. Returns the first
+    /// number.
+    pub fn restart(&mut self, incarnation: IncarnationId, key: DataKey, first: u64) -> u64 {
+        self.incarnation = incarnation;
+        self.key = Arc::new(key);
+        self.owner += 1;
+        self.frames.clear();
+        self.next_frame = 1;
+        self.next_send = 1;
+        self.sent_frame = 0;
+        self.acked_frame = 0;
+        self.blocked_since = None;
+        let first = self.queue.restart(first);
+        self.acked_seq = first - 1;
+        self.sealed_seq = first - 1;
+        self.sent_seq = first - 1;
+        first
+    }
+
+    /// Unacknowledged frames.
+    pub fn unacked(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Next frame that would be sent if nothing were resent.
+    pub fn next_frame(&self) -> u64 {
+        self.sent_frame + 1
+    }
+
+    /// Every record is acknowledged.
+    pub fn is_drained(&self) -> bool {
+        self.frames.is_empty() && self.queue.entries.is_empty()
+    }
+
+    /// When the oldest unacknowledged record was numbered.
+    pub fn oldest(&self) -> Option<Nanos> {
+        let raw = || self.queue.entries.front().map(|e| e.record.mono_ns);
+        self.frames.front().map(|f| f.oldest).or_else(raw)
+    }
+
+    /// Compression is off, to seal faster.
+    pub fn is_hurried(&self) -> bool {
+        self.queue.raw() > self.queue.limit() / 4
+    }
+
+    /// Composes frames of what is due and gives them to be sealed. Only records up to number `reserved` leave the
+    /// queue: a later life must not use their numbers again. `all`: whatever there is.
+    pub fn compose(&mut self, io: &mut impl Io, sealing: &mut Sealing, reserved: u64, all: bool) {
+        let now = io.now();
+        while let Some(first) = self.queue.entries.front() {
+            let oldest = first.record.mono_ns;
+            let ready = self.link.is_ready();
+            let bound = if ready { self.limits.age_bound } else { UNLINKED_AGE };
+            let due = all
+                || (ready && self.frames.len() < self.limits.few_unacked)
+                || self.queue.payload >= self.limits.frame_bytes
+                || self.queue.entries.len() >= MAX_FRAME_RECORDS
+                || now >= oldest + bound;
+            if !due || first.record.seq > reserved || !sealing.has_room() {
+                return;
+            }
+            let mut job = self.spare.pop().unwrap_or_else(|| self.fresh_job());
+            let mut most = self.limits.frame_bytes;
+            let out = loop {
+                self.plan(&mut job.plan, most, reserved);
+                match io.pool().take(job.plan.frame_bound()) {
+                    Some(out) => break Some(out),
+                    // Perhaps for a smaller one.
+                    None if job.plan.records() > 1 => most /= 4,
+                    None => break None,
+                }
+            };
+            let Some(out) = out else {
+                self.spare.push(job);
+                self.blocked_since.get_or_insert(now);
+                return;
+            };
+            self.blocked_since = None;
+            let records = job.plan.records();
+            let cost = out.len();
+            for entry in self.queue.entries.drain(..records) {
+                self.queue.payload -= entry.record.payload_len as usize;
+                self.queue.raw -= entry.cost;
+                job.entries.push(entry);
+            }
+            self.queue.frames += cost;
+            let last_seq = job.entries.last().map_or(self.sealed_seq, |e| e.record.seq);
+            job.owner = self.owner;
+            job.meta = FrameMeta {
+                stream: self.stream,
+                incarnation: self.incarnation,
+                number: self.next_frame,
+                acked: self.acked_frame,
+                mono_ns: now,
+            };
+            job.key = self.key.clone();
+            job.compress = self.compress && !self.is_hurried();
+            job.out = Some(out);
+            self.frames.push_back(Frame { state: FrameState::Sealing, buf: None, len: 0, cost, last_seq, oldest });
+            self.next_frame += 1;
+            sealing.submit(job);
+        }
+    }
+
+    fn fresh_job(&self) -> Box<Job> {
+        Box::new(Job {
+            owner: self.owner,
+            meta: FrameMeta { stream: self.stream, incarnation: self.incarnation, number: 0, acked: 0, mono_ns: 0 },
+            key: self.key.clone(),
+            compress: false,
+            entries: Vec::with_capacity(64),
+            plan: Plan::default(),
+            out: None,
+            len: 0,
+        })
+    }
+
+    fn plan(&self, plan: &mut Plan, most: usize, reserved: u64) {
+        plan.clear();
+        let mut bytes = 0;
+        for (count, entry) in self.queue.entries.iter().enumerate().take(MAX_FRAME_RECORDS) {
+            let payload = entry.record.payload_len as usize;
+            if entry.record.seq > reserved || (count > 0 && bytes + payload > most) || !plan.add(payload) {
+                break;
+            }
+            bytes += payload;
+        }
+    }
+
+    /// Takes a sealed frame back.
+    pub fn sealed(&mut self, mut job: Box<Job>) {
+        let out = job.out.take();
+        let frame = self.frame_at(job.meta.number);
+        if job.owner == self.owner
+            && let Some(frame) = frame
+        {
+            let frame = &mut self.frames[frame];
+            frame.state = FrameState::Ready;
+            frame.buf = out;
+            frame.len = job.len;
+            self.sealed_seq = self.sealed_seq.max(frame.last_seq);
+            self.wire_bytes += job.len as u64;
+            self.sealed_frames += 1;
+        }
+        if self.spare.len() < MAX_SPARE {
+            self.spare.push(job);
+        }
+    }
+
+    fn frame_at(&self, number: u64) -> Option<usize> {
+        let at = number.checked_sub(self.acked_frame + 1)? as usize;
+        (at < self.frames.len()).then_some(at)
+    }
+
+    /// Sends what is ready, if nothing is being sent.
+    pub fn send(&mut self, io: &mut impl Io, token: u64) {
+        let Some(sock) = self.link.may_send() else { return };
+        let Some(mut at) = self.frame_at(self.next_send) else { return };
+        if self.frames[at].state != FrameState::Ready {
+            return;
+        }
+        let mut parts = self.link.take_parts();
+        while parts.len() < MAX_SEND
+            && let Some(frame) = self.frames.get_mut(at)
+            && frame.state == FrameState::Ready
+            && let Some(buf) = frame.buf.take()
+        {
+            frame.state = FrameState::Sending;
+            parts.push(Part { buf, at: 0, len: frame.len });
+            self.sent_seq = self.sent_seq.max(frame.last_seq);
+            at += 1;
+            self.sent_frame = self.sent_frame.max(self.next_send);
+            self.next_send += 1;
+        }
+        self.link.sending = true;
+        io.submit(token | u64::from(self.link.epoch()), Op::SendV { sock, parts });
+    }
+
+    /// Takes the buffers of a send back to their frames, whatever became of it.
+    pub fn sent(&mut self, parts: &mut Vec<Part>) {
+        for part in parts.drain(..) {
+            let Ok(header) = FrameHeader::parse(&part.buf) else { continue };
+            if header.incarnation == self.incarnation
+                && let Some(at) = self.frame_at(header.number.get())
+            {
+                let frame = &mut self.frames[at];
+                frame.buf = Some(part.buf);
+                frame.state = FrameState::Ready;
+            }
+        }
+    }
+
+    /// A connection carries frames from `next` on.
+    pub fn resend_from(&mut self, next: u64) {
+        self.next_send = next;
+    }
+
+    /// Everything up to this frame is durable at the target. `seq`, if known, must be its last record. False if that
+    /// cannot be.
+    pub fn ack(&mut self, frame: u64, seq: Option<u64>) -> bool {
+        if frame <= self.acked_frame {
+            return true;
+        }
+        let Some(at) = self.frame_at(frame) else { return false };
+        let last_seq = self.frames[at].last_seq;
+        if frame > self.sent_frame || seq.is_some_and(|seq| seq != last_seq) {
+            return false;
+        }
+        for frame in self.frames.drain(..=at) {
+            // One that is still with the kernel finds no place when it comes back, and is freed then.
+            self.queue.frames -= frame.cost;
+        }
+        self.acked_frame = frame;
+        self.acked_seq = last_seq;
+        self.next_send = self.next_send.max(frame + 1);
+        true
+    }
+
+    /// When the next frame is due by age.
+    pub fn deadline(&self) -> Option<Nanos> {
+        let first = self.queue.entries.front()?;
+        let bound = if self.link.is_ready() { self.limits.age_bound } else { UNLINKED_AGE };
+        Some(first.record.mono_ns + bound)
+    }
+}

@@ -1,30 +1,59 @@
 //! The source: disks captured, numbered, sealed and shipped, group by group. See [`Source`].
+//!
+//! ```text
+//! front ends ─▶ capture (per disk: overlap, intent, resync) ─▶ queue of the stream ─▶ sealers ─▶ ship ─▶ target
+//! ```
+//! `group` is the life of one stream, `incarnate` its begins and connections, `stop` its end, `open` its files.
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 
 use afterimage_wire::handshake::Position;
 use afterimage_wire::ids::{DiskId, StreamId, TimelineId};
+use afterimage_wire::intent::IntentHeader;
 
+use crate::capture::{Disk, Flow, Gate, kind};
 use crate::host::{Answer, DiskKey, Disks, Export, Geometry, HostDisk, Request};
+use crate::intent::{IntentLog, Verdict};
 use crate::io::{Allocation, Done, Errno, Io, Nanos, Sock, Token};
 use crate::seal::ControlKey;
-use crate::sealers::Sealer;
+use crate::sealers::{Sealer, Sealing};
+use crate::ship::{Queue, ShipLimits, Shipper};
 
 mod config;
+mod group;
+mod incarnate;
+mod open;
 mod status;
+mod stop;
 
 pub use config::{DiskConfig, GroupConfig, MAX_GROUPS, MAX_SOURCE_DISKS, ProtectError, SourceLimits, pool_classes};
+use group::{Around, CUT_RESERVE, Group, Phase, SEQ_RESERVE};
+use open::Opened;
 pub use status::{DiskStatus, GroupState, GroupStatus, LinkFailure, RpoSummary, Rung, SourceEvent, SyncProgress};
 
+/// Most disks and groups over the life of a source: their indexes are in tokens and are never used again.
+const MAX_INDEX: usize = 1 << 16;
+
 /// All source disks of one data thread.
+///
+/// Its owner feeds it completions, calls [`Source::turn`] after each batch, and acts on its events. It never blocks but
+/// in [`Source::protect`] and [`Source::serve`], which open files.
 pub struct Source<I> {
     base: Token,
     limits: SourceLimits,
-    sealer: Sealer,
+    sealing: Sealing,
+    disks: Vec<Option<Disk>>,
+    groups: Vec<Option<Group>>,
     events: VecDeque<SourceEvent>,
-    answers: VecDeque<Answer>,
     world: PhantomData<fn(&mut I)>,
+}
+
+impl<I> std::fmt::Debug for Source<I> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (groups, disks) = (self.groups.iter().flatten().count(), self.disks.iter().flatten().count());
+        write!(f, "Source({groups} groups, {disks} disks)")
+    }
 }
 
 impl<I: Io> Source<I> {
@@ -33,9 +62,10 @@ impl<I: Io> Source<I> {
         Self {
             base: Token::from(base_id) << 48,
             limits,
-            sealer,
-            events: VecDeque::new(),
-            answers: VecDeque::new(),
+            sealing: sealer.into(),
+            disks: Vec::new(),
+            groups: Vec::new(),
+            events: VecDeque::with_capacity(64),
             world: PhantomData,
         }
     }
@@ -45,28 +75,152 @@ impl<I: Io> Source<I> {
     ///
     /// # Errors
     /// Names the file or the field; nothing stays open or half-made.
-    pub fn protect(&mut self, _io: &mut I, config: GroupConfig) -> Result<(), ProtectError> {
+    pub fn protect(&mut self, io: &mut I, config: GroupConfig) -> Result<(), ProtectError> {
         self.limits.check()?;
-        config.check()
+        config.check()?;
+        if self.groups.iter().flatten().any(|g| g.config.stream == config.stream) {
+            return Err(ProtectError::Taken(config.stream));
+        }
+        for disk in &config.disks {
+            self.check_free(disk)?;
+        }
+        if self.groups.len() >= MAX_INDEX || self.groups.iter().flatten().count() >= MAX_GROUPS {
+            return Err(too_many("groups"));
+        }
+        let mut opened = open::open_all(io, config.stream, &config.disks)?;
+        let mut bufs: Vec<_> = opened.iter().map_while(|_| io.pool().take(afterimage_wire::ALIGN)).collect();
+        if bufs.len() < opened.len() {
+            let path = config.disks[bufs.len()].log_path.clone();
+            open::close_all(io, &config.disks, opened);
+            return Err(ProtectError::File { path, action: "get a buffer for", errno: Errno::NOMEM });
+        }
+        let headers: Vec<Option<IntentHeader>> = opened.iter().map(|o| header_of(o).copied()).collect();
+        let lineage = open::lineage(&headers);
+        let first_seq = headers.iter().flatten().map(|h| h.reserved_seq).max().unwrap_or(0) + 1;
+        let cut = headers.iter().flatten().map(|h| h.cut).max().unwrap_or(0);
+        let (incarnation, key, wrapped) = incarnate::fresh_writer(io, &config.policy_key);
+        let index = self.groups.len() as u32;
+        let boot = io.boot_id();
+        let mut disks = Vec::with_capacity(opened.len());
+        for ((one, config_of), odd) in opened.drain(..).zip(&config.disks).zip(&lineage.odd) {
+            let number = self.disks.len() as u32;
+            let token = self.base | u64::from(number) << 24;
+            let whole = *odd || open::owes_whole(&one.loaded, config_of, &one.info, boot);
+            let header = IntentHeader {
+                serial: one.loaded.serial,
+                disk: config_of.id,
+                size: one.info.size,
+                stream: config.stream,
+                incarnation: lineage.predecessor.incarnation,
+                boot,
+                acked_frame: lineage.predecessor.frame,
+                acked_seq: lineage.predecessor.seq,
+                reserved_seq: first_seq - 1 + SEQ_RESERVE,
+                cut: cut + CUT_RESERVE,
+                sync: 0,
+                generation: config_of.generation,
+                whole_owed: whole,
+                clean: false,
+                mtime_ns: 0,
+                prior: lineage.alternative.unwrap_or_default(),
+            };
+            let mut disk = Disk::new(config_of.clone(), DiskKey(number), Some(index), one.file, one.info, token);
+            let Some(buf) = bufs.pop() else { break };
+            let mut log = IntentLog::new(one.log, disk.token(kind::LOG, 0), one.info.size, header, &one.loaded, buf);
+            log.set_header(|_| {});
+            disk.log = Some(log);
+            disk.sync.whole_owed = whole;
+            disks.push(number);
+            self.disks.push(Some(disk));
+        }
+        let limits = ShipLimits {
+            age_bound: self.limits.age_bound,
+            few_unacked: self.limits.few_unacked,
+            frame_bytes: self.limits.frame_bytes,
+            link_silence: self.limits.link_silence,
+        };
+        let queue = self.limits.queue_bytes;
+        let ship = Shipper::new(config.stream, index, incarnation, key, first_seq, queue, config.compress, limits);
+        let tokens = |kind: u64| self.base | kind << 40 | u64::from(index) << 24;
+        let group = Group::new(
+            config,
+            self.limits.clone(),
+            disks,
+            ship,
+            wrapped,
+            first_seq,
+            cut,
+            lineage.predecessor,
+            lineage.alternative,
+            (tokens(kind::SEND), tokens(kind::RECV)),
+            io.now(),
+        );
+        self.groups.push(Some(group));
+        self.turn(io);
+        Ok(())
     }
 
     /// Serves a disk without protecting it: no stream, no write-intent log.
     ///
     /// # Errors
     /// As [`Self::protect`].
-    pub fn serve(&mut self, _io: &mut I, disk: DiskConfig) -> Result<DiskKey, ProtectError> {
-        Err(ProtectError::File { path: disk.path, action: "open", errno: Errno::NOENT })
+    pub fn serve(&mut self, io: &mut I, disk: DiskConfig) -> Result<DiskKey, ProtectError> {
+        disk.check()?;
+        self.check_free(&disk)?;
+        let (file, info) = open::open_disk(io, &disk)?;
+        let key = DiskKey(self.disks.len() as u32);
+        let token = self.base | u64::from(key.0) << 24;
+        self.disks.push(Some(Disk::new(disk, key, None, file, info, token)));
+        Ok(key)
+    }
+
+    fn check_free(&self, disk: &DiskConfig) -> Result<(), ProtectError> {
+        for other in self.disks.iter().flatten() {
+            let twice = |what, value: &str| Err(ProtectError::Twice { what, value: value.to_owned() });
+            if other.config.name == disk.name {
+                return twice("name", &disk.name);
+            }
+            if other.config.path == disk.path {
+                return twice("path", &disk.path);
+            }
+        }
+        if self.disks.len() >= MAX_INDEX || self.disks.iter().flatten().count() >= MAX_SOURCE_DISKS {
+            return Err(too_many("disks"));
+        }
+        Ok(())
     }
 
     /// Ends the service of a disk that [`Self::serve`] began; its requests under way are finished first.
-    pub fn unserve(&mut self, _io: &mut I, _key: DiskKey) {}
+    pub fn unserve(&mut self, io: &mut I, key: DiskKey) {
+        if let Some(disk) = self.disks.get_mut(key.0 as usize).and_then(Option::as_mut)
+            && disk.group.is_none()
+        {
+            disk.set_gate(&mut Flow { io, queue: None }, Gate::Stopping);
+        }
+        self.close_unserved(io);
+    }
 
-    /// Stops a group cleanly and forgets it: see [`Self::stop`].
-    pub fn unprotect(&mut self, _io: &mut I, _stream: StreamId) {}
+    fn close_unserved(&mut self, io: &mut I) {
+        for slot in &mut self.disks {
+            if slot.as_ref().is_some_and(|d| d.group.is_none() && d.gate == Gate::Stopping && d.is_quiet())
+                && let Some(disk) = slot.take()
+            {
+                io.close(disk.file);
+            }
+        }
+    }
+
+    /// Stops a group cleanly and forgets it: see [`Self::stop`]; [`SourceEvent::Stopped`] says when.
+    pub fn unprotect(&mut self, io: &mut I, stream: StreamId) {
+        self.with_group(io, stream, |group, w| group.stop(w));
+        self.turn(io);
+    }
 
     /// The key of a disk of a group.
-    pub fn disk_key(&self, _stream: StreamId, _disk: DiskId) -> Option<DiskKey> {
-        None
+    pub fn disk_key(&self, stream: StreamId, disk: DiskId) -> Option<DiskKey> {
+        let group = self.groups.iter().flatten().find(|g| g.config.stream == stream)?;
+        let mut disks = group.disks.iter().filter_map(|index| self.disks[*index as usize].as_ref());
+        disks.find(|d| d.config.id == disk).map(|d| d.key)
     }
 
     /// True if a completion with this token is this source's.
@@ -74,16 +228,83 @@ impl<I: Io> Source<I> {
         token >> 48 == self.base >> 48
     }
 
+    fn with_group<R>(
+        &mut self,
+        io: &mut I,
+        stream: StreamId,
+        call: impl FnOnce(&mut Group, &mut Around<'_, I>) -> R,
+    ) -> Option<R> {
+        let group = self.groups.iter_mut().flatten().find(|g| g.config.stream == stream)?;
+        let (disks, sealing, events) = (&mut self.disks, &mut self.sealing, &mut self.events);
+        Some(call(group, &mut Around { io, disks, sealing, events }))
+    }
+
     /// Takes a completion of this source's.
-    pub fn done(&mut self, _io: &mut I, _done: Done) {}
+    pub fn done(&mut self, io: &mut I, done: Done) {
+        let kind = done.token >> 40 & 0xff;
+        let index = (done.token >> 24 & 0xffff) as usize;
+        let low = (done.token & 0xff_ffff) as u32;
+        if kind == kind::SEND || kind == kind::RECV {
+            let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else { return };
+            let (disks, sealing, events) = (&mut self.disks, &mut self.sealing, &mut self.events);
+            let mut w = Around { io, disks, sealing, events };
+            return match kind {
+                kind::SEND => group.sent(&mut w, low, done),
+                _ => group.received(&mut w, low, done),
+            };
+        }
+        let Some((disk, queue)) = parts(&mut self.disks, &mut self.groups, index) else { return };
+        let mut f = Flow { io, queue };
+        match kind {
+            kind::HOST => disk.host_done(&mut f, low, done),
+            kind::FLUSH => disk.flush_done(&mut f, done),
+            kind::LOG => disk.log_done(&mut f, done),
+            kind::SYNC => disk.sync_done(&mut f, low, done),
+            _ => {}
+        }
+    }
 
     /// Moves what can be moved: composes and sends frames, cuts, clears intent bits, synchronises. Call it after each
     /// batch of completions and when [`Self::deadline`] has come.
-    pub fn turn(&mut self, _io: &mut I) {}
+    pub fn turn(&mut self, io: &mut I) {
+        let mut w = Around { io, disks: &mut self.disks, sealing: &mut self.sealing, events: &mut self.events };
+        for slot in &mut self.groups {
+            if let Some(group) = slot {
+                group.turn(&mut w);
+                if group.phase == Phase::Closed {
+                    *slot = None;
+                }
+            }
+        }
+        loop {
+            let mut any = false;
+            while let Some(job) = w.sealing.next_done() {
+                any = true;
+                let owner = (job.owner >> 32) as usize;
+                if let Some(group) = self.groups.get_mut(owner).and_then(Option::as_mut) {
+                    group.ship.sealed(job);
+                }
+            }
+            if !any {
+                break;
+            }
+            for group in self.groups.iter_mut().flatten() {
+                group.compose_and_send(&mut w);
+            }
+        }
+        for slot in &mut *w.disks {
+            if let Some(disk) = slot
+                && disk.group.is_none()
+            {
+                disk.feed(&mut Flow { io: &mut *w.io, queue: None });
+            }
+        }
+        self.close_unserved(io);
+    }
 
     /// When [`Self::turn`] is due at the latest although nothing completes.
     pub fn deadline(&self) -> Option<Nanos> {
-        None
+        self.groups.iter().flatten().filter_map(|g| g.deadline(&self.disks)).min()
     }
 
     /// The next thing that the owner has to know.
@@ -97,77 +318,187 @@ impl<I: Io> Source<I> {
     pub fn linked(
         &mut self,
         io: &mut I,
-        _stream: StreamId,
+        stream: StreamId,
         sock: Sock,
-        _control: ControlKey,
+        control: ControlKey,
         _timeline: TimelineId,
-        _position: Position,
-        _whole_resync: bool,
+        position: Position,
+        whole_resync: bool,
     ) {
-        io.close_sock(sock);
+        let linked = self.with_group(io, stream, |group, w| group.linked(w, sock, control, position, whole_resync));
+        match linked {
+            Some(()) => self.turn(io),
+            None => io.close_sock(sock),
+        }
     }
 
     /// The attempt of the last [`SourceEvent::Connect`] came to nothing.
-    pub fn link_failed(&mut self, _io: &mut I, _stream: StreamId, _failure: LinkFailure) {}
+    pub fn link_failed(&mut self, io: &mut I, stream: StreamId, failure: LinkFailure) {
+        self.with_group(io, stream, |group, w| group.link_failed(w, failure));
+        self.turn(io);
+    }
 
     /// Holds (or lets go) all host I/O of a group: nothing new is issued, and no answer is given.
-    pub fn fence(&mut self, _io: &mut I, _stream: StreamId, _hold: bool) {}
+    pub fn fence(&mut self, io: &mut I, stream: StreamId, hold: bool) {
+        self.with_group(io, stream, |group, w| {
+            group.held = hold;
+            group.each_disk(w, |disk, f| disk.fence(f, hold));
+        });
+    }
 
     /// Takes a cut now, with a label; [`SourceEvent::CutTaken`] names it.
-    pub fn label_cut(&mut self, _io: &mut I, _stream: StreamId, _label: &str) {}
+    pub fn label_cut(&mut self, io: &mut I, stream: StreamId, label: &str) {
+        self.with_group(io, stream, |group, w| {
+            if group.phase == Phase::Open {
+                group.cut(w, label.to_owned(), true);
+            }
+        });
+        self.turn(io);
+    }
 
     /// Stops everything cleanly: host I/O under way is finished, later requests are refused with `ESHUTDOWN`, the
     /// queue is shipped for at most [`SourceLimits::stop_wait`], logs are marked clean where everything is
     /// acknowledged. Over when [`Self::is_idle`].
-    pub fn stop(&mut self, _io: &mut I) {}
+    pub fn stop(&mut self, io: &mut I) {
+        let mut w = Around { io, disks: &mut self.disks, sealing: &mut self.sealing, events: &mut self.events };
+        for group in self.groups.iter_mut().flatten() {
+            group.stop(&mut w);
+        }
+        for disk in self.disks.iter_mut().flatten().filter(|d| d.group.is_none()) {
+            disk.set_gate(&mut Flow { io: &mut *io, queue: None }, Gate::Stopping);
+        }
+        self.turn(io);
+    }
 
     /// Nothing is open or under way.
     pub fn is_idle(&self) -> bool {
-        true
+        self.groups.iter().all(Option::is_none) && self.disks.iter().all(Option::is_none)
     }
 
     /// How every group is.
-    pub fn status(&self, _now: Nanos) -> Vec<GroupStatus> {
-        Vec::new()
+    pub fn status(&self, now: Nanos) -> Vec<GroupStatus> {
+        self.groups.iter().flatten().map(|group| self.group_status(group, now)).collect()
+    }
+
+    fn group_status(&self, group: &Group, now: Nanos) -> GroupStatus {
+        let ship = &group.ship;
+        let disks = group.disks.iter().filter_map(|index| self.disks[*index as usize].as_ref());
+        GroupStatus {
+            stream: group.config.stream,
+            name: group.config.name.clone(),
+            state: group.state(&self.disks),
+            rung: group.rung(&self.disks),
+            held: group.held,
+            incarnation: ship.incarnation,
+            captured_seq: ship.queue.last_seq(),
+            sealed_seq: ship.sealed_seq,
+            sent_seq: ship.sent_seq,
+            acked_seq: ship.acked_seq,
+            cut: group.cut,
+            records: ship.queue.records,
+            uncaptured: ship.queue.passed,
+            captured_bytes: ship.queue.bytes,
+            wire_bytes: ship.wire_bytes,
+            frames: ship.sealed_frames,
+            queue_bytes: ship.queue.used(),
+            queue_limit: ship.queue.limit(),
+            rpo_now: group.rpo_now(now),
+            rpo: group.rpo.summary(),
+            disks: disks.map(disk_status).collect(),
+        }
     }
 
     /// The RPO samples of a group, in microseconds, for merging and export.
-    pub fn rpo_histogram(&self, _stream: StreamId) -> Option<&hdrhistogram::Histogram<u64>> {
-        None
+    pub fn rpo_histogram(&self, stream: StreamId) -> Option<&hdrhistogram::Histogram<u64>> {
+        self.groups.iter().flatten().find(|g| g.config.stream == stream).map(|g| g.rpo.histogram())
     }
+}
+
+fn header_of(opened: &Opened) -> Option<&IntentHeader> {
+    match &opened.loaded.verdict {
+        Verdict::Good(header) => Some(header),
+        Verdict::Missing | Verdict::Foreign(_) => None,
+    }
+}
+
+fn too_many(field: &'static str) -> ProtectError {
+    ProtectError::Value { field, value: "one more".into(), allowed: "256 groups and 4096 disks at a time" }
+}
+
+fn disk_status(disk: &Disk) -> DiskStatus {
+    let dirty = disk.log.as_ref().map_or(0, IntentLog::dirty);
+    let sync = disk.sync.progress(dirty);
+    DiskStatus {
+        key: disk.key,
+        id: disk.config.id,
+        name: disk.config.name.clone(),
+        size: disk.info.size,
+        in_flight: disk.in_flight(),
+        hot_extents: disk.log.as_ref().map_or(0, IntentLog::hot),
+        dirty_extents: dirty,
+        sync: sync.map(|p| SyncProgress { whole: p.whole, done: p.done, total: p.total }),
+        failed_writes: disk.failed_writes,
+        sync_failed: disk.flush.has_failed(),
+    }
+}
+
+/// A disk and the queue of its stream.
+fn parts<'a>(
+    disks: &'a mut [Option<Disk>],
+    groups: &'a mut [Option<Group>],
+    index: usize,
+) -> Option<(&'a mut Disk, Option<&'a mut Queue>)> {
+    let disk = disks.get_mut(index)?.as_mut()?;
+    let queue = match disk.group {
+        Some(group) => Some(&mut groups.get_mut(group as usize)?.as_mut()?.ship.queue),
+        None => None,
+    };
+    Some((disk, queue))
 }
 
 impl<I: Io> Disks<I> for Source<I> {
     fn exports(&self) -> Vec<Export> {
-        let _ = &self.sealer;
-        Vec::new()
+        let export = |disk: &Disk| Export {
+            key: disk.key,
+            name: disk.config.name.clone(),
+            description: disk.config.path.clone(),
+            geometry: disk.geometry(),
+        };
+        self.disks.iter().flatten().filter(|d| d.gate != Gate::Stopping).map(export).collect()
     }
 
-    fn disk(&mut self, _key: DiskKey) -> Option<impl HostDisk<I> + '_> {
-        None::<SourceDisk<'_>>
+    fn disk(&mut self, key: DiskKey) -> Option<impl HostDisk<I> + '_> {
+        let (disk, queue) = parts(&mut self.disks, &mut self.groups, key.0 as usize)?;
+        Some(SourceDisk { disk, queue })
     }
 }
 
-/// One disk of a [`Source`], borrowed for a call.
-#[derive(Debug)]
-pub struct SourceDisk<'a> {
-    answers: &'a mut VecDeque<Answer>,
+/// One disk of a [`Source`] with its stream's queue, borrowed for a call.
+struct SourceDisk<'a> {
+    disk: &'a mut Disk,
+    queue: Option<&'a mut Queue>,
 }
 
 impl<I: Io> HostDisk<I> for SourceDisk<'_> {
     fn geometry(&self) -> Geometry {
-        Geometry { size: 0, block: 512, physical_block: 512, read_only: true, discard: false, serial: String::new() }
+        self.disk.geometry()
     }
 
-    fn request(&mut self, _io: &mut I, cookie: u64, _request: Request) {
-        self.answers.push_back(Answer { cookie, result: Err(Errno::IO) });
+    fn request(&mut self, io: &mut I, cookie: u64, request: Request) {
+        self.disk.request(&mut Flow { io, queue: self.queue.as_deref_mut() }, cookie, request);
     }
 
     fn answers(&mut self) -> &mut VecDeque<Answer> {
-        self.answers
+        self.disk.answers()
     }
 
-    fn allocation(&mut self, _io: &mut I, _offset: u64) -> Result<Allocation, Errno> {
-        Err(Errno::IO)
+    fn allocation(&mut self, io: &mut I, offset: u64) -> Result<Allocation, Errno> {
+        let end = self.disk.info.size;
+        if offset >= end {
+            return Err(Errno::INVAL);
+        }
+        // A file system that does not tell has data everywhere.
+        let all = Allocation { len: end - offset, hole: false };
+        Ok(io.allocation(self.disk.file, offset).unwrap_or(all))
     }
 }

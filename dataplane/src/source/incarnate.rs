@@ -1,0 +1,332 @@
+//! The begin of an incarnation, and its connections.
+//!
+//! Before the first frame of an incarnation leaves, every log of the group names it durably: so a later life knows
+//! whether the target may hold anything of it. The first records are the joins of the disks and the begins of what must
+//! be synchronised; what the target says when it first accepts can make that more, and then the incarnation, of which
+//! nothing has been sent, is begun anew.
+
+use afterimage_wire::WIRE_VERSION;
+use afterimage_wire::control::StopReason;
+use afterimage_wire::handshake::{DiskClaim, Hello, Position, Refusal};
+use afterimage_wire::ids::{DiskId, IncarnationId};
+use afterimage_wire::record::{DiskInfo, RecordKind};
+use afterimage_wire::segment::{Predecessor, WrappedKey};
+
+use super::group::{Around, Group, Phase};
+use super::status::{LinkFailure, SourceEvent};
+use crate::capture::{Disk, Gate};
+use crate::io::{Done, Io, Nanos, Sock};
+use crate::seal::{ControlKey, DataKey, PolicyKey};
+use crate::sealers::Payload;
+use crate::ship::{Event, Heard, LinkState, SMALL_COST};
+
+/// After so many frames refused as bad in a row, what is in memory is not trusted any more.
+const MAX_BAD_FRAMES: u32 = 3;
+/// Incarnations are not begun faster than this without a pause.
+const INCARNATION_PACE: Nanos = 1_000_000_000;
+
+/// A fresh writer: its id, its key, and the key wrapped.
+pub(super) fn fresh_writer<I: Io>(io: &mut I, policy: &PolicyKey) -> (IncarnationId, DataKey, WrappedKey) {
+    let (mut id, mut key, mut nonce) = ([0; 16], [0; 32], [0; 12]);
+    io.random(&mut id);
+    io.random(&mut key);
+    io.random(&mut nonce);
+    let incarnation = IncarnationId(id);
+    let key = DataKey::new(key);
+    let wrapped = policy.wrap(incarnation, &key, nonce);
+    (incarnation, key, wrapped)
+}
+
+fn disk_info(disk: &Disk) -> DiskInfo {
+    DiskInfo {
+        slot: disk.config.slot,
+        id: disk.config.id,
+        size: disk.info.size,
+        block: disk.info.block,
+        physical_block: disk.info.physical_block,
+        serial: disk.config.serial.clone(),
+        name: disk.config.name.clone(),
+    }
+}
+
+impl Group {
+    /// The logs are ready: the stream begins, and host I/O with it.
+    pub fn open<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        self.phase = Phase::Open;
+        self.draw_head(w);
+        self.set_gates(w, Gate::Open);
+    }
+
+    /// The first records of an incarnation: every disk joins, every disk that owes a synchronisation begins it.
+    fn draw_head<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        let (now, wall) = (w.io.now(), w.io.wall());
+        self.each_disk(w, |disk, f| {
+            let mut body = Vec::with_capacity(128);
+            disk_info(disk).encode(&mut body);
+            let event = Event { kind: RecordKind::Join, disk: disk.config.slot, offset: 0, len: 0 };
+            if let Some(queue) = f.queue.as_deref_mut() {
+                queue.push(event, Payload::Mark(body), 0, SMALL_COST, now, wall);
+            }
+        });
+        let mut whole = true;
+        self.each_disk(w, |disk, f| {
+            whole &= disk.sync.whole_owed;
+            if disk.sync.whole_owed {
+                disk.begin_sync(f, true);
+            } else if disk.log.as_ref().is_some_and(|log| log.dirty() > 0) {
+                disk.begin_sync(f, false);
+            }
+        });
+        self.head_whole = whole;
+    }
+
+    /// Gives up everything that is queued and begins a new incarnation: what was not acknowledged is in the dirty map
+    /// then, and is synchronised; everything is, if `whole`. Numbers go on at `least` or above.
+    pub fn reincarnate<I: Io>(&mut self, w: &mut Around<'_, I>, whole: bool, least: u64) {
+        self.forget_queue(w, least);
+        if self.phase != Phase::Open {
+            return;
+        }
+        self.each_disk(w, |disk, _| disk.sync.whole_owed |= whole);
+        self.draw_head(w);
+        self.ship.queue.overflow = false;
+    }
+
+    fn forget_queue<I: Io>(&mut self, w: &mut Around<'_, I>, least: u64) {
+        if self.ship.link.announced {
+            let (frame, seq) = (self.ship.acked_frame, self.ship.acked_seq);
+            self.alternative = (frame == 0).then_some(self.predecessor).filter(|p| !p.incarnation.is_none());
+            self.predecessor = Predecessor { incarnation: self.ship.incarnation, frame, seq };
+        }
+        let acked = self.ship.acked_seq;
+        self.each_disk(w, |disk, _| {
+            if let Some(log) = &mut disk.log {
+                log.unacked_to_dirty(acked);
+            }
+            disk.sync.reset();
+        });
+        self.ship.link.close(w.io);
+        self.ship.link.announced = false;
+        self.announcing = None;
+        self.bad_frames = 0;
+        let (incarnation, key, wrapped) = fresh_writer(w.io, &self.config.policy_key);
+        self.wrapped = wrapped;
+        self.first_seq = self.ship.restart(incarnation, key, least);
+        let now = w.io.now();
+        if now < self.incarnated_at + INCARNATION_PACE {
+            self.ship.link.fail(now, "a new incarnation begins");
+        } else {
+            self.ship.link.again(now);
+        }
+        self.incarnated_at = now;
+        self.rpo.incomplete(now);
+    }
+
+    fn hello(&self, disks: &[Option<Disk>]) -> Hello {
+        let claim = |index: &u32| {
+            let disk = disks[*index as usize].as_ref()?;
+            Some(DiskClaim { disk: disk_info(disk), generation: disk.config.generation })
+        };
+        Hello {
+            version: WIRE_VERSION,
+            stream: self.config.stream,
+            incarnation: self.ship.incarnation,
+            predecessor: self.predecessor,
+            key: self.wrapped,
+            first_seq: self.first_seq,
+            next_frame: self.ship.next_frame(),
+            connection: 0,
+            disks: self.disks.iter().filter_map(claim).collect(),
+        }
+    }
+
+    /// Asks for a connection when one is due; gives a silent one up.
+    pub fn link_turn<I: Io>(&mut self, w: &mut Around<'_, I>, now: Nanos) {
+        if self.ship.link.is_silent(now) {
+            self.lost(w, "nothing was heard from the target");
+        }
+        let wanted = match self.phase {
+            Phase::Open => true,
+            Phase::Stopping(_) => !self.ship.is_drained() && now < self.stop_at,
+            Phase::Opening | Phase::Closed => false,
+        };
+        if wanted && self.fenced.is_none() && self.ship.link.is_due(now) {
+            self.ship.link.state = LinkState::Asked;
+            let hello = Box::new(self.hello(w.disks));
+            w.events.push_back(SourceEvent::Connect { stream: self.config.stream, hello });
+        }
+    }
+
+    /// The connection is gone.
+    fn lost<I: Io>(&mut self, w: &mut Around<'_, I>, reason: &str) {
+        self.ship.link.close(w.io);
+        self.ship.link.fail(w.io.now(), reason);
+        self.ship.queue.healthy = false;
+    }
+
+    /// The target has accepted; see [`super::Source::linked`].
+    pub fn linked<I: Io>(
+        &mut self,
+        w: &mut Around<'_, I>,
+        sock: Sock,
+        control: ControlKey,
+        position: Position,
+        whole_resync: bool,
+    ) {
+        if !matches!(self.ship.link.state, LinkState::Asked) || self.fenced.is_some() {
+            return w.io.close_sock(sock);
+        }
+        self.refused = None;
+        let now = w.io.now();
+        let acked = self.ship.acked_frame;
+        let ours = position.incarnation == self.ship.incarnation;
+        // What the target once acknowledged and does not hold, or what we never sent: it is not the target we knew.
+        let foreign = if ours {
+            whole_resync || position.frame < acked || position.frame >= self.ship.next_frame()
+        } else {
+            acked > 0
+        };
+        if foreign {
+            w.io.close_sock(sock);
+            return self.reincarnate(w, true, position.seq + 1);
+        }
+        if !ours && whole_resync && !self.head_whole {
+            w.io.close_sock(sock);
+            let older = self.alternative.take_if(|place| {
+                place.incarnation == position.incarnation && (place.frame, place.seq) <= (position.frame, position.seq)
+            });
+            match older {
+                // The newest writer that our logs name never reached the target: its place is that of the one before.
+                Some(place) if self.phase == Phase::Open => {
+                    self.predecessor = place;
+                    self.ship.link.again(now);
+                }
+                _ => self.reincarnate(w, true, position.seq + 1),
+            }
+            return;
+        }
+        let from = if ours { position.frame + 1 } else { 1 };
+        if !self.ship.link.announced && self.announcing.is_none() {
+            self.announce(w, whole_resync);
+        }
+        if self.ship.link.up(w.io, sock, control, self.recv_token) {
+            self.ship.resend_from(from);
+            if ours {
+                // What it names is durable there, although its acknowledgement was lost.
+                self.ship.ack(position.frame, None);
+            }
+        }
+    }
+
+    /// Every log names this incarnation, durably, before its first frame leaves.
+    fn announce<I: Io>(&mut self, w: &mut Around<'_, I>, whole_resync: bool) {
+        let prior = if whole_resync { Predecessor::default() } else { self.predecessor };
+        let (incarnation, seq) = (self.ship.incarnation, self.first_seq - 1);
+        let mut tickets = Vec::with_capacity(self.disks.len());
+        self.each_disk(w, |disk, f| {
+            let whole = disk.sync.whole_owed;
+            let ticket = disk.log.as_mut().map_or(0, |log| {
+                let ticket = log.set_header(|h| {
+                    h.incarnation = incarnation;
+                    (h.acked_frame, h.acked_seq) = (0, seq);
+                    h.prior = prior;
+                    h.whole_owed = whole;
+                });
+                log.pump(f.io);
+                ticket
+            });
+            tickets.push(ticket);
+        });
+        self.announcing = Some(tickets);
+    }
+
+    /// The attempt failed; see [`super::Source::link_failed`].
+    pub fn link_failed<I: Io>(&mut self, w: &mut Around<'_, I>, failure: LinkFailure) {
+        if !matches!(self.ship.link.state, LinkState::Asked) {
+            return;
+        }
+        let now = w.io.now();
+        match failure {
+            LinkFailure::Unreachable(reason) => self.ship.link.fail(now, &reason),
+            LinkFailure::Refused(Refusal::Fenced { disk, generation }, _) => self.fence_off(w, Some(disk), generation),
+            LinkFailure::Refused(Refusal::SeqBehind { newest }, _) => self.reincarnate(w, true, newest + 1),
+            LinkFailure::Refused(Refusal::Busy, message) => self.ship.link.fail(now, &message),
+            LinkFailure::Refused(refusal, message) => {
+                self.ship.link.fail_for_long(now, &message);
+                self.refused = Some((refusal, message));
+            }
+        }
+    }
+
+    /// The target holds a newer generation: nothing of this stream counts any more. Host I/O goes on, uncaptured.
+    fn fence_off<I: Io>(&mut self, w: &mut Around<'_, I>, disk: Option<DiskId>, generation: u64) {
+        self.forget_queue(w, 0);
+        self.ship.queue.closed = true;
+        self.ship.link.state = LinkState::Off;
+        self.fenced = Some(generation);
+        w.events.push_back(SourceEvent::Fenced { stream: self.config.stream, disk, generation });
+    }
+
+    /// Takes a completed receive.
+    pub fn received<I: Io>(&mut self, w: &mut Around<'_, I>, epoch: u32, done: Done) {
+        let mut heard = std::mem::take(&mut self.heard);
+        self.ship.link.received(w.io, epoch, done, self.recv_token, &mut heard);
+        for what in heard.drain(..) {
+            match what {
+                Heard::Ack(frame, seq) => {
+                    if !self.ship.ack(frame, Some(seq)) {
+                        self.lost(w, "the target acknowledged what was not sent");
+                        break;
+                    }
+                    self.bad_frames = 0;
+                }
+                Heard::Lost(reason) => {
+                    self.lost(w, &reason);
+                    break;
+                }
+                Heard::Stop(reason, value) => {
+                    self.stopped_by_target(w, reason, value);
+                    break;
+                }
+            }
+        }
+        heard.clear();
+        self.heard = heard;
+    }
+
+    fn stopped_by_target<I: Io>(&mut self, w: &mut Around<'_, I>, reason: StopReason, value: u64) {
+        match reason {
+            StopReason::Fenced => self.fence_off(w, None, value),
+            StopReason::BadFrame => {
+                self.bad_frames += 1;
+                if self.bad_frames >= MAX_BAD_FRAMES {
+                    // The same bytes were refused again and again: they are bad here, not on their way.
+                    self.reincarnate(w, false, 0);
+                } else {
+                    self.lost(w, "the target refused a frame");
+                }
+            }
+            StopReason::NoSpace => self.stopped_for_long(w, "the target has no space"),
+            StopReason::JournalFailed => self.stopped_for_long(w, "the target's journal failed"),
+            StopReason::Replaced => self.lost(w, "another connection took over"),
+            StopReason::ShuttingDown => self.lost(w, "the target is shutting down"),
+        }
+    }
+
+    fn stopped_for_long<I: Io>(&mut self, w: &mut Around<'_, I>, reason: &str) {
+        self.ship.link.close(w.io);
+        self.ship.link.fail_for_long(w.io.now(), reason);
+    }
+
+    /// Takes a completed send.
+    pub fn sent<I: Io>(&mut self, w: &mut Around<'_, I>, epoch: u32, mut done: Done) {
+        self.ship.sent(&mut done.parts);
+        self.ship.link.keep_parts(done.parts);
+        if epoch == self.ship.link.epoch() && self.ship.link.is_up() {
+            self.ship.link.sending = false;
+            if let Err(errno) = done.result {
+                self.lost(w, &format!("sending: {errno}"));
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! A clean stop: requests end, the disks are flushed, the queue is shipped, the logs say so. What cannot be done in time
+//! is left to the next life: its bits stay set.
+
+use afterimage_wire::record::RecordKind;
+
+use super::group::{Around, Group, Phase};
+use super::status::SourceEvent;
+use crate::capture::{Disk, Gate};
+use crate::intent::IntentLog;
+use crate::io::Io;
+use crate::sealers::Payload;
+use crate::ship::{Event, SMALL_COST};
+
+/// What a stop waits for.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(super) enum StopStage {
+    /// Requests under way.
+    Drain,
+    /// The flush of every disk.
+    Flush,
+    /// Acknowledgements.
+    Ship,
+    /// Bits to be cleared.
+    Clear,
+    /// The last headers.
+    Mark,
+    /// The kernel.
+    Close,
+}
+
+impl Group {
+    /// Begins to stop.
+    pub fn stop<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        if matches!(self.phase, Phase::Stopping(_) | Phase::Closed) {
+            return;
+        }
+        let opened = self.phase == Phase::Open;
+        self.stop_at = w.io.now() + self.limits.stop_wait;
+        self.phase = Phase::Stopping(if opened { StopStage::Drain } else { StopStage::Close });
+        self.set_gates(w, Gate::Stopping);
+    }
+
+    /// Goes on with a stop.
+    pub fn stop_turn<I: Io>(&mut self, w: &mut Around<'_, I>, stage: StopStage) {
+        let now = w.io.now();
+        let late = now >= self.stop_at;
+        let next = match stage {
+            StopStage::Drain if self.all_disks(w.disks, |d| d.is_drained() && d.sync.is_quiet()) => {
+                self.each_disk(w, |disk, f| disk.flush_own(f));
+                StopStage::Flush
+            }
+            StopStage::Flush if self.all_disks(w.disks, |d| !d.flush.is_busy()) => {
+                if !self.ship.queue.closed && self.all_disks(w.disks, |d| d.sync.running().is_none()) {
+                    let event = Event { kind: RecordKind::End, disk: 0, offset: 0, len: 0 };
+                    let (mono, wall) = (now, w.io.wall());
+                    self.ship.queue.push(event, Payload::None, 0, SMALL_COST, mono, wall);
+                }
+                StopStage::Ship
+            }
+            StopStage::Ship if late || (self.ship.is_drained() && self.ship.link.announced) => {
+                self.clean = self.ship.is_drained() && self.ship.link.announced && self.is_complete(w.disks);
+                self.ship.link.close(w.io);
+                if self.ship.link.announced {
+                    let clean = self.clean;
+                    let (frame, seq) = (self.ship.acked_frame, self.ship.acked_seq);
+                    self.each_disk(w, |disk, _| {
+                        let epoch = disk.flush.flushed();
+                        let covered = crate::intent::Covered { frame, seq, epoch, bound: 0 };
+                        match &mut disk.log {
+                            Some(log) if clean => log.clear_all(&covered),
+                            Some(log) => {
+                                log.set_header(|h| (h.acked_frame, h.acked_seq) = (frame, seq));
+                            }
+                            None => {}
+                        }
+                    });
+                }
+                StopStage::Clear
+            }
+            StopStage::Clear => {
+                let (frame, seq) = (self.ship.acked_frame, self.ship.acked_seq);
+                self.each_disk(w, |disk, f| {
+                    let epoch = disk.flush.flushed();
+                    if let Some(log) = &mut disk.log {
+                        log.clear(&crate::intent::Covered { frame, seq, epoch, bound: 0 });
+                        log.pump(f.io);
+                    }
+                });
+                if self.all_logs(w.disks, |log| log.is_settled() && !log.is_clearing()) {
+                    self.clean &= self.all_logs(w.disks, |log| log.hot() == 0);
+                    if self.clean {
+                        self.each_disk(w, |disk, f| {
+                            // The last write of the disk has ended: a later change of the file is not ours.
+                            let mtime = f.io.info(disk.file).map_or(0, |info| info.mtime_ns);
+                            if let Some(log) = &mut disk.log {
+                                log.set_header(|h| (h.clean, h.mtime_ns) = (true, mtime));
+                                log.pump(f.io);
+                            }
+                        });
+                    }
+                    StopStage::Mark
+                } else if late && self.all_logs(w.disks, IntentLog::is_broken) {
+                    self.clean = false;
+                    StopStage::Close
+                } else {
+                    stage
+                }
+            }
+            StopStage::Mark
+                if self.all_logs(w.disks, IntentLog::is_settled)
+                    || (late && self.all_logs(w.disks, IntentLog::is_broken)) =>
+            {
+                StopStage::Close
+            }
+            StopStage::Close if self.all_disks(w.disks, Disk::is_quiet) => {
+                self.close(w);
+                return;
+            }
+            stage => stage,
+        };
+        self.phase = Phase::Stopping(next);
+        if next != stage {
+            self.compose_and_send(w);
+            self.stop_turn(w, next);
+        }
+    }
+
+    /// Every disk is complete at the target, and on stable storage here.
+    fn is_complete(&self, disks: &[Option<Disk>]) -> bool {
+        self.all_disks(disks, |disk| {
+            !disk.sync.is_open()
+                && !disk.sync.whole_owed
+                && disk.is_flush_clean()
+                && !disk.flush.has_failed()
+                && disk.log.as_ref().is_none_or(|log| !log.owes())
+        })
+    }
+
+    fn close<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        self.ship.link.close(w.io);
+        for index in &self.disks {
+            if let Some(disk) = w.disks[*index as usize].take() {
+                w.io.close(disk.file);
+                if let Some(log) = disk.log {
+                    w.io.close(log.into_file());
+                }
+            }
+        }
+        self.phase = Phase::Closed;
+        w.events.push_back(SourceEvent::Stopped { stream: self.config.stream, clean: self.clean });
+    }
+}
