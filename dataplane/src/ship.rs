@@ -82,7 +82,10 @@ pub(crate) struct Shipper {
     /// Newest frame ever handed to the network.
     sent_frame: u64,
     pub acked_frame: u64,
+    /// Last record of that frame; before the first acknowledgement, the one before the incarnation's first.
     pub acked_seq: u64,
+    /// Newest record that a target ever acknowledged, as far as is known.
+    pub durable_seq: u64,
     pub sealed_seq: u64,
     pub sent_seq: u64,
     pub wire_bytes: u64,
@@ -120,6 +123,7 @@ impl Shipper {
             sent_frame: 0,
             acked_frame: 0,
             acked_seq: first_seq - 1,
+            durable_seq: 0,
             sealed_seq: first_seq - 1,
             sent_seq: first_seq - 1,
             wire_bytes: 0,
@@ -343,6 +347,7 @@ impl Shipper {
         }
         self.acked_frame = frame;
         self.acked_seq = last_seq;
+        self.durable_seq = last_seq;
         self.next_send = self.next_send.max(frame + 1);
         true
     }

@@ -140,7 +140,8 @@ impl<I: Io> Source<I> {
             link_silence: self.limits.link_silence,
         };
         let queue = self.limits.queue_bytes;
-        let ship = Shipper::new(config.stream, index, incarnation, key, first_seq, queue, config.compress, limits);
+        let mut ship = Shipper::new(config.stream, index, incarnation, key, first_seq, queue, config.compress, limits);
+        ship.durable_seq = lineage.predecessor.seq;
         let tokens = |kind: u64| self.base | kind << 40 | u64::from(index) << 24;
         let group = Group::new(
             config,
@@ -393,7 +394,7 @@ impl<I: Io> Source<I> {
             captured_seq: ship.queue.last_seq(),
             sealed_seq: ship.sealed_seq,
             sent_seq: ship.sent_seq,
-            acked_seq: ship.acked_seq,
+            acked_seq: ship.durable_seq,
             cut: group.cut,
             records: ship.queue.records,
             uncaptured: ship.queue.passed,
