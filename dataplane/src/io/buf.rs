@@ -25,6 +25,10 @@ struct Region {
     len: usize,
 }
 
+/// Pools from this size on ask for huge pages, bytes: registering pins all of a pool, and does so page by page (half a
+/// second for 512 MiB of small ones).
+const HUGE_FROM: usize = 64 << 20;
+
 impl Region {
     fn new(len: usize) -> Self {
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
@@ -33,7 +37,13 @@ impl Region {
             libc::mmap(std::ptr::null_mut(), len, rights, kind, -1, 0)
         };
         match NonNull::new(start.cast::<u8>()) {
-            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => Self { start, len },
+            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => {
+                if len >= HUGE_FROM {
+                    // SAFETY: the range is the mapping just made; the advice changes no content. A refusal is no harm.
+                    unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+                }
+                Self { start, len }
+            }
             _ => panic!("no {len} bytes of memory for buffers: {}", std::io::Error::last_os_error()),
         }
     }

@@ -65,7 +65,7 @@ pub struct Group {
     /// Disks, in the order of their slots.
     pub disks: Vec<Disk>,
     /// Views that the target opens when it starts.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub views: Vec<View>,
 }
 
