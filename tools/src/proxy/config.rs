@@ -19,7 +19,7 @@ pub const MIN_POOL: u64 = 64 * MIB;
 /// Largest pool, bytes: registered memory is pinned.
 pub const MAX_POOL: u64 = 64 * 1024 * MIB;
 /// Pool of each data thread unless told, bytes.
-pub const DEFAULT_POOL: u64 = 512 * MIB;
+pub const DEFAULT_POOL: u64 = 256 * MIB;
 const MIB: u64 = 1024 * 1024;
 
 /// What is wrong with a configuration, and what would be right.
