@@ -21,6 +21,10 @@ use super::cores::TargetCore;
 use super::runtime::{Desk, Gone};
 use super::state::Proxy;
 
+/// Highest RPO that a report tells, microseconds: a day.
+const RPO_HIGHEST_US: u64 = 86_400_000_000;
+/// Significant digits of the RPO in a report.
+const RPO_DIGITS: u8 = 3;
 /// Damages named in a report; there may be more.
 const MAX_DAMAGE: usize = 16;
 
@@ -115,15 +119,22 @@ impl Reporter {
             fresh = now.clone();
         }
         self.rpo.insert(stream, now);
-        let mut bytes = Vec::new();
-        match V2Serializer::new().serialize(&fresh, &mut bytes) {
-            Ok(_) => bytes,
-            Err(error) => {
-                tracing::error!(?error, "an RPO histogram cannot be encoded");
-                Vec::new()
-            }
-        }
+        encode(&fresh)
     }
+}
+
+/// In the bounds that the protocol names; what lies above them counts as the highest.
+fn encode(samples: &Histogram<u64>) -> Vec<u8> {
+    let mut told = Histogram::<u64>::new_with_bounds(1, RPO_HIGHEST_US, RPO_DIGITS).expect("constant bounds are valid");
+    for sample in samples.iter_recorded() {
+        told.saturating_record_n(sample.value_iterated_to(), sample.count_at_value());
+    }
+    let mut bytes = Vec::new();
+    if let Err(error) = V2Serializer::new().serialize(&told, &mut bytes) {
+        tracing::error!(?error, "an RPO histogram cannot be encoded");
+        bytes.clear();
+    }
+    bytes
 }
 
 fn by_export(status: &[ExportStatus]) -> HashMap<DiskKey, u32> {
@@ -292,6 +303,16 @@ mod tests {
         let mut histogram = Histogram::new_with_bounds(1, 86_400_000_000, 3).unwrap();
         values.iter().for_each(|v| histogram.record(*v).unwrap());
         histogram
+    }
+
+    #[test]
+    fn a_histogram_is_told_within_the_bounds_of_the_protocol() {
+        let mut wide = Histogram::<u64>::new_with_bounds(1, 7 * RPO_HIGHEST_US, 3).unwrap();
+        wide.record_n(1500, 3).unwrap();
+        wide.record(2 * RPO_HIGHEST_US).unwrap();
+        let told = decoded(&encode(&wide));
+        assert!(told.high() <= RPO_HIGHEST_US && told.sigfig() <= 3);
+        assert_eq!((told.len(), told.count_between(1490, 1510)), (4, 3));
     }
 
     fn decoded(bytes: &[u8]) -> Histogram<u64> {
