@@ -234,12 +234,17 @@ impl Connection {
         if self.receiving || self.end.is_some() {
             return;
         }
-        let missing = self.missing();
+        let (whole, missing) = self.layout();
+        // Whole frames must not lie in a buffer that the kernel has, where they could not be written: only the end of a
+        // long frame, which is on its way, is waited for with others in front of it.
+        if whole > 0 && self.filled - whole <= COPY {
+            return;
+        }
         let buf = match self.buf.take() {
             Some(buf) if self.filled + missing <= buf.len() && self.filled < buf.len() => buf,
             Some(buf) => {
                 // Full, or the frame that has begun does not fit. With whole frames in front it waits to be written.
-                if self.whole_frames(&buf).is_some() {
+                if whole > 0 {
                     self.buf = Some(buf);
                     return;
                 }
@@ -266,17 +271,18 @@ impl Connection {
         ctx.submit(Purpose::Receive(self.id), Op::Recv { sock: self.sock, part });
     }
 
-    /// Bytes that the last, unfinished frame in the buffer still needs; 0 if there is none or its header is not here.
-    fn missing(&self) -> usize {
-        let Some(buf) = &self.buf else { return 0 };
+    /// Where the whole frames in the buffer end, and how many bytes the unfinished one behind them still needs: 0 if
+    /// there is none.
+    fn layout(&self) -> (usize, usize) {
+        let Some(buf) = &self.buf else { return (0, 0) };
         let mut at = 0;
         while let Some(len) = length_at(&buf[at..self.filled]) {
             if at + len > self.filled {
-                return at + len - self.filled;
+                return (at, at + len - self.filled);
             }
             at += len;
         }
-        if at < self.filled { ALIGN } else { 0 }
+        (at, if at < self.filled { ALIGN } else { 0 })
     }
 
     fn whole_frames(&self, buf: &Buf) -> Option<usize> {
@@ -323,10 +329,10 @@ impl Connection {
         match last {
             // The frames are whole; the beginning of the next one decides whether they go now.
             Some(place)
-                if open <= COPY || bad.is_some() || self.end.is_some() || at + self.missing() + open > buf.len() =>
+                if open <= COPY || bad.is_some() || self.end.is_some() || at + open + self.layout().1 > buf.len() =>
             {
                 let rest = if open > 0 && bad.is_none() && self.end.is_none() {
-                    let Some(mut rest) = ctx.io.pool().take(RECEIVE.max(open + self.missing())) else {
+                    let Some(mut rest) = ctx.io.pool().take(RECEIVE.max(open + self.layout().1)) else {
                         // They stay, and are looked at again.
                         self.next = first;
                         return;

@@ -232,7 +232,8 @@ impl<I: Io> Target<I> {
                     old.stop(StopReason::Replaced, 0, "a newer connection of the source took over".into());
                     old.discard();
                 }
-                let connection = Connection::new(
+                let held = accepted.position;
+                let mut connection = Connection::new(
                     connection_id,
                     number,
                     stream_id,
@@ -243,6 +244,10 @@ impl<I: Io> Target<I> {
                     accepted.next,
                     now,
                 );
+                // What was on its way when the welcome was said may be durable by now.
+                if held.incarnation == hello.incarnation && held.frame > 0 {
+                    connection.acknowledge(held.frame, held.seq);
+                }
                 self.connections.insert(connection_id, connection);
                 if let Some(stream) = self.streams.get_mut(&number) {
                     stream.connection = Some(connection_id);

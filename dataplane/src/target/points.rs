@@ -71,6 +71,10 @@ impl Stream {
                 .filter(|entry| entry.frame as usize == at && segment.wall_of(entry) / 1000 > wall_ns / 1000)
                 .map(|entry| segment.index.first_seq() + u64::from(entry.seq_delta))
                 .min();
+            // Cuts are not in the index.
+            let cut = self.points.cuts().find(|cut| cut.seq >= frame.first_seq && cut.wall_ns > wall_ns);
+            let later =
+                [later, cut.map(|cut| cut.seq).filter(|seq| *seq <= frame.last_seq)].into_iter().flatten().min();
             let seq = later.map_or(frame.last_seq, |later| (later - 1).max(frame.first_seq));
             let seq = newest_cut.map_or(seq, |cut| if cut <= frame.last_seq { seq.max(cut) } else { seq });
             return (seq >= floor).then_some(seq);

@@ -104,10 +104,13 @@ impl Stream {
     /// Opens or makes the tables; the rest follows in turns.
     pub fn open<I: Io>(io: &mut I, id: u32, config: StreamConfig, bounds: &TargetConfig) -> Result<Self, TargetError> {
         let dir = format!("{}/streams/{}", bounds.root, config.stream);
-        for folder in
-            [format!("{}/streams", bounds.root), dir.clone(), format!("{dir}/segments"), format!("{dir}/replica")]
-        {
-            io.list(&folder).map_err(|errno| storage("opening", &folder, errno))?;
+        let parent = format!("{}/streams", bounds.root);
+        for folder in [&parent, &dir, &format!("{dir}/segments"), &format!("{dir}/replica")] {
+            io.list(folder).map_err(|errno| storage("opening", folder, errno))?;
+        }
+        // The folders' own names are durable before anything in them is.
+        for folder in [&bounds.root, &parent, &dir] {
+            io.sync_dir(folder).map_err(|errno| storage("syncing", folder, errno))?;
         }
         let history = History::unread(config.stream);
         let mut stream = Self {
