@@ -207,6 +207,7 @@ impl Stage {
                     generation: self.generation,
                     read_only: false,
                     trust_reboot: self.setup.trust_reboot,
+                    ..DiskConfig::default()
                 })
                 .collect(),
             policy_key: self.policy.clone(),

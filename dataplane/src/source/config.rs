@@ -92,6 +92,8 @@ pub struct DiskConfig {
     pub slot: u16,
     /// Name of the export.
     pub name: String,
+    /// Name in the history, which views carry; empty: as `name`. Ignored by `serve`.
+    pub label: String,
     /// File or device.
     pub path: String,
     /// Write-intent log: a file beside it, made if missing. Ignored by `serve`.

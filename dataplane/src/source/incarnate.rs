@@ -45,7 +45,7 @@ fn disk_info(disk: &Disk) -> DiskInfo {
         block: disk.info.block,
         physical_block: disk.info.physical_block,
         serial: disk.config.serial.clone(),
-        name: disk.config.name.clone(),
+        name: if disk.config.label.is_empty() { &disk.config.name } else { &disk.config.label }.clone(),
     }
 }
 

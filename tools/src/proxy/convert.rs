@@ -84,6 +84,7 @@ fn source_disk(disk: &SourceDisk, intent_dir: Option<&Path>) -> Result<DiskConfi
         id,
         slot: slot(disk.slot)?,
         name: disk.export_name.clone(),
+        label: disk.name.clone(),
         path: disk.path.clone(),
         log_path,
         serial: disk.serial.clone(),

@@ -240,11 +240,8 @@ fn exports_of(proxy: &Proxy, stream: &StreamStatus, view: &str, open: &super::st
 /// An export of a view, as the coordinator takes it.
 pub fn view_export(proxy: &Proxy, disk_uid: String, disk: &str, export_name: &str, size: u64) -> ViewExport {
     let listens = proxy.config.target.as_ref().map(|role| role.views.as_slice()).unwrap_or_default();
-    // The history knows a disk by the name of its export at the source; operators know it by its id.
-    let desired = proxy.desired.borrow();
-    let known = desired.targets.iter().flat_map(|stream| &stream.disks).find(|known| known.uid == disk_uid);
     ViewExport {
-        disk: known.map_or(disk, |known| &known.name).to_owned(),
+        disk: disk.to_owned(),
         disk_uid,
         export_name: export_name.to_owned(),
         uris: convert::uris(listens, export_name),
