@@ -24,6 +24,9 @@ const RECEIVE: usize = 512 * 1024;
 const COPY: usize = 128 * 1024;
 /// How often an idle source hears that the target is there.
 const ALIVE: Nanos = 1_000_000_000;
+/// How long a stopped connection is still read (and what comes thrown away), so that the source gets to see why: closing
+/// with bytes unread would reset the connection and could take the reason away.
+const LINGER: Nanos = 2_000_000_000;
 /// Room for control messages in one send, bytes.
 const CONTROL_ROOM: usize = 4096;
 
@@ -59,6 +62,10 @@ pub(crate) struct Connection {
     stop: Option<Control>,
     last_sent: Nanos,
     pub last_heard: Nanos,
+    /// The other end is gone.
+    gone: bool,
+    /// Stopped, and the reason sent: until when it is read on.
+    linger: Option<Nanos>,
     /// Why it ends; it is closed once what is to be sent has been.
     pub end: Option<End>,
     pub received_bytes: u64,
@@ -97,6 +104,8 @@ impl Connection {
             stop: None,
             last_sent: now,
             last_heard: now,
+            gone: false,
+            linger: None,
             end: None,
             received_bytes: 0,
             received_frames: 0,
@@ -109,9 +118,6 @@ impl Connection {
             self.stop = Some(Control::Stop { reason, value });
             self.end = Some(End::Stopped(reason, why));
             self.ack = None;
-            if !self.receiving {
-                self.buf = None;
-            }
         }
     }
 
@@ -124,18 +130,21 @@ impl Connection {
 
     /// When a turn is wanted although nothing completes.
     pub fn deadline(&self) -> Option<Nanos> {
-        self.end.is_none().then_some(self.last_sent + ALIVE)
+        if self.end.is_none() { Some(self.last_sent + ALIVE) } else { self.linger }
     }
 
-    /// It has ended and nothing of it is left to send.
-    pub fn is_over(&self) -> bool {
-        let waiting = matches!(self.end, Some(End::Peer(_)))
-            && self.buf.as_ref().is_some_and(|buf| self.whole_frames(buf).is_some());
-        self.end.is_some() && !self.sending && !self.receiving_for_peer() && self.stop.is_none() && !waiting
-    }
-
-    fn receiving_for_peer(&self) -> bool {
-        self.receiving && matches!(self.end, Some(End::Peer(_)))
+    /// It has ended and nothing of it is left to do.
+    pub fn is_over(&self, now: Nanos) -> bool {
+        match &self.end {
+            None => false,
+            Some(End::Peer(_)) => {
+                let whole = self.buf.as_ref().is_some_and(|buf| self.whole_frames(buf).is_some());
+                !self.sending && !self.receiving && !whole
+            }
+            Some(End::Stopped(..)) => {
+                !self.sending && self.stop.is_none() && (self.gone || self.linger.is_none_or(|until| now >= until))
+            }
+        }
     }
 
     /// It would receive, but has no buffer.
@@ -152,12 +161,22 @@ impl Connection {
     pub fn turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, journal: &mut Journal) {
         self.hand_over(ctx, journal);
         self.receive(ctx);
-        self.send(ctx);
+        self.say(ctx);
     }
 
-    /// Only sends what is to be said: its stream is gone.
+    /// Sends what is to be said; reads on after a stop.
     pub fn say<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
         self.send(ctx);
+        if !matches!(self.end, Some(End::Stopped(..))) || self.receiving || self.gone {
+            return;
+        }
+        self.filled = 0;
+        let buf = self.buf.take().or_else(|| ctx.io.pool().take(CONTROL_ROOM));
+        if let Some(buf) = buf {
+            self.receiving = true;
+            let part = Part { at: 0, len: buf.len(), buf };
+            ctx.submit(Purpose::Receive(self.id), Op::Recv { sock: self.sock, part });
+        }
     }
 
     fn send<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
@@ -187,7 +206,10 @@ impl Connection {
             put(&mut self.control, Control::Ack { frame, seq });
         }
         match self.stop.take() {
-            Some(stop) => put(&mut self.control, stop),
+            Some(stop) => {
+                self.linger = Some(now + LINGER);
+                put(&mut self.control, stop);
+            }
             None if !ready && ack.is_none() => put(&mut self.control, Control::Alive),
             None => {}
         }
@@ -200,8 +222,7 @@ impl Connection {
     pub fn on_sent(&mut self, done: &Done) {
         self.sending = false;
         if let Err(errno) = done.result {
-            self.stop = None;
-            self.end.get_or_insert(End::Peer(Some(errno)));
+            self.end_by_peer(Some(errno));
         }
     }
 
@@ -221,6 +242,7 @@ impl Connection {
     }
 
     fn end_by_peer(&mut self, errno: Option<Errno>) {
+        self.gone = true;
         self.stop = None;
         self.end.get_or_insert(End::Peer(errno));
     }

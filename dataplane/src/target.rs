@@ -419,7 +419,7 @@ impl<I: Io> Target<I> {
                 }
                 None => connection.say(&mut ctx),
             }
-            if connection.is_over() {
+            if connection.is_over(io.now()) {
                 ended.push(connection.id);
             }
         }

@@ -229,7 +229,7 @@ fn without_space_the_stream_stops_and_goes_on_when_there_is_some() {
     let (mut rig, mut feeder, mut model) = begun(8, WorldConfig::default());
     rig.world.set_space(rig.node, 9 << 20);
     let mut dice = Dice(1);
-    for _ in 0..8 {
+    for _ in 0..20 {
         scribble(&mut feeder, &mut model, &mut dice, 100);
     }
     feeder.seal(20);

@@ -21,7 +21,7 @@ const MAX_UNDER_WAY: usize = 4;
 /// Batches that wait for a write to end.
 const MAX_QUEUED: usize = 2;
 /// How long to wait before asking again for room.
-const ROOM_AGAIN: Nanos = 50_000_000;
+const ROOM_AGAIN: Nanos = 250_000_000;
 /// Zeros written ahead at a time, bytes.
 const ZERO_STEP: usize = 512 * 1024;
 /// Below this mean size of a write the next segment is filled with zeros ahead: a durable write into blocks that were

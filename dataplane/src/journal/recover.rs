@@ -371,11 +371,8 @@ impl Recovery {
             });
             let length = header.map_or(ALIGN, |header| header.length.get() as usize);
             let wanted = header.is_some_and(|header| header.number.get() >= self.expected.0);
-            if wanted && at + length > window.len() {
-                if at > 0 {
-                    return; // The next window begins here.
-                }
-                // A window holds the longest frame: this is cut off by the end of the file.
+            if wanted && at > 0 && at + length > window.len() {
+                return; // The next window begins here, and holds the longest frame.
             }
             let whole = wanted && window.get(at..at + length).is_some_and(|bytes| check_frame(bytes).is_ok());
             let (Some(header), true) = (header, whole) else {

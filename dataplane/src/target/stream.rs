@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use afterimage_wire::ids::{DiskId, IncarnationId, TimelineId};
 use afterimage_wire::record::DiskInfo;
-use afterimage_wire::timeline::TimelineKind;
+use afterimage_wire::stream_state::DeltaView;
 use afterimage_wire::{ALIGN, align_up};
 
-use super::config::{StreamConfig, TargetConfig, TargetError};
+use super::config::{StreamConfig, TargetConfig, TargetError, ViewConfig};
 use super::ops::{Ctx, JournalId, Purpose};
 use super::status::{Damage, TargetEvent};
 use crate::delta::Delta;
@@ -429,29 +429,20 @@ impl Stream {
         self.history.end_removal(io, timeline)
     }
 
-    /// Makes an empty delta for a view.
+    /// Makes an empty delta for a view of these disks.
     pub fn add_delta<I: Io>(
         &mut self,
         io: &mut I,
         id: u32,
-        name: &str,
-        seq: u64,
-        kind: TimelineKind,
+        config: &ViewConfig,
         disks: Vec<DiskId>,
-        reason: &str,
     ) -> Result<(), TargetError> {
         let mut timeline = [0; 16];
         io.random(&mut timeline);
         let timeline = TimelineId(timeline);
-        let view = afterimage_wire::stream_state::DeltaView {
-            timeline,
-            seq,
-            kind,
-            removing: false,
-            name: name.to_owned(),
-            disks,
-        };
-        self.history.add_delta(io, view.clone(), reason)?;
+        let (seq, kind, name) = (config.seq, config.kind, config.name.clone());
+        let view = DeltaView { timeline, seq, kind, removing: false, name, disks };
+        self.history.add_delta(io, view.clone(), &config.reason)?;
         self.deltas.push(Delta::new(id, view, &self.journal.config, &self.config.policy_key));
         Ok(())
     }

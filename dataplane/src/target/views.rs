@@ -56,7 +56,7 @@ impl<I: Io> Target<I> {
         }
         let point = stream.choose(Choice::Seq(config.seq))?;
         let lives = stream.points.at(point.seq);
-        let wanted = known.as_ref().map(|(_, view)| view.disks.clone()).or(config.disks);
+        let wanted = known.as_ref().map(|(_, view)| view.disks.clone()).or_else(|| config.disks.clone());
         let wanted: Vec<DiskId> = wanted.unwrap_or_else(|| point.disks.clone());
         if wanted.is_empty() {
             return Err(PointError::None.into());
@@ -87,7 +87,7 @@ impl<I: Io> Target<I> {
             (false, _) => None,
             (true, Some((id, _))) => Some(id),
             (true, None) => {
-                stream.add_delta(io, next_delta, &config.name, config.seq, config.kind, wanted, &config.reason)?;
+                stream.add_delta(io, next_delta, &config, wanted)?;
                 Some(next_delta)
             }
         };
