@@ -42,9 +42,9 @@ impl Rpo {
         Self { histogram, next: now + SAMPLE, incomplete_since: None }
     }
 
-    /// A synchronisation begins: points from here on do not hold every disk.
+    /// Points from `now` on do not hold every disk: a synchronisation begins.
     pub fn incomplete(&mut self, now: Nanos) {
-        self.incomplete_since.get_or_insert(now);
+        self.incomplete_since = Some(self.incomplete_since.map_or(now, |since| since.min(now)));
     }
 
     /// The last synchronisation has reached its end durably.

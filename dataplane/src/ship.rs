@@ -29,7 +29,7 @@ const MAX_SEND: usize = 16;
 /// Most records in one frame.
 const MAX_FRAME_RECORDS: usize = 4096;
 /// Without a link, records gather for this long: nothing is gained by small frames.
-const UNLINKED_AGE: Nanos = 50_000_000;
+const UNLINKED_AGE: Nanos = 500_000_000;
 /// Jobs kept for their memory.
 const MAX_SPARE: usize = 32;
 

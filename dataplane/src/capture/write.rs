@@ -21,8 +21,9 @@ impl Disk {
         let cannot_zero = self.cannot_zero;
         let op = &mut self.active[slot as usize];
         let whole = op.at.is_multiple_of(block) && op.end - op.at >= block;
+        // Zeroes that may unmap are done in either way, the others only by keeping the range allocated.
         let unsupported = match op.kind {
-            Kind::Zero { fast_only, .. } => (cannot_zero[0] && cannot_zero[1]).then_some(fast_only),
+            Kind::Zero { unmap, fast_only } => (cannot_zero[0] && (cannot_zero[1] || !unmap)).then_some(fast_only),
             Kind::Discard => cannot_zero[1].then_some(true),
             Kind::Write | Kind::Read | Kind::Free => None,
         };
@@ -36,9 +37,7 @@ impl Disk {
                 (Piece::Zeros, (op.end - op.end % block).min(op.at + MAX_WRITTEN_ZEROS))
             }
             Kind::Zero { unmap, .. } => {
-                // What the file cannot do one way, it does the other.
-                let unmap = (unmap && !cannot_zero[1]) || cannot_zero[0];
-                (Piece::Native { unmap }, (op.end - op.end % block).min(op.at + MAX_ZERO))
+                (Piece::Native { unmap: unmap && !cannot_zero[1] }, (op.end - op.end % block).min(op.at + MAX_ZERO))
             }
             Kind::Discard => (Piece::Native { unmap: true }, op.end.min(op.at + MAX_ZERO)),
             Kind::Write | Kind::Read | Kind::Free => (Piece::Data, op.end),

@@ -98,6 +98,8 @@ impl Group {
             self.alternative = (frame == 0).then_some(self.predecessor).filter(|p| !p.incarnation.is_none());
             self.predecessor = Predecessor { incarnation: self.ship.incarnation, frame, seq };
         }
+        // What is given up counts from when the oldest of it was numbered.
+        self.rpo.incomplete(self.ship.oldest().unwrap_or_else(|| w.io.now()));
         let acked = self.ship.acked_seq;
         self.each_disk(w, |disk, _| {
             if let Some(log) = &mut disk.log {
@@ -119,7 +121,6 @@ impl Group {
             self.ship.link.again(now);
         }
         self.incarnated_at = now;
-        self.rpo.incomplete(now);
     }
 
     fn hello(&self, disks: &[Option<Disk>]) -> Hello {
