@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub fn ms(us: Option<u64>) -> String {
     match us {
         None => "unknown".to_owned(),
+        Some(us) if us < 10_000 => format!("{:.2} ms", us as f64 / 1e3),
         Some(us) if us < 100_000 => format!("{:.1} ms", us as f64 / 1e3),
         Some(us) => format!("{:.0} ms", us as f64 / 1e3),
     }
