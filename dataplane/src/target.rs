@@ -589,7 +589,12 @@ impl<I: Io> Target<I> {
             last_heard: stream.last_heard,
             timeline: stream.history.table().current,
             incarnation: place.incarnation,
-            received_frame: journal.accepted.frame,
+            // Of the same writer: a newer one's first frames count once they are durable.
+            received_frame: if journal.accepted.incarnation == place.incarnation {
+                journal.accepted.frame
+            } else {
+                place.frame
+            },
             durable_frame: place.frame,
             durable_seq: place.seq,
             floor: stream.points.floor(),

@@ -5,7 +5,7 @@ use afterimage_dataplane::io::{Io, Nanos, Part};
 use afterimage_dataplane::source::GroupState;
 use afterimage_dataplane::target::{PointInfo, ViewConfig};
 use afterimage_wire::ids::{DiskId, StreamId};
-use afterimage_wire::record::RecordKind;
+use afterimage_wire::record::{Record, RecordKind};
 use afterimage_wire::timeline::TimelineKind;
 
 use crate::history::{Effect, pattern};
@@ -34,10 +34,10 @@ pub(crate) fn ends(run: &mut Run) -> Result<(), String> {
         if stream.durable_frame > stream.received_frame {
             return Err(format!("frame {} is durable, {} received", stream.durable_frame, stream.received_frame));
         }
-        if let Some(group) = &group
-            && group.acked_seq > stream.durable_seq
+        if let Some(acked) = run.stage.acked()
+            && acked > stream.durable_seq
         {
-            return Err(format!("record {} is acknowledged, {} durable", group.acked_seq, stream.durable_seq));
+            return Err(format!("record {acked} is acknowledged, {} durable", stream.durable_seq));
         }
         if let (Some(oldest), Some(newest)) = (stream.oldest, stream.newest)
             && !(stream.floor <= oldest && oldest <= newest && newest <= stream.durable_seq)
@@ -123,17 +123,26 @@ fn rpo(run: &Run, reported: Nanos, newest: Option<u64>) -> Result<(), String> {
     if !run.complete_in(run.epochs.len() - 1) {
         return Ok(());
     }
-    let disks = 0..run.plan.setup.disks.len();
-    let missing = disks
-        .flat_map(|d| epoch.history.changes(d))
-        .filter(|c| c.effect == Effect::Write && !c.failed && epoch.matched.get(&c.id).is_none_or(|seq| *seq > newest));
-    let oldest = missing.filter_map(|c| Some((c.answered_at?, c.id))).min();
+    let mut oldest: Option<(Nanos, u64)> = None;
+    for disk in 0..run.plan.setup.disks.len() {
+        // What passed uncaptured is in a point once a synchronisation that ended later is.
+        let synced = run.tap.synced(disk as u16, newest).unwrap_or(0);
+        for change in epoch.history.changes(disk).iter().filter(|c| c.effect == Effect::Write && !c.failed) {
+            if let Some(at) = change.answered_at
+                && at > synced
+                && epoch.matched.get(&change.id).is_none_or(|seq| *seq > newest)
+            {
+                oldest = Some(oldest.map_or((at, change.id), |o| o.min((at, change.id))));
+            }
+        }
+    }
     if let Some((at, id)) = oldest
         && run.now().saturating_sub(at) > reported
     {
         let age = run.now() - at;
         return Err(format!(
-            "request {id} was answered {age} ns ago and is in no point, but the RPO is said to be {reported}"
+            "request {id} was answered {age} ns ago and is in no point (record {:?}, newest point {newest}), but the RPO is said to be {reported}",
+            epoch.matched.get(&id)
         ));
     }
     Ok(())
@@ -237,11 +246,22 @@ fn compare(run: &Run, seq: u64, floor: u64, images: &[(usize, Vec<u8>)]) -> Resu
         let mut model = vec![0; image.len()];
         run.tap.apply(*disk as u16, 0, seq, &mut model);
         if let Some(at) = model.iter().zip(image).position(|(a, b)| a != b) {
-            let last = run.tap.entries.range(..=seq).rev().map(|(_, e)| &e.record).find(|r| {
+            let over = |r: &&Record| {
                 r.disk == *disk as u16 && r.kind.changes_disk() && r.offset <= at as u64 && (at as u64) < r.end()
+            };
+            let records = || run.tap.entries.values().map(|e| &e.record).filter(over);
+            let last = records().rfind(|r| r.seq <= seq);
+            // Which other place of the history the view shows there.
+            let shown = records().find(|r| {
+                let mut other = vec![0; image.len()];
+                run.tap.apply(*disk as u16, 0, r.seq, &mut other);
+                other[at..(at + 16).min(image.len())] == image[at..(at + 16).min(image.len())]
             });
+            let bytes = model.iter().zip(image).filter(|(a, b)| a != b).count();
+            let status = run.stage.stream().map(|s| (s.floor, s.durable_seq, s.segments, s.folded_segments));
             return Err(format!(
-                "record {seq}, disk {disk}: the view differs from the journal at byte {at}; last written by {last:?}"
+                "record {seq}, disk {disk}: the view differs from the journal in {bytes} bytes from {at} on; last written \
+                 by {last:?}, the view shows the state after {shown:?}; floor, newest, segments, folded: {status:?}"
             ));
         }
     }

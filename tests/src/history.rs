@@ -12,13 +12,19 @@ use afterimage_dataplane::io::Nanos;
 
 /// Content is judged in pieces of at most this many bytes: what a power loss may tear.
 const SECTOR: u64 = 512;
+/// A shorter piece may hold a request's bytes by chance: it proves nothing to be visible.
+const PROOF: u64 = 16;
 
 /// Byte `at` of the disk, as request `id` writes it.
 pub fn pattern(id: u64, at: u64) -> u8 {
     let word = (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (at / 8).wrapping_mul(0xd1b5_4a32_d192_ed03)).wrapping_add(id);
     let word = (word ^ (word >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    // A quarter of the words repeats, so that chunks compress.
-    if word >> 62 == 0 { (id & 0x7f) as u8 | 0x80 } else { (word >> (at % 8 * 7)) as u8 }
+    // A quarter of the words is the id over and over, so that chunks compress.
+    match (word >> 62, at % 2) {
+        (0, 0) => id as u8,
+        (0, _) => (id >> 8) as u8 | 0x80,
+        _ => (word >> (at % 8 * 7)) as u8,
+    }
 }
 
 /// What a request does to its range.
@@ -258,7 +264,7 @@ impl History {
         let mut must = floor;
         let mut because = None;
         for (disk, pieces) in &all {
-            for owner in pieces.iter().filter_map(|p| p.owner) {
+            for owner in pieces.iter().filter(|p| p.len >= PROOF).filter_map(|p| p.owner) {
                 let change = &self.disks[*disk].changes[owner];
                 if change.effect == Effect::Write && change.issued > must {
                     must = change.issued;
@@ -333,7 +339,7 @@ impl History {
             if owner.is_none() && !anything && *content != base[at as usize..until as usize] {
                 return Err(Violation::Foreign { disk, at, len: until - at });
             }
-            pieces.push(Piece { at, owner, covering: active.clone(), anything });
+            pieces.push(Piece { at, len: until - at, owner, covering: active.clone(), anything });
         }
         Ok(pieces)
     }
@@ -343,6 +349,7 @@ impl History {
 #[derive(Debug)]
 struct Piece {
     at: u64,
+    len: u64,
     /// Whose bytes are there; none for what was there before.
     owner: Option<usize>,
     covering: Vec<usize>,

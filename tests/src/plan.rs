@@ -82,7 +82,9 @@ impl Plan {
             budget_bytes: if rng.chance(0.2) { 24 * MIB } else { 1 << 30 },
             trust_reboot: rng.chance(0.5),
         };
+        let discard = rng.chance(0.8);
         let habits = Habits {
+            discard,
             depth: rng.between(1, 24) as usize,
             pause: rng.between(1, 20) * MS / 2,
             hot: rng.between(2, 60),
@@ -96,7 +98,7 @@ impl Plan {
             net_piece: rng.between(1, 128) as usize * 1024,
             net_window: rng.between(64, 2048) as usize * 1024,
             block: if rng.chance(0.7) { 512 } else { 4096 },
-            discard: rng.chance(0.8),
+            discard,
             keep_unsynced: [0.0, 0.5, 0.9, 1.0][rng.below(4) as usize],
             land_after_crash: [0.0, 0.5, 1.0][rng.below(3) as usize],
             late: rng.between(1, 1000) * MS,

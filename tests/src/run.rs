@@ -308,9 +308,7 @@ impl Run {
     /// What both ends say of themselves, against each other and against what is known.
     fn sample(&mut self) -> Result<(), String> {
         check::ends(self)?;
-        if let Some(group) = self.stage.group() {
-            self.acked = self.acked.max(group.acked_seq);
-        }
+        self.acked = self.acked.max(self.stage.acked().unwrap_or(0));
         Ok(())
     }
 

@@ -101,6 +101,8 @@ pub struct Stage {
     pub policy: PolicyKey,
     /// Generation under which the source's disks are configured.
     pub generation: u64,
+    /// First number that the present source uses, as its last hello says; 0 before.
+    pub first_seq: u64,
     /// The connection last made, at the source's end.
     pub link: Option<Sock>,
     rng: Rng,
@@ -158,6 +160,7 @@ impl Stage {
             stream: StreamId([0x57; 16]),
             policy: PolicyKey::new(afterimage_wire::ids::PolicyKeyId([0x90; 16]), [0x91; 32]),
             generation: 1,
+            first_seq: 0,
             link: None,
             rng,
             infos: Vec::new(),
@@ -189,6 +192,7 @@ impl Stage {
         let limits = SourceLimits { queue_bytes: QUEUE_BYTES, hot_extents: 1, ..SourceLimits::default() };
         self.source = Some(Life { io, core: Source::new(SOURCE_BASE, limits, Sealer::Inline) });
         self.protected = false;
+        self.first_seq = 0;
         self.protect();
     }
 
@@ -314,6 +318,11 @@ impl Stage {
         life.core.status(life.io.now()).into_iter().next()
     }
 
+    /// Highest record that the present source was told is durable, if it is one of its own.
+    pub fn acked(&self) -> Option<u64> {
+        self.group().map(|g| g.acked_seq).filter(|acked| self.first_seq > 0 && *acked >= self.first_seq)
+    }
+
     /// How the target's stream is, once it is recovered.
     pub fn stream(&self) -> Option<StreamStatus> {
         if !self.ready {
@@ -372,6 +381,7 @@ impl Stage {
 
     fn source_event(&mut self, event: SourceEvent) {
         if let SourceEvent::Connect { hello, .. } = event {
+            self.first_seq = hello.first_seq;
             let delay = self.rng.between(100_000, 3_000_000);
             let at = self.world.now() + delay;
             let life = self.source_lives;

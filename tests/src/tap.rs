@@ -121,10 +121,10 @@ impl Tap {
         complete
     }
 
-    /// Numbers of the records that are cuts.
-    pub fn cuts(&self) -> Vec<(u64, Cut)> {
-        let cuts = self.entries.values().filter(|e| e.record.kind == RecordKind::Cut);
-        cuts.filter_map(|e| Some((e.record.seq, Cut::decode(&e.payload).ok()?))).collect()
+    /// When the newest synchronisation of disk `slot` that had ended by record `seq` did, on the source's clock.
+    pub fn synced(&self, slot: u16, seq: u64) -> Option<u64> {
+        let ends = self.entries.range(..=seq).rev().map(|(_, e)| &e.record);
+        ends.into_iter().find(|r| r.disk == slot && r.kind == RecordKind::SyncEnd).map(|r| r.mono_ns)
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Habits {
     pub hot: u64,
     /// Longest write, bytes.
     pub longest: u64,
+    /// The disks take discards.
+    pub discard: bool,
 }
 
 enum Pending {
@@ -121,7 +123,7 @@ impl Host {
                 let unmap = self.rng.chance(0.5);
                 (Pending::Change(id, fua), Request::Zero { offset, len, unmap, fast_only: false, fua })
             }
-            68..=73 => {
+            68..=73 if self.habits.discard => {
                 let (offset, len) = self.range(disk, 4096, 1 << 20, true);
                 let id = history.issue(disk, Effect::Zero, offset, len, now);
                 (Pending::Change(id, false), Request::Discard { offset, len, fua: false })
