@@ -67,7 +67,8 @@ struct Summary {
 
 /// Runs the demo.
 pub fn run(args: Args) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    // A thread beside this one keeps the connection to the coordinator alive while blocks are being checked here.
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("afterimage demo: cannot start: {error}");
