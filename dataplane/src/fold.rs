@@ -34,6 +34,8 @@ const WINDOW: usize = 512 * 1024;
 const MAX_WRITE: u64 = 512 * 1024;
 /// Longest single zeroing, bytes.
 const MAX_ZERO: u64 = 1 << 30;
+/// How often to look whether the oldest segment is due.
+const LOOK: Nanos = 10_000_000;
 /// After a failure, how long until the next attempt.
 const AGAIN: Nanos = 1_000_000_000;
 
@@ -102,6 +104,9 @@ struct Job {
 pub(crate) struct Fold {
     job: Option<Job>,
     again: Nanos,
+    /// When to look next whether something is due; looking costs.
+    look_at: Nanos,
+    skipped: bool,
     /// A buffer is waited for.
     pub starved: bool,
     /// Why the last attempt failed.
@@ -119,9 +124,13 @@ impl Fold {
         self.job.is_some()
     }
 
-    /// When a failed attempt is repeated.
+    /// When to look again although nothing completes.
     pub fn retry_at(&self) -> Option<Nanos> {
-        (self.job.is_none() && self.error.is_some()).then_some(self.again)
+        match (&self.job, &self.error) {
+            (None, Some(_)) => Some(self.again),
+            (None, None) => self.skipped.then_some(self.look_at),
+            (Some(_), _) => None,
+        }
     }
 
     /// Ends without finishing. Completions that still come are ignored by the owner.
@@ -173,10 +182,15 @@ impl Stream {
     /// Goes on; returns true if there is more to do without a completion.
     pub(crate) fn fold_turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) -> bool {
         if self.fold.job.is_none() {
-            if ctx.io.now() < self.fold.again {
+            let now = ctx.io.now();
+            self.fold.skipped = now < self.fold.look_at && self.journal.segments.len() > 1;
+            if now < self.fold.again || now < self.fold.look_at {
                 return false;
             }
-            let Some(why) = due(self) else { return false };
+            let Some(why) = due(self) else {
+                self.fold.look_at = now + LOOK;
+                return false;
+            };
             if let Err(error) = self.begin_fold(ctx, why) {
                 tracing::error!(stream = %self.config.stream, error, "folding failed; history stays longer");
                 self.fold.error = Some(error);

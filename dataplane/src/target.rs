@@ -389,7 +389,7 @@ impl<I: Io> Target<I> {
                 continue;
             }
             // What became durable before this turn's poll is indexed; its acknowledgement is under way.
-            self.more |= stream.index_turn(INDEX_PER_TURN, &mut self.events);
+            self.more |= stream.index_turn(ctx.io, INDEX_PER_TURN, &mut self.events);
             self.more |= stream.fold_turn(&mut ctx);
             starved |= stream.fold.starved;
             for delta in &mut stream.deltas {
@@ -452,6 +452,13 @@ impl<I: Io> Target<I> {
                     let why = why.to_owned();
                     self.events.push_back(TargetEvent::Shortened { stream: stream.config.stream, floor, why });
                 }
+            }
+            if let Some(number) = stream.bad_seal.take()
+                && let Some(connection) = stream.connection.and_then(|id| self.connections.get_mut(&id))
+            {
+                let why = format!("frame {number} cannot be opened");
+                connection.stop(StopReason::BadFrame, number, why);
+                stream.journal.drop_queue();
             }
             let connection = stream.connection.and_then(|id| self.connections.get_mut(&id));
             if let Some(errno) = stream.journal.failed() {

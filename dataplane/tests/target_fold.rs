@@ -36,9 +36,9 @@ fn age(rig: &mut Rig, feeder: &mut Feeder, model: &mut Model, dice: &mut Dice, r
 fn what_is_older_than_the_retention_is_folded_and_the_rest_is_right() {
     let (mut rig, mut feeder, mut model) = begun(1, WorldConfig::default(), RETENTION);
     age(&mut rig, &mut feeder, &mut model, &mut Dice(1), 40);
-    rig.until("folded", |rig| rig.target.status()[0].folded_segments > 15);
+    rig.until("folded", |rig| rig.target.status()[0].history <= RETENTION + 4 * SECOND);
     let status = rig.target.status()[0].clone();
-    assert!(status.floor > 0 && status.history <= RETENTION + 4 * SECOND, "{status:?}");
+    assert!(status.floor > 0 && status.folded_segments > 15, "{status:?}");
     assert!(status.shortened.is_none());
     assert_eq!(status.oldest, Some(status.floor));
     for seq in (status.floor..feeder.next_seq).step_by(3) {

@@ -131,6 +131,7 @@ pub struct Points {
     newest: u64,
     newest_complete: Option<u64>,
     newest_cut: u64,
+    membership: u64,
 }
 
 impl Points {
@@ -147,6 +148,7 @@ impl Points {
             newest: floor,
             newest_complete,
             newest_cut,
+            membership: 0,
         }
     }
 
@@ -168,6 +170,11 @@ impl Points {
     /// Number of the newest cut ever seen.
     pub fn newest_cut(&self) -> u64 {
         self.newest_cut
+    }
+
+    /// Rises with each join, leave and resize.
+    pub fn membership(&self) -> u64 {
+        self.membership
     }
 
     /// Disks as of the newest record.
@@ -224,6 +231,7 @@ impl Points {
         if complete(&self.now) {
             self.newest_complete = Some(seq - 1);
         }
+        self.membership += u64::from(matches!(change, Change::Join(_) | Change::Leave | Change::Resize(_)));
         apply(&mut self.now, slot, &change);
         self.events.push_back(Event { seq, slot, change });
     }

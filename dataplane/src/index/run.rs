@@ -54,23 +54,77 @@ impl Entry {
     }
 }
 
+/// A sorted run, and which regions of the disks it says nothing about.
+#[derive(Debug, Default)]
+struct Run {
+    entries: Vec<Entry>,
+    /// A bit for each of [`REGION`] bytes of disk, by hash: unset means that no entry begins or lies there. Most lookups
+    /// of a read miss most segments; this tells so with a memory access or two.
+    touched: Vec<u64>,
+}
+
+/// Bytes of disk that share a bit of the filter.
+const REGION: u64 = 64 * 1024;
+/// Regions of one entry that are marked one by one; an entry that covers more switches the filter off.
+const MAX_REGIONS: u64 = 32;
+/// Bits of the filter for each entry.
+const BITS: usize = 8;
+
+fn region_hash(disk: u16, region: u64) -> u64 {
+    (region ^ u64::from(disk) << 48).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+}
+
+impl Run {
+    fn new(mut entries: Vec<Entry>) -> Self {
+        build(&mut entries);
+        let words = (entries.len() * BITS).div_ceil(64).next_power_of_two();
+        let mut touched = vec![0u64; words];
+        for entry in &entries {
+            let (first, last) = (entry.start / REGION, (entry.end() - 1) / REGION);
+            if last - first >= MAX_REGIONS {
+                touched = Vec::new();
+                break;
+            }
+            for region in first..=last {
+                let bit = region_hash(entry.disk, region) as usize & (words * 64 - 1);
+                touched[bit / 64] |= 1 << (bit % 64);
+            }
+        }
+        Self { entries, touched }
+    }
+
+    fn may_touch(&self, disk: u16, start: u64, end: u64) -> bool {
+        let (first, last) = (start / REGION, (end.max(start + 1) - 1) / REGION);
+        if self.touched.is_empty() || last - first >= MAX_REGIONS {
+            return true;
+        }
+        (first..=last).any(|region| {
+            let bit = region_hash(disk, region) as usize & (self.touched.len() * 64 - 1);
+            self.touched[bit / 64] & 1 << (bit % 64) != 0
+        })
+    }
+}
+
 /// Part of a segment's index; the numbers of different parts do not interleave.
 #[derive(Copy, Clone, Debug)]
 pub struct IndexPart<'a> {
-    entries: &'a [Entry],
-    sorted: bool,
+    tail: &'a [Entry],
+    run: Option<&'a Run>,
 }
 
 impl IndexPart<'_> {
     /// Appends the entries of `disk` that overlap `[start, end)`.
     pub fn overlapping(&self, disk: u16, start: u64, end: u64, out: &mut Vec<Entry>) {
-        if !self.sorted {
-            out.extend(self.entries.iter().filter(|e| e.disk == disk && e.start < end && e.end() > start));
+        let Some(run) = self.run else {
+            out.extend(self.tail.iter().filter(|e| e.disk == disk && e.start < end && e.end() > start));
+            return;
+        };
+        if !run.may_touch(disk, start, end) {
             return;
         }
-        let from = self.entries.partition_point(|e| e.disk < disk);
-        let to = from + self.entries[from..].partition_point(|e| e.disk == disk);
-        visit(&self.entries[from..to], start, end, out);
+        let from = run.entries.partition_point(|e| e.disk < disk);
+        let to = from + run.entries[from..].partition_point(|e| e.disk == disk);
+        visit(&run.entries[from..to], start, end, out);
     }
 }
 
@@ -121,7 +175,7 @@ fn build(entries: &mut [Entry]) {
 pub struct SegmentIndex {
     first_seq: u64,
     /// Sorted, oldest first.
-    runs: Vec<Vec<Entry>>,
+    runs: Vec<Run>,
     tail: Vec<Entry>,
 }
 
@@ -145,13 +199,12 @@ impl SegmentIndex {
         if self.tail.len() == TAIL {
             let mut run = self.tail.clone();
             self.tail.clear();
-            while self.runs.last().is_some_and(|last| last.len() <= 2 * run.len()) {
-                let mut older = self.runs.pop().expect("there is a last");
+            while self.runs.last().is_some_and(|last| last.entries.len() <= 2 * run.len()) {
+                let mut older = self.runs.pop().expect("there is a last").entries;
                 older.append(&mut run);
                 run = older;
             }
-            build(&mut run);
-            self.runs.push(run);
+            self.runs.push(Run::new(run));
         }
     }
 
@@ -163,12 +216,11 @@ impl SegmentIndex {
         }
         let mut all = Vec::with_capacity(self.len());
         for run in self.runs.drain(..) {
-            all.extend_from_slice(&run);
+            all.extend_from_slice(&run.entries);
         }
         all.append(&mut self.tail);
         self.tail = Vec::new();
-        build(&mut all);
-        self.runs.push(all);
+        self.runs.push(Run::new(all));
     }
 
     /// Forgets all records numbered `seq` and above.
@@ -177,27 +229,27 @@ impl SegmentIndex {
         let keep = |entry: &Entry| u64::from(entry.seq_delta) < limit;
         self.tail.retain(keep);
         for run in &mut self.runs {
-            if run.iter().any(|entry| !keep(entry)) {
-                run.retain(keep);
-                build(run);
+            if run.entries.iter().any(|entry| !keep(entry)) {
+                run.entries.retain(keep);
+                build(&mut run.entries);
             }
         }
     }
 
     /// The parts, newest first.
     pub fn newest_first(&self) -> impl Iterator<Item = IndexPart<'_>> {
-        std::iter::once(IndexPart { entries: &self.tail, sorted: false })
-            .chain(self.runs.iter().rev().map(|run| IndexPart { entries: run, sorted: true }))
+        std::iter::once(IndexPart { tail: &self.tail, run: None })
+            .chain(self.runs.iter().rev().map(|run| IndexPart { tail: &[], run: Some(run) }))
     }
 
     /// Every entry, in no order.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.runs.iter().flatten().chain(&self.tail)
+        self.runs.iter().flat_map(|run| &run.entries).chain(&self.tail)
     }
 
     /// Entries.
     pub fn len(&self) -> usize {
-        self.runs.iter().map(Vec::len).sum::<usize>() + self.tail.len()
+        self.runs.iter().map(|run| run.entries.len()).sum::<usize>() + self.tail.len()
     }
 
     /// No entry.
@@ -207,6 +259,7 @@ impl SegmentIndex {
 
     /// Memory, bytes.
     pub fn bytes(&self) -> usize {
-        (self.runs.iter().map(Vec::capacity).sum::<usize>() + self.tail.capacity()) * size_of::<Entry>()
+        let run = |run: &Run| run.entries.capacity() * size_of::<Entry>() + run.touched.capacity() * 8;
+        self.runs.iter().map(run).sum::<usize>() + self.tail.capacity() * size_of::<Entry>()
     }
 }

@@ -23,6 +23,8 @@ use crate::timeline::History;
 const LOCK_AGAIN: Nanos = 10_000_000;
 /// A segment holds at most this part of the retention.
 const ROLL_PART: u64 = 8;
+/// Losses that are remembered one by one.
+const MAX_DAMAGE: usize = 1024;
 /// Batches of durable frames that wait to be indexed.
 const MAX_TO_INDEX: usize = 8;
 /// Shortest stream time of a segment that is not full.
@@ -88,6 +90,10 @@ pub(crate) struct Stream {
     /// Durable, not yet in the index.
     pub to_index: VecDeque<Written>,
     ripe: usize,
+    /// [`Points::membership`] that the timeline table has followed.
+    noted: u64,
+    /// A frame that could not be opened although its CRC was right: its sender is to be stopped.
+    pub bad_seal: Option<u64>,
     pub plain: Vec<u8>,
     pub received_bytes: u64,
     pub received_frames: u64,
@@ -133,6 +139,8 @@ impl Stream {
             welcomed: None,
             to_index: VecDeque::new(),
             ripe: 0,
+            noted: 0,
+            bad_seal: None,
             plain: Vec::new(),
             received_bytes: 0,
             received_frames: 0,
@@ -449,9 +457,17 @@ impl Stream {
 
     /// Takes into the index what was durable before the last turn: its acknowledgement is under way by now. True if
     /// there is more.
-    pub fn index_turn(&mut self, limit: usize, events: &mut VecDeque<TargetEvent>) -> bool {
+    pub fn index_turn<I: Io>(&mut self, io: &mut I, limit: usize, events: &mut VecDeque<TargetEvent>) -> bool {
         let surplus = self.to_index.len().saturating_sub(MAX_TO_INDEX);
         self.index_written(self.ripe.min(limit).max(surplus), events);
+        if self.noted != self.points.membership() {
+            // The table follows the stream; should it fail, the next change or start repeats it.
+            self.noted = self.points.membership();
+            let lives = self.points.now().clone();
+            if let Err(error) = self.history.note_lives(io, &lives) {
+                tracing::warn!(stream = %self.config.stream, %error, "the timeline table lags behind");
+            }
+        }
         self.ripe = self.to_index.len();
         self.ripe > 0
     }
@@ -506,8 +522,11 @@ impl Stream {
                     what: format!("frame {number} cannot be opened: {error}"),
                 };
                 tracing::error!(stream = %self.config.stream, what = damage.what, "history is lost");
-                events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
-                self.damage.push(damage);
+                self.bad_seal = Some(number);
+                if self.damage.len() < MAX_DAMAGE {
+                    events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
+                    self.damage.push(damage);
+                }
             }
             at += len;
             file_at += len as u64;
