@@ -11,7 +11,7 @@ use super::servers::{Server, spawn, wait_for_socket};
 use crate::proxy::standalone::pair;
 
 /// What the source logs once a group's points hold all its disks.
-const SYNCHRONISED: &str = "synchronised";
+const SYNCHRONISED: &str = "INFO protected ";
 /// Longest wait for the first synchronisation.
 const SYNC_WAIT: Duration = Duration::from_secs(180);
 
