@@ -562,6 +562,14 @@ impl<I: Io> Target<I> {
         };
         let place = stream.position();
         let journal = &stream.journal;
+        let (oldest, newest) = (stream.points.oldest_complete(), stream.points.newest_complete());
+        // Numbers have gaps between incarnations, never within a segment.
+        let records = journal.segments.iter().map(|segment| {
+            let (Some(first), Some(last)) = (segment.frames.first(), segment.frames.last()) else { return 0 };
+            let from = first.first_seq.max(oldest.unwrap_or(u64::MAX));
+            (last.last_seq.min(newest.unwrap_or_default()) + 1).saturating_sub(from)
+        });
+        let records = records.sum();
         let oldest_time = journal.segments.front().map_or(0, |segment| segment.time.0);
         let lives = stream.points.now();
         let disks = stream.history.table().disks.iter().map(|known| {
@@ -605,9 +613,11 @@ impl<I: Io> Target<I> {
             durable_frame: place.frame,
             durable_seq: place.seq,
             floor: stream.points.floor(),
-            oldest: stream.points.oldest_complete(),
-            newest: stream.points.newest_complete(),
+            oldest,
+            newest,
             newest_cut: stream.points.newest_cut(),
+            cuts: stream.points.cuts().len(),
+            records,
             history: journal.stream_time().saturating_sub(oldest_time),
             journal_bytes: journal.bytes,
             segments: journal.segments.len(),

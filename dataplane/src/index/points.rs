@@ -272,7 +272,7 @@ impl Points {
     }
 
     /// Cuts, oldest first.
-    pub fn cuts(&self) -> impl DoubleEndedIterator<Item = &CutEntry> {
+    pub fn cuts(&self) -> impl DoubleEndedIterator<Item = &CutEntry> + ExactSizeIterator {
         self.cuts.iter()
     }
 

@@ -107,6 +107,10 @@ pub struct StreamStatus {
     pub newest: Option<u64>,
     /// Newest cut held.
     pub newest_cut: u64,
+    /// Cuts held.
+    pub cuts: usize,
+    /// Records kept from the oldest to the newest point that holds all disks: each is a point.
+    pub records: u64,
     /// Stream time between oldest and newest record kept, nanoseconds.
     pub history: Nanos,
     /// Bytes of its segment files.

@@ -283,14 +283,7 @@ pub fn summary(desk: &mut Desk<'_, TargetCore>, stream: &StreamStatus) -> PointS
         Some(convert::point(&point, stream.timeline))
     };
     let (oldest, newest) = (at(stream.oldest), at(stream.newest));
-    let count = match (stream.oldest, stream.newest) {
-        (Some(oldest), Some(newest)) => newest.saturating_sub(oldest) + 1,
-        _ => 0,
-    };
-    let first_cut = desk.core.points(desk.io, stream.stream, stream.oldest.unwrap_or_default(), 1, true).ok();
-    let first_cut = first_cut.and_then(|points| points.first().and_then(|p| p.cut.as_ref().map(|cut| cut.number)));
-    let cuts = first_cut.map_or(0, |first| stream.newest_cut.saturating_sub(first) + 1);
-    PointSummary { oldest, newest, count, cuts }
+    PointSummary { oldest, newest, count: stream.records, cuts: stream.cuts as u64 }
 }
 
 #[cfg(test)]
