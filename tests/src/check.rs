@@ -242,6 +242,9 @@ pub(crate) fn point(run: &mut Run, seq: u64, floor: u64) -> Result<Vec<(usize, V
 }
 
 fn compare(run: &Run, seq: u64, floor: u64, images: &[(usize, Vec<u8>)]) -> Result<(), String> {
+    if let Some(gap) = run.tap.gap(seq) {
+        return Err(format!("record {gap} was in no segment when it was looked at, although {seq} is a point"));
+    }
     for (disk, image) in images {
         let mut model = vec![0; image.len()];
         run.tap.apply(*disk as u16, 0, seq, &mut model);

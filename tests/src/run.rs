@@ -231,6 +231,10 @@ impl Run {
         let host = if self.stage.protected { self.host.deadline() } else { Nanos::MAX };
         let until = end.min(host).min(self.next_sample);
         let went = self.stage.step(until);
+        if self.restarts > 0 && self.stage.ready {
+            // At once: what the target lost must be forgotten before a newer writer adds to what it kept.
+            check::ends(self)?;
+        }
         self.print_log();
         self.watch_source()?;
         if let Some(epoch) = self.epochs.last_mut() {

@@ -28,6 +28,7 @@ struct Segment {
     key: DataKey,
     incarnation: IncarnationId,
     read_to: u64,
+    next_frame: u64,
 }
 
 /// Follows the segments of one stream as they grow.
@@ -64,13 +65,23 @@ impl Tap {
             if !path.ends_with(".seg") {
                 continue;
             }
-            if !self.segments.contains_key(&path) {
-                let Some(head) = world.file_range(node, &path, 0, 64 * ALIGN) else { continue };
-                let Ok((head, length)) = SegmentHead::decode(&head) else { continue };
+            let Some(head) = world.file_range(node, &path, 0, ALIGN) else { continue };
+            let Ok((head, length)) = SegmentHead::decode(&head) else { continue };
+            if !path.ends_with(&format!("-{:016x}.seg", head.segment)) {
+                continue; // A file used again, whose new head is not there yet.
+            }
+            // The name of a segment that nothing was acknowledged in may be given to the next writer's.
+            let known = self.segments.get(&path).and_then(|s| s.as_ref()).map(|s| s.incarnation);
+            if !self.segments.contains_key(&path) || known.is_some_and(|known| known != head.incarnation) {
                 let segment = if head.timeline == timeline {
                     let key = self.policy.unwrap(head.incarnation, &head.key);
                     let key = key.map_err(|e| Wrong(format!("{path}: {e}")))?;
-                    Some(Segment { key, incarnation: head.incarnation, read_to: length as u64 })
+                    Some(Segment {
+                        key,
+                        incarnation: head.incarnation,
+                        read_to: length as u64,
+                        next_frame: head.first_frame,
+                    })
                 } else {
                     None
                 };
@@ -106,6 +117,21 @@ impl Tap {
                 image[range].copy_from_slice(&entry.payload);
             }
         }
+    }
+
+    /// The first number up to `seq` that is missing within its incarnation's.
+    pub fn gap(&self, seq: u64) -> Option<u64> {
+        if !self.entries.contains_key(&seq) {
+            return Some(seq);
+        }
+        let mut entries = self.entries.range(..=seq).map(|(_, e)| e).peekable();
+        while let Some(entry) = entries.next() {
+            let next = entry.record.seq + 1;
+            if entries.peek().is_some_and(|e| e.incarnation == entry.incarnation && e.record.seq != next) {
+                return Some(next);
+            }
+        }
+        None
     }
 
     /// Whether disk `slot` is in the stream and complete after record `seq`.
@@ -144,8 +170,9 @@ fn read_frames(
         let Ok((header, directory)) = check_frame(&frame) else { return Ok(()) };
         let (header, directory) = (*header, directory.to_vec());
         let wrong = |what: String| Wrong(format!("{path}, frame {}: {what}", header.number.get()));
-        if header.incarnation != segment.incarnation {
-            return Err(wrong(format!("of {} in a segment of {}", header.incarnation, segment.incarnation)));
+        if header.incarnation != segment.incarnation || header.number.get() != segment.next_frame {
+            // What the file held before it became this segment.
+            return Ok(());
         }
         let mut seq = header.first_seq.get();
         for (index, entry) in directory.iter().enumerate() {
@@ -179,6 +206,7 @@ fn read_frames(
             return Err(wrong(format!("ends with record {} where its header says {}", seq - 1, header.last_seq.get())));
         }
         segment.read_to += length as u64;
+        segment.next_frame += 1;
     }
 }
 
