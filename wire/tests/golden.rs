@@ -337,6 +337,11 @@ fn intent_header() {
         whole_owed: true,
         clean: true,
         mtime_ns: 0x7172_7374_7576_7778,
+        prior: Predecessor {
+            incarnation: IncarnationId(id(0x60)),
+            frame: 0x8182_8384_8586_8788,
+            seq: 0x9192_9394_9596_9798,
+        },
     };
     let bytes = header.encode();
     golden("intent-header", &bytes);

@@ -137,12 +137,13 @@ fn control() -> impl Strategy<Value = Control> {
 }
 
 prop_compose! {
-    fn intent()(numbers in any::<[u64; 9]>(), disk in id(), stream in id(), incarnation in id(), boot in any::<[u8; 16]>(),
+    fn intent()(numbers in any::<[u64; 11]>(), disk in id(), stream in id(), incarnation in id(), before in id(), boot in any::<[u8; 16]>(),
         whole_owed in any::<bool>(), clean in any::<bool>()) -> IntentHeader {
-        let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns] = numbers;
+        let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq] = numbers;
         IntentHeader {
             serial, disk: DiskId(disk), size, stream: StreamId(stream), incarnation: IncarnationId(incarnation), boot,
             acked_frame, acked_seq, reserved_seq, cut, sync, generation, whole_owed, clean, mtime_ns,
+            prior: Predecessor { incarnation: IncarnationId(before), frame, seq },
         }
     }
 }
