@@ -248,24 +248,21 @@ impl Journal {
         }
     }
 
-    /// Drops the oldest segment: its records are in the replica images, durably. Its file becomes a later segment, or
-    /// is removed.
+    /// Drops the oldest segment: its records are in the replica images, durably.
     ///
     /// # Errors
     /// The folder. The segment is out of the index all the same; what is left of the file is folded again after a start.
     pub(crate) fn drop_oldest<I: Io>(&mut self, io: &mut I) -> Result<(), Errno> {
         let Some(segment) = self.segments.pop_front() else { return Ok(()) };
         self.bytes -= segment.size;
-        let (path, size, users) = (segment.path.clone(), segment.size, segment.users);
-        if users > 0 {
+        let path = segment.path.clone();
+        // Who reads from it keeps the open file.
+        if segment.users > 0 {
             self.retired.push(segment);
         } else if let Some(file) = segment.file {
             io.close(file);
         }
-        // A file that is still read from must keep its bytes.
-        if users > 0 || !self.offer_spare(io, &path, size) {
-            io.remove(&path)?;
-        }
+        io.remove(&path)?;
         self.room_made();
         io.sync_dir(&self.config.dir)
     }

@@ -105,8 +105,6 @@ pub enum NoRoom {
 pub(super) struct Append {
     active: Option<Active>,
     prepared: Option<Prepared>,
-    /// A dropped segment's file, its blocks written already: becomes the next one.
-    spare: Option<(String, u64)>,
     queue: VecDeque<Batch>,
     under_way: VecDeque<UnderWay>,
     next_serial: u64,
@@ -128,7 +126,6 @@ impl Default for Append {
         Self {
             active: None,
             prepared: None,
-            spare: None,
             queue: VecDeque::with_capacity(MAX_QUEUED),
             under_way: VecDeque::with_capacity(MAX_UNDER_WAY + 1),
             next_serial: 0,
@@ -232,19 +229,6 @@ impl Journal {
         if self.durable != self.complete {
             self.append.sync_wanted = true;
         }
-    }
-
-    /// A dropped segment's file may become a new one. Returns false if it is not wanted.
-    pub(crate) fn offer_spare<I: Io>(&mut self, io: &mut I, path: &str, size: u64) -> bool {
-        if self.append.spare.is_some() || size != self.config.segment_bytes {
-            return false;
-        }
-        let spare = format!("{}/spare-{}.old", self.config.dir, self.config.timeline);
-        if io.rename(path, &spare).is_err() {
-            return false;
-        }
-        self.append.spare = Some((spare, size));
-        true
     }
 
     /// Submits what can be.
@@ -379,32 +363,24 @@ impl Journal {
         if self.bytes.saturating_add(size) > self.append.budget {
             return Err(Some(NoRoom::Budget));
         }
-        let result = match self.append.spare.take() {
-            Some((spare, _)) => io
-                .rename(&spare, &path)
-                .and_then(|()| io.open(&path, OpenHow { write: true, create_new: false, lock: true }))
-                .map(|file| (file, size)),
-            None => {
-                if self.append.reserve > 0
-                    && io.free_space(&self.config.dir).is_ok_and(|free| free < self.append.reserve.saturating_add(size))
-                {
-                    return Err(Some(NoRoom::Space));
-                }
-                io.open(&path, OpenHow { write: true, create_new: true, lock: true }).and_then(|file| {
-                    io.set_len(file, size, true).map(|()| (file, 0)).inspect_err(|_| {
-                        io.close(file);
-                        let _ = io.remove(&path);
-                    })
-                })
-            }
-        };
+        if self.append.reserve > 0
+            && io.free_space(&self.config.dir).is_ok_and(|free| free < self.append.reserve.saturating_add(size))
+        {
+            return Err(Some(NoRoom::Space));
+        }
+        let result = io.open(&path, OpenHow { write: true, create_new: true, lock: true }).and_then(|file| {
+            io.set_len(file, size, true).map(|()| file).inspect_err(|_| {
+                io.close(file);
+                let _ = io.remove(&path);
+            })
+        });
         // The folder is synced before any frame can be acknowledged in the file.
-        let result = result.and_then(|made| io.sync_dir(&self.config.dir).map(|()| made));
+        let result = result.and_then(|file| io.sync_dir(&self.config.dir).map(|()| file));
         match result {
-            Ok((file, zeroed)) => {
+            Ok(file) => {
                 self.next_number += 1;
                 self.bytes += size;
-                Ok(Prepared { number, path, file, size, zeroed, zeroing: false })
+                Ok(Prepared { number, path, file, size, zeroed: 0, zeroing: false })
             }
             Err(Errno::NOSPC) => Err(Some(NoRoom::Space)),
             Err(errno) => {

@@ -427,8 +427,7 @@ impl Stream {
         let dir = self.journal.config.dir.clone();
         let names = io.list(&dir).map_err(|errno| storage("listing", &dir, errno))?;
         for name in names {
-            let spare = name == format!("spare-{timeline}.old");
-            if spare || parse_segment_name(&name).is_some_and(|(named, _)| named == timeline) {
+            if parse_segment_name(&name).is_some_and(|(named, _)| named == timeline) {
                 let path = format!("{dir}/{name}");
                 io.remove(&path).map_err(|errno| storage("removing", &path, errno))?;
             }
