@@ -1,7 +1,7 @@
 //! What a proxy is told at start: a TOML file, flags over it, and the checks that refuse a mistake by name.
 //!
 //! Only what concerns this host stands here. What is protected, and where it goes, is desired state
-//! ([`super::desired`]) from the coordinator.
+//! (a `DesiredState`) from the coordinator.
 
 use std::fmt;
 use std::net::SocketAddr;
