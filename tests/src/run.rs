@@ -260,6 +260,11 @@ impl Run {
             for (disk, image) in images.iter().enumerate() {
                 let judged = match self.fallen.take().flatten() {
                     None => epoch.history.judge(&[(disk, image)], u64::MAX),
+                    // Not flushed in this life: it may have lost what lives before it wrote, too.
+                    Some(flushed) if flushed[disk] == 0 && self.epochs.len() > 1 => {
+                        self.fallen = Some(Some(flushed));
+                        Ok(())
+                    }
                     Some(flushed) => {
                         let judged = epoch.history.judge_power_loss(disk, image, flushed[disk]);
                         self.fallen = Some(Some(flushed));
