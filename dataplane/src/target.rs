@@ -329,16 +329,6 @@ impl<I: Io> Target<I> {
                     delta.journal.on_sync(&done);
                 }
             }
-            Purpose::Prepare(JournalId::Stream(id)) => {
-                if let Some(stream) = self.streams.get_mut(&id) {
-                    stream.journal.on_prepare(&done);
-                }
-            }
-            Purpose::Prepare(JournalId::Delta(id)) => {
-                if let Some(delta) = self.delta(id) {
-                    delta.journal.on_prepare(&done);
-                }
-            }
             Purpose::Recover(id) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.recover_done(io, done, &mut self.events);

@@ -16,18 +16,14 @@ use crate::index::SegmentIndex;
 use crate::io::{Done, Errno, File, Io, Nanos, Op, OpenHow, Part};
 use crate::target::ops::{Ctx, Purpose};
 
-/// Writes of one journal under way.
+/// Writes of one journal under way. Blocks of a new segment were never written, so a durable write into them also commits
+/// the file system's own journal; filling segments with zeros ahead, or using dropped ones again, gained nothing that
+/// could be measured beside the disk's own flush (4 to 5 ms where this was tried) and doubles what is written.
 const MAX_UNDER_WAY: usize = 4;
 /// Batches that wait for a write to end.
 const MAX_QUEUED: usize = 2;
 /// How long to wait before asking again for room.
 const ROOM_AGAIN: Nanos = 250_000_000;
-/// Zeros written ahead at a time, bytes.
-const ZERO_STEP: usize = 512 * 1024;
-/// Below this mean size of a write the next segment is filled with zeros ahead: a durable write into blocks that were
-/// never written costs the file system a commit of its own journal, which small writes feel and large ones do not.
-const SMALL_WRITE: u64 = 64 * 1024;
-
 /// Frames that lie back to back in a buffer.
 #[derive(Debug)]
 pub struct Batch {
@@ -86,9 +82,6 @@ struct Prepared {
     path: String,
     file: File,
     size: u64,
-    /// Zeros written up to here.
-    zeroed: u64,
-    zeroing: bool,
 }
 
 /// Why no new segment can be made.
@@ -117,8 +110,6 @@ pub(super) struct Append {
     budget: u64,
     reserve: u64,
     roll_after: Nanos,
-    /// Mean size of a write, bytes.
-    mean: u64,
 }
 
 impl Default for Append {
@@ -138,7 +129,6 @@ impl Default for Append {
             budget: u64::MAX,
             reserve: 0,
             roll_after: Nanos::MAX,
-            mean: SMALL_WRITE,
         }
     }
 }
@@ -241,8 +231,7 @@ impl Journal {
         {
             let len = batch.part.len as u64;
             if self.must_roll(batch, len) {
-                let zeroing = self.append.prepared.as_ref().is_some_and(|prepared| prepared.zeroing);
-                if !self.append.under_way.is_empty() || zeroing {
+                if !self.append.under_way.is_empty() {
                     break;
                 }
                 if self.durable != self.complete {
@@ -254,8 +243,8 @@ impl Journal {
                 }
                 continue;
             }
-            let batch = self.append.queue.pop_front().expect("there is a front");
             let active = self.append.active.as_mut().expect("rolled to one");
+            let batch = self.append.queue.pop_front().expect("there is a front");
             let at = active.at;
             active.at += len;
             let serial = self.append.next_serial;
@@ -263,7 +252,6 @@ impl Journal {
             let place = Place { incarnation: batch.writer.incarnation, frame: batch.last.0, seq: batch.last.1 };
             let kind = Kind::Frames { segment: active.uid, at, place, durable: batch.durable, tag: batch.tag };
             self.append.under_way.push_back(UnderWay { serial, kind, finished: None });
-            self.append.mean = (self.append.mean * 15 + len) / 16;
             let op = Op::Write { file: active.file, offset: at, part: batch.part, durable: batch.durable };
             ctx.submit(Purpose::Append(self.id, serial), op);
         }
@@ -331,7 +319,8 @@ impl Journal {
             file: Some(prepared.file),
             users: 0,
         });
-        self.append.active = Some(Active { uid, file: prepared.file, at: bytes.len() as u64, size: prepared.size });
+        let (file, at, size) = (prepared.file, bytes.len() as u64, prepared.size);
+        self.append.active = Some(Active { uid, file, at, size });
         let serial = self.append.next_serial;
         self.append.next_serial += 1;
         self.append.under_way.push_back(UnderWay { serial, kind: Kind::Head, finished: None });
@@ -380,7 +369,7 @@ impl Journal {
             Ok(file) => {
                 self.next_number += 1;
                 self.bytes += size;
-                Ok(Prepared { number, path, file, size, zeroed: 0, zeroing: false })
+                Ok(Prepared { number, path, file, size })
             }
             Err(Errno::NOSPC) => Err(Some(NoRoom::Space)),
             Err(errno) => {
@@ -391,41 +380,17 @@ impl Journal {
         }
     }
 
-    /// Makes the next segment's file before it is needed, and fills it with zeros where that pays.
+    /// Makes the next segment's file before it is needed.
     fn prepare<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
-        let Some(active) = &self.append.active else { return };
-        if self.append.prepared.is_none() {
-            if active.at < active.size / 2 || self.append.no_room.is_some_and(|(_, again)| ctx.io.now() < again) {
-                return;
-            }
-            match self.create(ctx.io) {
-                Ok(prepared) => self.append.prepared = Some(prepared),
-                Err(Some(why)) => self.append.no_room = Some((why, ctx.io.now() + ROOM_AGAIN)),
-                Err(None) => {}
-            }
-        }
-        let Some(prepared) = &mut self.append.prepared else { return };
-        if prepared.zeroing || prepared.zeroed >= prepared.size || self.append.mean >= SMALL_WRITE {
+        let half = self.append.active.as_ref().is_some_and(|active| active.at >= active.size / 2);
+        let waiting = self.append.no_room.is_some_and(|(_, again)| ctx.io.now() < again);
+        if !half || waiting || self.append.prepared.is_some() {
             return;
         }
-        let Some(mut buf) = ctx.io.pool().take(ZERO_STEP) else { return };
-        let len = (prepared.size - prepared.zeroed).min(ZERO_STEP as u64) as usize;
-        buf[..len].fill(0);
-        prepared.zeroing = true;
-        let part = Part { buf, at: 0, len };
-        let op = Op::Write { file: prepared.file, offset: prepared.zeroed, part, durable: false };
-        ctx.submit(Purpose::Prepare(self.id), op);
-    }
-
-    /// Zeros have been written ahead.
-    pub(crate) fn on_prepare(&mut self, done: &Done) {
-        if let Some(prepared) = &mut self.append.prepared {
-            prepared.zeroing = false;
-            match done.result {
-                Ok(len) => prepared.zeroed += len,
-                // The frames written there later will say whether the disk is broken.
-                Err(_) => prepared.zeroed = prepared.size,
-            }
+        match self.create(ctx.io) {
+            Ok(prepared) => self.append.prepared = Some(prepared),
+            Err(Some(why)) => self.append.no_room = Some((why, ctx.io.now() + ROOM_AGAIN)),
+            Err(None) => {}
         }
     }
 
@@ -488,6 +453,6 @@ impl Journal {
 
     /// A file without a head, found by recovery, is the next segment.
     pub(crate) fn adopt_prepared(&mut self, number: u64, path: String, file: File, size: u64) {
-        self.append.prepared = Some(Prepared { number, path, file, size, zeroed: size, zeroing: false });
+        self.append.prepared = Some(Prepared { number, path, file, size });
     }
 }

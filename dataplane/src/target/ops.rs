@@ -39,8 +39,6 @@ pub(crate) enum Purpose {
     Append(JournalId, u64),
     /// A journal's active segment to stable storage.
     AppendSync(JournalId),
-    /// Zeros into the segment that comes next.
-    Prepare(JournalId),
     /// Reading a journal back.
     Recover(u32),
     /// Folding.
