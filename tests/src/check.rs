@@ -74,7 +74,10 @@ fn follow(run: &mut Run) -> Result<(), String> {
         let record = &entry.record;
         for change in epoch.history.changes(usize::from(record.disk)) {
             let inside = change.offset >= record.offset && change.offset + change.len <= record.end();
-            if !inside || change.effect != Effect::Write || epoch.matched.contains_key(&change.id) {
+            // A later record of the same block carries its bytes, too: it is the one numbered while the request ran.
+            let meanwhile =
+                record.mono_ns >= change.issued_at && change.answered_at.is_none_or(|at| record.mono_ns <= at);
+            if !inside || !meanwhile || change.effect != Effect::Write || epoch.matched.contains_key(&change.id) {
                 continue;
             }
             let at = (change.offset - record.offset) as usize;

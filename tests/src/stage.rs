@@ -220,7 +220,10 @@ impl Stage {
         };
         let Some(life) = &mut self.source else { return };
         match life.core.protect(&mut life.io, config) {
-            Ok(()) => self.protected = true,
+            Ok(()) => {
+                self.protected = true;
+                self.world.wake(self.source_node);
+            }
             Err(ProtectError::Locked { .. }) => {
                 let (at, life) = (self.world.now() + RETRY, self.source_lives);
                 self.at(at, Later::Protect(life));
@@ -245,6 +248,7 @@ impl Stage {
         if !self.infos.is_empty() {
             self.open_stream();
         }
+        self.world.wake(self.target_node);
     }
 
     fn open_stream(&mut self) {
