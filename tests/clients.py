@@ -319,7 +319,8 @@ def restart(cluster, which, killed):
         expect(code == 0, f"exit code {code}:\n{process.tail()}")
     process.start()
     eventually("protected again", cluster_answers(cluster), timeout=90)
-    uri = cluster.uri("data")
+    # A coordinator that has just come back knows the group before the source has reported to it.
+    uri = eventually("the disk is known again", lambda: known_again(cluster), timeout=60)
     eventually("the disk is served again", lambda: served_again(uri), timeout=60)
     run("qemu-io", "-f", "raw", "-c", "write -P 0xb1 3M 1M", "-c", "flush", uri)
     cluster.replica_is_source()
@@ -332,6 +333,13 @@ def cluster_answers(cluster):
         except (Failed, TypeError, KeyError):
             return None
     return answers
+
+
+def known_again(cluster):
+    try:
+        return cluster.uri("data")
+    except Failed:
+        return None
 
 
 def served_again(uri):

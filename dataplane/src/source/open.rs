@@ -36,7 +36,10 @@ pub(super) fn open_disk<I: Io>(io: &mut I, config: &DiskConfig) -> Result<(File,
     let file = io.open(&config.path, how).map_err(|errno| failed(&config.path, "open", errno))?;
     let info = io.info(file).map_err(|errno| failed(&config.path, "inspect", errno));
     let checked = info.and_then(|info| {
-        let refuse = |field, value: u64, allowed| Err(ProtectError::Value { field, value: value.to_string(), allowed });
+        // Which of many disks it is stands beside the number.
+        let refuse = |field, value: u64, allowed| {
+            Err(ProtectError::Value { field, value: format!("{value} bytes (`{}`)", config.path), allowed })
+        };
         if !info.block.is_power_of_two() || info.block < 512 || info.block > MAX_BLOCK {
             return refuse("block size of the disk", info.block.into(), "512, 1024, 2048 or 4096");
         }
