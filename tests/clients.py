@@ -151,7 +151,7 @@ def refused(tests, folder):
     odd = folder / "odd.img"
     odd.write_bytes(b"x" * 1000)
     tests.run("refused: a missing disk", says, ["missing.img"], "proxy", "--serve", f"d={folder}/missing.img", "--nbd", f"unix:{socket}")
-    tests.run("refused: a size that is no multiple of the block", says, ["odd.img"], "proxy", "--serve", f"d={odd}", "--nbd", f"unix:{socket}")
+    tests.run("refused: a size that is no multiple of the block", says, ["1000"], "proxy", "--serve", f"d={odd}", "--nbd", f"unix:{socket}")
     wrong = folder / "wrong.toml"
     wrong.write_text("name = \"x\"\nstate_dirr = \"y\"\n")
     tests.run("refused: a misspelt field", says, ["state_dirr"], "proxy", "--config", wrong)

@@ -268,13 +268,11 @@ class Cluster:
         return cut["seq"]
 
     def uri(self, disk):
-        """A source disk. The exports are called as the group's status says."""
-        for entry in self.status()["disks"]:
-            if entry["disk"] == disk:
-                found = [uri for uri in entry["uris"] if uri.startswith("nbd+unix")]
-                expect(found, f"disk {disk} has no URI for a Unix socket: {entry['uris']}")
-                return found[0]
-        raise Failed(f"the status shows no disk {disk}")
+        """A source disk; a coordinator that has just started knows it once the proxy has reported."""
+        def known():
+            uris = [uri for entry in self.status()["disks"] if entry["disk"] == disk for uri in entry["uris"]]
+            return next((uri for uri in uris if uri.startswith("nbd+unix")), None)
+        return eventually(f"the status says where disk {disk} is", known)
 
     def open_view(self, name, point="latest", writable=False):
         """A view; URIs by disk."""
