@@ -88,6 +88,8 @@ pub(crate) struct Resync {
     whole_end: Option<(u64, u64)>,
     /// A begin that nobody has been told of.
     begun: Option<bool>,
+    /// The target may know of a begin whose end was given up: another synchronisation must end, if only for that.
+    pub end_owed: bool,
     /// The pass over the whole disk is owed and has not ended in this incarnation.
     pub whole_owed: bool,
 }
@@ -105,6 +107,7 @@ impl Resync {
             ended: None,
             whole_end: None,
             begun: None,
+            end_owed: false,
             whole_owed: false,
         }
     }
@@ -148,6 +151,7 @@ impl Resync {
 
     /// Gives up whatever runs: a new incarnation begins. Reads under way end without a record.
     pub fn reset(&mut self) {
+        self.end_owed |= self.is_open();
         self.running = None;
         self.stretch = None;
         self.ended = None;
@@ -172,6 +176,7 @@ impl Disk {
         queue.incomplete_since.get_or_insert(f.io.now());
         self.sync.begun = Some(whole);
         self.sync.running = Some(Running { sync, whole });
+        self.sync.end_owed = false;
         self.sync.ended = None;
         self.sync.done = 0;
         if whole {

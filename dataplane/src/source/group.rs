@@ -226,8 +226,9 @@ impl Group {
             let epoch = disk.flush.flushed();
             let covered = Covered { frame, seq, epoch, bound };
             let Some(log) = &mut disk.log else { return };
-            // Before the logs name this incarnation, its places mean nothing to who reads them.
-            if announced && running {
+            // Before the logs name this incarnation, its places mean nothing to who reads them. While a synchronisation
+            // is open its bits stay: a next life must know that it owes an end.
+            if announced && running && !disk.sync.is_open() {
                 let unflushed = tick && log.tick(&covered);
                 log.clear(&covered);
                 if unflushed {

@@ -73,7 +73,7 @@ impl Group {
             whole &= disk.sync.whole_owed;
             if disk.sync.whole_owed {
                 disk.begin_sync(f, true);
-            } else if disk.log.as_ref().is_some_and(|log| log.dirty() > 0) {
+            } else if disk.sync.end_owed || disk.log.as_ref().is_some_and(|log| log.dirty() > 0) {
                 disk.begin_sync(f, false);
             }
         });
