@@ -173,6 +173,11 @@ impl Shipper {
         self.frames.front().map(|f| f.oldest).or_else(raw)
     }
 
+    /// From the next frame on.
+    pub fn set_compress(&mut self, compress: bool) {
+        self.compress = compress;
+    }
+
     /// Compression is off, to seal faster.
     pub fn is_hurried(&self) -> bool {
         self.queue.raw() > self.queue.limit() / 4

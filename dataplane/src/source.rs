@@ -347,6 +347,22 @@ impl<I: Io> Source<I> {
         });
     }
 
+    /// Changes what may change while a group runs: the time between its cuts, and compression.
+    ///
+    /// # Errors
+    /// [`ProtectError::Value`]; nothing is changed.
+    pub fn set_policy(
+        &mut self,
+        io: &mut I,
+        stream: StreamId,
+        cut_interval: Nanos,
+        compress: bool,
+    ) -> Result<(), ProtectError> {
+        config::check_cut_interval(cut_interval)?;
+        self.with_group(io, stream, |group, w| group.set_policy(w.io.now(), cut_interval, compress));
+        Ok(())
+    }
+
     /// Takes a cut now, with a label; [`SourceEvent::CutTaken`] names it.
     pub fn label_cut(&mut self, io: &mut I, stream: StreamId, label: &str) {
         self.with_group(io, stream, |group, w| {

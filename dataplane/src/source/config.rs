@@ -155,6 +155,13 @@ fn refuse<T>(field: &'static str, value: impl fmt::Display, allowed: &'static st
     Err(ProtectError::Value { field, value: value.to_string(), allowed })
 }
 
+pub(super) fn check_cut_interval(interval: Nanos) -> Result<(), ProtectError> {
+    if interval < 10_000_000 {
+        return refuse("cut_interval", interval, "at least 10 ms");
+    }
+    Ok(())
+}
+
 impl SourceLimits {
     /// Checks every bound.
     ///
@@ -189,9 +196,7 @@ impl GroupConfig {
         if self.disks.is_empty() || self.disks.len() > afterimage_wire::MAX_DISKS {
             return refuse("disks", self.disks.len(), "1 to 1024 disks");
         }
-        if self.cut_interval < 10_000_000 {
-            return refuse("cut_interval", self.cut_interval, "at least 10 ms");
-        }
+        check_cut_interval(self.cut_interval)?;
         for (index, disk) in self.disks.iter().enumerate() {
             disk.check()?;
             if disk.id.is_none() {

@@ -90,6 +90,14 @@ pub(super) struct Around<'a, I> {
 }
 
 impl Group {
+    /// Takes over what may change while the group runs.
+    pub fn set_policy(&mut self, now: Nanos, cut_interval: Nanos, compress: bool) {
+        self.config.cut_interval = cut_interval;
+        self.config.compress = compress;
+        self.next_cut = self.next_cut.min(now + cut_interval);
+        self.ship.set_compress(compress);
+    }
+
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         config: GroupConfig,

@@ -380,9 +380,16 @@ async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
     let stream: StreamId = convert::id("stream_uid", uid)?;
     source(proxy)?;
     forget(proxy, |desired| desired.sources.retain(|group| group.stream_uid != uid))?;
-    let known = proxy.applied.borrow().groups.contains_key(&stream);
-    if known && converge::unprotect(proxy, stream).await?.is_none() {
-        return refused(Kind::Io, "the group does not stop: a disk may hang");
+    let running = proxy.applied.borrow().groups.get(&stream).cloned();
+    if let Some(group) = running {
+        if converge::unprotect(proxy, stream).await?.is_none() {
+            return refused(Kind::Io, "the group does not stop: a disk may hang");
+        }
+        // What the logs say is of use to this stream only, and it has ended. One that is left does no harm.
+        let trust_reboot = false;
+        for disk in convert::group(&group, proxy.intent_dir().as_deref(), trust_reboot)?.disks {
+            let _ = std::fs::remove_file(disk.log_path);
+        }
     }
     Ok(Outcome::Done(Done {}))
 }
@@ -397,8 +404,20 @@ async fn drop_stream(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
         applied.views.retain(|_, view| view.said.stream_uid != uid);
     }
     match target.call(move |desk| desk.core.drop_stream(desk.io, stream, true)).await? {
-        Ok(()) | Err(TargetError::UnknownStream(_)) => Ok(Outcome::Done(Done {})),
+        Ok(()) | Err(TargetError::UnknownStream(_)) => {
+            remove_empty_folders(proxy, stream);
+            Ok(Outcome::Done(Done {}))
+        }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// The core removes the files of a stream; its folders, if nothing is left in them, go here.
+fn remove_empty_folders(proxy: &Proxy, stream: StreamId) {
+    let Some(role) = &proxy.config.target else { return };
+    let folder = role.journal.join("streams").join(stream.to_string());
+    for folder in [folder.join("segments"), folder.join("replica"), folder] {
+        let _ = std::fs::remove_dir(folder);
     }
 }
 

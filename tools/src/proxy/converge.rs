@@ -167,6 +167,11 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
                 let hold = group.hold;
                 source.call(move |desk| desk.core.fence(desk.io, stream, hold)).await?;
             }
+            if was.cut_interval_ms != group.cut_interval_ms || was.compression != group.compression {
+                let (interval, compress) = (config.cut_interval, config.compress);
+                let changed = source.call(move |desk| desk.core.set_policy(desk.io, stream, interval, compress));
+                changed.await?.map_err(problem)?;
+            }
             // Disks and key stay as they were given, so that a change is seen again when the hold ends.
             let kept = SourceGroup { disks: was.disks, key: was.key, ..group.clone() };
             proxy.applied.borrow_mut().groups.insert(stream, kept);
