@@ -25,7 +25,7 @@ pub mod timeline;
 
 /// The gRPC API of `proto/afterimage/v1`, generated.
 #[cfg(feature = "grpc")]
-#[allow(missing_docs, clippy::all)]
+#[allow(missing_docs, clippy::all, rustdoc::all)]
 pub mod v1 {
     tonic::include_proto!("afterimage.v1");
 
