@@ -141,3 +141,39 @@ pub(crate) fn get_id(input: &mut &[u8], what: &'static str) -> Result<[u8; 16], 
 pub const fn align_up(n: usize) -> usize {
     n.next_multiple_of(ALIGN)
 }
+
+/// Bytes that every table (timeline table, stream state) has at least.
+const TABLE_HEAD: usize = 64;
+
+/// Fills length and CRC of a table, whose fields for them are 0.
+pub(crate) fn close_table(out: &mut [u8]) {
+    let length = out.len() as u32;
+    out[12..16].copy_from_slice(&length.to_le_bytes());
+    let crc = crc32c::crc32c(out);
+    out[8..12].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Checks magic, version, length and CRC of a table; returns it without what follows its length.
+pub(crate) fn open_table<'a>(bytes: &'a [u8], magic: [u8; 4], what: &'static str) -> Result<&'a [u8], FormatError> {
+    need(&bytes, TABLE_HEAD, what)?;
+    if bytes[..4] != magic {
+        return Err(FormatError::Magic { what });
+    }
+    let version = u16::from_le_bytes([bytes[4], bytes[5]]);
+    if version != WIRE_VERSION {
+        return Err(FormatError::Version { what, found: version, known: WIRE_VERSION });
+    }
+    let length = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]) as usize;
+    if length < TABLE_HEAD {
+        return Err(FormatError::Malformed { what, detail: "length" });
+    }
+    need(&bytes, length, what)?;
+    let bytes = &bytes[..length];
+    let crc = crc32c::crc32c(&bytes[..8]);
+    let crc = crc32c::crc32c_append(crc, &[0; 4]);
+    let crc = crc32c::crc32c_append(crc, &bytes[12..]);
+    if crc.to_le_bytes() != bytes[8..12] {
+        return Err(FormatError::Checksum { what });
+    }
+    Ok(bytes)
+}

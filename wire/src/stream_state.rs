@@ -148,10 +148,7 @@ impl StreamStateFile {
             out.put_u64_le(range.offset);
             out.put_u64_le(range.len);
         }
-        let length = out.len() as u32;
-        out[12..16].copy_from_slice(&length.to_le_bytes());
-        let crc = crc32c::crc32c(&out);
-        out[8..12].copy_from_slice(&crc.to_le_bytes());
+        crate::close_table(&mut out);
         out
     }
 
@@ -162,26 +159,7 @@ impl StreamStateFile {
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         const WHAT: &str = "stream state";
         let bad = |detail| FormatError::Malformed { what: WHAT, detail };
-        need(&bytes, 64, WHAT)?;
-        if bytes[..4] != STATE_MAGIC {
-            return Err(FormatError::Magic { what: WHAT });
-        }
-        let version = u16::from_le_bytes([bytes[4], bytes[5]]);
-        if version != WIRE_VERSION {
-            return Err(FormatError::Version { what: WHAT, found: version, known: WIRE_VERSION });
-        }
-        let length = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]) as usize;
-        if length < 64 {
-            return Err(bad("length"));
-        }
-        need(&bytes, length, WHAT)?;
-        let bytes = &bytes[..length];
-        let crc = crc32c::crc32c(&bytes[..8]);
-        let crc = crc32c::crc32c_append(crc, &[0; 4]);
-        let crc = crc32c::crc32c_append(crc, &bytes[12..]);
-        if crc.to_le_bytes() != bytes[8..12] {
-            return Err(FormatError::Checksum { what: WHAT });
-        }
+        let bytes = crate::open_table(bytes, STATE_MAGIC, WHAT)?;
         let mut input = &bytes[16..];
         let stream = StreamId(get_id(&mut input, WHAT)?);
         let floor = input.get_u64_le();

@@ -108,10 +108,7 @@ impl TimelineTable {
             out.put_slice(&d.timeline.0);
             out.put_u8(d.member.into());
         }
-        let length = out.len() as u32;
-        out[12..16].copy_from_slice(&length.to_le_bytes());
-        let crc = crc32c::crc32c(&out);
-        out[8..12].copy_from_slice(&crc.to_le_bytes());
+        crate::close_table(&mut out);
         out
     }
 
@@ -122,26 +119,7 @@ impl TimelineTable {
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         const WHAT: &str = "timeline table";
         let bad = |detail| FormatError::Malformed { what: WHAT, detail };
-        need(&bytes, 64, WHAT)?;
-        if bytes[..4] != TIMELINE_MAGIC {
-            return Err(FormatError::Magic { what: WHAT });
-        }
-        let version = u16::from_le_bytes([bytes[4], bytes[5]]);
-        if version != WIRE_VERSION {
-            return Err(FormatError::Version { what: WHAT, found: version, known: WIRE_VERSION });
-        }
-        let length = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]) as usize;
-        if length < 64 {
-            return Err(bad("length"));
-        }
-        need(&bytes, length, WHAT)?;
-        let bytes = &bytes[..length];
-        let crc = crc32c::crc32c(&bytes[..8]);
-        let crc = crc32c::crc32c_append(crc, &[0; 4]);
-        let crc = crc32c::crc32c_append(crc, &bytes[12..]);
-        if crc.to_le_bytes() != bytes[8..12] {
-            return Err(FormatError::Checksum { what: WHAT });
-        }
+        let bytes = crate::open_table(bytes, TIMELINE_MAGIC, WHAT)?;
         let mut input = &bytes[16..];
         let stream = StreamId(get_id(&mut input, WHAT)?);
         let current = TimelineId(get_id(&mut input, WHAT)?);
