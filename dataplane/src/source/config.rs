@@ -23,7 +23,8 @@ pub struct SourceLimits {
     pub max_wait: Nanos,
     /// A record leaves in a frame at the latest this long after it was numbered, if the link can take it.
     pub age_bound: Nanos,
-    /// With fewer frames than this unacknowledged, a frame leaves at once.
+    /// With fewer frames than this unacknowledged, a frame leaves at once. One keeps the frames of a lone writer from
+    /// costing the target a durable write for each of its writes; on a long link [`Self::age_bound`] lets them leave.
     pub few_unacked: usize,
     /// Payload at which a frame is full, bytes; at most 1 MiB.
     pub frame_bytes: usize,
@@ -43,7 +44,7 @@ impl Default for SourceLimits {
             queue_bytes: 256 << 20,
             max_wait: 20_000_000,
             age_bound: 1_000_000,
-            few_unacked: 2,
+            few_unacked: 1,
             frame_bytes: 512 << 10,
             hot_extents: 64,
             sync_share: 25,
