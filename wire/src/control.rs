@@ -39,6 +39,24 @@ pub enum Control {
         /// A generation, a frame number or 0, by reason.
         value: u64,
     },
+    /// The answer to a [`crate::record::RecordKind::SyncHash`], which is durable and indexed: which of its steps differ
+    /// from what the target holds at that place, or cannot be read there.
+    Compared {
+        /// The record.
+        seq: u64,
+        /// A bit for each hash, lowest first.
+        differs: u64,
+    },
+    /// The target's newest state of this range is not to be relied on (damage, an image restored from elsewhere): the
+    /// source reads the range again, in a synchronisation of its own. Repeating it is harmless.
+    Want {
+        /// Slot of the disk in the stream.
+        disk: u16,
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
 }
 
 /// Why a target ends a connection.
@@ -81,6 +99,8 @@ impl Control {
             Self::Ack { frame, seq } => (2, 0, frame, seq, 0),
             Self::Alive => (3, 0, 0, 0, 0),
             Self::Stop { reason, value } => (4, reason as u32, 0, 0, value),
+            Self::Compared { seq, differs } => (5, 0, 0, seq, differs),
+            Self::Want { disk, offset, len } => (6, disk.into(), 0, offset, len),
         };
         let raw = Raw {
             kind,
@@ -99,7 +119,7 @@ impl Control {
     /// Reads the plain bytes.
     ///
     /// # Errors
-    /// An unknown kind or reason, or reserved bits.
+    /// An unknown kind or reason, reserved bits, or a range that makes no sense.
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         const WHAT: &str = "control message";
         let raw = Raw::ref_from_bytes(bytes).map_err(|_| FormatError::Short {
@@ -126,6 +146,16 @@ impl Control {
                 },
                 value: raw.value.get(),
             },
+            5 => Self::Compared { seq: raw.seq.get(), differs: raw.value.get() },
+            6 => {
+                let disk = u16::try_from(raw.detail.get())
+                    .map_err(|_| FormatError::Malformed { what: WHAT, detail: "slot of a disk" })?;
+                let (offset, len) = (raw.seq.get(), raw.value.get());
+                if len == 0 || offset.checked_add(len).is_none() {
+                    return Err(FormatError::Malformed { what: WHAT, detail: "range" });
+                }
+                Self::Want { disk, offset, len }
+            }
             other => return Err(FormatError::UnknownKind { what: WHAT, value: other.into() }),
         })
     }

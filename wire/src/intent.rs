@@ -57,6 +57,12 @@ pub struct IntentHeader {
     pub whole_owed: bool,
     /// The writer stopped cleanly: everything was acknowledged.
     pub clean: bool,
+    /// A synchronisation has begun whose end is not acknowledged: the target may hold its begin, so the next writer owes
+    /// an end, even if no bit is set.
+    pub sync_owed: bool,
+    /// Of the whole synchronisation that is owed, the bits say what is left: all were set, durably, when it was owed.
+    /// Without it, it begins at zero.
+    pub mapped: bool,
     /// Change time of the disk's file and size at clean stop (nanoseconds); used without us if it differs.
     pub mtime_ns: u64,
     /// The writer before `incarnation` and its last acknowledged place: while nothing of `incarnation` is acknowledged,
@@ -86,7 +92,12 @@ impl IntentHeader {
         out.put_u64_le(self.cut);
         out.put_u64_le(self.sync);
         out.put_u64_le(self.generation);
-        out.put_u8(u8::from(self.whole_owed) | u8::from(self.clean) << 1);
+        out.put_u8(
+            u8::from(self.whole_owed)
+                | u8::from(self.clean) << 1
+                | u8::from(self.sync_owed) << 2
+                | u8::from(self.mapped) << 3,
+        );
         out.put_u64_le(self.mtime_ns);
         self.prior.encode(&mut out);
         let crc = crc32c::crc32c(&page);
@@ -125,7 +136,7 @@ impl IntentHeader {
         let sync = input.get_u64_le();
         let generation = input.get_u64_le();
         let bits = input.get_u8();
-        if bits & !3 != 0 {
+        if bits & !15 != 0 {
             return Err(FormatError::Malformed { what: WHAT, detail: "unknown bits" });
         }
         Ok(Self {
@@ -143,6 +154,8 @@ impl IntentHeader {
             generation,
             whole_owed: bits & 1 != 0,
             clean: bits & 2 != 0,
+            sync_owed: bits & 4 != 0,
+            mapped: bits & 8 != 0,
             mtime_ns: input.get_u64_le(),
             prior: Predecessor::read(&mut input, WHAT)?,
         })

@@ -37,7 +37,9 @@ pub enum RecordKind {
     SyncWrite = 9,
     /// As [`RecordKind::Zero`], found by a synchronisation.
     SyncZero = 10,
-    /// Keyed hash of a range, for comparing both ends at the same place. Payload: the hashes, 32 bytes each.
+    /// Keyed hashes of a range, for comparing both ends at the same place: one of [`HASH_LEN`] bytes for each
+    /// [`HASH_STEP`] bytes of the range, at most [`MAX_HASHES`]. The target answers each such record with a
+    /// [`crate::control::Control::Compared`]. Payload: the hashes.
     SyncHash = 11,
     /// The synchronisation of the disk is complete at this place. Payload: a [`SyncMark`].
     SyncEnd = 12,
@@ -82,6 +84,18 @@ impl RecordKind {
         use RecordKind::*;
         matches!(self, Zero | Discard | SyncZero)
     }
+}
+
+/// Bytes of a disk that one keyed hash of a [`RecordKind::SyncHash`] stands for; the last one may stand for fewer.
+pub const HASH_STEP: u32 = 4096;
+/// Bytes of one keyed hash: HMAC-SHA-256 under a key of the stream, cut to 128 bits.
+pub const HASH_LEN: usize = 16;
+/// Most hashes in one record: an answer has a bit for each.
+pub const MAX_HASHES: usize = 64;
+
+/// Hashes that a range of `len` bytes has.
+pub const fn hashes(len: u32) -> usize {
+    len.div_ceil(HASH_STEP) as usize
 }
 
 /// A record in the table of a chunk. 56 bytes, little-endian.
@@ -195,6 +209,13 @@ impl Record {
             }
             Zero | Discard | SyncZero | Leave | Unreadable if record.payload_len != 0 => {
                 bad("payload where none may be")
+            }
+            SyncHash
+                if record.len == 0
+                    || hashes(record.len) > MAX_HASHES
+                    || record.payload_len as usize != hashes(record.len) * HASH_LEN =>
+            {
+                bad("not one hash for each step of the range")
             }
             _ => Ok(record),
         }

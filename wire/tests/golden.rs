@@ -312,10 +312,26 @@ fn control_messages() {
         ("stop-4-journal-failed", stop(StopReason::JournalFailed)),
         ("stop-5-replaced", stop(StopReason::Replaced)),
         ("stop-6-shutting-down", stop(StopReason::ShuttingDown)),
+        ("compared", Control::Compared { seq: 0x1112_1314_1516_1718, differs: 0x2122_2324_2526_2728 }),
+        ("want", Control::Want { disk: 0x1718, offset: 0x0102_0304_0506_0708, len: 0x2122_2324_2526_2728 }),
     ] {
         let bytes = message.encode();
         golden(&format!("control-{name}"), &bytes);
         assert_eq!(Control::decode(&bytes), Ok(message));
+    }
+    for (offset, len) in [(0, 0), (u64::MAX, 1)] {
+        assert!(Control::decode(&Control::Want { disk: 1, offset, len }.encode()).is_err());
+    }
+}
+
+#[test]
+fn hashes_are_one_for_each_step_of_their_range() {
+    let raw = |len, payload_len| Record { len, payload_len, ..record(RecordKind::SyncHash) }.to_raw();
+    for (len, payload_len) in [(1, 16), (4096, 16), (4097, 32), (262_144, 1024)] {
+        assert!(Record::from_raw(&raw(len, payload_len)).is_ok());
+    }
+    for (len, payload_len) in [(0, 0), (4096, 0), (4096, 32), (4097, 16), (266_240, 1040)] {
+        assert!(Record::from_raw(&raw(len, payload_len)).is_err());
     }
 }
 
@@ -336,6 +352,8 @@ fn intent_header() {
         generation: 0x6162_6364_6566_6768,
         whole_owed: true,
         clean: true,
+        sync_owed: true,
+        mapped: true,
         mtime_ns: 0x7172_7374_7576_7778,
         prior: Predecessor {
             incarnation: IncarnationId(id(0x60)),
@@ -394,5 +412,5 @@ fn every_golden_file_belongs_to_a_structure() {
     // A file that no test reads pins nothing: the count says that one was renamed or forgotten.
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let files = std::fs::read_dir(folder).expect("the golden folder is there").count();
-    assert_eq!(files, 47);
+    assert_eq!(files, 49);
 }

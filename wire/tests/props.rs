@@ -7,7 +7,9 @@ use afterimage_wire::frame::{FrameHeader, check_frame, frame_crc};
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
 use afterimage_wire::intent::{IntentHeader, decode_page, encode_page};
-use afterimage_wire::record::{Cut, DiskInfo, RECORD_LEN, RawRecord, Record, RecordKind, SyncMark};
+use afterimage_wire::record::{
+    Cut, DiskInfo, HASH_LEN, HASH_STEP, MAX_HASHES, RECORD_LEN, RawRecord, Record, RecordKind, SyncMark, hashes,
+};
 use afterimage_wire::segment::{Predecessor, Sealed48, SegmentHead, WrappedKey};
 use afterimage_wire::timeline::{DiskGeneration, Timeline, TimelineKind, TimelineTable};
 use afterimage_wire::{ALIGN, MAX_NAME, WIRE_VERSION};
@@ -52,8 +54,10 @@ prop_compose! {
         crc in any::<u32>()) -> Record {
         use RecordKind::*;
         let kind = RecordKind::from_u8(kind).expect("1 to 14 are kinds");
+        let len = if kind == SyncHash { 1 + (len - 1) % (MAX_HASHES as u32 * HASH_STEP) } else { len };
         let payload_len = match kind {
             Write | SyncWrite => len,
+            SyncHash => (hashes(len) * HASH_LEN) as u32,
             Zero | Discard | SyncZero | Leave | Unreadable => 0,
             _ => payload,
         };
@@ -133,16 +137,19 @@ fn control() -> impl Strategy<Value = Control> {
         Just(Control::Alive),
         (any::<u64>(), any::<u64>()).prop_map(|(frame, seq)| Control::Ack { frame, seq }),
         (reason, any::<u64>()).prop_map(|(reason, value)| Control::Stop { reason, value }),
+        (any::<u64>(), any::<u64>()).prop_map(|(seq, differs)| Control::Compared { seq, differs }),
+        (any::<u16>(), any::<u64>(), 1..u64::MAX)
+            .prop_map(|(disk, at, len)| { Control::Want { disk, offset: at.min(u64::MAX - len), len } }),
     ]
 }
 
 prop_compose! {
     fn intent()(numbers in any::<[u64; 11]>(), disk in id(), stream in id(), incarnation in id(), before in id(), boot in any::<[u8; 16]>(),
-        whole_owed in any::<bool>(), clean in any::<bool>()) -> IntentHeader {
+        whole_owed in any::<bool>(), clean in any::<bool>(), sync_owed in any::<bool>(), mapped in any::<bool>()) -> IntentHeader {
         let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq] = numbers;
         IntentHeader {
             serial, disk: DiskId(disk), size, stream: StreamId(stream), incarnation: IncarnationId(incarnation), boot,
-            acked_frame, acked_seq, reserved_seq, cut, sync, generation, whole_owed, clean, mtime_ns,
+            acked_frame, acked_seq, reserved_seq, cut, sync, generation, whole_owed, clean, sync_owed, mapped, mtime_ns,
             prior: Predecessor { incarnation: IncarnationId(before), frame, seq },
         }
     }

@@ -33,6 +33,10 @@ pub(crate) enum Heard {
     Ack(u64, u64),
     /// The stream ends here.
     Stop(StopReason, u64),
+    /// Which steps of a record of hashes differ.
+    Compared(u64, u64),
+    /// A range is to be read again: slot of the disk, offset, bytes.
+    Want(u16, u64, u64),
     /// Nonsense, or the connection is gone.
     Lost(String),
 }
@@ -203,6 +207,8 @@ impl Link {
                         _ => heard.push(Heard::Ack(frame, seq)),
                     }
                 }
+                Ok(Control::Compared { seq, differs }) => heard.push(Heard::Compared(seq, differs)),
+                Ok(Control::Want { disk, offset, len }) => heard.push(Heard::Want(disk, offset, len)),
                 Ok(Control::Stop { reason, value }) => return heard.push(Heard::Stop(reason, value)),
                 Err(error) => return heard.push(Heard::Lost(error.to_string())),
             }

@@ -289,6 +289,8 @@ impl Group {
                     self.stopped_by_target(w, reason, value);
                     break;
                 }
+                // No hashes are sent yet; a range that is wanted is named again with the next connection.
+                Heard::Compared(..) | Heard::Want(..) => {}
             }
         }
         heard.clear();
