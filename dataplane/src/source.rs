@@ -121,6 +121,8 @@ impl<I: Io> Source<I> {
                 generation: config_of.generation,
                 whole_owed: whole,
                 clean: false,
+                sync_owed: false,
+                mapped: false,
                 mtime_ns: 0,
                 prior: lineage.alternative.unwrap_or_default(),
             };
