@@ -1,0 +1,207 @@
+"""A second reader of what lies on disks, written from docs/format.md alone: where it and the product disagree, the
+document or the product is wrong. It checks everything that the document says can be checked.
+"""
+
+import struct
+import uuid
+
+import lz4.block
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+BLOCK = 4096
+ZEROS = bytes(16)
+
+
+class Wrong(Exception):
+    """The bytes are not what the document says."""
+
+
+def check(condition, message):
+    if not condition:
+        raise Wrong(message)
+
+
+def _table():
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+TABLE = _table()
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+def crc_with_hole(data, at):
+    """CRC32C of a structure whose CRC stands at `at` and counts as 0."""
+    return crc32c(data[:at] + bytes(4) + data[at + 4:])
+
+
+class Input:
+    """Fields, one after another."""
+
+    def __init__(self, data, at=0):
+        self.data, self.at = data, at
+
+    def take(self, layout):
+        fields = struct.unpack_from("<" + layout, self.data, self.at)
+        self.at += struct.calcsize("<" + layout)
+        return fields[0] if len(fields) == 1 else fields
+
+    def id(self):
+        return str(uuid.UUID(bytes=self.take("16s")))
+
+    def text(self):
+        length = self.take("H")
+        check(length <= 255, f"a text of {length} bytes")
+        return self.take(f"{length}s").decode()
+
+    def disk(self):
+        slot, ident = self.take("H"), self.id()
+        size, block, physical = self.take("QII")
+        return {"slot": slot, "id": ident, "size": size, "block": block, "physical": physical,
+                "serial": self.text(), "name": self.text()}
+
+
+def wrapped_key(raw, policy_keys, incarnation):
+    """The data key of an incarnation."""
+    key_id, nonce, sealed, rest = struct.unpack("<16s12s48s20s", raw)
+    check(rest == bytes(20), "no zeros behind a wrapped key")
+    key = policy_keys[str(uuid.UUID(bytes=key_id))]
+    return AESGCM(key).decrypt(nonce, sealed, uuid.UUID(incarnation).bytes)
+
+
+def segment_head(data, policy_keys):
+    source = Input(data)
+    magic, version, zero, length, crc = source.take("4sHHII")
+    check(magic == b"AISG" and version == 1 and zero == 0, "not a segment of version 1")
+    check(length % BLOCK == 0, f"a head of {length} bytes")
+    check(crc_with_hole(data[:length], 12) == crc, "CRC of a segment's head")
+    head = {"length": length, "stream": source.id(), "timeline": source.id(), "incarnation": source.id()}
+    head["predecessor"] = (source.id(), *source.take("QQ"))
+    head["segment"], head["first_frame"], head["first_seq"], head["created"] = source.take("QQQQ")
+    check(source.at == 128, "offset of the wrapped key")
+    head["key"] = wrapped_key(source.take("96s"), policy_keys, head["incarnation"])
+    disks, zeros = source.take("H6s")
+    check(zeros == bytes(6), "no zeros behind the number of disks")
+    head["disks"] = [source.disk() for _ in range(disks)]
+    check(not any(data[source.at:length]), "no zeros at the end of a head")
+    return head
+
+
+def frame(data, at, head):
+    """The frame at this place: (its length, number, acked, records), or None where none begins."""
+    if len(data) < at + 96 or data[at:at + 4] != b"AIFR":
+        return None
+    version, chunks, length, crc = struct.unpack_from("<HHII", data, at + 4)
+    check(version == 1 and length % BLOCK == 0 and 0 < length <= 2 << 20 and chunks <= 64, f"the frame at {at}")
+    raw = data[at:at + length]
+    check(crc_with_hole(raw, 12) == crc, f"CRC of the frame at {at}")
+    source = Input(raw, 16)
+    check(source.id() == head["stream"], "a frame of another stream")
+    check(source.id() == head["incarnation"], "a frame of another incarnation")
+    number, acked, first, last, _mono, zeros = source.take("QQQQQQ")
+    check(zeros == 0, "no zeros at 88")
+    records, end = [], 96 + 8 * chunks
+    for index in range(chunks):
+        begin, sealed = source.take("II")
+        check(begin % 16 == 0 and begin >= end, f"chunk {index} at {begin}")
+        check(not any(raw[end:begin]), "no zeros between chunks")
+        end = begin + sealed
+        nonce = struct.pack("<QI", number, index)
+        known = raw[0:8] + raw[16:96] + struct.pack("<I", index)
+        records += chunk(AESGCM(head["key"]).decrypt(nonce, raw[begin:end], known))
+    check(not any(raw[end:]), "no zeros behind the last chunk")
+    check([r["seq"] for r in records] == list(range(first, last + 1)), f"records of frame {number} have gaps")
+    return length, number, acked, records
+
+
+def chunk(plain):
+    """The records of an opened chunk."""
+    count, codec, zero, length, stored, zeros = struct.unpack_from("<HBBIII", plain)
+    check(zero == 0 and zeros == 0 and codec in (0, 1), "head of a chunk")
+    payload = plain[16 + 56 * count:]
+    check(len(payload) == stored, f"{len(payload)} bytes of payload, {stored} are said")
+    if codec == 1:
+        payload = lz4.block.decompress(payload, uncompressed_size=length)
+    check(len(payload) == length and length <= 1 << 20, "length of a chunk's payload")
+    records = []
+    for index in range(count):
+        fields = struct.unpack_from("<QQQQIIIIHBBI", plain, 16 + 56 * index)
+        seq, offset, mono, wall, length, at, size, crc, slot, kind, zero, zeros = fields
+        check(zero == 0 and zeros == 0, "no zeros in a record")
+        body = payload[at:at + size]
+        check(len(body) == size and crc32c(body) == crc, f"CRC of record {seq}")
+        records.append({"seq": seq, "kind": kind, "slot": slot, "offset": offset, "length": length, "mono": mono,
+                        "wall": wall, "body": body})
+    return records
+
+
+def segment(path, policy_keys):
+    """(head, [(frame number, acked, records)]) of a whole file; what lies behind the last frame is not looked at."""
+    data = path.read_bytes()
+    head = segment_head(data, policy_keys)
+    at, frames = head["length"], []
+    while found := frame(data, at, head):
+        length, number, acked, records = found
+        check(number == (frames[-1][0] + 1 if frames else head["first_frame"]), f"frame {number} is out of order")
+        check(acked < number, f"frame {number} says that {acked} was acknowledged")
+        frames.append((number, acked, records))
+        at += length
+    return head, frames
+
+
+def timeline_table(data):
+    source = Input(data)
+    magic, version, zero, crc, length = source.take("4sHHII")
+    check(magic == b"AITL" and version == 1 and zero == 0, "not a timeline table of version 1")
+    check(length == len(data), f"{len(data)} bytes, {length} are said")
+    check(crc_with_hole(data, 8) == crc, "CRC of a timeline table")
+    table = {"stream": source.id(), "current": source.id()}
+    table["floor"], timelines, disks, zero = source.take("QHHI")
+    check(zero == 0 and source.at == 64, "head of a timeline table")
+    table["timelines"] = []
+    for _ in range(timelines):
+        ident, parent = source.id(), source.id()
+        fork, created, kind = source.take("QQB")
+        table["timelines"].append({"id": ident, "parent": parent, "fork": fork, "kind": kind, "reason": source.text()})
+    table["disks"] = []
+    for _ in range(disks):
+        disk = source.disk()
+        disk["generation"], disk["timeline"] = source.take("Q"), source.id()
+        disk["member"] = source.take("B")
+        table["disks"].append(disk)
+    check(source.at == len(data), "bytes behind a timeline table")
+    return table
+
+
+def intent_log(data):
+    """The header that counts, and the set of marked extents."""
+    best = None
+    for at in (0, BLOCK):
+        raw = data[at:at + BLOCK]
+        magic, version, zero, crc, zeros, serial = struct.unpack_from("<4sHHIIQ", raw)
+        if magic == b"AIIL" and crc_with_hole(raw, 8) == crc and (best is None or serial > best["serial"]):
+            check(version == 1 and zero == 0 and zeros == 0, "header of a write-intent log")
+            source = Input(raw, 24)
+            best = {"serial": serial, "disk": source.id(), "size": source.take("Q"), "stream": source.id(),
+                    "incarnation": source.id(), "boot": source.id()}
+            names = ("acked_frame", "acked_record", "reserved", "cut", "synchronisations", "generation", "bits", "changed")
+            best.update(zip(names, source.take("QQQQQQBQ")))
+    check(best is not None, "no header of the log is whole")
+    marked = set()
+    for page, at in enumerate(range(2 * BLOCK, len(data), BLOCK)):
+        raw = data[at:at + BLOCK]
+        magic, number, crc, zero = struct.unpack_from("<4sIII", raw)
+        check(magic == b"AIIP" and number == page and zero == 0, f"page {page} of the log")
+        check(crc_with_hole(raw, 8) == crc, f"CRC of page {page}")
+        marked |= {(page * 4080 + byte) * 8 + bit for byte, value in enumerate(raw[16:]) for bit in range(8) if value >> bit & 1}
+    return best, marked
