@@ -116,12 +116,20 @@ impl Scene<'_> {
             _ => {}
         }
         match report.rung() {
-            v1::Rung::Spilling => out.push(finding("spilling", Severity::Warning, "frames queue on the source's disk")),
+            v1::Rung::Spilling => {
+                let until = report.catch_up_ms.map(|ms| format!("; sent in about {} s", ms.div_ceil(1000)));
+                let message = format!("frames queue on the source's disk{}", until.unwrap_or_default());
+                out.push(finding("spilling", Severity::Warning, message));
+            }
             v1::Rung::Dirty => {
                 let message = "captured without order: a resync follows, and no new points until it is done";
                 out.push(finding("dirty", Severity::Error, message));
             }
             _ => {}
+        }
+        if !report.spill_trouble.is_empty() {
+            let message = format!("the spill takes nothing: {}", report.spill_trouble);
+            out.push(finding("spill-trouble", Severity::Warning, message));
         }
         if report.sync.is_some() && group.complete {
             out.push(finding("resyncing", Severity::Warning, "disks are being synchronised again"));
@@ -202,6 +210,9 @@ impl Scene<'_> {
             wire_bytes: source.wire_bytes,
             queue_bytes: source.queue_bytes,
             queue_limit_bytes: source.queue_limit_bytes,
+            spill_bytes: source.spill_bytes,
+            spill_limit_bytes: source.spill_limit_bytes,
+            catch_up_ms: source.catch_up_ms,
             captured_seq: source.captured_seq,
             sent_seq: source.sent_seq,
             durable_seq: target.durable_seq,

@@ -48,6 +48,7 @@ pub(crate) mod kind {
     pub const SYNC: u64 = 4;
     pub const SEND: u64 = 5;
     pub const RECV: u64 = 6;
+    // Those of the spill are in `spill::kind`.
 }
 
 /// Whether requests start.

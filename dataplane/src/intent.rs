@@ -184,6 +184,15 @@ impl IntentLog {
         log
     }
 
+    /// After a clean stop that left records up to `seq` in the spill: nothing is in doubt, and the bits are held by those
+    /// records alone. Everything was flushed.
+    pub(crate) fn trust_until(&mut self, seq: u64) {
+        for hot in &mut self.hot {
+            (hot.dirt, hot.last_seq, hot.epoch) = (Dirt::Clean, seq, 0);
+        }
+        self.dirty = 0;
+    }
+
     fn hot_index(&mut self, extent: u32) -> usize {
         let slot = self.slots[extent as usize];
         if slot != NONE {

@@ -20,6 +20,7 @@ pub mod rpo;
 pub mod sealers;
 pub mod ship;
 pub mod source;
+pub(crate) mod spill;
 
 // … and on the target.
 pub mod delta;

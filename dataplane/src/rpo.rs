@@ -33,13 +33,15 @@ pub struct Rpo {
     next: Nanos,
     /// Since when some disk is in no complete point; none while all are.
     incomplete_since: Option<Nanos>,
+    /// The oldest write that an earlier process left unshipped was this old when this one began, and when that was.
+    carried: Option<(Nanos, Nanos)>,
 }
 
 impl Rpo {
     /// Begins to count at `now`.
     pub fn new(now: Nanos) -> Self {
         let histogram = Histogram::new_with_bounds(1, MAX_MICROS, 3).expect("constant bounds are valid");
-        Self { histogram, next: now + SAMPLE, incomplete_since: None }
+        Self { histogram, next: now + SAMPLE, incomplete_since: None, carried: None }
     }
 
     /// Points from `now` on do not hold every disk: a synchronisation begins.
@@ -52,8 +54,23 @@ impl Rpo {
         self.incomplete_since = None;
     }
 
+    /// An earlier process left something to ship: its oldest write is of age `age` at `now`.
+    pub fn carry(&mut self, age: Nanos, now: Nanos) {
+        self.carried = Some((age, now));
+    }
+
+    /// What an earlier process left is durable at the target.
+    pub fn shipped(&mut self) {
+        self.carried = None;
+    }
+
     /// RPO at `now`, given when the oldest unacknowledged record was numbered.
     pub fn at(&self, now: Nanos, oldest: Option<Nanos>) -> Nanos {
+        let carried = self.carried.map_or(0, |(age, since)| age + now.saturating_sub(since));
+        carried.max(self.of_this_life(now, oldest))
+    }
+
+    fn of_this_life(&self, now: Nanos, oldest: Option<Nanos>) -> Nanos {
         let since = match (self.incomplete_since, oldest) {
             (Some(a), Some(b)) => a.min(b),
             (Some(a), None) | (None, Some(a)) => a,
@@ -83,7 +100,7 @@ impl Rpo {
 
     /// When to sample next; none while the answer stays zero.
     pub fn deadline(&self, oldest: Option<Nanos>) -> Option<Nanos> {
-        (oldest.is_some() || self.incomplete_since.is_some()).then_some(self.next)
+        (oldest.is_some() || self.incomplete_since.is_some() || self.carried.is_some()).then_some(self.next)
     }
 
     /// The samples, in microseconds.
@@ -130,6 +147,17 @@ mod tests {
         assert_eq!(rpo.at(20 * MS, Some(MS)), 19 * MS);
         rpo.complete();
         assert_eq!(rpo.at(20 * MS, None), 0);
+    }
+
+    #[test]
+    fn what_an_earlier_process_left_goes_on_ageing() {
+        let mut rpo = Rpo::new(5 * MS);
+        rpo.carry(3000 * MS, 5 * MS);
+        assert_eq!(rpo.at(10 * MS, None), 3005 * MS);
+        assert_eq!(rpo.at(10 * MS, Some(9 * MS)), 3005 * MS);
+        assert!(rpo.deadline(None).is_some());
+        rpo.shipped();
+        assert_eq!(rpo.at(10 * MS, Some(9 * MS)), MS);
     }
 
     #[test]

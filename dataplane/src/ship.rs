@@ -7,22 +7,27 @@
 //! A frame leaves at once while few are unacknowledged; otherwise records gather until the frame is full or its oldest
 //! record has waited for the age bound: batches grow with the load and cost nothing without it. A frame number is sealed
 //! once; after a connection was lost the same bytes leave again, from the place that the target names.
+//!
+//! `queue` has the records, `keep` the sealed frames (in memory, in the spill, of earlier lives), `link` the connection.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use afterimage_wire::frame::FrameHeader;
 use afterimage_wire::ids::{IncarnationId, StreamId};
 
-use crate::io::{Buf, Io, Nanos, Op, Part};
+use crate::io::{Io, Nanos, Op, Part};
 use crate::seal::{DataKey, FrameMeta, Plan};
 use crate::sealers::{Job, Sealing};
 
+mod keep;
 mod link;
 mod queue;
+mod rate;
 
+use keep::{Frame, FrameState, Keep};
 pub(crate) use link::{Heard, Link, LinkState};
 pub(crate) use queue::{Event, Queue, Room, SMALL_COST, Waiter};
+use rate::Rate;
 
 /// Most frames that leave in one send.
 const MAX_SEND: usize = 16;
@@ -32,26 +37,6 @@ const MAX_FRAME_RECORDS: usize = 4096;
 const UNLINKED_AGE: Nanos = 500_000_000;
 /// Jobs kept for their memory.
 const MAX_SPARE: usize = 32;
-
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-enum FrameState {
-    Sealing,
-    /// Sealed, here.
-    Ready,
-    /// With the kernel.
-    Sending,
-}
-
-#[derive(Debug)]
-struct Frame {
-    state: FrameState,
-    buf: Option<Buf>,
-    len: usize,
-    cost: usize,
-    last_seq: u64,
-    /// When its first record was numbered.
-    oldest: Nanos,
-}
 
 /// Bounds that the shipper needs.
 #[derive(Copy, Clone, Debug)]
@@ -74,15 +59,16 @@ pub(crate) struct Shipper {
     owner: u64,
     limits: ShipLimits,
     compress: bool,
-    /// Unacknowledged frames; the first one's number is `acked_frame + 1`.
-    frames: VecDeque<Frame>,
+    /// Unacknowledged frames, and those of earlier lives that leave first.
+    keep: Keep,
     next_frame: u64,
     /// Next frame to send on this connection.
     next_send: u64,
     /// Newest frame ever handed to the network.
     sent_frame: u64,
+    /// Newest frame acknowledged, of the life that is being shipped.
     pub acked_frame: u64,
-    /// Last record of that frame; before the first acknowledgement, the one before the incarnation's first.
+    /// Last record of that frame; before the first acknowledgement, the one before the life's first.
     pub acked_seq: u64,
     /// Newest record that a target ever acknowledged, as far as is known.
     pub durable_seq: u64,
@@ -90,6 +76,9 @@ pub(crate) struct Shipper {
     pub sent_seq: u64,
     pub wire_bytes: u64,
     pub sealed_frames: u64,
+    /// Bytes of frames acknowledged.
+    drained_bytes: u64,
+    rate: Rate,
     #[allow(clippy::vec_box)] // the boxes go round
     spare: Vec<Box<Job>>,
     /// No buffer for a frame since then.
@@ -117,7 +106,7 @@ impl Shipper {
             owner: u64::from(group) << 32,
             limits,
             compress,
-            frames: VecDeque::with_capacity(256),
+            keep: Keep::new(queue_bytes),
             next_frame: 1,
             next_send: 1,
             sent_frame: 0,
@@ -128,6 +117,8 @@ impl Shipper {
             sent_seq: first_seq - 1,
             wire_bytes: 0,
             sealed_frames: 0,
+            drained_bytes: 0,
+            rate: Rate::default(),
             spare: Vec::with_capacity(MAX_SPARE),
             blocked_since: None,
         }
@@ -139,7 +130,7 @@ impl Shipper {
         self.incarnation = incarnation;
         self.key = Arc::new(key);
         self.owner += 1;
-        self.frames.clear();
+        self.keep.clear();
         self.next_frame = 1;
         self.next_send = 1;
         self.sent_frame = 0;
@@ -152,9 +143,9 @@ impl Shipper {
         first
     }
 
-    /// Unacknowledged frames.
+    /// Unacknowledged frames in memory.
     pub fn unacked(&self) -> usize {
-        self.frames.len()
+        self.keep.in_memory()
     }
 
     /// Next frame that would be sent if nothing were resent.
@@ -164,13 +155,18 @@ impl Shipper {
 
     /// Every record is acknowledged.
     pub fn is_drained(&self) -> bool {
-        self.frames.is_empty() && self.queue.entries.is_empty()
+        self.keep.is_empty(self.acked_frame) && self.queue.entries.is_empty()
     }
 
-    /// When the oldest unacknowledged record was numbered.
+    /// The link takes what is sealed now: nothing older waits in the spill.
+    pub fn is_flowing(&self) -> bool {
+        self.link.is_ready() && !self.keep.is_behind(self.acked_frame)
+    }
+
+    /// When the oldest unacknowledged record of this process was numbered.
     pub fn oldest(&self) -> Option<Nanos> {
         let raw = || self.queue.entries.front().map(|e| e.record.mono_ns);
-        self.frames.front().map(|f| f.oldest).or_else(raw)
+        self.keep.oldest(self.acked_frame).or_else(raw)
     }
 
     /// From the next frame on.
@@ -189,10 +185,10 @@ impl Shipper {
         let now = io.now();
         while let Some(first) = self.queue.entries.front() {
             let oldest = first.record.mono_ns;
-            let ready = self.link.is_ready();
+            let ready = self.is_flowing();
             let bound = if ready { self.limits.age_bound } else { UNLINKED_AGE };
             let due = all
-                || (ready && self.frames.len() < self.limits.few_unacked)
+                || (ready && self.keep.in_memory() < self.limits.few_unacked)
                 || self.queue.payload >= self.limits.frame_bytes
                 || self.queue.entries.len() >= MAX_FRAME_RECORDS
                 || now >= oldest + bound;
@@ -230,13 +226,13 @@ impl Shipper {
                 stream: self.stream,
                 incarnation: self.incarnation,
                 number: self.next_frame,
-                acked: self.acked_frame,
+                acked: if self.keep.past.is_empty() { self.acked_frame } else { 0 },
                 mono_ns: now,
             };
             job.key = self.key.clone();
             job.compress = self.compress && !self.is_hurried();
             job.out = Some(out);
-            self.frames.push_back(Frame { state: FrameState::Sealing, buf: None, len: 0, cost, last_seq, oldest });
+            self.keep.tail.push_back(Frame::sealing(cost, last_seq, oldest));
             self.next_frame += 1;
             sealing.submit(job);
         }
@@ -270,11 +266,9 @@ impl Shipper {
     /// Takes a sealed frame back.
     pub fn sealed(&mut self, mut job: Box<Job>) {
         let out = job.out.take();
-        let frame = self.frame_at(job.meta.number);
         if job.owner == self.owner
-            && let Some(frame) = frame
+            && let Some(frame) = self.keep.tail_frame(job.meta.number)
         {
-            let frame = &mut self.frames[frame];
             frame.state = FrameState::Ready;
             frame.buf = out;
             frame.len = job.len;
@@ -287,28 +281,22 @@ impl Shipper {
         }
     }
 
-    fn frame_at(&self, number: u64) -> Option<usize> {
-        let at = number.checked_sub(self.acked_frame + 1)? as usize;
-        (at < self.frames.len()).then_some(at)
-    }
-
     /// Sends what is ready, if nothing is being sent.
     pub fn send(&mut self, io: &mut impl Io, token: u64) {
         let Some(sock) = self.link.may_send() else { return };
-        let Some(mut at) = self.frame_at(self.next_send) else { return };
-        if self.frames[at].state != FrameState::Ready {
+        let acked = self.acked_frame;
+        if self.keep.frame(acked, self.next_send).is_none_or(|frame| frame.state != FrameState::Ready) {
             return;
         }
         let mut parts = self.link.take_parts();
         while parts.len() < MAX_SEND
-            && let Some(frame) = self.frames.get_mut(at)
+            && let Some(frame) = self.keep.frame(acked, self.next_send)
             && frame.state == FrameState::Ready
             && let Some(buf) = frame.buf.take()
         {
             frame.state = FrameState::Sending;
             parts.push(Part { buf, at: 0, len: frame.len });
             self.sent_seq = self.sent_seq.max(frame.last_seq);
-            at += 1;
             self.sent_frame = self.sent_frame.max(self.next_send);
             self.next_send += 1;
         }
@@ -318,12 +306,13 @@ impl Shipper {
 
     /// Takes the buffers of a send back to their frames, whatever became of it.
     pub fn sent(&mut self, parts: &mut Vec<Part>) {
+        let shipped = self.shipped_incarnation();
         for part in parts.drain(..) {
             let Ok(header) = FrameHeader::parse(&part.buf) else { continue };
-            if header.incarnation == self.incarnation
-                && let Some(at) = self.frame_at(header.number.get())
+            if header.incarnation == shipped
+                && let Some(frame) = self.keep.frame(self.acked_frame, header.number.get())
+                && frame.state == FrameState::Sending
             {
-                let frame = &mut self.frames[at];
                 frame.buf = Some(part.buf);
                 frame.state = FrameState::Ready;
             }
@@ -335,32 +324,10 @@ impl Shipper {
         self.next_send = next;
     }
 
-    /// Everything up to this frame is durable at the target. `seq`, if known, must be its last record. False if that
-    /// cannot be.
-    pub fn ack(&mut self, frame: u64, seq: Option<u64>) -> bool {
-        if frame <= self.acked_frame {
-            return true;
-        }
-        let Some(at) = self.frame_at(frame) else { return false };
-        let last_seq = self.frames[at].last_seq;
-        if frame > self.sent_frame || seq.is_some_and(|seq| seq != last_seq) {
-            return false;
-        }
-        for frame in self.frames.drain(..=at) {
-            // One that is still with the kernel finds no place when it comes back, and is freed then.
-            self.queue.frames -= frame.cost;
-        }
-        self.acked_frame = frame;
-        self.acked_seq = last_seq;
-        self.durable_seq = last_seq;
-        self.next_send = self.next_send.max(frame + 1);
-        true
-    }
-
     /// When the next frame is due by age.
     pub fn deadline(&self) -> Option<Nanos> {
         let first = self.queue.entries.front()?;
-        let bound = if self.link.is_ready() { self.limits.age_bound } else { UNLINKED_AGE };
+        let bound = if self.is_flowing() { self.limits.age_bound } else { UNLINKED_AGE };
         Some(first.record.mono_ns + bound)
     }
 }

@@ -11,6 +11,7 @@ use std::marker::PhantomData;
 use afterimage_wire::handshake::Position;
 use afterimage_wire::ids::{DiskId, StreamId, TimelineId};
 use afterimage_wire::intent::IntentHeader;
+use afterimage_wire::segment::Predecessor;
 
 use crate::capture::{Disk, Flow, Gate, kind};
 use crate::host::{Answer, DiskKey, Disks, Export, Geometry, HostDisk, Request};
@@ -19,6 +20,7 @@ use crate::io::{Allocation, Done, Errno, Io, Nanos, Sock, Token};
 use crate::seal::ControlKey;
 use crate::sealers::{Sealer, Sealing};
 use crate::ship::{Queue, ShipLimits, Shipper};
+use crate::spill::{self, Past, Recovered, Spill, SpillConfig};
 
 mod config;
 mod group;
@@ -94,6 +96,15 @@ impl<I: Io> Source<I> {
             open::close_all(io, &config.disks, opened);
             return Err(ProtectError::File { path, action: "get a buffer for", errno: Errno::NOMEM });
         }
+        let token = self.base | (self.groups.len() as u64) << 24;
+        let tokens = |kind: u64| token | kind << 40;
+        let mut left = match self.open_spill(io, config.stream, tokens(0)) {
+            Ok(left) => left,
+            Err(error) => {
+                open::close_all(io, &config.disks, opened);
+                return Err(error);
+            }
+        };
         let headers: Vec<Option<IntentHeader>> = opened.iter().map(|o| header_of(o).copied()).collect();
         let lineage = open::lineage(&headers);
         let first_seq = headers.iter().flatten().map(|h| h.reserved_seq).max().unwrap_or(0) + 1;
@@ -101,6 +112,24 @@ impl<I: Io> Source<I> {
         let (incarnation, key, wrapped) = incarnate::fresh_writer(io, &config.policy_key);
         let index = self.groups.len() as u32;
         let boot = io.boot_id();
+        let found = left.as_ref().map(|left| left.spill.place());
+        let trusted = open::spilled(&headers).filter(|place| found == Some(*place));
+        let acked = left.as_mut().map_or((0, 0), |left| {
+            let usable = |past: &Past| config.policy_key.unwrap(past.incarnation, &past.wrapped).is_ok();
+            left.follow(io, lineage.predecessor, first_seq, usable)
+        });
+        let past = left.as_ref().and_then(|left| left.past.back());
+        // Everything up to there is shipped before this life's first frame.
+        let (predecessor, alternative) = match past {
+            Some(last) => {
+                let (frame, seq) = (last.last_frame, last.last_seq);
+                (Predecessor { incarnation: last.incarnation, frame, seq }, None)
+            }
+            None => (lineage.predecessor, lineage.alternative),
+        };
+        let trusted = trusted.filter(|_| past.is_some());
+        let same_boot = headers.iter().flatten().all(|h| h.boot == boot);
+        let age = left.as_ref().and_then(|left| left.age(io.now(), io.wall(), same_boot));
         let mut disks = Vec::with_capacity(opened.len());
         for ((one, config_of), odd) in opened.drain(..).zip(&config.disks).zip(&lineage.odd) {
             let number = self.disks.len() as u32;
@@ -125,11 +154,15 @@ impl<I: Io> Source<I> {
                 mapped: false,
                 mtime_ns: 0,
                 prior: lineage.alternative.unwrap_or_default(),
+                spilled: Predecessor::default(),
             };
             let mut disk = Disk::new(config_of.clone(), DiskKey(number), Some(index), one.file, one.info, token);
             let Some(buf) = bufs.pop() else { break };
             let mut log = IntentLog::new(one.log, disk.token(kind::LOG, 0), one.info.size, header, &one.loaded, buf);
             log.set_header(|_| {});
+            if let Some(place) = trusted {
+                log.trust_until(place.seq);
+            }
             disk.log = Some(log);
             disk.sync.whole_owed = whole;
             disks.push(number);
@@ -143,9 +176,8 @@ impl<I: Io> Source<I> {
         };
         let queue = self.limits.queue_bytes;
         let mut ship = Shipper::new(config.stream, index, incarnation, key, first_seq, queue, config.compress, limits);
-        ship.durable_seq = lineage.predecessor.seq;
-        let tokens = |kind: u64| self.base | kind << 40 | u64::from(index) << 24;
-        let group = Group::new(
+        ship.durable_seq = lineage.predecessor.seq.max(acked.1);
+        let mut group = Group::new(
             config,
             self.limits.clone(),
             disks,
@@ -153,14 +185,36 @@ impl<I: Io> Source<I> {
             wrapped,
             first_seq,
             cut,
-            lineage.predecessor,
-            lineage.alternative,
+            predecessor,
+            alternative,
             (tokens(kind::SEND), tokens(kind::RECV)),
             io.now(),
         );
+        if let Some(left) = left {
+            if !left.past.is_empty() {
+                group.ship.set_past(left.past, acked);
+            }
+            group.spill = Some(left.spill);
+        }
+        if let Some(age) = age {
+            group.rpo.carry(age, io.now());
+        }
         self.groups.push(Some(group));
         self.turn(io);
         Ok(())
+    }
+
+    fn open_spill(&self, io: &mut I, stream: StreamId, token: Token) -> Result<Option<Recovered>, ProtectError> {
+        if self.limits.spill_dir.is_empty() {
+            return Ok(None);
+        }
+        let config = SpillConfig {
+            dir: format!("{}/{stream}", self.limits.spill_dir.trim_end_matches('/')),
+            bytes: self.limits.spill_bytes,
+            segment_bytes: self.limits.spill_segment_bytes,
+            reserve: self.limits.spill_reserve_bytes,
+        };
+        spill::recover(io, config, stream, token).map(Some)
     }
 
     /// Serves a disk without protecting it: no stream, no write-intent log.
@@ -255,6 +309,11 @@ impl<I: Io> Source<I> {
                 kind::SEND => group.sent(&mut w, low, done),
                 _ => group.received(&mut w, low, done),
             };
+        }
+        if [spill::kind::WRITE, spill::kind::READ, spill::kind::SYNC].contains(&kind) {
+            let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else { return };
+            let (disks, sealing, events) = (&mut self.disks, &mut self.sealing, &mut self.events);
+            return group.spill_done(&mut Around { io, disks, sealing, events }, kind, low, done);
         }
         let Some((disk, queue)) = parts(&mut self.disks, &mut self.groups, index) else { return };
         let mut f = Flow { io, queue };
@@ -421,6 +480,10 @@ impl<I: Io> Source<I> {
             frames: ship.sealed_frames,
             queue_bytes: ship.queue.used(),
             queue_limit: ship.queue.limit(),
+            spill_bytes: group.spill.as_ref().map_or(0, Spill::bytes),
+            spill_limit: group.spill.as_ref().map_or(0, Spill::limit),
+            spill_trouble: group.spill.as_ref().and_then(Spill::trouble).map(str::to_owned),
+            catch_up: ship.catch_up(group.spill.as_ref().map_or(0, Spill::held)),
             rpo_now: group.rpo_now(now),
             rpo: group.rpo.summary(),
             disks: disks.map(disk_status).collect(),

@@ -19,6 +19,11 @@ pub enum Fault {
         /// Until it is started again.
         down: Nanos,
     },
+    /// The source is stopped cleanly, and comes back after this time: an upgrade.
+    Upgrade {
+        /// Until it is started again.
+        down: Nanos,
+    },
     /// As [`Fault::Source`], of the target.
     Target {
         /// Power, not just the process.
@@ -81,6 +86,7 @@ impl Plan {
             segment_bytes: 6 * MIB,
             budget_bytes: if rng.chance(0.2) { 24 * MIB } else { 1 << 30 },
             trust_reboot: rng.chance(0.5),
+            spill_bytes: [0, 8 * MIB, 256 * MIB][rng.below(3) as usize],
         };
         let discard = rng.chance(0.8);
         let habits = Habits {
@@ -123,7 +129,8 @@ fn disk_size(rng: &mut Rng) -> u64 {
 
 fn fault(rng: &mut Rng) -> Fault {
     let down = rng.between(1, 600) * MS;
-    match rng.below(10) {
+    match rng.below(12) {
+        10 | 11 => Fault::Upgrade { down },
         0 | 1 => Fault::Source { power: rng.chance(0.4), down },
         2 | 3 => Fault::Target { power: rng.chance(0.5), down },
         4 => Fault::Cut,

@@ -30,6 +30,9 @@ const MAX_ROUNDS: usize = 20_000;
 /// Where the target keeps its journal.
 pub const ROOT: &str = "/journal";
 
+/// Where the source spills.
+const SPILL: &str = "/spill";
+
 /// What is played.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -47,6 +50,8 @@ pub struct Setup {
     pub budget_bytes: u64,
     /// The source may trust its write-intent log after a power loss.
     pub trust_reboot: bool,
+    /// Bytes that the source may spill; 0: it has no spill.
+    pub spill_bytes: u64,
 }
 
 /// One life of a process.
@@ -189,7 +194,15 @@ impl Stage {
         self.source_lives += 1;
         let pool = Pool::new(&pool_classes(QUEUE_BYTES));
         let io = self.world.io_with_pool(self.source_node, pool);
-        let limits = SourceLimits { queue_bytes: QUEUE_BYTES, hot_extents: 1, ..SourceLimits::default() };
+        let spill = self.setup.spill_bytes > 0;
+        let limits = SourceLimits {
+            queue_bytes: QUEUE_BYTES,
+            hot_extents: 1,
+            spill_dir: if spill { SPILL.into() } else { String::new() },
+            spill_bytes: self.setup.spill_bytes,
+            spill_segment_bytes: 4 << 20,
+            ..SourceLimits::default()
+        };
         self.source = Some(Life { io, core: Source::new(SOURCE_BASE, limits, Sealer::Inline) });
         self.protected = false;
         self.first_seq = 0;
@@ -281,6 +294,19 @@ impl Stage {
         self.ready = false;
         self.view_answers.clear();
         if power { self.world.power_loss(self.target_node) } else { self.world.crash(self.target_node) }
+    }
+
+    /// The source begins a clean stop; its requests under way are answered.
+    pub fn end_source(&mut self) {
+        if let Some(life) = &mut self.source {
+            life.core.stop(&mut life.io);
+            self.world.wake(self.source_node);
+        }
+    }
+
+    /// A clean stop has ended.
+    pub fn source_ended(&self) -> bool {
+        self.source.as_ref().is_some_and(|life| life.core.is_idle())
     }
 
     /// Gives a disk of the source a request.

@@ -68,6 +68,9 @@ pub struct IntentHeader {
     /// The writer before `incarnation` and its last acknowledged place: while nothing of `incarnation` is acknowledged,
     /// the target may still hold only this.
     pub prior: Predecessor,
+    /// Stopped cleanly, but not everything was acknowledged: the rest, up to this place, is in the spill. Bits may be
+    /// set then; nothing is in doubt if the spill is found to reach to exactly here. NONE otherwise.
+    pub spilled: Predecessor,
 }
 
 impl IntentHeader {
@@ -100,6 +103,7 @@ impl IntentHeader {
         );
         out.put_u64_le(self.mtime_ns);
         self.prior.encode(&mut out);
+        self.spilled.encode(&mut out);
         let crc = crc32c::crc32c(&page);
         page[8..12].copy_from_slice(&crc.to_le_bytes());
         page
@@ -158,6 +162,7 @@ impl IntentHeader {
             mapped: bits & 8 != 0,
             mtime_ns: input.get_u64_le(),
             prior: Predecessor::read(&mut input, WHAT)?,
+            spilled: Predecessor::read(&mut input, WHAT)?,
         })
     }
 }

@@ -360,6 +360,11 @@ fn intent_header() {
             frame: 0x8182_8384_8586_8788,
             seq: 0x9192_9394_9596_9798,
         },
+        spilled: Predecessor {
+            incarnation: IncarnationId(id(0x70)),
+            frame: 0xa1a2_a3a4_a5a6_a7a8,
+            seq: 0xb1b2_b3b4_b5b6_b7b8,
+        },
     };
     let bytes = header.encode();
     golden("intent-header", &bytes);

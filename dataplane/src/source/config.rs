@@ -36,6 +36,15 @@ pub struct SourceLimits {
     pub stop_wait: Nanos,
     /// A connection on which nothing was heard for this long is given up.
     pub link_silence: Nanos,
+    /// Folder on a disk of this host in which frames queue when memory runs short, a folder below it for each stream.
+    /// Empty: there is no spill, and what memory does not hold is compared when the link is back.
+    pub spill_dir: String,
+    /// Most bytes of spill files of one group.
+    pub spill_bytes: u64,
+    /// Bytes of one spill file.
+    pub spill_segment_bytes: u64,
+    /// Bytes that the spill leaves free on its file system, for whoever else needs them.
+    pub spill_reserve_bytes: u64,
 }
 
 impl Default for SourceLimits {
@@ -50,6 +59,10 @@ impl Default for SourceLimits {
             sync_share: 25,
             stop_wait: 5_000_000_000,
             link_silence: 10_000_000_000,
+            spill_dir: String::new(),
+            spill_bytes: 16 << 30,
+            spill_segment_bytes: 64 << 20,
+            spill_reserve_bytes: 0,
         }
     }
 }
@@ -180,6 +193,17 @@ impl SourceLimits {
         }
         if self.few_unacked == 0 {
             return refuse("few_unacked", self.few_unacked, "at least 1");
+        }
+        if !self.spill_dir.is_empty() {
+            if !(4 << 20..=1 << 30).contains(&self.spill_segment_bytes)
+                || !self.spill_segment_bytes.is_multiple_of(afterimage_wire::ALIGN as u64)
+            {
+                let allowed = "4194304 to 1073741824, a multiple of 4096";
+                return refuse("spill_segment_bytes", self.spill_segment_bytes, allowed);
+            }
+            if self.spill_bytes < 2 * self.spill_segment_bytes {
+                return refuse("spill_bytes", self.spill_bytes, "at least two spill segments");
+            }
         }
         Ok(())
     }

@@ -13,10 +13,11 @@ use super::status::{GroupState, Rung, SourceEvent};
 use super::stop::StopStage;
 use crate::capture::{Disk, Flow, Gate};
 use crate::intent::{Covered, IntentLog};
-use crate::io::{Io, Nanos, Token};
+use crate::io::{Done, Io, Nanos, Token};
 use crate::rpo::Rpo;
 use crate::sealers::{Payload, Sealing};
 use crate::ship::{Event, Heard, SMALL_COST, Shipper};
+use crate::spill::{self, ReadBack, Spill};
 
 /// Record numbers reserved at a time.
 pub(super) const SEQ_RESERVE: u64 = 1 << 24;
@@ -46,6 +47,9 @@ pub(super) struct Group {
     pub disks: Vec<u32>,
     pub ship: Shipper,
     pub rpo: Rpo,
+    /// Where frames queue when memory is short.
+    pub spill: Option<Spill>,
+    spill_faults: u64,
     pub phase: Phase,
     /// Base of the tokens of its connection.
     pub send_token: Token,
@@ -76,7 +80,10 @@ pub(super) struct Group {
     pub held: bool,
     pub stop_at: Nanos,
     pub clean: bool,
+    /// A clean stop rests on the spill's holding everything up to here.
+    pub spilled: Option<Predecessor>,
     reported: u8,
+    rung_reported: Rung,
     pub heard: Vec<Heard>,
     now: Nanos,
 }
@@ -119,6 +126,8 @@ impl Group {
             disks,
             ship,
             rpo: Rpo::new(now),
+            spill: None,
+            spill_faults: 0,
             phase: Phase::Opening,
             send_token: tokens.0,
             recv_token: tokens.1,
@@ -142,7 +151,9 @@ impl Group {
             held: false,
             stop_at: 0,
             clean: false,
+            spilled: None,
             reported: u8::MAX,
+            rung_reported: Rung::Normal,
             heard: Vec::with_capacity(64),
             now,
         }
@@ -195,10 +206,11 @@ impl Group {
             }
         }
         let share = self.ship.queue.limit() / 100 * self.limits.sync_share;
-        let linked = self.ship.link.is_ready();
+        // Behind a backlog a synchronisation would only make it longer.
+        let flowing = self.ship.is_flowing();
         self.each_disk(w, |disk, f| {
             disk.feed(f);
-            if linked {
+            if flowing {
                 disk.pump_sync(f, share);
             }
         });
@@ -207,6 +219,7 @@ impl Group {
         }
         self.sync_ends(w);
         self.compose_and_send(w);
+        self.spill_turn(w);
         self.link_turn(w, now);
         if let Phase::Stopping(stage) = self.phase {
             self.stop_turn(w, stage);
@@ -221,11 +234,45 @@ impl Group {
         self.ship.send(w.io, self.send_token);
     }
 
+    /// Frames to the spill, and back.
+    pub fn spill_turn<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        let Some(mut spill) = self.spill.take() else { return };
+        let all = matches!(self.phase, Phase::Stopping(StopStage::Spill));
+        spill.set_writer(self.ship.incarnation, || self.spill_writer(w.disks));
+        self.ship.spill(w.io, &mut spill, all);
+        spill.reap(w.io, self.ship.shipped_incarnation(), self.ship.acked_frame);
+        let read = self.ship.read_ahead(w.io, &mut spill);
+        self.spill = Some(spill);
+        self.judge_read(w, read);
+    }
+
+    /// Takes a completion of the spill.
+    pub fn spill_done<I: Io>(&mut self, w: &mut Around<'_, I>, kind: u64, serial: u32, done: Done) {
+        let Some(mut spill) = self.spill.take() else { return };
+        let mut read = ReadBack::Fine;
+        match kind {
+            spill::kind::WRITE => spill.write_done(w.io.now(), serial, done),
+            spill::kind::SYNC => spill.sync_done(serial, &done),
+            _ => read = self.ship.read_back(w.io, &mut spill, serial, done),
+        }
+        self.spill = Some(spill);
+        self.judge_read(w, read);
+    }
+
+    fn judge_read<I: Io>(&mut self, w: &mut Around<'_, I>, read: ReadBack) {
+        if let ReadBack::Broken(why) = read {
+            let message = format!("what it held is lost and will be compared: {why}");
+            w.events.push_back(SourceEvent::SpillFault { stream: self.config.stream, message });
+            self.reincarnate(w, false, 0);
+        }
+    }
+
     /// Writes of the logs, and what waits for them.
     fn logs<I: Io>(&mut self, w: &mut Around<'_, I>, now: Nanos) {
         let tick = now >= self.next_tick;
         if tick {
             self.next_tick = now + TICK;
+            self.ship.look(now);
         }
         let announced = self.ship.link.announced;
         let (frame, seq, bound) = (self.ship.acked_frame, self.ship.acked_seq, self.limits.hot_extents);
@@ -289,7 +336,12 @@ impl Group {
         let pool = w.io.pool();
         queue.pressed = queue.used() > queue.limit() / 8 && pool.free_bytes() < pool.total_bytes() / 8;
         let stuck = self.ship.blocked_since.is_some_and(|since| self.now >= since + STUCK);
-        if stuck && (self.ship.unacked() == 0 || !self.ship.link.is_ready()) {
+        let hopeless = match &self.spill {
+            // What it holds is not given up while anything can still come of it.
+            Some(spill) if !spill.is_empty() => self.ship.is_starved(spill),
+            _ => self.ship.unacked() == 0 || !self.ship.link.is_ready(),
+        };
+        if stuck && hopeless {
             // No buffer can come free by itself any more: the records are given up, their extents are not.
             self.reincarnate(w, false, 0);
         }
@@ -367,6 +419,9 @@ impl Group {
         }
         if !open && !self.ship.queue.closed && self.phase != Phase::Opening {
             self.rpo.complete();
+            if self.ship.past().is_none() {
+                self.rpo.shipped();
+            }
         }
     }
 
@@ -378,6 +433,7 @@ impl Group {
             (_, Some(generation), _) => GroupState::Fenced { generation },
             (_, _, Some((refusal, message))) => GroupState::Refused(refusal.clone(), message.clone()),
             _ if !self.ship.link.is_ready() => GroupState::Unlinked(self.ship.link.reason.clone()),
+            _ if !self.ship.is_flowing() => GroupState::CatchingUp,
             _ if self.all_disks(disks, |disk| !disk.sync.is_open()) => GroupState::Protected,
             _ => GroupState::Syncing,
         }
@@ -391,6 +447,7 @@ impl Group {
             (_, Some(_), _) => 2,
             (_, _, Some(_)) => 3,
             _ if !self.ship.link.is_ready() => 4,
+            _ if !self.ship.is_flowing() => 7,
             _ if self.all_disks(w.disks, |disk| !disk.sync.is_open()) => 5,
             _ => 6,
         };
@@ -398,6 +455,18 @@ impl Group {
             self.reported = code;
             let state = self.state(w.disks);
             w.events.push_back(SourceEvent::State { stream: self.config.stream, state });
+        }
+        let rung = self.rung(w.disks);
+        if rung != self.rung_reported {
+            self.rung_reported = rung;
+            w.events.push_back(SourceEvent::Rung { stream: self.config.stream, rung });
+        }
+        if let Some(spill) = &self.spill
+            && spill.faults > self.spill_faults
+        {
+            self.spill_faults = spill.faults;
+            let message = spill.trouble().unwrap_or("a failure").to_owned();
+            w.events.push_back(SourceEvent::SpillFault { stream: self.config.stream, message });
         }
     }
 
@@ -412,6 +481,8 @@ impl Group {
             Rung::Waiting
         } else if self.ship.is_hurried() {
             Rung::Uncompressed
+        } else if self.spill.as_ref().is_some_and(|spill| !spill.is_empty()) {
+            Rung::Spilling
         } else {
             Rung::Normal
         }

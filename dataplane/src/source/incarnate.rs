@@ -15,10 +15,12 @@ use afterimage_wire::segment::{Predecessor, WrappedKey};
 use super::group::{Around, Group, Phase};
 use super::status::{LinkFailure, SourceEvent};
 use crate::capture::{Disk, Gate};
+use crate::intent::IntentLog;
 use crate::io::{Done, Io, Nanos, Sock};
 use crate::seal::{ControlKey, DataKey, PolicyKey};
 use crate::sealers::Payload;
 use crate::ship::{Event, Heard, LinkState, SMALL_COST};
+use crate::spill::SpillWriter;
 
 /// After so many frames refused as bad in a row, what is in memory is not trusted any more.
 const MAX_BAD_FRAMES: u32 = 3;
@@ -92,9 +94,42 @@ impl Group {
         self.ship.queue.overflow = false;
     }
 
+    /// What heads of spill segments say of this life.
+    pub fn spill_writer(&self, disks: &[Option<Disk>]) -> SpillWriter {
+        let info = |index: &u32| disks[*index as usize].as_ref().map(disk_info);
+        SpillWriter {
+            incarnation: self.ship.incarnation,
+            predecessor: self.predecessor,
+            wrapped: self.wrapped,
+            disks: self.disks.iter().filter_map(info).collect(),
+        }
+    }
+
+    /// Everything of an earlier life is at the target: the next one is shipped, on a connection of its own.
+    fn next_life<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        self.ship.link.close(w.io);
+        self.ship.link.announced = false;
+        self.announcing = None;
+        self.ship.next_life(w.io, self.spill.as_mut(), self.first_seq);
+        if self.ship.past().is_none() {
+            self.rpo.shipped();
+        }
+        self.ship.link.again(w.io.now());
+    }
+
     fn forget_queue<I: Io>(&mut self, w: &mut Around<'_, I>, least: u64) {
-        if self.ship.link.announced {
-            let (frame, seq) = (self.ship.acked_frame, self.ship.acked_seq);
+        let (frame, seq) = (self.ship.acked_frame, self.ship.acked_seq);
+        if let Some(past) = self.ship.past() {
+            // This life has sent nothing. What the target may hold is the earlier one, if a log names it.
+            let (incarnation, before) = (past.incarnation, past.predecessor);
+            let named = |log: &IntentLog| log.header().incarnation == incarnation;
+            if self.ship.link.announced || self.announcing.is_some() || self.all_logs(w.disks, named) {
+                self.predecessor = Predecessor { incarnation, frame, seq };
+                self.alternative = (frame == 0).then_some(before).filter(|p| !p.incarnation.is_none());
+            } else {
+                (self.predecessor, self.alternative) = (before, None);
+            }
+        } else if self.ship.link.announced {
             self.alternative = (frame == 0).then_some(self.predecessor).filter(|p| !p.incarnation.is_none());
             self.predecessor = Predecessor { incarnation: self.ship.incarnation, frame, seq };
         }
@@ -111,6 +146,9 @@ impl Group {
         self.ship.link.announced = false;
         self.announcing = None;
         self.bad_frames = 0;
+        if let Some(spill) = &mut self.spill {
+            spill.clear(w.io);
+        }
         let (incarnation, key, wrapped) = fresh_writer(w.io, &self.config.policy_key);
         self.wrapped = wrapped;
         self.first_seq = self.ship.restart(incarnation, key, least);
@@ -128,13 +166,17 @@ impl Group {
             let disk = disks[*index as usize].as_ref()?;
             Some(DiskClaim { disk: disk_info(disk), generation: disk.config.generation })
         };
+        let (predecessor, key, first_seq) = match self.ship.past() {
+            Some(past) => (past.predecessor, past.wrapped, past.first_seq),
+            None => (self.predecessor, self.wrapped, self.first_seq),
+        };
         Hello {
             version: WIRE_VERSION,
             stream: self.config.stream,
-            incarnation: self.ship.incarnation,
-            predecessor: self.predecessor,
-            key: self.wrapped,
-            first_seq: self.first_seq,
+            incarnation: self.ship.shipped_incarnation(),
+            predecessor,
+            key,
+            first_seq,
             next_frame: self.ship.next_frame(),
             connection: 0,
             disks: self.disks.iter().filter_map(claim).collect(),
@@ -148,7 +190,7 @@ impl Group {
         }
         let wanted = match self.phase {
             Phase::Open => true,
-            Phase::Stopping(_) => !self.ship.is_drained() && now < self.stop_at,
+            Phase::Stopping(stage) => stage.ships() && !self.ship.is_drained() && now < self.stop_at,
             Phase::Opening | Phase::Closed => false,
         };
         if wanted && self.fenced.is_none() && self.ship.link.is_due(now) {
@@ -180,7 +222,16 @@ impl Group {
         self.refused = None;
         let now = w.io.now();
         let acked = self.ship.acked_frame;
-        let ours = position.incarnation == self.ship.incarnation;
+        let ours = position.incarnation == self.ship.shipped_incarnation();
+        if let Some(past) = self.ship.past() {
+            let follows = if ours { (acked..=past.last_frame).contains(&position.frame) } else { acked == 0 };
+            if whole_resync || !follows {
+                // The target is not where this earlier life can go on: what is in the spill is of no use there, and
+                // the hello of this life finds out what is.
+                w.io.close_sock(sock);
+                return self.reincarnate(w, false, position.seq + 1);
+            }
+        }
         // What the target once acknowledged and does not hold, or what we never sent: it is not the target we knew.
         let foreign = if ours {
             whole_resync || position.frame < acked || position.frame >= self.ship.next_frame()
@@ -191,7 +242,7 @@ impl Group {
             w.io.close_sock(sock);
             return self.reincarnate(w, true, position.seq + 1);
         }
-        if !ours && whole_resync && !self.head_whole {
+        if self.ship.past().is_none() && !ours && whole_resync && !self.head_whole {
             w.io.close_sock(sock);
             let older = self.alternative.take_if(|place| {
                 place.incarnation == position.incarnation && (place.frame, place.seq) <= (position.frame, position.seq)
@@ -200,6 +251,9 @@ impl Group {
                 // The newest writer that our logs name never reached the target: its place is that of the one before.
                 Some(place) if self.phase == Phase::Open => {
                     self.predecessor = place;
+                    if let Some(spill) = &mut self.spill {
+                        spill.forget_writer();
+                    }
                     self.ship.link.again(now);
                 }
                 _ => self.reincarnate(w, true, position.seq + 1),
@@ -207,30 +261,41 @@ impl Group {
             return;
         }
         let from = if ours { position.frame + 1 } else { 1 };
+        // What it names is durable there, although its acknowledgement was lost.
+        if ours && !self.ship.ack(position.frame, Some(position.seq)) {
+            w.io.close_sock(sock);
+            return self.reincarnate(w, true, position.seq + 1);
+        }
+        if self.ship.is_life_over() {
+            w.io.close_sock(sock);
+            return self.next_life(w);
+        }
         if !self.ship.link.announced && self.announcing.is_none() {
             self.announce(w, whole_resync);
         }
         if self.ship.link.up(w.io, sock, control, self.recv_token) {
             self.ship.resend_from(from);
-            if ours {
-                // What it names is durable there, although its acknowledgement was lost.
-                self.ship.ack(position.frame, None);
-            }
         }
     }
 
     /// Every log names this incarnation, durably, before its first frame leaves.
     fn announce<I: Io>(&mut self, w: &mut Around<'_, I>, whole_resync: bool) {
-        let prior = if whole_resync { Predecessor::default() } else { self.predecessor };
-        let (incarnation, seq) = (self.ship.incarnation, self.first_seq - 1);
+        let (incarnation, before, seq) = match self.ship.past() {
+            Some(past) => (past.incarnation, past.predecessor, past.first_seq - 1),
+            None => (self.ship.incarnation, self.predecessor, self.first_seq - 1),
+        };
+        let prior = if whole_resync { Predecessor::default() } else { before };
         let mut tickets = Vec::with_capacity(self.disks.len());
         self.each_disk(w, |disk, f| {
             let whole = disk.sync.whole_owed;
             let ticket = disk.log.as_mut().map_or(0, |log| {
                 let ticket = log.set_header(|h| {
-                    h.incarnation = incarnation;
-                    (h.acked_frame, h.acked_seq) = (0, seq);
-                    h.prior = prior;
+                    // An earlier life may be named already, with a place that must not go back.
+                    if h.incarnation != incarnation {
+                        h.incarnation = incarnation;
+                        (h.acked_frame, h.acked_seq) = (0, seq);
+                        h.prior = prior;
+                    }
                     h.whole_owed = whole;
                 });
                 log.pump(f.io);
@@ -250,6 +315,11 @@ impl Group {
         match failure {
             LinkFailure::Unreachable(reason) => self.ship.link.fail(now, &reason),
             LinkFailure::Refused(Refusal::Fenced { disk, generation }, _) => self.fence_off(w, Some(disk), generation),
+            // The target is past what an earlier life has to say: see `linked`.
+            LinkFailure::Refused(Refusal::Branch, _) if self.ship.past().is_some() => self.reincarnate(w, false, 0),
+            LinkFailure::Refused(Refusal::SeqBehind { newest }, _) if self.ship.past().is_some() => {
+                self.reincarnate(w, false, newest + 1);
+            }
             LinkFailure::Refused(Refusal::SeqBehind { newest }, _) => self.reincarnate(w, true, newest + 1),
             LinkFailure::Refused(Refusal::Busy, message) => self.ship.link.fail(now, &message),
             LinkFailure::Refused(refusal, message) => {
@@ -280,6 +350,10 @@ impl Group {
                         break;
                     }
                     self.bad_frames = 0;
+                    if self.ship.is_life_over() {
+                        self.next_life(w);
+                        break;
+                    }
                 }
                 Heard::Lost(reason) => {
                     self.lost(w, &reason);

@@ -200,6 +200,14 @@ pub(super) fn lineage(headers: &[Option<IntentHeader>]) -> Lineage {
     lineage
 }
 
+/// The place up to which the spill must hold everything, as all logs that count say, for their bits not to be in doubt;
+/// none if one of them does not say so.
+pub(super) fn spilled(headers: &[Option<IntentHeader>]) -> Option<Predecessor> {
+    let mut all = headers.iter().flatten();
+    let place = all.next().filter(|h| h.clean && !h.spilled.incarnation.is_none())?.spilled;
+    all.all(|h| h.clean && h.spilled == place).then_some(place)
+}
+
 /// Whether a disk must be compared in full, by its own log.
 pub(super) fn owes_whole(loaded: &Loaded, config: &DiskConfig, info: &FileInfo, boot: [u8; 16]) -> bool {
     let Verdict::Good(header) = &loaded.verdict else { return true };
@@ -265,6 +273,16 @@ mod tests {
         let found = lineage(&[header(3, 8, (2, 1)), header(1, 4, (0, 0)), None]);
         assert_eq!(found.predecessor, place(3, 8));
         assert_eq!(found.odd, [false, true, true]);
+    }
+
+    #[test]
+    fn a_stop_rests_on_the_spill_only_if_all_logs_say_so() {
+        let of = |clean, frame| Some(IntentHeader { clean, spilled: place(4, frame), ..IntentHeader::default() });
+        assert_eq!(spilled(&[of(true, 9), None, of(true, 9)]), Some(place(4, 9)));
+        assert_eq!(spilled(&[of(true, 9), of(true, 8)]), None);
+        assert_eq!(spilled(&[of(true, 9), of(false, 9)]), None);
+        assert_eq!(spilled(&[Some(IntentHeader { clean: true, ..IntentHeader::default() })]), None);
+        assert_eq!(spilled(&[None]), None);
     }
 
     #[test]

@@ -77,11 +77,25 @@ pub enum SourceEvent {
         /// For a person.
         message: String,
     },
+    /// A group is on another rung of the ladder.
+    Rung {
+        /// The stream.
+        stream: StreamId,
+        /// From now on.
+        rung: Rung,
+    },
+    /// The spill failed an operation, or could not be read back: what it held is compared then.
+    SpillFault {
+        /// The stream.
+        stream: StreamId,
+        /// For a person.
+        message: String,
+    },
     /// A group has stopped and its files are closed.
     Stopped {
         /// The stream.
         stream: StreamId,
-        /// Everything was acknowledged; the next start owes no synchronisation.
+        /// Everything was acknowledged, or is whole in the spill; the next start owes no synchronisation.
         clean: bool,
     },
 }
@@ -102,6 +116,8 @@ pub enum GroupState {
     Opening,
     /// No connection yet or any more; why, if known.
     Unlinked(String),
+    /// Connected; what waited in the spill is being shipped.
+    CatchingUp,
     /// Connected; at least one disk is being synchronised.
     Syncing,
     /// Connected, every disk complete.
@@ -117,12 +133,14 @@ pub enum GroupState {
     Stopping,
 }
 
-/// How far up the ladder of missing room a group is; see the design, "memory pressure".
+/// How far up the ladder a group is: where its records wait, and what happens to new ones.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Rung {
     /// Room for everything.
     #[default]
     Normal,
+    /// Frames queue in the spill: memory is short, or the link is behind. No restore point is lost.
+    Spilling,
     /// Compression is off to seal faster.
     Uncompressed,
     /// Writes wait for room.
@@ -206,6 +224,15 @@ pub struct GroupStatus {
     pub queue_bytes: usize,
     /// Its bound.
     pub queue_limit: usize,
+    /// Bytes of spill files.
+    pub spill_bytes: u64,
+    /// Their bound; 0 without a spill.
+    pub spill_limit: u64,
+    /// Why the spill takes nothing at the moment.
+    pub spill_trouble: Option<String>,
+    /// When, as it looks now, everything that waits will be acknowledged: after so long. None if that cannot be said:
+    /// there is no link, or the backlog does not shrink.
+    pub catch_up: Option<Nanos>,
     /// Age of the oldest write that is in no durable restore point.
     pub rpo_now: Nanos,
     /// RPO over time.

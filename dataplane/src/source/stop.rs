@@ -1,5 +1,8 @@
-//! A clean stop: requests end, the disks are flushed, the queue is shipped, the logs say so. What cannot be done in time
-//! is left to the next life: its bits stay set.
+//! A clean stop: requests end, the disks are flushed, the queue is shipped or put into the spill, the logs say so. What
+//! cannot be done in time is left to the next life: its bits stay set.
+//!
+//! With the queue in the spill bits stay set, too, but the logs' headers name the place up to which the spill must be
+//! found whole; then nothing is in doubt. They are written last: the disks flushed before, the spill durable before.
 
 use afterimage_wire::record::RecordKind;
 
@@ -7,9 +10,12 @@ use super::group::{Around, Group, Phase};
 use super::status::SourceEvent;
 use crate::capture::{Disk, Gate};
 use crate::intent::IntentLog;
-use crate::io::Io;
+use crate::io::{Io, Nanos};
 use crate::sealers::Payload;
 use crate::ship::{Event, SMALL_COST};
+
+/// With a spill, acknowledgements are waited for at most this long: a restart is quicker than a long queue.
+const SHIP_WAIT: Nanos = 500_000_000;
 
 /// What a stop waits for.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -20,12 +26,21 @@ pub(super) enum StopStage {
     Flush,
     /// Acknowledgements.
     Ship,
+    /// The spill, to hold what is not acknowledged.
+    Spill,
     /// Bits to be cleared.
     Clear,
     /// The last headers.
     Mark,
     /// The kernel.
     Close,
+}
+
+impl StopStage {
+    /// Frames may still leave.
+    pub fn ships(self) -> bool {
+        matches!(self, Self::Drain | Self::Flush | Self::Ship)
+    }
 }
 
 impl Group {
@@ -57,6 +72,15 @@ impl Group {
                 }
                 StopStage::Ship
             }
+            StopStage::Ship if self.should_spill(now) => {
+                // What is on its way comes back; what arrives nevertheless is passed over when it is sent again.
+                self.ship.link.close(w.io);
+                StopStage::Spill
+            }
+            StopStage::Spill => match self.spill_all(w, late) {
+                Some(next) => next,
+                None => stage,
+            },
             StopStage::Ship if late || (self.ship.is_drained() && self.ship.link.announced) => {
                 self.clean = self.ship.is_drained() && self.ship.link.announced && self.is_complete(w.disks);
                 self.ship.link.close(w.io);
@@ -87,13 +111,14 @@ impl Group {
                     }
                 });
                 if self.all_logs(w.disks, |log| log.is_settled() && !log.is_clearing()) {
-                    self.clean &= self.all_logs(w.disks, |log| log.hot() == 0);
+                    let spilled = self.spilled.unwrap_or_default();
+                    self.clean &= self.spilled.is_some() || self.all_logs(w.disks, |log| log.hot() == 0);
                     if self.clean {
                         self.each_disk(w, |disk, f| {
                             // The last write of the disk has ended: a later change of the file is not ours.
                             let mtime = f.io.info(disk.file).map_or(0, |info| info.mtime_ns);
                             if let Some(log) = &mut disk.log {
-                                log.set_header(|h| (h.clean, h.mtime_ns) = (true, mtime));
+                                log.set_header(|h| (h.clean, h.mtime_ns, h.spilled) = (true, mtime, spilled));
                                 log.pump(f.io);
                             }
                         });
@@ -125,6 +150,48 @@ impl Group {
         }
     }
 
+    /// There is a spill, and the target does not take the rest soon.
+    fn should_spill(&self, now: Nanos) -> bool {
+        self.spill.is_some()
+            && !self.ship.queue.closed
+            && !self.ship.is_drained()
+            && (!self.ship.link.is_ready() || now + self.limits.stop_wait >= self.stop_at + SHIP_WAIT)
+    }
+
+    /// Puts everything that is not acknowledged into the spill; what comes next when it is there, or cannot be.
+    fn spill_all<I: Io>(&mut self, w: &mut Around<'_, I>, late: bool) -> Option<StopStage> {
+        self.compose_and_send(w);
+        self.spill_turn(w);
+        let spill = self.spill.as_mut()?;
+        let durable = if self.ship.is_spilled() { spill.make_durable(w.io) } else { Ok(false) };
+        if durable == Ok(false) && !late {
+            return None;
+        }
+        let place = spill.place();
+        let (incarnation, seq) = (self.ship.incarnation, self.ship.queue.last_seq());
+        // The place is that of the last record, or there is nothing to rest a clean stop on.
+        let whole = durable == Ok(true) && (place.incarnation, place.seq) == (incarnation, seq);
+        if whole && self.is_complete(w.disks) {
+            self.clean = true;
+            self.spilled = Some(place);
+        }
+        self.name_acked(w);
+        Some(StopStage::Clear)
+    }
+
+    /// The logs name the acknowledged place, if they name its writer.
+    fn name_acked<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        if !self.ship.link.announced {
+            return;
+        }
+        let (frame, seq) = (self.ship.acked_frame, self.ship.acked_seq);
+        self.each_disk(w, |disk, _| {
+            if let Some(log) = &mut disk.log {
+                log.set_header(|h| (h.acked_frame, h.acked_seq) = (frame, seq));
+            }
+        });
+    }
+
     /// Every disk is complete at the target, and on stable storage here.
     fn is_complete(&self, disks: &[Option<Disk>]) -> bool {
         self.all_disks(disks, |disk| {
@@ -138,6 +205,9 @@ impl Group {
 
     fn close<I: Io>(&mut self, w: &mut Around<'_, I>) {
         self.ship.link.close(w.io);
+        if let Some(spill) = &mut self.spill {
+            spill.close(w.io);
+        }
         for index in &self.disks {
             if let Some(disk) = w.disks[*index as usize].take() {
                 w.io.close(disk.file);

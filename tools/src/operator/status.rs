@@ -167,6 +167,14 @@ fn one(group: &v1::GroupStatus) -> String {
             format!("{}, {} in all{ratio}", show_rate(group.wire_bytes_per_s), show_size(group.wire_bytes)),
         ),
         ("queue", format!("{} of {}", show_size(group.queue_bytes), show_size(group.queue_limit_bytes))),
+        (
+            "spill",
+            match group.spill_limit_bytes {
+                0 => "none".to_owned(),
+                limit => format!("{} of {}", show_size(group.spill_bytes), show_size(limit)),
+            },
+        ),
+        ("caught up in", group.catch_up_ms.map_or_else(String::new, |ms| show_duration(ms.saturating_mul(1_000_000)))),
         ("last write", show_count(group.captured_seq)),
         ("last sent", show_count(group.sent_seq)),
         ("last durable", show_count(group.durable_seq)),

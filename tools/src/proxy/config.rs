@@ -20,6 +20,10 @@ pub const MIN_POOL: u64 = 64 * MIB;
 pub const MAX_POOL: u64 = 64 * 1024 * MIB;
 /// Pool of each data thread unless told, bytes.
 pub const DEFAULT_POOL: u64 = 256 * MIB;
+/// Spill of each group unless told, bytes.
+pub const DEFAULT_SPILL: u64 = 8 * 1024 * MIB;
+/// Room that the spill leaves free on its file system unless told, bytes.
+pub const DEFAULT_SPILL_RESERVE: u64 = 2 * 1024 * MIB;
 const MIB: u64 = 1024 * 1024;
 
 /// What is wrong with a configuration, and what would be right.
@@ -221,6 +225,10 @@ struct FileSource {
     seal_threads: Option<usize>,
     max_wait_ms: Option<u64>,
     trust_reboot: Option<bool>,
+    spill: Option<PathBuf>,
+    spill_budget: Option<Size>,
+    spill_segment: Option<Size>,
+    spill_reserve: Option<Size>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -329,6 +337,10 @@ The file:
   seal_threads = 2
   max_wait_ms = 20                   # longest a write waits for room in the queue
   trust_reboot = false               # true: nobody else uses the disks while this host is down
+  spill = \"/var/lib/afterimage/proxy/spill\" # where frames queue when memory is short; unset: in state_dir
+  spill_budget = \"8GiB\"              # most of it for each group; 0: no spill, outages end in a resync
+  spill_segment = \"64MiB\"
+  spill_reserve = \"2GiB\"             # left free on its file system
   [target]                           # only where replicas are kept
   journal = \"/srv/journal\"
   listen = \"10.0.0.6:7800\"
@@ -370,6 +382,21 @@ pub struct SourceRole {
     /// After a reboot of this host nobody else has used its disks: what the write-intent log says is enough. Without it,
     /// a disk that was not stopped cleanly is compared in full after a reboot.
     pub trust_reboot: bool,
+    /// The spill, unless there is none.
+    pub spill: Option<SpillRole>,
+}
+
+/// Where frames queue when memory runs short.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpillRole {
+    /// Folder.
+    pub dir: PathBuf,
+    /// Most bytes for each group.
+    pub budget: u64,
+    /// Bytes of one file.
+    pub segment: u64,
+    /// Bytes of its file system that stay free.
+    pub reserve: u64,
 }
 
 /// The target role.
@@ -446,7 +473,7 @@ impl Config {
                 why: "the certificate and the last desired state are kept there",
             });
         }
-        let source = source_role(file.source, args)?;
+        let source = source_role(file.source, args, state_dir.as_deref())?;
         let target = target_role(file.target, args)?;
         if source.is_none() && target.is_none() {
             return Err(ConfigError::Missing {
@@ -532,7 +559,25 @@ fn within(field: &'static str, value: u64, min: u64, max: u64) -> Result<u64, Co
     Err(ConfigError::Field { field, value: value.to_string(), allowed: format!("{min} to {max}") })
 }
 
-fn source_role(file: FileSource, args: &Args) -> Result<Option<SourceRole>, ConfigError> {
+fn spill_role(file: &FileSource, state_dir: Option<&Path>) -> Result<Option<SpillRole>, ConfigError> {
+    let budget = file.spill_budget.map_or(DEFAULT_SPILL, |size| size.0);
+    let dir = file.spill.clone().or_else(|| state_dir.map(|dir| dir.join("spill")));
+    let Some(dir) = dir.filter(|_| budget > 0) else { return Ok(None) };
+    let segment = within("source.spill_segment", file.spill_segment.map_or(64 * MIB, |s| s.0), 4 * MIB, 1024 * MIB)?;
+    if !segment.is_multiple_of(4096) {
+        let (value, allowed) = (segment.to_string(), "a multiple of 4096".to_owned());
+        return Err(ConfigError::Field { field: "source.spill_segment", value, allowed });
+    }
+    let budget = within("source.spill_budget", budget, 2 * segment, u64::MAX)?;
+    if !dir.is_absolute() {
+        let (value, allowed) = (format!("`{}`", dir.display()), "an absolute path".to_owned());
+        return Err(ConfigError::Field { field: "source.spill", value, allowed });
+    }
+    let reserve = file.spill_reserve.map_or(DEFAULT_SPILL_RESERVE, |size| size.0);
+    Ok(Some(SpillRole { dir, budget, segment, reserve }))
+}
+
+fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Result<Option<SourceRole>, ConfigError> {
     let nbd = if args.nbd.is_empty() { file.nbd.unwrap_or_default() } else { args.nbd.clone() };
     if nbd.is_empty() {
         return Ok(None);
@@ -545,6 +590,7 @@ fn source_role(file: FileSource, args: &Args) -> Result<Option<SourceRole>, Conf
     // One core is left for the data thread and the host.
     let seal_threads = args.seal_threads.or(file.seal_threads).unwrap_or((cores - 1).clamp(1, 4));
     within("source.seal_threads", seal_threads as u64, 0, MAX_SEAL_THREADS as u64)?;
+    let spill = spill_role(&file, state_dir)?;
     let max_wait_ms = within("source.max_wait_ms", file.max_wait_ms.unwrap_or(20), 0, 10_000)?;
     Ok(Some(SourceRole {
         nbd,
@@ -553,6 +599,7 @@ fn source_role(file: FileSource, args: &Args) -> Result<Option<SourceRole>, Conf
         seal_threads,
         max_wait_ms,
         trust_reboot: file.trust_reboot.unwrap_or(false),
+        spill,
     }))
 }
 
@@ -632,6 +679,18 @@ mod tests {
     fn a_proxy_without_a_role_is_refused() {
         let error = load("name='s'\nstate_dir='/s'\n[coordinator]\naddress='h:1'\n", &Args::default()).unwrap_err();
         assert!(error.contains("--nbd") && error.contains("--journal"), "{error}");
+    }
+
+    #[test]
+    fn the_spill_lies_in_the_state_folder_unless_told_and_can_be_turned_off() {
+        let spill = |text: &str| load(&format!("{SOURCE}{text}"), &Args::default()).map(|c| c.source.unwrap().spill);
+        assert_eq!(spill("").unwrap().unwrap().dir, Path::new("/s/spill"));
+        assert_eq!(spill("spill='/x'").unwrap().unwrap().dir, Path::new("/x"));
+        assert_eq!(spill("spill_budget=0").unwrap(), None);
+        assert!(spill("spill_budget='1MiB'").unwrap_err().contains("source.spill_budget"));
+        assert!(spill("spill_segment='1MiB'").unwrap_err().contains("source.spill_segment"));
+        assert!(spill("spill_segment=4194305").unwrap_err().contains("a multiple of 4096"));
+        assert!(spill("spill='x'").unwrap_err().contains("`source.spill` is `x`"));
     }
 
     #[test]

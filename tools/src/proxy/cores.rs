@@ -74,6 +74,10 @@ pub fn start_source(role: &SourceRole) -> Result<DataThread<SourceCore>, StartEr
     let limits = SourceLimits {
         queue_bytes: usize::try_from(role.queue).unwrap_or(usize::MAX),
         max_wait: role.max_wait_ms * 1_000_000,
+        spill_dir: role.spill.as_ref().map_or_else(String::new, |spill| spill.dir.to_string_lossy().into_owned()),
+        spill_bytes: role.spill.as_ref().map_or(0, |spill| spill.budget),
+        spill_segment_bytes: role.spill.as_ref().map_or(0, |spill| spill.segment),
+        spill_reserve_bytes: role.spill.as_ref().map_or(0, |spill| spill.reserve),
         ..SourceLimits::default()
     };
     let classes = pool_classes(limits.queue_bytes);

@@ -98,6 +98,10 @@ impl Reporter {
                 frames: group.frames,
                 queue_bytes: group.queue_bytes as u64,
                 queue_limit_bytes: group.queue_limit as u64,
+                spill_bytes: group.spill_bytes,
+                spill_limit_bytes: group.spill_limit,
+                spill_trouble: group.spill_trouble.clone().unwrap_or_default(),
+                catch_up_ms: group.catch_up.map(|nanos| nanos / 1_000_000),
                 rpo_now_us: group.rpo_now / 1000,
                 rpo_histogram: histogram,
                 sync: group_sync(&group.disks),
@@ -173,6 +177,7 @@ fn link(state: &GroupState) -> (LinkState, String) {
         GroupState::Opening => (LinkState::Connecting, "opening the disks".to_owned()),
         GroupState::Unlinked(why) if why.is_empty() => (LinkState::Connecting, String::new()),
         GroupState::Unlinked(why) => (LinkState::Down, why.clone()),
+        GroupState::CatchingUp => (LinkState::Up, "what waited in the spill is being sent".to_owned()),
         GroupState::Syncing | GroupState::Protected => (LinkState::Up, String::new()),
         GroupState::Refused(reason, why) => (LinkState::Refused, format!("{reason:?}: {why}")),
         GroupState::Fenced { generation } => (LinkState::Refused, format!("fenced by generation {generation}")),
@@ -183,6 +188,7 @@ fn link(state: &GroupState) -> (LinkState, String) {
 fn rung(rung: Rung, link: LinkState) -> v1::Rung {
     match rung {
         Rung::Dirty => v1::Rung::Dirty,
+        Rung::Spilling => v1::Rung::Spilling,
         Rung::Waiting | Rung::Uncompressed => v1::Rung::Queueing,
         Rung::Normal if link == LinkState::Up => v1::Rung::Streaming,
         Rung::Normal => v1::Rung::Queueing,

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use afterimage_controlplane::ca::Identity as Peer;
-use afterimage_dataplane::source::{GroupState, LinkFailure, SourceEvent};
+use afterimage_dataplane::source::{GroupState, LinkFailure, Rung, SourceEvent};
 use afterimage_dataplane::target::TargetEvent;
 use afterimage_wire::handshake::{Hello, Refusal, Welcome};
 use afterimage_wire::ids::StreamId;
@@ -47,6 +47,7 @@ fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
             let (severity, message) = match state {
                 GroupState::Opening => (Severity::Info, "opening".to_owned()),
                 GroupState::Unlinked(why) => (Severity::Warning, format!("no link: {why}")),
+                GroupState::CatchingUp => (Severity::Info, "linked, sending what waited in the spill".to_owned()),
                 GroupState::Syncing => (Severity::Info, "linked, synchronising".to_owned()),
                 GroupState::Protected => (Severity::Info, "protected".to_owned()),
                 GroupState::Refused(reason, why) => (Severity::Error, format!("refused ({reason:?}): {why}")),
@@ -77,8 +78,25 @@ fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
         SourceEvent::DiskFault { disk, message } => {
             proxy.event(Severity::Error, None, "disk", format!("disk {disk}: {message}"));
         }
+        SourceEvent::Rung { stream, rung } => {
+            let (severity, message) = match rung {
+                Rung::Normal => (Severity::Info, "room for everything"),
+                Rung::Spilling => (Severity::Warning, "frames queue on disk; no restore point is lost"),
+                Rung::Uncompressed => (Severity::Info, "compression is off, to seal faster"),
+                Rung::Waiting => (Severity::Warning, "writes wait for room in the queue"),
+                Rung::Dirty => (Severity::Error, "writes pass uncaptured; a resync follows"),
+            };
+            proxy.event(severity, Some(stream), "ladder", message.to_owned());
+        }
+        SourceEvent::SpillFault { stream, message } => {
+            proxy.event(Severity::Error, Some(stream), "spill", format!("spill: {message}"));
+        }
         SourceEvent::Stopped { stream, clean } => {
-            let how = if clean { "everything is acknowledged" } else { "the next start compares what may differ" };
+            let how = if clean {
+                "everything is acknowledged, or in the spill"
+            } else {
+                "the next start compares what may differ"
+            };
             proxy.event(Severity::Info, Some(stream), "group", format!("stopped: {how}"));
             let mut waiters = proxy.waiters.borrow_mut();
             while let Some(at) = waiters.stops.iter().position(|(s, _)| *s == stream) {

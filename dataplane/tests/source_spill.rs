@@ -1,0 +1,358 @@
+//! The outage ladder of the source: memory, the spill, the dirty map; and what a stop or a crash leaves in the spill.
+
+#[allow(dead_code)] // shared with other tests
+#[path = "source/bed.rs"]
+mod bed;
+
+use afterimage_dataplane::io::Errno;
+use afterimage_dataplane::io::sim::{Fault, Rng, WorldConfig};
+use afterimage_dataplane::source::{GroupState, Rung, SourceEvent, SourceLimits};
+use afterimage_wire::ids::IncarnationId;
+use afterimage_wire::intent::EXTENT;
+use afterimage_wire::record::RecordKind;
+use bed::{Bed, MS, SIZE};
+
+const SPILL: &str = "/spill/";
+const MIB: u64 = 1 << 20;
+
+fn limits(spill_bytes: u64) -> SourceLimits {
+    SourceLimits {
+        queue_bytes: 4 << 20,
+        spill_dir: "/spill".into(),
+        spill_bytes,
+        spill_segment_bytes: 4 << 20,
+        stop_wait: 2000 * MS,
+        ..SourceLimits::default()
+    }
+}
+
+fn bed(seed: u64, spill_bytes: u64) -> Bed {
+    Bed::new(seed, 2, WorldConfig::default(), limits(spill_bytes))
+}
+
+/// Writes that do not compress, `depth` at a time, over both disks.
+fn load(bed: &mut Bed, rng: &mut Rng, mib: u64, depth: usize) {
+    let mut left = mib * MIB / 65536;
+    while left > 0 {
+        let cookies: Vec<_> = (0..depth.min(left as usize))
+            .map(|_| {
+                let mut bytes = vec![0; 65536];
+                rng.fill(&mut bytes);
+                let request = bed.write_request(rng.below((SIZE - 65536) / 4096) * 4096, &bytes, false);
+                bed.ask(rng.below(2) as usize, request)
+            })
+            .collect();
+        left -= cookies.len() as u64;
+        for cookie in cookies {
+            bed.answer(cookie).expect("written");
+        }
+    }
+}
+
+/// The target is gone.
+fn lose_target(bed: &mut Bed) {
+    bed.unreachable = true;
+    bed.cut();
+    bed.until("noticed", |bed| !bed.is_protected());
+}
+
+fn spill_files(bed: &Bed) -> Vec<String> {
+    bed.world.paths(bed.node, SPILL)
+}
+
+fn syncs(bed: &Bed) -> usize {
+    bed.events.iter().filter(|e| matches!(e, SourceEvent::SyncBegun { .. })).count()
+}
+
+fn faults(bed: &Bed) -> usize {
+    bed.events.iter().filter(|e| matches!(e, SourceEvent::SpillFault { .. })).count()
+}
+
+fn stop(bed: &mut Bed) -> bool {
+    bed.source.stop(&mut bed.io);
+    bed.until("stopped", |bed| bed.source.is_idle());
+    bed.events.iter().any(|e| matches!(e, SourceEvent::Stopped { clean: true, .. }))
+}
+
+/// Everything that was captured came, in order and without a gap, and no synchronisation was needed for it.
+fn back_without_resync(bed: &mut Bed) {
+    bed.unreachable = false;
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
+    assert_eq!(bed.held.count(RecordKind::SyncBegin), 2, "only the first synchronisations");
+    assert_eq!(bed.status().rung, Rung::Normal);
+    assert_eq!(spill_files(bed), Vec::<String>::new());
+}
+
+#[test]
+fn an_outage_longer_than_memory_loses_no_record() {
+    let mut bed = bed(1, 64 * MIB);
+    bed.ready();
+    lose_target(&mut bed);
+    load(&mut bed, &mut Rng::new(1), 24, 8);
+    let status = bed.status();
+    assert_eq!((status.rung, status.uncaptured), (Rung::Spilling, 0));
+    assert!(status.spill_bytes > 16 * MIB && status.spill_bytes <= 64 * MIB, "{}", status.spill_bytes);
+    assert!(status.queue_bytes <= 4 << 20, "{}", status.queue_bytes);
+    assert_eq!(status.catch_up, None, "without a link nobody knows");
+    assert!(status.rpo_now > 0);
+    back_without_resync(&mut bed);
+    assert!(bed.events.iter().any(|e| matches!(e, SourceEvent::State { state: GroupState::CatchingUp, .. })));
+    assert_eq!(faults(&bed), 0);
+}
+
+#[test]
+fn the_host_works_on_while_the_spill_is_shipped() {
+    let mut bed = bed(2, 64 * MIB);
+    bed.ready();
+    let mut rng = Rng::new(2);
+    for _ in 0..3 {
+        lose_target(&mut bed);
+        load(&mut bed, &mut rng, 12, 4);
+        bed.unreachable = false;
+        load(&mut bed, &mut rng, 6, 4);
+    }
+    back_without_resync(&mut bed);
+}
+
+#[test]
+fn a_connection_that_breaks_again_and_again_repeats_nothing_wrongly() {
+    let mut bed = bed(3, 64 * MIB);
+    bed.ready();
+    lose_target(&mut bed);
+    load(&mut bed, &mut Rng::new(3), 20, 8);
+    bed.unreachable = false;
+    for round in 0..12 {
+        // Some of what arrives is not acknowledged: the next connection begins beyond the acknowledged place.
+        bed.held.mute = round % 2 == 0;
+        bed.pass(30 * MS);
+        bed.cut();
+    }
+    bed.held.mute = false;
+    back_without_resync(&mut bed);
+}
+
+#[test]
+fn a_clean_stop_in_an_outage_costs_no_resync() {
+    let mut bed = bed(4, 64 * MIB);
+    bed.ready();
+    let first = bed.status().incarnation;
+    lose_target(&mut bed);
+    let mut rng = Rng::new(4);
+    load(&mut bed, &mut rng, 12, 8);
+    let captured = bed.status().captured_seq;
+    assert!(stop(&mut bed));
+    bed.restart();
+    // Twice, with writes in between: now two earlier lives wait.
+    load(&mut bed, &mut rng, 2, 4);
+    assert!(bed.status().rpo_now >= 1000 * MS, "the age of what waits goes on: {}", bed.status().rpo_now);
+    let second = bed.status().incarnation;
+    assert!(stop(&mut bed));
+    bed.restart();
+    assert_eq!(syncs(&bed), 0);
+    let third = bed.status().incarnation;
+    load(&mut bed, &mut rng, 2, 4);
+    bed.held.hellos.clear();
+    back_without_resync(&mut bed);
+    assert!(bed.held.records.iter().any(|r| r.seq == captured));
+    let mut lives: Vec<IncarnationId> = bed.held.hellos.iter().map(|h| h.incarnation).collect();
+    lives.dedup();
+    assert_eq!(lives, [first, second, third]);
+}
+
+#[test]
+fn a_clean_stop_with_a_slow_target_is_quick_and_costs_no_resync() {
+    let mut bed = bed(5, 64 * MIB);
+    bed.ready();
+    bed.held.mute = true;
+    load(&mut bed, &mut Rng::new(5), 3, 4);
+    let begun = bed.world.now();
+    assert!(stop(&mut bed));
+    assert!(bed.world.now() - begun < 1500 * MS, "{}", bed.world.now() - begun);
+    bed.held.mute = false;
+    bed.restart();
+    back_without_resync(&mut bed);
+}
+
+#[test]
+fn after_a_crash_the_spill_is_shipped_and_only_what_is_in_doubt_is_read() {
+    for seed in 0..6 {
+        let mut bed = bed(seed, 64 * MIB);
+        bed.ready();
+        lose_target(&mut bed);
+        load(&mut bed, &mut Rng::new(seed), 12, 8);
+        let before = bed.held.position.seq;
+        if seed % 2 == 0 {
+            bed.world.crash(bed.node)
+        } else {
+            bed.world.power_loss(bed.node)
+        }
+        bed.restart();
+        let incarnation = bed.status().incarnation;
+        bed.unreachable = false;
+        bed.held.records.clear();
+        bed.until("protected", |bed| bed.is_protected());
+        bed.acked();
+        bed.assert_equal();
+        let shipped = bed.held.records.iter().filter(|r| r.seq > before && r.kind == RecordKind::Write).count();
+        assert!(shipped > 60 || seed % 2 == 1, "seed {seed}: {shipped} writes of the outage are points");
+        let sync = bed.held.records.iter().find(|r| r.kind == RecordKind::SyncBegin).expect("in doubt");
+        assert_eq!(bed.held.hellos.last().map(|h| h.incarnation), Some(incarnation));
+        assert!(bed.held.records.iter().all(|r| r.kind != RecordKind::SyncWrite || r.seq > sync.seq));
+        assert!(bed.events.iter().all(|e| !matches!(e, SourceEvent::SyncBegun { whole: true, .. })), "seed {seed}");
+        assert_eq!(spill_files(&bed), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_clean_stop_is_not_trusted_if_the_spill_is_not_whole() {
+    for damage in 0..3 {
+        let mut bed = bed(7, 64 * MIB);
+        bed.ready();
+        lose_target(&mut bed);
+        load(&mut bed, &mut Rng::new(7), 12, 8);
+        assert!(stop(&mut bed));
+        let files = spill_files(&bed);
+        match damage {
+            // The newest file: found at once. The oldest: when it is read to be sent. A missing one, too.
+            0 => bed.world.rot(bed.node, files.last().expect("some"), 40960, 4096),
+            1 => bed.world.rot(bed.node, &files[1], 40960, 4096),
+            _ => {
+                use afterimage_dataplane::io::Io;
+                bed.io.remove(&files[1]).expect("removed");
+                bed.io.sync_dir(files[1].rsplit_once('/').expect("in a folder").0).expect("synced");
+            }
+        }
+        bed.restart();
+        bed.unreachable = false;
+        bed.until("protected", |bed| bed.is_protected());
+        bed.until("synchronised", |bed| bed.status().disks.iter().all(|d| d.dirty_extents == 0));
+        bed.acked();
+        bed.assert_equal();
+        assert!(syncs(&bed) > 0, "damage {damage}");
+        assert_eq!(spill_files(&bed), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_target_that_lost_what_it_acknowledged_is_compared_in_full() {
+    let mut bed = bed(8, 64 * MIB);
+    bed.ready();
+    let old = bed.held.position;
+    load(&mut bed, &mut Rng::new(8), 1, 4);
+    bed.acked();
+    bed.pass(3000 * MS);
+    lose_target(&mut bed);
+    load(&mut bed, &mut Rng::new(9), 8, 4);
+    assert!(stop(&mut bed));
+    bed.restart();
+    bed.held.position = old;
+    bed.unreachable = false;
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
+    assert!(bed.events.iter().any(|e| matches!(e, SourceEvent::SyncBegun { whole: true, .. })));
+}
+
+#[test]
+fn a_full_spill_is_followed_by_the_dirty_map_and_keeps_its_points() {
+    let mut bed = bed(9, 8 * MIB);
+    bed.ready();
+    lose_target(&mut bed);
+    let mut rng = Rng::new(10);
+    load(&mut bed, &mut rng, 7, 8);
+    let kept = bed.status().captured_seq;
+    assert_eq!((bed.status().rung, bed.status().uncaptured), (Rung::Spilling, 0));
+    load(&mut bed, &mut rng, 16, 8);
+    let status = bed.status();
+    assert_eq!(status.rung, Rung::Dirty);
+    assert!(status.uncaptured > 0 && status.spill_bytes <= 8 * MIB);
+    assert!(status.spill_trouble.is_some());
+    bed.unreachable = false;
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
+    assert!(bed.held.records.iter().any(|r| r.seq == kept), "what was spilled is in the stream");
+    let went = |wanted: Rung| bed.events.iter().any(|e| matches!(e, SourceEvent::Rung { rung, .. } if *rung == wanted));
+    assert!(went(Rung::Spilling) && went(Rung::Dirty) && went(Rung::Normal));
+}
+
+#[test]
+fn a_spill_disk_that_fails_loses_nothing_that_a_resync_does_not_mend() {
+    for kind in [Fault::Write, Fault::Sync, Fault::Read] {
+        let mut bed = bed(11, 64 * MIB);
+        bed.ready();
+        lose_target(&mut bed);
+        let mut rng = Rng::new(11);
+        load(&mut bed, &mut rng, 6, 8);
+        for path in spill_files(&bed) {
+            bed.world.fail(bed.node, &path, kind, Errno::IO, 2);
+        }
+        load(&mut bed, &mut rng, 8, 8);
+        bed.pass(2500 * MS);
+        load(&mut bed, &mut rng, 4, 8);
+        bed.unreachable = false;
+        bed.until("protected", |bed| bed.is_protected());
+        bed.acked();
+        bed.assert_equal();
+        assert!(faults(&bed) > 0, "{kind:?}");
+    }
+}
+
+#[test]
+fn a_disk_without_room_for_the_spill_is_left_alone() {
+    let mut bed = bed(12, 64 * MIB);
+    bed.limits.spill_reserve_bytes = 1 << 41;
+    bed.source = afterimage_dataplane::source::Source::new(1, bed.limits.clone(), Default::default());
+    bed.ready();
+    lose_target(&mut bed);
+    load(&mut bed, &mut Rng::new(12), 12, 8);
+    let status = bed.status();
+    assert_eq!((status.rung, status.spill_bytes), (Rung::Dirty, 0));
+    bed.unreachable = false;
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
+}
+
+#[test]
+fn writes_are_as_quick_without_a_target_as_with_one() {
+    let mut bed = bed(13, 256 * MIB);
+    bed.ready();
+    let mut rng = Rng::new(13);
+    let mut time = |bed: &mut Bed| {
+        let begun = bed.world.now();
+        for _ in 0..400 {
+            let bytes = [rng.next_u64() as u8; 4096];
+            bed.write(0, rng.below(2 * EXTENT / 4096) * 4096, &bytes).expect("written");
+        }
+        bed.world.now() - begun
+    };
+    time(&mut bed);
+    let with = time(&mut bed);
+    lose_target(&mut bed);
+    load(&mut bed, &mut Rng::new(14), 8, 8);
+    assert_eq!(bed.status().rung, Rung::Spilling);
+    let without = time(&mut bed);
+    assert!(without * 10 <= with * 11, "{with} ns with a target, {without} ns without");
+    assert_eq!(bed.status().uncaptured, 0);
+}
+
+#[test]
+fn bits_of_spilled_records_stay_set_until_they_are_acknowledged() {
+    let mut bed = bed(15, 64 * MIB);
+    bed.limits.hot_extents = 0;
+    bed.source = afterimage_dataplane::source::Source::new(1, bed.limits.clone(), Default::default());
+    bed.ready();
+    lose_target(&mut bed);
+    bed.write(0, 3 * EXTENT, &[3; 4096]).expect("written");
+    load(&mut bed, &mut Rng::new(15), 6, 8);
+    assert!(stop(&mut bed));
+    assert!(bed.log_bits(0).contains(&3));
+    bed.restart();
+    bed.pass(5000 * MS);
+    assert!(bed.log_bits(0).contains(&3), "still only in the spill");
+    back_without_resync(&mut bed);
+    bed.until("cleared", |bed| !bed.log_bits(0).contains(&3));
+}
