@@ -17,6 +17,9 @@ const PATIENCE: Nanos = 60_000_000_000;
 
 /// What both ends say of themselves.
 pub(crate) fn ends(run: &mut Run) -> Result<(), String> {
+    if let Some(owed) = run.stage.owed.take() {
+        return Err(owed);
+    }
     let group = run.stage.group();
     if let Some(group) = &group {
         if !group.incarnation.is_none()

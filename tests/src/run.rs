@@ -163,8 +163,13 @@ impl Run {
                     self.stage.world.partition(self.stage.source_node, self.stage.target_node, true);
                     mends.insert(now + time, fault);
                 }
+                Fault::Upgrade { down } if self.stage.source.is_some() && self.stage.protected => {
+                    self.upgrade(&mut mends)?;
+                    let down = *down;
+                    mends.insert(self.stage.world.now() + down, Fault::Source { power: false, down });
+                }
                 Fault::Look => self.look()?,
-                Fault::Source { .. } | Fault::Target { .. } => {}
+                Fault::Source { .. } | Fault::Target { .. } | Fault::Upgrade { .. } => {}
             }
         }
         self.until(end, &mut mends)?;
@@ -304,6 +309,27 @@ impl Run {
         }
         self.host.abandoned();
         self.stage.stop_source(power);
+        Ok(())
+    }
+
+    /// The source stops cleanly. Requests that had begun are answered first.
+    fn upgrade(&mut self, mends: &mut BTreeMap<Nanos, Fault>) -> Result<(), String> {
+        self.sample()?;
+        self.stage.end_source();
+        let limit = self.stage.world.now() + REST;
+        while !self.stage.source_ended() {
+            let now = self.stage.world.now();
+            if now >= limit {
+                return Err(format!("the source does not stop: {:#?}", self.stage.group()));
+            }
+            self.until(now + SAMPLE, mends)?;
+        }
+        if self.host.pending() > 0 {
+            return Err(format!("{} requests are not answered by a clean stop", self.host.pending()));
+        }
+        self.fallen.get_or_insert(None);
+        self.host.abandoned();
+        self.stage.stop_source(false);
         Ok(())
     }
 

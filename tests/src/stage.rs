@@ -88,6 +88,10 @@ pub struct Stage {
     clock: SimIo,
     /// The source's process, while it lives.
     pub source: Option<Life<Source<SimIo>>>,
+    /// The source's last life stopped cleanly: the present one owes no synchronisation.
+    owes_nothing: bool,
+    /// It began one nevertheless.
+    pub owed: Option<String>,
     /// The target's process, while it lives.
     pub target: Option<Life<Target<SimIo>>>,
     /// Counts the source's lives.
@@ -156,6 +160,8 @@ impl Stage {
             clock_node,
             clock,
             source: None,
+            owes_nothing: false,
+            owed: None,
             target: None,
             source_lives: 0,
             target_lives: 0,
@@ -280,6 +286,7 @@ impl Stage {
 
     /// The source's process dies, or its machine loses power.
     pub fn stop_source(&mut self, power: bool) {
+        self.owes_nothing &= self.source_ended();
         self.source = None;
         self.link = None;
         self.protected = false;
@@ -298,6 +305,7 @@ impl Stage {
 
     /// The source begins a clean stop; its requests under way are answered.
     pub fn end_source(&mut self) {
+        self.protected = false;
         if let Some(life) = &mut self.source {
             life.core.stop(&mut life.io);
             self.world.wake(self.source_node);
@@ -421,6 +429,15 @@ impl Stage {
                 self.at(at, Later::Hello(hello, life));
             }
         } else {
+            match &event {
+                SourceEvent::Stopped { clean, .. } => self.owes_nothing = *clean,
+                SourceEvent::SyncBegun { .. }
+                    if self.owes_nothing && self.group().is_some_and(|group| group.uncaptured == 0) =>
+                {
+                    self.owed.get_or_insert(format!("after a clean stop a synchronisation begins: {event:?}"));
+                }
+                _ => {}
+            }
             self.log.push_back(format!("source: {event:?}"));
         }
     }
