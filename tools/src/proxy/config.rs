@@ -561,7 +561,8 @@ fn within(field: &'static str, value: u64, min: u64, max: u64) -> Result<u64, Co
 
 fn spill_role(file: &FileSource, state_dir: Option<&Path>) -> Result<Option<SpillRole>, ConfigError> {
     let budget = file.spill_budget.map_or(DEFAULT_SPILL, |size| size.0);
-    let dir = file.spill.clone().or_else(|| state_dir.map(|dir| dir.join("spill")));
+    let beside = || state_dir.map(|dir| std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned()).join("spill"));
+    let dir = file.spill.clone().or_else(beside);
     let Some(dir) = dir.filter(|_| budget > 0) else { return Ok(None) };
     let segment = within("source.spill_segment", file.spill_segment.map_or(64 * MIB, |s| s.0), 4 * MIB, 1024 * MIB)?;
     if !segment.is_multiple_of(4096) {
@@ -578,6 +579,7 @@ fn spill_role(file: &FileSource, state_dir: Option<&Path>) -> Result<Option<Spil
 }
 
 fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Result<Option<SourceRole>, ConfigError> {
+    let spill = spill_role(&file, state_dir);
     let nbd = if args.nbd.is_empty() { file.nbd.unwrap_or_default() } else { args.nbd.clone() };
     if nbd.is_empty() {
         return Ok(None);
@@ -590,7 +592,6 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
     // One core is left for the data thread and the host.
     let seal_threads = args.seal_threads.or(file.seal_threads).unwrap_or((cores - 1).clamp(1, 4));
     within("source.seal_threads", seal_threads as u64, 0, MAX_SEAL_THREADS as u64)?;
-    let spill = spill_role(&file, state_dir)?;
     let max_wait_ms = within("source.max_wait_ms", file.max_wait_ms.unwrap_or(20), 0, 10_000)?;
     Ok(Some(SourceRole {
         nbd,
@@ -599,7 +600,7 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
         seal_threads,
         max_wait_ms,
         trust_reboot: file.trust_reboot.unwrap_or(false),
-        spill,
+        spill: spill?,
     }))
 }
 
