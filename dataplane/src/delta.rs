@@ -64,6 +64,8 @@ pub(crate) struct Delta {
     pub answers: Vec<(DiskKey, Answer)>,
     /// Why it cannot be written any more.
     pub failed: Option<String>,
+    /// Some of what was written to it is lost, nobody knows what.
+    pub damaged: bool,
     scratch: Box<Scratch>,
     plan: Plan,
     plain: Vec<u8>,
@@ -88,6 +90,7 @@ impl Delta {
             durable_askers: Vec::new(),
             answers: Vec::new(),
             failed: None,
+            damaged: false,
             scratch: Box::default(),
             plan: Plan::default(),
             plain: Vec::new(),
@@ -104,7 +107,18 @@ impl Delta {
         self.next_seq = self.next_seq.max(self.journal.complete.seq + 1);
         if let Some(damage) = damage.first() {
             self.failed = Some(format!("what was written to the view is damaged: {}", damage.what));
+            self.damaged = true;
         }
+    }
+
+    /// Its journal had failed and has been read back: it goes on with what is on the disk. What had been answered and not
+    /// flushed may be lost, as on a disk that fails a flush; whoever asked was told.
+    pub fn reopened<I: Io>(&mut self, io: &mut I, journal: Journal, points: Points) {
+        let old = std::mem::replace(&mut self.journal, journal);
+        self.journal.inherit(io, old);
+        self.points = points;
+        self.next_seq = self.next_seq.max(self.journal.complete.seq + 1);
+        (self.writer, self.failed) = (None, None);
     }
 
     /// Takes a change.

@@ -12,17 +12,18 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use afterimage_wire::chunk::Chunk;
-use afterimage_wire::frame::{DIRECTORY_ENTRY_LEN, DirectoryEntry, FRAME_HEADER_LEN, FrameHeader};
-use afterimage_wire::record::{Record, RecordKind};
-use afterimage_wire::stream_state::{MAX_UNREADABLE, UnreadableRange};
-use zerocopy::FromBytes;
-
-use crate::index::{Content, Cover};
+use crate::index::{Content, Cover, EntryKind};
 use crate::io::{Done, Errno, File, Io, Nanos, Op, Part};
+use crate::journal::Salvage;
+use crate::scrub::Suspect;
 use crate::seal::{open_chunk, payload};
+use crate::shelf::Shelved;
 use crate::target::ops::{Ctx, FoldOp, Purpose};
 use crate::target::stream::Stream;
+use crate::view::Reads;
+use afterimage_wire::chunk::Chunk;
+use afterimage_wire::record::{Record, RecordKind};
+use afterimage_wire::stream_state::{MAX_UNREADABLE, UnreadableRange};
 
 /// Image writes under way.
 const MAX_WRITES: usize = 8;
@@ -85,6 +86,11 @@ struct Job {
     /// A window of whole frames that were read: first frame, frames, where the first lies in the file.
     window: Option<(Part, u32, u32, u64)>,
     reading: Option<(u32, u32, u64)>,
+    /// The frame being read has lost chunks, and is read block by block if need be.
+    alone: bool,
+    salvage: Option<Salvage>,
+    /// Frames that could not be read or opened: somebody has to look at them again.
+    suspects: Vec<u32>,
     /// Zeroing that the file system cannot do: to be written instead.
     refused: VecDeque<Stretch>,
     /// Next frame and chunk of the window to open.
@@ -107,12 +113,16 @@ pub(crate) struct Fold {
     /// When to look next whether something is due; looking costs.
     look_at: Nanos,
     skipped: bool,
+    /// The file system is about to be too full for another segment.
+    space_low: bool,
     /// A buffer is waited for.
     pub starved: bool,
     /// Why the last attempt failed.
     pub error: Option<String>,
     /// Segments folded.
     pub folded: u64,
+    /// A view that is to be given up, and why.
+    pub gave_way: Option<(String, String)>,
     /// The newest reason for folding before its time, not yet told.
     pub shortened: Option<(&'static str, u64)>,
     cover: Cover,
@@ -127,7 +137,7 @@ impl Fold {
     /// When to look again although nothing completes.
     pub fn retry_at(&self) -> Option<Nanos> {
         match (&self.job, &self.error) {
-            (None, Some(_)) => Some(self.again),
+            (None, Some(_)) => Some(self.again.max(self.look_at)),
             (None, None) => self.skipped.then_some(self.look_at),
             (Some(_), _) => None,
         }
@@ -154,18 +164,26 @@ fn due(stream: &Stream) -> Option<&'static str> {
     if last <= stream.points.floor() {
         return Some("");
     }
-    if stream.pins().is_some_and(|pin| pin < last)
-        || stream.points.newest_complete().is_some_and(|newest| newest < last)
-    {
+    if stream.points.newest_complete().is_some_and(|newest| newest < last) {
+        return None;
+    }
+    // A point in use holds history back while there is room. When that gets short, its view is given a shelf.
+    let bounds = &stream.bounds;
+    let short = stream.journal.bytes > bounds.budget_bytes / 2
+        || stream.journal.index_bytes() > bounds.index_bytes / 2
+        || stream.fold.space_low;
+    if !short && !stream.pinned_below(last).is_empty() {
         return None;
     }
     let age = stream.journal.stream_time().saturating_sub(front.time.1);
     if age > stream.config.retention {
         return Some("");
     }
-    let bounds = &stream.bounds;
     if stream.journal.bytes + 2 * bounds.segment_bytes > bounds.budget_bytes {
         return Some("the journal's budget");
+    }
+    if stream.fold.space_low {
+        return Some("the room on the file system");
     }
     if stream.journal.index_bytes() > bounds.index_bytes {
         return Some("the memory for the index");
@@ -176,21 +194,39 @@ fn due(stream: &Stream) -> Option<&'static str> {
 impl Stream {
     /// Folding could make room, or is about to.
     pub(crate) fn can_fold(&self) -> bool {
-        self.fold.is_busy() || due(self).is_some()
+        self.fold.is_busy() || (self.fold.error.is_none() && due(self).is_some())
     }
 
     /// Goes on; returns true if there is more to do without a completion.
-    pub(crate) fn fold_turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) -> bool {
+    pub(crate) fn fold_turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, next_id: &mut u32, reads: &Reads) -> bool {
         if self.fold.job.is_none() {
             let now = ctx.io.now();
             self.fold.skipped = now < self.fold.look_at && self.journal.segments.len() > 1;
             if now < self.fold.again || now < self.fold.look_at {
                 return false;
             }
+            if self.reopen_at.is_some() {
+                // A journal that has failed is left as it is until it has been read back.
+                self.fold.look_at = now + LOOK;
+                return false;
+            }
+            let wanted = self.bounds.reserve_bytes.saturating_add(2 * self.bounds.segment_bytes);
+            self.fold.space_low = ctx.io.free_space(&self.journal.config.dir).is_ok_and(|free| free < wanted);
             let Some(why) = due(self) else {
+                self.fold.error = None;
                 self.fold.look_at = now + LOOK;
                 return false;
             };
+            match self.make_shelves(ctx, next_id, reads) {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(error) => {
+                    tracing::error!(stream = %self.config.stream, error, "folding waits");
+                    self.fold.error = Some(error);
+                    self.fold.again = ctx.io.now() + AGAIN;
+                    return false;
+                }
+            }
             if let Err(error) = self.begin_fold(ctx, why) {
                 tracing::error!(stream = %self.config.stream, error, "folding failed; history stays longer");
                 self.fold.error = Some(error);
@@ -208,7 +244,10 @@ impl Stream {
                 self.fold.error = Some(error);
                 self.fold.again = ctx.io.now() + AGAIN;
                 self.journal.release(ctx.io, job.uid);
-                return false;
+                for frame in job.suspects {
+                    self.scrub.suspect(Suspect { journal: self.journal.id, segment: job.uid, frame });
+                }
+                return true;
             }
         } else if job.step == Step::Finish {
             return match self.finish_fold(ctx.io, &mut job) {
@@ -223,6 +262,30 @@ impl Stream {
         }
         self.fold.job = Some(job);
         more
+    }
+
+    /// What views need of the oldest segment is put on their shelves. False: not yet.
+    fn make_shelves<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, next_id: &mut u32, reads: &Reads) -> Result<bool, String> {
+        let front = self.journal.segments.front().and_then(|front| Some((front.uid, front.last_seq()?)));
+        let Some((uid, last)) = front else { return Ok(true) };
+        // Folded again after a crash: the shelves were complete before the floor was raised, and the image is not what it
+        // was then.
+        if last <= self.points.floor() {
+            return Ok(true);
+        }
+        let image_reads = (reads.next_number(), |number| reads.is_before(number));
+        match self.shelve(ctx, (uid, last), next_id, image_reads) {
+            Shelved::Done => Ok(true),
+            Shelved::Waiting => Ok(false),
+            Shelved::Failed(pin, errno) => {
+                let error = format!("what the view `{}` needs of its point cannot be kept: {errno}", pin.name);
+                if errno == Errno::NOSPC && !pin.failover {
+                    self.fold.gave_way = Some((pin.name, error));
+                    return Ok(false);
+                }
+                Err(error)
+            }
+        }
     }
 
     fn begin_fold<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, why: &'static str) -> Result<(), String> {
@@ -254,6 +317,9 @@ impl Stream {
             frame: 0,
             window: None,
             reading: None,
+            alone: false,
+            salvage: None,
+            suspects: Vec::new(),
             refused: VecDeque::new(),
             next: (0, 0),
             stretches: VecDeque::new(),
@@ -342,7 +408,17 @@ impl Job {
                 continue;
             }
             if self.reading.is_some() {
-                return false;
+                let Some(salvage) = &mut self.salvage else { return false };
+                if let Some(op) = salvage.next() {
+                    ctx.submit(Purpose::Fold(stream.id, FoldOp::Window), op);
+                }
+                if !salvage.is_over() {
+                    return false;
+                }
+                let part = self.salvage.take().and_then(Salvage::finish);
+                self.window =
+                    part.zip(self.reading.take()).map(|(part, (first, count, start))| (part, first, count, start));
+                continue;
             }
             let Some(segment) = stream.journal.segment(self.uid) else {
                 self.failed = Some(Errno::NOENT);
@@ -366,10 +442,13 @@ impl Job {
                 (u64::from(frame.at) + u64::from(frame.len) - start) as usize
             };
             let mut after = self.frame as usize + 1;
-            while after < segment.frames.len() && end_of(after) <= buf.len() {
+            // A frame with lost chunks is read alone.
+            let whole = |number: usize| !segment.lost.contains_key(&(number as u32));
+            while after < segment.frames.len() && end_of(after) <= buf.len() && whole(after - 1) && whole(after) {
                 after += 1;
             }
             let len = end_of(after - 1);
+            self.alone = !whole(self.frame as usize);
             self.reading = Some((self.frame, after as u32 - self.frame, start));
             self.next = (self.frame, 0);
             self.frame = after as u32;
@@ -390,13 +469,18 @@ impl Job {
         let Some(segment) = stream.journal.segment(self.uid) else { return };
         let Some(frame) = segment.frames.get(number as usize) else { return };
         self.next = if u16::from(chunk) + 1 < frame.chunks { (number, chunk + 1) } else { (number + 1, 0) };
-        let at = (u64::from(frame.at) - start) as usize;
-        let bytes = &mut part.buf[at..at + frame.len as usize];
-        let opened = FrameHeader::parse(bytes).ok().copied().and_then(|header| {
-            let entry_at = FRAME_HEADER_LEN + usize::from(chunk) * DIRECTORY_ENTRY_LEN;
-            let entry = DirectoryEntry::read_from_bytes(&bytes[entry_at..entry_at + DIRECTORY_ENTRY_LEN]).ok()?;
-            let at = entry.at.get() as usize;
-            let sealed = bytes.get_mut(at..at + entry.sealed_len.get() as usize)?;
+        if segment.is_lost(number, chunk) {
+            let mut cover = std::mem::take(&mut stream.fold.cover);
+            self.list_lost(number, chunk, &mut cover, segment);
+            stream.fold.cover = cover;
+            self.window = Some((part, first, count, start));
+            return;
+        }
+        // Header and directory as they were when the frame came in: those on the disk may have rotted.
+        let header = segment.header(frame);
+        let opened = segment.locate(number, chunk).and_then(|(at, len)| {
+            let at = (at - start) as usize;
+            let sealed = part.buf.get_mut(at..at + len)?;
             let opened = open_chunk(&segment.writer.key, &header, chunk.into(), sealed).ok()?;
             let chunk = Chunk::parse(opened).ok()?;
             // Copied when it is not compressed: the writes take it from `plain` later.
@@ -411,7 +495,9 @@ impl Job {
             Some(chunk)
         });
         let Some(chunk) = opened else {
-            // It could be read when it came in. The image would be wrong without it: nothing is dropped.
+            // It could be read when it came in. The image would be wrong without it: nothing is dropped before it has been
+            // looked at again.
+            self.suspects.push(number);
             self.failed = Some(Errno::IO);
             return;
         };
@@ -431,6 +517,26 @@ impl Job {
         }
         stream.fold.cover = cover;
         self.window = Some((part, first, count, start));
+    }
+
+    /// What the index knows of a lost chunk: its zeros, and that the rest cannot be known.
+    fn list_lost(&mut self, frame: u32, chunk: u8, cover: &mut Cover, segment: &crate::journal::Segment) {
+        for entry in segment.index.entries().filter(|entry| entry.frame == frame && entry.chunk == chunk) {
+            let kind = if entry.kind == EntryKind::Zero { RecordKind::Zero } else { RecordKind::Unreadable };
+            let record = Record {
+                seq: segment.index.first_seq() + u64::from(entry.seq_delta),
+                kind,
+                disk: entry.disk,
+                offset: entry.start,
+                len: entry.len,
+                mono_ns: 0,
+                wall_ns: 0,
+                payload_at: 0,
+                payload_len: 0,
+                crc: 0,
+            };
+            self.list(&record, cover, segment);
+        }
     }
 
     fn list(&mut self, record: &Record, cover: &mut Cover, segment: &crate::journal::Segment) {
@@ -543,7 +649,15 @@ impl Job {
     }
 
     fn done<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, stream: u32, what: FoldOp, done: Done) {
+        if what == FoldOp::Window
+            && let Some(salvage) = &mut self.salvage
+        {
+            return salvage.done(done);
+        }
         if let Err(errno) = done.result {
+            if what == FoldOp::Window {
+                return self.unread(errno, done.part);
+            }
             self.failed = Some(errno);
         }
         match what {
@@ -570,6 +684,24 @@ impl Job {
                 self.writes -= 1;
             }
             FoldOp::Write | FoldOp::Zero(..) => self.writes -= 1,
+        }
+    }
+}
+
+impl Job {
+    /// A window could not be read in one piece. Of a frame that has lost chunks that is to be expected; others are to be
+    /// looked at again.
+    fn unread(&mut self, errno: Errno, part: Option<Part>) {
+        match (self.reading, part) {
+            (Some((_, 1, start)), Some(part)) if self.alone => {
+                self.salvage = Some(Salvage::new(self.file, start, part));
+            }
+            (reading, _) => {
+                let (first, count, _) = reading.unwrap_or_default();
+                self.suspects.extend(first..first + count);
+                self.reading = None;
+                self.failed = Some(errno);
+            }
         }
     }
 }

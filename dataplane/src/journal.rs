@@ -1,8 +1,9 @@
 //! A journal: the segments of one timeline, appended to by one writer at a time.
 //!
-//! - [`segment`]: one segment in memory.
+//! - [`segment`]: one segment in memory; `lost`: frames of which something cannot be read any more.
 //! - [`append`]: frames to the active segment; the next one is prepared ahead; the roll.
-//! - [`recover`]: reading it all back after a start: torn tail, damage, where to go on.
+//! - [`recover`]: reading it all back after a start: torn tail, damage, where to go on; `salvage`: past sectors that
+//!   cannot be read.
 //!
 //! Rules that keep what was acknowledged:
 //! - A frame counts as written when its write and all before it have completed; as durable when they were durable
@@ -25,10 +26,14 @@ use crate::seal::{DataKey, OpenError, PolicyKey};
 use crate::target::ops::{Ctx, JournalId};
 
 pub mod append;
+mod lost;
 pub mod recover;
+mod salvage;
 pub mod segment;
 
 pub use append::{Batch, Written};
+pub(crate) use lost::Verdict;
+pub(crate) use salvage::Salvage;
 pub use segment::{ChunkEntry, FrameEntry, Segment, Writer};
 
 /// Segment files that a journal keeps open for reading.
@@ -265,6 +270,25 @@ impl Journal {
         io.remove(&path)?;
         self.room_made();
         io.sync_dir(&self.config.dir)
+    }
+
+    /// An empty journal of the same branch, to be filled by reading what is on the disk.
+    pub(crate) fn successor(&self) -> Self {
+        let mut journal = Self::new(self.id, self.config.clone(), self.policy_key.clone(), self.next_uid);
+        journal.append = self.append.successor();
+        journal
+    }
+
+    /// Takes over from a journal of the same branch: who still reads in its files reads on.
+    pub(crate) fn inherit<I: Io>(&mut self, io: &mut I, old: Self) {
+        self.retired.extend(old.retired);
+        for segment in old.segments {
+            match segment.file {
+                Some(_) if segment.users > 0 => self.retired.push(segment),
+                Some(file) => io.close(file),
+                None => {}
+            }
+        }
     }
 
     /// Closes every file. Writes under way end by themselves.

@@ -23,11 +23,14 @@ pub mod source;
 pub(crate) mod spill;
 
 // … and on the target.
+mod damage;
 pub mod delta;
 pub mod fold;
 pub mod index;
 pub mod journal;
 pub mod receive;
+mod scrub;
+mod shelf;
 pub mod target;
 pub mod timeline;
 pub mod view;

@@ -4,7 +4,7 @@
 //! ([`Target::turn`]), and says hello and attaches the sockets of sources.
 //!
 //! - `config`, `status`: what goes in and what comes out; `hello`: who may write; `stream`: one stream and how it is
-//!   opened after a start; `points`: restore points; `views`: opening, serving and closing views; `ops`: operations
+//!   opened after a start; `reopen`: a journal that has failed; `points`: restore points; `views`: opening, serving and closing views; `ops`: operations
 //!   under way.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -14,6 +14,7 @@ use afterimage_wire::handshake::{Hello, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::timeline::TimelineKind;
 
+use crate::host::{Answer, DiskKey};
 use crate::io::{Done, Io, Nanos, Sock, Token};
 use crate::journal::append::NoRoom;
 use crate::receive::{Connection, End};
@@ -24,12 +25,15 @@ mod config;
 mod hello;
 pub(crate) mod ops;
 mod points;
+mod reopen;
 mod status;
 pub(crate) mod stream;
 mod views;
 
 pub use config::{Choice, MAX_SEGMENT, MIN_SEGMENT, PointError, StreamConfig, TargetConfig, TargetError, ViewConfig};
-pub use status::{Damage, DiskStatus, PointInfo, StreamState, StreamStatus, TargetEvent, ViewStatus};
+pub use status::{
+    Damage, DiskStatus, LostBlocks, PointInfo, ScrubStatus, StreamState, StreamStatus, TargetEvent, ViewStatus,
+};
 pub use views::ViewDisk;
 
 use ops::{Ctx, JournalId, Ops, Purpose};
@@ -55,6 +59,8 @@ pub struct Target<I: Io> {
     connections: BTreeMap<u32, Connection>,
     views: Vec<View>,
     reads: Reads,
+    /// Answers on their way to their disks; kept for its memory.
+    delivering: Vec<(DiskKey, Answer)>,
     /// There is more to do without a completion.
     more: bool,
     starved_at: Option<Nanos>,
@@ -78,6 +84,7 @@ impl<I: Io> Target<I> {
             streams: BTreeMap::new(),
             connections: BTreeMap::new(),
             views: Vec::new(),
+            delivering: Vec::new(),
             more: false,
             starved_at: None,
             marker: std::marker::PhantomData,
@@ -339,6 +346,11 @@ impl<I: Io> Target<I> {
                     stream.fold_done(&mut Ctx { io, ops: &mut self.ops }, what, done);
                 }
             }
+            Purpose::Scrub(id) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.scrub_done(io, done, &mut self.events);
+                }
+            }
             Purpose::Chunk(number) => self.reads.on_chunk(number, done),
             Purpose::Image(number) => self.reads.on_image(number, done),
         }
@@ -380,7 +392,9 @@ impl<I: Io> Target<I> {
             }
             // What became durable before this turn's poll is indexed; its acknowledgement is under way.
             self.more |= stream.index_turn(ctx.io, INDEX_PER_TURN, &mut self.events);
-            self.more |= stream.fold_turn(&mut ctx);
+            self.more |= stream.fold_turn(&mut ctx, &mut self.next_id, &self.reads);
+            stream.scrub_turn(&mut ctx, &mut self.events);
+            stream.reopen_turn(&mut ctx, &mut self.events);
             starved |= stream.fold.starved;
             for delta in &mut stream.deltas {
                 self.more |= delta.turn(&mut ctx);
@@ -388,14 +402,39 @@ impl<I: Io> Target<I> {
             stream.journal.pump(&mut ctx);
         }
         self.pump_connections(io);
+        for stream in self.streams.values_mut() {
+            for request in stream.shelving.reads.drain(..) {
+                self.reads.ask(request);
+            }
+        }
+        self.give_way(io);
         let mut ctx = Ctx { io, ops: &mut self.ops };
         self.reads.turn(&mut ctx, &mut self.streams);
+        for (id, suspect) in self.reads.suspects.drain(..) {
+            if let Some(stream) = self.streams.get_mut(&id) {
+                stream.scrub.suspect(suspect);
+                self.more = true;
+            }
+        }
         starved |= self.reads.is_starved() || self.connections.values().any(Connection::is_starved);
         self.starved_at = starved.then(|| io.now() + STARVED);
         self.deliver();
         self.look_after(io);
         let surplus = self.events.len().saturating_sub(MAX_EVENTS);
         self.events.drain(..surplus);
+    }
+
+    /// Views that are in the way of folding and cannot be kept beside it: tests give way, failovers never do.
+    fn give_way(&mut self, io: &mut I) {
+        let lost =
+            self.streams.values_mut().filter_map(|stream| Some((stream.config.stream, stream.fold.gave_way.take()?)));
+        for (stream, (view, why)) in lost.collect::<Vec<_>>() {
+            tracing::error!(%stream, view, why, "a view is given up");
+            if let Err(error) = self.close_view(io, &view, false) {
+                tracing::error!(%stream, view, %error, "what is left of a view cannot be removed");
+            }
+            self.event(TargetEvent::ViewLost { stream, view, why });
+        }
     }
 
     fn pump_connections(&mut self, io: &mut I) {
@@ -443,6 +482,10 @@ impl<I: Io> Target<I> {
                     self.events.push_back(TargetEvent::Shortened { stream: stream.config.stream, floor, why });
                 }
             }
+            // Enough is kept again: the next time is told again.
+            if stream.shortened.is_some() && stream.history_kept() >= stream.config.retention {
+                stream.shortened = None;
+            }
             if let Some(number) = stream.bad_seal.take()
                 && let Some(connection) = stream.connection.and_then(|id| self.connections.get_mut(&id))
             {
@@ -465,11 +508,11 @@ impl<I: Io> Target<I> {
                 continue;
             }
             if let Some(why) = stream.journal.no_room()
-                && !(why == NoRoom::Budget && stream.can_fold())
+                && !stream.can_fold()
             {
                 let why = match why {
                     NoRoom::Budget => "the journal's budget is used up and nothing may be folded",
-                    NoRoom::Space => "the journal's file system is full",
+                    NoRoom::Space => "the journal's file system is full and nothing may be folded",
                 };
                 tracing::error!(stream = %stream.config.stream, why, "the stream stops");
                 stream.no_space = Some(why.to_owned());
@@ -492,7 +535,11 @@ impl<I: Io> Target<I> {
         }
         let streams = self.streams.values().flat_map(|stream| {
             let deltas = stream.deltas.iter().filter_map(|delta| delta.deadline());
-            deltas.chain(stream.deadline()).chain(stream.journal.deadline()).chain(stream.fold_deadline())
+            deltas
+                .chain(stream.deadline())
+                .chain(stream.journal.deadline())
+                .chain(stream.fold_deadline())
+                .chain(stream.scrub_deadline())
         });
         let connections = self.connections.values().filter_map(Connection::deadline);
         streams.chain(connections).chain(self.starved_at).min()
@@ -536,6 +583,16 @@ impl<I: Io> Target<I> {
         Ok(generation)
     }
 
+    /// Verifies everything that is held of the stream, from now on; see [`StreamStatus::scrub`] for how far it is.
+    ///
+    /// # Errors
+    /// Not known or not ready.
+    pub fn scrub(&mut self, io: &mut I, stream: StreamId) -> Result<(), TargetError> {
+        let now = io.now();
+        self.ready(stream)?.scrub.ask(now);
+        Ok(())
+    }
+
     /// Where every stream stands.
     pub fn status(&self) -> Vec<StreamStatus> {
         self.streams.values().map(|stream| self.status_of(stream)).collect()
@@ -560,7 +617,6 @@ impl<I: Io> Target<I> {
             (last.last_seq.min(newest.unwrap_or_default()) + 1).saturating_sub(from)
         });
         let records = records.sum();
-        let oldest_time = journal.segments.front().map_or(0, |segment| segment.time.0);
         let lives = stream.points.now();
         let disks = stream.history.table().disks.iter().map(|known| {
             let life = lives.get(&known.disk.slot);
@@ -572,7 +628,8 @@ impl<I: Io> Target<I> {
                 timeline: known.timeline,
                 member: life.is_some_and(|life| life.member),
                 syncing: life.is_some_and(|life| !life.open.is_empty()),
-                damaged: !stream.damage.is_empty() && life.is_some_and(|life| life.member && life.owes_whole),
+                damaged: stream.owes_whole() && life.is_some_and(|life| life.member && life.owes_whole)
+                    || stream.damage.open_blocks().any(|block| block.slot == known.disk.slot),
             }
         });
         let views = self.views.iter().filter(|view| view.stream == stream.id).map(|view| {
@@ -583,7 +640,8 @@ impl<I: Io> Target<I> {
                 timeline: delta.map(|delta| delta.timeline()).unwrap_or_default(),
                 kind: if delta.is_some() { view.kind } else { TimelineKind::View },
                 delta_bytes: delta.map_or(0, |delta| delta.journal.bytes),
-                failed: delta.and_then(|delta| delta.failed.clone()),
+                shelf_bytes: stream.shelf(&view.name).map_or(0, |shelf| shelf.journal.bytes),
+                failed: delta.into_iter().chain(stream.shelf(&view.name)).find_map(|delta| delta.failed.clone()),
             }
         });
         StreamStatus {
@@ -608,7 +666,7 @@ impl<I: Io> Target<I> {
             newest_cut: stream.points.newest_cut(),
             cuts: stream.points.cuts().len(),
             records,
-            history: journal.stream_time().saturating_sub(oldest_time),
+            history: stream.history_kept(),
             journal_bytes: journal.bytes,
             segments: journal.segments.len(),
             index_bytes: journal.index_bytes() + stream.points.bytes(),
@@ -616,7 +674,9 @@ impl<I: Io> Target<I> {
             received_frames: stream.received_frames + connection.map_or(0, |connection| connection.received_frames),
             folded_segments: stream.fold.folded,
             shortened: stream.shortened.clone(),
-            damage: stream.damage.clone(),
+            damage: stream.damage.all().cloned().collect(),
+            scrub: stream.scrub.status(),
+            fold_error: stream.fold.error.clone(),
             disks: disks.collect(),
             views: views.collect(),
         }

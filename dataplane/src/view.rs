@@ -19,6 +19,7 @@ use crate::index::{Content, Cover, Piece};
 use crate::io::{Buf, Done, Errno, File, Io, Op, Part};
 use crate::journal::segment::cover_aligned;
 use crate::journal::{Journal, Writer};
+use crate::scrub::Suspect;
 use crate::seal::{open_chunk, payload};
 use crate::target::ops::{Ctx, JournalId, Purpose};
 use crate::target::stream::{Image, Stream};
@@ -63,6 +64,9 @@ pub(crate) struct ReadRequest {
     pub slot: u16,
     pub seq: u64,
     pub delta: Option<u32>,
+    /// The view, whose shelf may come to be before this is begun; or the shelf itself.
+    pub view: Option<u32>,
+    pub shelf: Option<u32>,
     pub stream: u32,
     pub offset: u64,
     pub len: usize,
@@ -130,6 +134,8 @@ pub(crate) struct Reads {
     cover: Cover,
     pieces: Vec<Piece>,
     pub answers: Vec<(DiskKey, Answer)>,
+    /// Frames of streams that could not be read.
+    pub suspects: Vec<(u32, Suspect)>,
     /// Readers of segments that have ended.
     released: Vec<(u32, JournalId, u64)>,
 }
@@ -156,6 +162,7 @@ impl Reads {
             cover: Cover::default(),
             pieces: Vec::new(),
             answers: Vec::new(),
+            suspects: Vec::new(),
             released: Vec::new(),
         }
     }
@@ -163,6 +170,16 @@ impl Reads {
     /// Something waits for a buffer.
     pub fn is_starved(&self) -> bool {
         !self.queue.is_empty() || !self.stalled.is_empty()
+    }
+
+    /// Number of the next read of an image.
+    pub fn next_number(&self) -> u64 {
+        self.next
+    }
+
+    /// A read of an image that was begun before this number is under way.
+    pub fn is_before(&self, number: u64) -> bool {
+        self.images.first_key_value().is_some_and(|(first, _)| *first < number)
     }
 
     /// Takes a read.
@@ -203,6 +220,16 @@ impl Reads {
         if self.reserve.is_none() {
             self.reserve = ctx.io.pool().take(RESERVE);
         }
+        let shelf = request.shelf.or_else(|| {
+            let view = request.view?;
+            stream.view_pins.iter().find(|pin| pin.view == view)?.shelf
+        });
+        let shelf = shelf.and_then(|id| stream.deltas.iter().find(|delta| delta.id == id));
+        if shelf.is_some_and(|shelf| shelf.damaged) {
+            // What is missing of it must not be taken from an image that has gone on.
+            self.refuse(&request, Errno::IO);
+            return true;
+        }
         let at = HEADROOM + (request.offset % 4096) as usize;
         let Some(buf) = ctx.io.pool().take(at + request.len + 4096) else { return false };
         let end = request.offset + request.len as u64;
@@ -211,6 +238,9 @@ impl Reads {
         cover.start(request.offset, end);
         if let Some(delta) = request.delta.and_then(|id| stream.deltas.iter().find(|delta| delta.id == id)) {
             delta.journal.cover(&mut cover, request.slot, u64::MAX);
+        }
+        if let Some(shelf) = shelf {
+            shelf.journal.cover(&mut cover, request.slot, u64::MAX);
         }
         stream.journal.cover(&mut cover, request.slot, request.seq);
         pieces.clear();
@@ -400,6 +430,8 @@ impl Reads {
             }
             Err(why) => {
                 tracing::error!(frame = read.header.number.get(), why, "a chunk of the journal cannot be read");
+                let (journal, segment, frame) = (read.journal, read.key.segment, read.key.frame);
+                self.suspects.push((read.stream, Suspect { journal, segment, frame }));
                 for wanted in read.wanted.drain(..) {
                     self.piece_done(wanted.read, Some(Errno::IO));
                 }

@@ -276,6 +276,7 @@ impl Stage {
             name: "group".into(),
             policy_key: self.policy.clone(),
             retention: self.setup.retention,
+            budget_bytes: 0,
             disks: self.infos.iter().map(|info| (info.clone(), 1)).collect(),
         };
         let Some(life) = &mut self.target else { return };

@@ -1,5 +1,5 @@
 //! What crosses a process in Afterimage: the stream (records in chunks in frames), the journal's segments, the
-//! handshake, the control messages of a connection, the write-intent log and the timeline table. No I/O, no `unsafe`,
+//! handshake, the control messages of a connection, the write-intent log, and the tables of a target. No I/O, no `unsafe`,
 //! no keys used: sealing is `dataplane::seal`.
 //!
 //! The bytes are drawn in `docs/format.md` and pinned by the golden tests of this crate. Everything is little-endian.
@@ -14,6 +14,7 @@ use bytes::{Buf, BufMut};
 
 pub mod chunk;
 pub mod control;
+pub mod damage;
 pub mod frame;
 pub mod handshake;
 pub mod ids;

@@ -281,6 +281,58 @@ impl Points {
         self.events.iter().any(|event| event.seq > seq && event.seq <= until)
     }
 
+    /// The cuts and changes numbered `from` to `to`, as records again.
+    pub fn records_within(&self, from: u64, to: u64) -> Vec<(Record, Vec<u8>)> {
+        let plain = |seq, kind, disk| Record {
+            seq,
+            kind,
+            disk,
+            offset: 0,
+            len: 0,
+            mono_ns: 0,
+            wall_ns: 0,
+            payload_at: 0,
+            payload_len: 0,
+            crc: 0,
+        };
+        let mut found = Vec::new();
+        for cut in self.cuts.iter().filter(|cut| cut.seq >= from && cut.seq <= to) {
+            let mut payload = Vec::new();
+            cut.cut.encode(&mut payload);
+            let (mono_ns, wall_ns) = (cut.mono_ns, cut.wall_ns);
+            found.push((Record { mono_ns, wall_ns, ..plain(cut.seq, RecordKind::Cut, 0) }, payload));
+        }
+        for event in self.events.iter().filter(|event| event.seq >= from && event.seq <= to) {
+            let mut payload = Vec::new();
+            let kind = match &event.change {
+                Change::Join(info) => {
+                    info.encode(&mut payload);
+                    RecordKind::Join
+                }
+                Change::Resize(info) => {
+                    info.encode(&mut payload);
+                    RecordKind::Resize
+                }
+                Change::SyncBegin(mark) => {
+                    mark.encode(&mut payload);
+                    RecordKind::SyncBegin
+                }
+                Change::SyncEnd(mark) => {
+                    mark.encode(&mut payload);
+                    RecordKind::SyncEnd
+                }
+                Change::Leave => RecordKind::Leave,
+                Change::Damage => continue,
+            };
+            found.push((plain(event.seq, kind, event.slot), payload));
+        }
+        for (record, payload) in &mut found {
+            record.payload_len = payload.len() as u32;
+        }
+        found.sort_by_key(|(record, _)| record.seq);
+        found
+    }
+
     /// Ids of the disks that are held in `lives`.
     pub fn held(lives: &Lives) -> Vec<DiskId> {
         lives.values().filter(|life| holds(life)).map(|life| life.info.id).collect()

@@ -236,6 +236,20 @@ impl SegmentIndex {
         }
     }
 
+    /// The data of these chunks of a frame (a bit each) cannot be read any more: their records say so from now on.
+    /// `each` gets every record of them as it was.
+    pub fn lose(&mut self, frame: u32, chunks: u64, mut each: impl FnMut(&Entry)) {
+        let runs = self.runs.iter_mut().flat_map(|run| &mut run.entries);
+        for entry in runs.chain(&mut self.tail) {
+            if entry.frame == frame && chunks & 1 << entry.chunk != 0 {
+                each(entry);
+                if entry.kind == EntryKind::Data {
+                    entry.kind = EntryKind::Unreadable;
+                }
+            }
+        }
+    }
+
     /// The parts, newest first.
     pub fn newest_first(&self) -> impl Iterator<Item = IndexPart<'_>> {
         std::iter::once(IndexPart { tail: &self.tail, run: None })

@@ -12,7 +12,6 @@ use afterimage_wire::record::DiskInfo;
 
 use super::segment::{Segment, Writer, head};
 use super::{Journal, Place, segment_name};
-use crate::index::SegmentIndex;
 use crate::io::{Done, Errno, File, Io, Nanos, Op, OpenHow, Part};
 use crate::target::ops::{Ctx, Purpose};
 
@@ -105,7 +104,10 @@ pub(super) struct Append {
     sync_wanted: bool,
     syncing: Option<Place>,
     failed: Option<Errno>,
+    /// A new segment is needed and cannot be made; when to try again.
     no_room: Option<(NoRoom, Nanos)>,
+    /// The next segment could not be made ahead; when to try again.
+    prepare_at: Nanos,
     disks: Vec<DiskInfo>,
     budget: u64,
     reserve: u64,
@@ -125,6 +127,7 @@ impl Default for Append {
             syncing: None,
             failed: None,
             no_room: None,
+            prepare_at: 0,
             disks: Vec::new(),
             budget: u64::MAX,
             reserve: 0,
@@ -134,6 +137,12 @@ impl Default for Append {
 }
 
 impl Append {
+    /// An empty one with the same bounds.
+    pub(super) fn successor(&self) -> Self {
+        let (disks, budget) = (self.disks.clone(), self.budget);
+        Self { disks, budget, reserve: self.reserve, roll_after: self.roll_after, ..Self::default() }
+    }
+
     pub(super) fn close<I: Io>(&mut self, io: &mut I) {
         if let Some(prepared) = self.prepared.take() {
             io.close(prepared.file);
@@ -169,6 +178,22 @@ impl Journal {
         self.append.queue.is_empty() && self.append.under_way.is_empty()
     }
 
+    /// Nothing was given to the kernel that has not come back.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.append.under_way.is_empty() && self.append.syncing.is_none()
+    }
+
+    /// Nothing is written any more: the files lose the lock that writing needs. What is in them stays readable.
+    pub(crate) fn stop_writing<I: Io>(&mut self, io: &mut I) {
+        if let Some(active) = self.append.active.take()
+            && let Some(segment) = self.segment_mut(active.uid)
+        {
+            segment.file = None;
+            io.close(active.file);
+        }
+        self.append.close(io);
+    }
+
     /// A write or sync failed: nothing more is taken.
     pub(crate) fn failed(&self) -> Option<Errno> {
         self.append.failed
@@ -184,6 +209,7 @@ impl Journal {
         if let Some((_, again)) = &mut self.append.no_room {
             *again = 0;
         }
+        self.append.prepare_at = 0;
     }
 
     /// Batches that no write was begun for are given up: their sender is gone.
@@ -305,20 +331,9 @@ impl Journal {
         self.close_active(ctx.io);
         let uid = self.next_uid;
         self.next_uid += 1;
-        self.segments.push_back(Segment {
-            uid,
-            number,
-            path: prepared.path,
-            stream,
-            writer,
-            size: prepared.size,
-            frames: Vec::new(),
-            chunks: Vec::new(),
-            index: SegmentIndex::new(first.1),
-            time: (0, 0),
-            file: Some(prepared.file),
-            users: 0,
-        });
+        let mut segment = Segment::new(uid, number, prepared.path, stream, writer, prepared.size, first.1);
+        segment.file = Some(prepared.file);
+        self.segments.push_back(segment);
         let (file, at, size) = (prepared.file, bytes.len() as u64, prepared.size);
         self.append.active = Some(Active { uid, file, at, size });
         let serial = self.append.next_serial;
@@ -383,13 +398,13 @@ impl Journal {
     /// Makes the next segment's file before it is needed.
     fn prepare<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
         let half = self.append.active.as_ref().is_some_and(|active| active.at >= active.size / 2);
-        let waiting = self.append.no_room.is_some_and(|(_, again)| ctx.io.now() < again);
-        if !half || waiting || self.append.prepared.is_some() {
+        if !half || ctx.io.now() < self.append.prepare_at || self.append.prepared.is_some() {
             return;
         }
         match self.create(ctx.io) {
             Ok(prepared) => self.append.prepared = Some(prepared),
-            Err(Some(why)) => self.append.no_room = Some((why, ctx.io.now() + ROOM_AGAIN)),
+            // Not needed yet: the roll says it when it is.
+            Err(Some(_)) => self.append.prepare_at = ctx.io.now() + ROOM_AGAIN,
             Err(None) => {}
         }
     }
@@ -443,6 +458,10 @@ impl Journal {
     /// When to pump again although nothing completes.
     pub(crate) fn deadline(&self) -> Option<Nanos> {
         self.no_room()?;
+        // The roll waits for what is under way first.
+        if !self.is_settled() {
+            return None;
+        }
         self.append.no_room.map(|(_, again)| again)
     }
 

@@ -9,12 +9,16 @@
 use std::sync::Arc;
 
 use afterimage_wire::ALIGN;
+use afterimage_wire::damage::LostFrame;
 use afterimage_wire::frame::{FrameHeader, MAX_FRAME, check_frame};
+use afterimage_wire::ids::IncarnationId;
 use afterimage_wire::segment::{MAX_SEGMENT_HEAD, SegmentHead};
 
+use super::salvage::Salvage;
 use super::segment::{Segment, Writer};
 use super::{Journal, Place};
-use crate::index::{Points, SegmentIndex};
+use crate::damage::find;
+use crate::index::Points;
 use crate::io::{Done, Errno, File, Io, Nanos, Op, OpenHow, Part};
 use crate::target::Damage;
 use crate::target::ops::{Ctx, Purpose};
@@ -38,12 +42,24 @@ struct Found {
     number: u64,
     path: String,
     head: Option<(SegmentHead, usize)>,
+    /// Without a head: the first good frame in it.
+    seen: Option<Seen>,
+}
+
+/// A good frame of a segment whose head cannot be read.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    header: FrameHeader,
+    at: u64,
+    /// A later frame says that it had been acknowledged: the segment was in use.
+    proof: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     OpenHead,
     ReadHead,
+    SeekHead,
     OpenFrames,
     ReadFrames,
     OpenSync,
@@ -66,6 +82,9 @@ pub(crate) struct Recovery {
     file: Option<(File, u64)>,
     again: Option<Nanos>,
     under_way: bool,
+    /// Where the read under way begins; a stretch that cannot be read at once is read block by block.
+    reading: u64,
+    salvage: Option<Salvage>,
     // The scan of one segment.
     uid: u64,
     pos: u64,
@@ -76,19 +95,24 @@ pub(crate) struct Recovery {
     resume: Option<(usize, u64, u64)>,
     plain: Vec<u8>,
     pub damage: Vec<Damage>,
+    /// Frames whose loss is known, and those of them that the journal was read with.
+    known: Vec<LostFrame>,
+    pub used: Vec<(IncarnationId, u64)>,
 }
 
 impl Recovery {
-    /// Of these segments (number, path), in any order.
-    pub fn new(mut files: Vec<(u64, String)>) -> Self {
+    /// Of these segments (number, path), in any order, of which these frames are known to be damaged.
+    pub fn new(mut files: Vec<(u64, String)>, known: Vec<LostFrame>) -> Self {
         files.sort();
         Self {
-            found: files.into_iter().map(|(number, path)| Found { number, path, head: None }).collect(),
+            found: files.into_iter().map(|(number, path)| Found { number, path, head: None, seen: None }).collect(),
             at: 0,
             step: Step::OpenHead,
             file: None,
             again: None,
             under_way: false,
+            reading: 0,
+            salvage: None,
             uid: 0,
             pos: 0,
             expected: (0, 0),
@@ -96,6 +120,8 @@ impl Recovery {
             resume: None,
             plain: Vec::new(),
             damage: Vec::new(),
+            known,
+            used: Vec::new(),
         }
     }
 
@@ -106,6 +132,7 @@ impl Recovery {
 
     /// Gives up: closes what is open.
     pub fn close<I: Io>(&mut self, io: &mut I) {
+        self.salvage = None;
         if let Some((file, _)) = self.file.take() {
             io.close(file);
         }
@@ -140,6 +167,15 @@ impl Recovery {
         journal: &mut Journal,
         points: &mut Points,
     ) -> Result<Progress, Stop> {
+        if let Some(salvage) = &mut self.salvage {
+            if let Some(op) = salvage.next() {
+                self.under_way = true;
+                ctx.submit(purpose, op);
+                return Ok(Progress::Waiting);
+            }
+            let part = self.salvage.take().and_then(Salvage::finish);
+            self.read(ctx.io, part, journal, points)?;
+        }
         loop {
             match self.step {
                 Step::OpenHead => {
@@ -151,7 +187,7 @@ impl Recovery {
                     self.open(ctx.io)?;
                     self.step = Step::ReadHead;
                 }
-                Step::ReadHead | Step::ReadFrames => {
+                Step::ReadHead | Step::SeekHead | Step::ReadFrames => {
                     let Some((file, size)) = self.file else { return Err(Stop::because("no file is open")) };
                     let (from, want) = match self.step {
                         Step::ReadHead => (0, MAX_SEGMENT_HEAD),
@@ -168,6 +204,7 @@ impl Recovery {
                     };
                     let len = left.min((buf.len() / ALIGN * ALIGN) as u64) as usize;
                     self.under_way = true;
+                    self.reading = from;
                     ctx.submit(purpose, Op::Read { file, offset: from, part: Part { buf, at: 0, len } });
                     return Ok(Progress::Waiting);
                 }
@@ -230,8 +267,19 @@ impl Recovery {
         points: &mut Points,
     ) -> Result<(), String> {
         self.under_way = false;
+        if let Some(salvage) = &mut self.salvage {
+            salvage.done(done);
+            return Ok(());
+        }
         let path = self.found.get(self.at).map_or("", |found| found.path.as_str());
         if let Err(errno) = done.result {
+            if let (Step::ReadHead | Step::SeekHead | Step::ReadFrames, Some((file, _)), Some(part)) =
+                (self.step, self.file, done.part)
+            {
+                tracing::warn!(path, %errno, at = self.reading, "a journal cannot be read in one piece");
+                self.salvage = Some(Salvage::new(file, self.reading, part));
+                return Ok(());
+            }
             return Err(format!("{} {path}: {errno}", if self.step == Step::Sync { "syncing" } else { "reading" }));
         }
         if self.step == Step::Sync {
@@ -262,9 +310,21 @@ impl Recovery {
                     found.head = Some((head, length));
                 }
                 journal.bytes += self.file.map_or(0, |(_, size)| size);
-                self.close_file(io);
-                self.at += 1;
-                self.step = Step::OpenHead;
+                if found.head.is_none() {
+                    self.pos = ALIGN as u64;
+                    self.step = Step::SeekHead;
+                } else {
+                    self.next_head(io);
+                }
+            }
+            Step::SeekHead => {
+                let (before, last) = (self.pos, self.at + 1 == self.found.len());
+                let more = part.is_some_and(|part| self.seek(&part.buf[..part.len], journal));
+                // A window without any frame: nothing, or nothing that was acknowledged, follows.
+                let wanted = self.found[self.at].seen.is_some_and(|seen| last && !seen.proof);
+                if !(more && wanted && self.pos > before) {
+                    self.next_head(io);
+                }
             }
             Step::ReadFrames => match part {
                 Some(mut part) => {
@@ -278,6 +338,73 @@ impl Recovery {
         Ok(())
     }
 
+    fn next_head<I: Io>(&mut self, io: &mut I) {
+        self.close_file(io);
+        self.at += 1;
+        self.step = Step::OpenHead;
+    }
+
+    /// Looks for frames in a window of a segment without a head; true if there were any.
+    fn seek(&mut self, window: &[u8], journal: &Journal) -> bool {
+        let seen = &mut self.found[self.at].seen;
+        let (mut at, mut any) = (0, false);
+        while at < window.len() {
+            let header = FrameHeader::parse(&window[at..]).ok().filter(|header| header.stream == journal.config.stream);
+            let length = header.map_or(ALIGN, |header| header.length.get() as usize);
+            if at > 0 && at + length > window.len() {
+                break; // The next window begins here.
+            }
+            match (header, window.get(at..at + length).is_some_and(|bytes| check_frame(bytes).is_ok()), &mut *seen) {
+                (Some(header), true, None) => {
+                    *seen = Some(Seen { header: *header, at: self.pos + at as u64, proof: false });
+                    any = true;
+                    at += length;
+                }
+                (Some(header), true, Some(first)) => {
+                    first.proof |= header.incarnation == first.header.incarnation
+                        && header.acked.get() >= first.header.number.get();
+                    any = true;
+                    at += length;
+                }
+                _ => at += ALIGN,
+            }
+        }
+        self.pos += at as u64;
+        any
+    }
+
+    /// The head of the segment at hand put together from a neighbour's of the same writer, if it has one and was in use.
+    fn rebuilt(&self, journal: &Journal) -> Option<(SegmentHead, usize)> {
+        let found = &self.found[self.at];
+        let seen = found.seen?;
+        if self.at + 1 == self.found.len() && !seen.proof {
+            return None;
+        }
+        let incarnation = seen.header.incarnation;
+        let before = journal.segments.back().map(|segment| &segment.writer).filter(|w| w.incarnation == incarnation);
+        let (predecessor, key, disks) = match before {
+            Some(writer) => (writer.predecessor, writer.wrapped, writer.disks.clone()),
+            None => {
+                let mut later = self.found[self.at + 1..].iter().filter_map(|found| found.head.as_ref());
+                let (head, _) = later.find(|(head, _)| head.incarnation == incarnation)?;
+                (head.predecessor, head.key, head.disks.clone())
+            }
+        };
+        let head = SegmentHead {
+            stream: journal.config.stream,
+            timeline: journal.config.timeline,
+            incarnation,
+            predecessor,
+            segment: found.number,
+            first_frame: seen.header.number.get(),
+            first_seq: seen.header.first_seq.get(),
+            created_wall_ns: 0,
+            key,
+            disks,
+        };
+        Some((head, seen.at as usize))
+    }
+
     fn begin_segment<I: Io>(
         &mut self,
         ctx: &mut Ctx<'_, I>,
@@ -285,10 +412,21 @@ impl Recovery {
         points: &mut Points,
     ) -> Result<(), Stop> {
         let last_file = self.at + 1 == self.found.len();
+        let rebuilt = if self.found[self.at].head.is_none() { self.rebuilt(journal) } else { None };
+        if let Some((head, _)) = &rebuilt {
+            let (path, known) = (&self.found[self.at].path, self.expected.0 > 0);
+            tracing::error!(path, "the head of a segment cannot be read; its neighbour's key opens it");
+            if !known && head.first_frame > 1 && head.first_seq > points.floor() + 1 {
+                let (number, first) = (head.segment, head.first_frame);
+                let what = format!("frames before {first} behind the damaged head of {path} cannot be found");
+                let seq = points.floor() + 1;
+                self.lost(journal, points, number, 1, first - 1, seq, what);
+            }
+        }
         let found = &self.found[self.at];
         journal.next_number = journal.next_number.max(found.number + 1);
-        let Some((head, length)) = &found.head else {
-            if last_file {
+        let Some((head, length)) = found.head.as_ref().or(rebuilt.as_ref()) else {
+            if last_file && !found.seen.is_some_and(|seen| seen.proof) {
                 // Prepared and never begun, or begun and torn before anything in it was acknowledged.
                 let (number, path) = (found.number, found.path.clone());
                 self.open(ctx.io)?;
@@ -303,7 +441,9 @@ impl Recovery {
             } else {
                 let what = format!("the head of {} cannot be read: all its frames are lost", found.path);
                 let (frame, seq) = if self.expected.0 > 0 { self.expected } else { (1, points.floor() + 1) };
-                self.lost(journal, points, found.number, frame, frame, seq, what);
+                let (number, path) = (found.number, found.path.clone());
+                self.lost(journal, points, number, frame, frame, seq, what);
+                self.keep_husk(ctx.io, journal, number, path, seq);
             }
             self.at += 1;
             return Ok(());
@@ -335,26 +475,27 @@ impl Recovery {
         };
         self.uid = journal.next_uid;
         journal.next_uid += 1;
-        journal.segments.push_back(Segment {
-            uid: self.uid,
-            number,
-            path,
-            stream: head.stream,
-            writer,
-            size,
-            frames: Vec::new(),
-            chunks: Vec::new(),
-            index: SegmentIndex::new(head.first_seq),
-            time: (0, 0),
-            file: None,
-            users: 0,
-        });
+        let segment = Segment::new(self.uid, number, path, head.stream, writer, size, head.first_seq);
+        journal.segments.push_back(segment);
         self.expected = (head.first_frame, head.first_seq);
         self.pos = length as u64;
         self.probe = None;
         self.resume = Some((self.at, self.uid, self.pos));
         self.step = Step::ReadFrames;
         Ok(())
+    }
+
+    /// A segment of which nothing can be used stands in its place, empty, until its turn to be dropped comes. Nothing is
+    /// appended in front of it.
+    fn keep_husk<I: Io>(&mut self, io: &mut I, journal: &mut Journal, number: u64, path: String, seq: u64) {
+        let Some(writer) = journal.segments.back().map(|before| before.writer.clone()) else { return };
+        let size = self.open(io).ok().and(self.file).map_or(0, |(_, size)| size);
+        self.close_file(io);
+        let uid = journal.next_uid;
+        journal.next_uid += 1;
+        let stream = journal.config.stream;
+        journal.segments.push_back(Segment::new(uid, number, path, stream, writer, size, seq));
+        self.resume = None;
     }
 
     /// Looks at the frames of a window that begins at `self.pos`.
@@ -375,6 +516,13 @@ impl Recovery {
                 return; // The next window begins here, and holds the longest frame.
             }
             let whole = wanted && window.get(at..at + length).is_some_and(|bytes| check_frame(bytes).is_ok());
+            if !whole && self.probe.is_none() {
+                match self.scan_known(window, at, journal, points) {
+                    Some(true) => continue,
+                    Some(false) => return,
+                    None => {}
+                }
+            }
             let (Some(header), true) = (header, whole) else {
                 self.probe.get_or_insert(Probe { found: None });
                 self.pos += ALIGN as u64;
@@ -413,6 +561,36 @@ impl Recovery {
                 }
             }
         }
+    }
+
+    /// The frame that must come next is not whole: it may be one whose loss is known, and is taken as it was known. False:
+    /// the window ends within it.
+    fn scan_known(&mut self, window: &mut [u8], at: usize, journal: &mut Journal, points: &mut Points) -> Option<bool> {
+        let segment = journal.segments.back()?;
+        let (incarnation, number) = (segment.writer.incarnation, segment.number);
+        let known = find(&self.known, journal.config.timeline, incarnation, self.expected.0)?;
+        if known.segment != number || u64::from(known.at) != self.pos || known.header.first_seq.get() < self.expected.1
+        {
+            return None;
+        }
+        let length = known.header.length.get() as usize;
+        if at > 0 && at + length > window.len() {
+            return Some(false);
+        }
+        let bytes = window.get_mut(at..at + length)?;
+        if let Err(error) = journal.index_lost(self.uid, known, bytes, points, &mut self.plain) {
+            tracing::error!(frame = self.expected.0, %error, "more of a damaged frame is lost than before");
+            return None;
+        }
+        let (frame, seq) = (self.expected.0, known.header.last_seq.get());
+        self.used.push((incarnation, frame));
+        self.expected = (frame + 1, seq + 1);
+        self.pos += length as u64;
+        journal.complete = Place { incarnation, frame, seq };
+        if let Some(resume) = &mut self.resume {
+            resume.2 = self.pos;
+        }
+        Some(true)
     }
 
     /// The hole is damage: goes on with the first good frame behind it.
@@ -476,7 +654,8 @@ impl Recovery {
     ) {
         points.damage(first_seq);
         let incarnation = journal.segments.back().map(|segment| segment.writer.incarnation).unwrap_or_default();
-        self.damage.push(Damage { segment, incarnation, first_frame, last_frame, first_seq, what });
+        let (known, blocks) = (false, Vec::new());
+        self.damage.push(Damage { segment, incarnation, first_frame, last_frame, first_seq, what, known, blocks });
     }
 
     fn finish<I: Io>(&mut self, io: &mut I, journal: &mut Journal) -> Result<(), Stop> {

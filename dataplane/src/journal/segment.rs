@@ -1,5 +1,6 @@
 //! One segment in memory: where its frames and chunks lie, and the index of their records.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use afterimage_wire::chunk::{Chunk, Codec};
@@ -93,9 +94,43 @@ pub struct Segment {
     pub file: Option<File>,
     /// Reads that still need the file.
     pub users: u32,
+    /// Chunks that cannot be read any more, a bit each, by frame in the table.
+    pub lost: BTreeMap<u32, u64>,
 }
 
 impl Segment {
+    /// Empty; its record numbers are counted from `first_seq`.
+    pub fn new(
+        uid: u64,
+        number: u64,
+        path: String,
+        stream: StreamId,
+        writer: Arc<Writer>,
+        size: u64,
+        first_seq: u64,
+    ) -> Self {
+        Self {
+            uid,
+            number,
+            path,
+            stream,
+            writer,
+            size,
+            frames: Vec::new(),
+            chunks: Vec::new(),
+            index: SegmentIndex::new(first_seq),
+            time: (0, 0),
+            file: None,
+            users: 0,
+            lost: BTreeMap::new(),
+        }
+    }
+
+    /// The chunk cannot be read any more.
+    pub fn is_lost(&self, frame: u32, chunk: u8) -> bool {
+        self.lost.get(&frame).is_some_and(|chunks| chunks & 1 << chunk != 0)
+    }
+
     /// Last record, if it holds any frame.
     pub fn last_seq(&self) -> Option<u64> {
         self.frames.last().map(|frame| frame.last_seq)
@@ -213,7 +248,7 @@ impl Segment {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn take_chunk(
+    pub(super) fn take_chunk(
         &mut self,
         chunk: &Chunk<'_>,
         (frame, number): (u32, u8),
@@ -246,7 +281,7 @@ impl Segment {
         Ok(())
     }
 
-    fn take_record(
+    pub(super) fn take_record(
         &mut self,
         record: &Record,
         body: &[u8],

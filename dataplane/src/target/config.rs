@@ -31,11 +31,15 @@ pub struct TargetConfig {
     pub cache_bytes: usize,
     /// Bytes of the file system that ingest leaves free, for folding and for the deltas of failed-over machines.
     pub reserve_bytes: u64,
+    /// How often all that is held is read and verified, nanoseconds; 0 for never but when asked ([`super::Target::scrub`]).
+    pub scrub_interval: Nanos,
+    /// Most bytes that this reads in a second.
+    pub scrub_rate: u64,
 }
 
 impl TargetConfig {
     /// Defaults below this root: segments of 64 MiB, 16 GiB of history and 256 MiB of index for each stream, 64 MiB of
-    /// opened chunks, 256 MiB left free.
+    /// opened chunks, 256 MiB left free, verified once a week at 32 MiB/s.
     pub fn new(root: impl Into<String>) -> Self {
         Self {
             root: root.into(),
@@ -44,6 +48,8 @@ impl TargetConfig {
             index_bytes: 256 << 20,
             cache_bytes: 64 << 20,
             reserve_bytes: 256 << 20,
+            scrub_interval: 7 * 86_400 * 1_000_000_000,
+            scrub_rate: 32 << 20,
         }
     }
 
@@ -65,6 +71,12 @@ impl TargetConfig {
         if self.index_bytes < 1 << 20 {
             return bad("index_bytes", self.index_bytes.to_string(), "at least 1 MiB");
         }
+        if self.scrub_rate < 64 << 10 {
+            return bad("scrub_rate", self.scrub_rate.to_string(), "at least 64 KiB a second");
+        }
+        if self.scrub_interval > 0 && self.scrub_interval < 1_000_000_000 {
+            return bad("scrub_interval", self.scrub_interval.to_string(), "0, or at least a second in nanoseconds");
+        }
         Ok(())
     }
 }
@@ -80,6 +92,8 @@ pub struct StreamConfig {
     pub policy_key: PolicyKey,
     /// How much stream time stays in single writes, nanoseconds.
     pub retention: Nanos,
+    /// Most bytes of its segments (deltas of its views apart), at least four segments; 0 for the target's own bound.
+    pub budget_bytes: u64,
     /// Its disks, each with the lowest generation that may write it (the table's own counts if it is higher).
     pub disks: Vec<(DiskInfo, u64)>,
 }

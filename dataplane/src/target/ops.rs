@@ -43,6 +43,8 @@ pub(crate) enum Purpose {
     Recover(u32),
     /// Folding.
     Fold(u32, FoldOp),
+    /// Verifying a journal.
+    Scrub(u32),
     /// A sealed chunk for views.
     Chunk(u64),
     /// A piece of a replica image for a view's read.

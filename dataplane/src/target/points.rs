@@ -52,6 +52,7 @@ impl Stream {
             cut: cut.map(|cut| cut.cut.clone()),
             disks: Points::held(&lives),
             complete: complete(&lives),
+            damage: self.damage.at(seq, &lives),
         }
     }
 

@@ -23,6 +23,8 @@ pub struct PointInfo {
     pub disks: Vec<DiskId>,
     /// It holds every disk that is in the stream there.
     pub complete: bool,
+    /// Some of it cannot be read: what, and which blocks, for a person.
+    pub damage: Option<String>,
 }
 
 /// Where a stream stands.
@@ -49,10 +51,56 @@ pub struct Damage {
     pub first_frame: u64,
     /// Last frame lost.
     pub last_frame: u64,
-    /// First record lost: points from here on are damaged until the next whole synchronisation.
+    /// First record lost.
     pub first_seq: u64,
     /// What is wrong, for a person.
     pub what: String,
+    /// What the lost records held is known: points that need one of `blocks` are damaged, others are not. Otherwise
+    /// points from `first_seq` on hold no disk until the next whole synchronisation.
+    pub known: bool,
+    /// Lost bytes, in no order.
+    pub blocks: Vec<LostBlocks>,
+}
+
+impl Damage {
+    /// The newest state is good again.
+    pub fn is_mended(&self) -> bool {
+        self.known && self.blocks.iter().all(|block| block.until.is_some())
+    }
+}
+
+/// Bytes of a disk that cannot be read at some points.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostBlocks {
+    /// Disk.
+    pub disk: DiskId,
+    /// Its slot.
+    pub slot: u16,
+    /// Byte offset.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Damaged are points from this record on …
+    pub from: u64,
+    /// … to the one before this, from which on newer data is there; the newest state lacks them while it is not set.
+    pub until: Option<u64>,
+}
+
+/// How the journals of a stream are verified in the background.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScrubStatus {
+    /// A pass is under way.
+    pub running: bool,
+    /// Bytes that it has verified.
+    pub done: u64,
+    /// Bytes that it has to verify.
+    pub total: u64,
+    /// Passes that have ended since the start.
+    pub passes: u64,
+    /// When the last one ended, this host's monotonic clock.
+    pub ended: Option<Nanos>,
+    /// Frames found to be damaged since the start.
+    pub bad_frames: u64,
 }
 
 /// A disk of a stream.
@@ -127,8 +175,12 @@ pub struct StreamStatus {
     pub folded_segments: u64,
     /// History that was shortened below the policy's retention, and why, if it was.
     pub shortened: Option<String>,
-    /// What was lost.
+    /// What was lost and still concerns a point.
     pub damage: Vec<Damage>,
+    /// The verification of what is held.
+    pub scrub: ScrubStatus,
+    /// Why folding does not get on, if it does not.
+    pub fold_error: Option<String>,
     /// Disks.
     pub disks: Vec<DiskStatus>,
     /// Open views.
@@ -148,6 +200,8 @@ pub struct ViewStatus {
     pub kind: TimelineKind,
     /// Bytes of its delta's segments.
     pub delta_bytes: u64,
+    /// Bytes of what was kept of its point when folding went past it.
+    pub shelf_bytes: u64,
     /// Its delta cannot be written any more, and why.
     pub failed: Option<String>,
 }
@@ -187,6 +241,15 @@ pub enum TargetEvent {
         stream: StreamId,
         /// Oldest record that is left as a point.
         floor: u64,
+        /// Why.
+        why: String,
+    },
+    /// A view was given up: there was no room to keep its point beside folding.
+    ViewLost {
+        /// Stream.
+        stream: StreamId,
+        /// The view.
+        view: String,
         /// Why.
         why: String,
     },

@@ -10,21 +10,23 @@ use afterimage_wire::{ALIGN, align_up};
 
 use super::config::{StreamConfig, TargetConfig, TargetError, ViewConfig};
 use super::ops::{Ctx, JournalId, Purpose};
+use super::reopen::Reopen;
 use super::status::{Damage, TargetEvent};
+use crate::damage::Ledger;
 use crate::delta::Delta;
 use crate::fold::Fold;
 use crate::index::Points;
 use crate::io::{Errno, File, Io, Nanos, OpenHow};
 use crate::journal::recover::{Progress, Recovery};
 use crate::journal::{Journal, JournalConfig, Place, Writer, Written, parse_segment_name};
+use crate::scrub::Scrub;
+use crate::shelf::{Shelving, view_of};
 use crate::timeline::History;
 
 /// How long to wait for the lock of a file that a dead process still has I/O on.
 const LOCK_AGAIN: Nanos = 10_000_000;
 /// A segment holds at most this part of the retention.
 const ROLL_PART: u64 = 8;
-/// Losses that are remembered one by one.
-const MAX_DAMAGE: usize = 1024;
 /// Batches of durable frames that wait to be indexed.
 const MAX_TO_INDEX: usize = 8;
 /// Shortest stream time of a segment that is not full.
@@ -59,6 +61,16 @@ pub(crate) enum Phase {
     Failed(String),
 }
 
+/// An open view, as folding sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct ViewPin {
+    pub view: u32,
+    pub name: String,
+    pub seq: u64,
+    /// What folding has overwritten of it.
+    pub shelf: Option<u32>,
+}
+
 /// A hello that was accepted and whose writer has sent nothing yet.
 #[derive(Copy, Clone, Debug)]
 pub(crate) struct Welcomed {
@@ -71,7 +83,9 @@ pub(crate) struct Welcomed {
 pub(crate) struct Stream {
     pub id: u32,
     pub config: StreamConfig,
+    /// The target's settings, with the stream's own budget if it has one.
     pub bounds: TargetConfig,
+    default_budget: u64,
     pub dir: String,
     pub history: History,
     pub phase: Phase,
@@ -80,10 +94,12 @@ pub(crate) struct Stream {
     pub points: Points,
     pub images: BTreeMap<u16, Image>,
     pub fold: Fold,
+    pub shelving: Shelving,
     pub deltas: Vec<Delta>,
     /// Points that open views without a delta need.
-    pub view_pins: Vec<(u32, u64)>,
-    pub damage: Vec<Damage>,
+    pub view_pins: Vec<ViewPin>,
+    pub damage: Ledger,
+    pub scrub: Scrub,
     pub connection: Option<u32>,
     pub last_heard: Option<Nanos>,
     pub welcomed: Option<Welcomed>,
@@ -99,6 +115,9 @@ pub(crate) struct Stream {
     pub received_frames: u64,
     pub shortened: Option<String>,
     pub no_space: Option<String>,
+    /// A failed journal that is being read back.
+    pub reopening: Option<Box<Reopen>>,
+    pub reopen_at: Option<Nanos>,
     lock: Option<File>,
 }
 
@@ -124,6 +143,7 @@ impl Stream {
             journal: Self::empty_journal(id, &config, bounds, &dir, TimelineId::NONE),
             config,
             bounds: bounds.clone(),
+            default_budget: bounds.budget_bytes,
             dir,
             history,
             phase: Phase::Locked,
@@ -131,9 +151,11 @@ impl Stream {
             points: Points::default(),
             images: BTreeMap::new(),
             fold: Fold::default(),
+            shelving: Shelving::default(),
             deltas: Vec::new(),
             view_pins: Vec::new(),
-            damage: Vec::new(),
+            damage: Ledger::default(),
+            scrub: Scrub::new(bounds.scrub_interval, bounds.scrub_rate),
             connection: None,
             last_heard: None,
             welcomed: None,
@@ -146,6 +168,8 @@ impl Stream {
             received_frames: 0,
             shortened: None,
             no_space: None,
+            reopening: None,
+            reopen_at: None,
             lock: None,
         };
         if stream.take_lock(io)? {
@@ -200,12 +224,18 @@ impl Stream {
         self.points = Points::new(state.floor, lives, state.newest_cut);
         let timeline = history.table().current;
         self.journal = Self::empty_journal(self.id, &self.config, &self.bounds, &self.dir, timeline);
+        self.damage = Ledger::open(io, &self.dir, self.config.stream, timeline)
+            .map_err(|errno| storage("reading the damage list in", &self.dir, errno))?;
         self.history = history;
         self.bound_journal();
         Ok(())
     }
 
     fn bound_journal(&mut self) {
+        self.bounds.budget_bytes = match self.config.budget_bytes {
+            0 => self.default_budget,
+            bytes => bytes.max(4 * self.bounds.segment_bytes),
+        };
         let roll_after = (self.config.retention / ROLL_PART).max(ROLL_MIN);
         self.journal.set_bounds(self.bounds.budget_bytes, self.bounds.reserve_bytes, roll_after);
         self.journal.set_disks(self.history.table().disks.iter().map(|disk| disk.disk.clone()).collect());
@@ -226,12 +256,6 @@ impl Stream {
     /// It takes connections and opens views.
     pub fn is_ready(&self) -> bool {
         matches!(self.phase, Phase::Ready)
-    }
-
-    /// The highest record that may be folded, if a view or a delta needs what is above.
-    pub fn pins(&self) -> Option<u64> {
-        let deltas = self.history.state().views.iter().filter(|view| !view.removing).map(|view| view.seq);
-        self.view_pins.iter().map(|pin| pin.1).chain(deltas).min()
     }
 
     /// Makes sure that the disk's image is there and long enough; an image never shrinks.
@@ -283,7 +307,7 @@ impl Stream {
             Phase::Journal(recovery) | Phase::Deltas(_, Some(recovery)) => recovery.deadline(),
             _ => None,
         };
-        [self.again, phase].into_iter().flatten().min()
+        [self.again, phase, self.reopen_deadline()].into_iter().flatten().min()
     }
 
     fn fail(&mut self, why: String, events: &mut VecDeque<TargetEvent>) {
@@ -310,7 +334,8 @@ impl Stream {
                 Err(why) => return self.fail(why, events),
             }
             if self.is_ready() {
-                for damage in &self.damage {
+                self.scrub.rest(ctx.io.now());
+                for damage in self.damage.all() {
                     events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
                 }
                 events.push_back(TargetEvent::Ready { stream: self.config.stream });
@@ -345,7 +370,7 @@ impl Stream {
                     }
                 }
                 let files = self.segment_files(ctx.io, self.journal.config.timeline)?;
-                Ok((Phase::Journal(Recovery::new(files)), true))
+                Ok((Phase::Journal(Recovery::new(files, self.damage.known().to_vec())), true))
             }
             Phase::Journal(mut recovery) => match recovery.turn(ctx, purpose, &mut self.journal, &mut self.points) {
                 Progress::Waiting => Ok((Phase::Journal(recovery), false)),
@@ -354,7 +379,12 @@ impl Stream {
                     Err(why)
                 }
                 Progress::Ready => {
-                    self.damage.append(&mut recovery.damage);
+                    for damage in recovery.damage.drain(..) {
+                        self.damage.add(self.journal.config.timeline, damage);
+                    }
+                    let disks: Vec<_> = self.history.table().disks.iter().map(|d| (d.disk.slot, d.disk.id)).collect();
+                    let disk_of = |slot| disks.iter().find(|(s, _)| *s == slot).map(|(_, id)| *id).unwrap_or_default();
+                    self.damage.restore(&self.journal, &recovery.used, disk_of);
                     self.begin_deltas(ctx.io, next_id)?;
                     Ok((Phase::Deltas(0, None), true))
                 }
@@ -362,7 +392,7 @@ impl Stream {
             Phase::Deltas(at, None) => {
                 let Some(delta) = self.deltas.get(at) else { return Ok((Phase::Ready, true)) };
                 let files = self.segment_files(ctx.io, delta.timeline())?;
-                Ok((Phase::Deltas(at, Some(Recovery::new(files))), true))
+                Ok((Phase::Deltas(at, Some(Recovery::new(files, self.damage.known().to_vec()))), true))
             }
             Phase::Deltas(at, Some(mut recovery)) => {
                 let delta = &mut self.deltas[at];
@@ -374,7 +404,11 @@ impl Stream {
                     }
                     Progress::Ready => {
                         delta.recovered(&recovery.damage);
-                        self.damage.append(&mut recovery.damage);
+                        let timeline = delta.timeline();
+                        for damage in recovery.damage.drain(..) {
+                            self.damage.add(timeline, damage);
+                        }
+                        self.damage.restore(&self.deltas[at].journal, &recovery.used, |_| DiskId::default());
                         Ok((Phase::Deltas(at + 1, None), true))
                     }
                 }
@@ -391,14 +425,21 @@ impl Stream {
                 let delta = &mut self.deltas[*at];
                 recovery.done(io, done, &mut delta.journal, &mut delta.points)
             }
-            _ => Ok(()),
+            _ => {
+                self.reopen_done(io, done);
+                Ok(())
+            }
         };
         if let Err(why) = result {
             self.fail(why, events);
         }
     }
 
-    fn segment_files<I: Io>(&mut self, io: &mut I, timeline: TimelineId) -> Result<Vec<(u64, String)>, String> {
+    pub(super) fn segment_files<I: Io>(
+        &mut self,
+        io: &mut I,
+        timeline: TimelineId,
+    ) -> Result<Vec<(u64, String)>, String> {
         let dir = &self.journal.config.dir;
         let names = io.list(dir).map_err(|errno| format!("listing {dir}: {errno}"))?;
         let ours = names.iter().filter_map(|name| {
@@ -410,8 +451,10 @@ impl Stream {
 
     /// The deltas of views, as of now empty; what is left of removed ones goes.
     fn begin_deltas<I: Io>(&mut self, io: &mut I, next_id: &mut u32) -> Result<(), String> {
-        for view in self.history.state().views.clone() {
-            if view.removing {
+        let views = self.history.state().views.clone();
+        let lives = |name: &str| views.iter().any(|view| !view.removing && view.name == name);
+        for view in views.clone() {
+            if view.removing || view_of(&view.name).is_some_and(|view| !lives(view)) {
                 self.remove_delta_files(io, view.timeline).map_err(|error| error.to_string())?;
             } else {
                 let delta = Delta::new(*next_id, view, &self.journal.config, &self.config.policy_key);
@@ -420,6 +463,15 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// Removes a delta for good.
+    pub fn remove_delta<I: Io>(&mut self, io: &mut I, at: usize) -> Result<(), TargetError> {
+        let timeline = self.deltas[at].timeline();
+        self.history.begin_removal(io, timeline)?;
+        let mut delta = self.deltas.remove(at);
+        delta.journal.close(io);
+        self.remove_delta_files(io, timeline)
     }
 
     /// Removes what is left of a delta that is marked as being removed.
@@ -433,6 +485,7 @@ impl Stream {
             }
         }
         io.sync_dir(&dir).map_err(|errno| storage("syncing", &dir, errno))?;
+        self.damage.forget_branch(timeline);
         self.history.end_removal(io, timeline)
     }
 
@@ -471,9 +524,27 @@ impl Stream {
         self.ripe > 0
     }
 
+    /// Stream time between the oldest and the newest record kept, nanoseconds.
+    pub fn history_kept(&self) -> Nanos {
+        let oldest = self.journal.segments.front().map_or(0, |segment| segment.time.0);
+        self.journal.stream_time().saturating_sub(oldest)
+    }
+
     /// When a failed fold is tried again.
     pub fn fold_deadline(&self) -> Option<Nanos> {
         self.fold.retry_at()
+    }
+
+    /// The journal is another one, read from the disk: what followed the old one follows it.
+    pub(super) fn after_reopen(&mut self) {
+        self.to_index.clear();
+        (self.ripe, self.noted, self.welcomed) = (0, u64::MAX, None);
+        self.bound_journal();
+    }
+
+    /// When the scrub goes on.
+    pub fn scrub_deadline(&self) -> Option<Nanos> {
+        if self.is_ready() { self.scrub.deadline() } else { None }
     }
 
     /// A segment more would fit.
@@ -519,12 +590,12 @@ impl Stream {
                     last_frame: number,
                     first_seq,
                     what: format!("frame {number} cannot be opened: {error}"),
+                    known: false,
+                    blocks: Vec::new(),
                 };
-                tracing::error!(stream = %self.config.stream, what = damage.what, "history is lost");
                 self.bad_seal = Some(number);
-                if self.damage.len() < MAX_DAMAGE {
-                    events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
-                    self.damage.push(damage);
+                if self.damage.add(self.journal.config.timeline, damage.clone()) {
+                    self.name_damage(damage, events);
                 }
             }
             at += len;
@@ -534,7 +605,8 @@ impl Stream {
 
     /// Every disk that is in the stream and has lost history since its last whole synchronisation.
     pub fn owes_whole(&self) -> bool {
-        !self.damage.is_empty() && self.points.now().values().any(|life| life.member && life.owes_whole)
+        self.damage.all().any(|damage| !damage.known)
+            && self.points.now().values().any(|life| life.member && life.owes_whole)
     }
 
     /// Where the stream stands: newest writer, frame and record on stable storage.
@@ -561,6 +633,10 @@ impl Stream {
             _ => {}
         }
         self.fold.abandon();
+        self.shelving.abandon();
+        if let Some(mut reopen) = self.reopening.take() {
+            reopen.close(io);
+        }
         self.journal.close(io);
         for delta in &mut self.deltas {
             delta.journal.close(io);

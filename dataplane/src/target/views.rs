@@ -7,12 +7,14 @@ use afterimage_wire::record::RecordKind;
 use afterimage_wire::timeline::TimelineKind;
 
 use super::config::{Choice, PointError, TargetError, ViewConfig};
+use super::stream::ViewPin;
 use super::{MAX_VIEWS, Target};
 use crate::delta::Change;
 use crate::host::{Answer, DiskKey, Disks, Export, Geometry, HostDisk, Request};
 use crate::index::points::holds;
 use crate::index::{Content, Cover};
 use crate::io::{Allocation, Errno, Io};
+use crate::shelf::{stream_of, view_of};
 use crate::view::{ReadRequest, View, ViewDisk as Disk};
 
 /// How far block status looks at a time, bytes.
@@ -54,10 +56,22 @@ impl<I: Io> Target<I> {
         {
             return Err(TargetError::NameTaken(config.name));
         }
-        let point = stream.choose(Choice::Seq(config.seq))?;
-        let lives = stream.points.at(point.seq);
+        // Of a view that is known its shelf keeps what folding has overwritten, so its point may lie below the floor.
+        let shelf = stream.shelf(&config.name).map(|shelf| (shelf.id, shelf.points.now().clone()));
+        let below = config.seq < stream.points.floor() && known.is_some() && shelf.is_some();
+        let (lives, held) = match &shelf {
+            Some((_, lives)) if below => (lives.clone(), Vec::new()),
+            _ => {
+                let point = stream.choose(Choice::Seq(config.seq))?;
+                if let Some(damage) = &point.damage {
+                    tracing::warn!(view = config.name, damage, "a point is opened although it is damaged");
+                }
+                (stream.points.at(point.seq), point.disks)
+            }
+        };
+        let shelf = shelf.map(|(id, _)| id);
         let wanted = known.as_ref().map(|(_, view)| view.disks.clone()).or_else(|| config.disks.clone());
-        let wanted: Vec<DiskId> = wanted.unwrap_or_else(|| point.disks.clone());
+        let wanted: Vec<DiskId> = wanted.unwrap_or(held);
         if wanted.is_empty() {
             return Err(PointError::None.into());
         }
@@ -66,7 +80,7 @@ impl<I: Io> Target<I> {
             let Some(life) = lives.values().find(|life| life.info.id == *id) else {
                 return Err(PointError::Incomplete { disk: *id, why: "it is not in the stream there" }.into());
             };
-            if !holds(life) {
+            if !below && !holds(life) {
                 let why = match (life.member, life.owes_whole) {
                     (false, _) => "it has left the stream there",
                     (true, true) => "it is not whole there",
@@ -111,7 +125,7 @@ impl<I: Io> Target<I> {
         let view = View { id, name: config.name, stream: stream_id, seq, kind: config.kind, delta, disks };
         let exports = exports_of(&view);
         if let Some(stream) = self.streams.get_mut(&stream_id) {
-            stream.view_pins.push((id, seq));
+            stream.view_pins.push(ViewPin { view: id, name: view.name.clone(), seq, shelf });
         }
         tracing::info!(view = view.name, seq, writable = delta.is_some(), "a view is open");
         self.views.push(view);
@@ -126,18 +140,26 @@ impl<I: Io> Target<I> {
     pub fn close_view(&mut self, io: &mut I, name: &str, keep_delta: bool) -> Result<(), TargetError> {
         let shut = self.shut_view(name);
         let kept = |delta: &crate::delta::Delta| delta.view.name == name;
-        let Some(stream) = self.streams.values_mut().find(|stream| stream.deltas.iter().any(kept)) else {
+        let shelf = |delta: &crate::delta::Delta| view_of(&delta.view.name) == Some(name);
+        let mut streams = self.streams.values_mut();
+        let Some(stream) = streams.find(|stream| stream.deltas.iter().any(|delta| kept(delta) || shelf(delta))) else {
             return if shut { Ok(()) } else { Err(TargetError::UnknownView(name.to_owned())) };
         };
-        if keep_delta {
+        let delta = stream.deltas.iter().position(kept);
+        if keep_delta && delta.is_some() {
             return Ok(());
         }
-        let Some(at) = stream.deltas.iter().position(kept) else { return Ok(()) };
-        let timeline = stream.deltas[at].timeline();
-        stream.history.begin_removal(io, timeline)?;
-        let mut delta = stream.deltas.remove(at);
-        delta.journal.close(io);
-        stream.remove_delta_files(io, timeline)
+        // The shelf goes last: a delta is nothing without it.
+        if let Some(at) = delta {
+            stream.remove_delta(io, at)?;
+        }
+        match stream.deltas.iter().position(shelf) {
+            Some(at) => {
+                stream.shelving.abandon();
+                stream.remove_delta(io, at)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Takes a view off offer.
@@ -147,21 +169,32 @@ impl<I: Io> Target<I> {
         let keys: Vec<DiskKey> = view.disks.iter().map(|disk| disk.key).collect();
         self.reads.forget(&keys);
         if let Some(stream) = self.streams.get_mut(&view.stream) {
-            stream.view_pins.retain(|pin| pin.0 != view.id);
+            stream.view_pins.retain(|pin| pin.view != view.id);
         }
         true
     }
 
     /// Brings answers to the disks that they are for.
     pub(super) fn deliver(&mut self) {
-        let answers = self.reads.answers.drain(..);
-        let deltas = self.streams.values_mut().flat_map(|stream| &mut stream.deltas);
-        for (key, answer) in answers.chain(deltas.flat_map(|delta| delta.answers.drain(..))) {
+        let mut answers = std::mem::take(&mut self.delivering);
+        answers.append(&mut self.reads.answers);
+        for delta in self.streams.values_mut().flat_map(|stream| &mut stream.deltas) {
+            answers.append(&mut delta.answers);
+        }
+        for (key, answer) in answers.drain(..) {
+            if let Some(stream) = stream_of(key) {
+                if let Some(stream) = self.streams.get_mut(&stream) {
+                    stream.shelving.answers.push(answer);
+                    self.more = true;
+                }
+                continue;
+            }
             let mut disks = self.views.iter_mut().flat_map(|view| &mut view.disks);
             if let Some(disk) = disks.find(|disk| disk.key == key) {
                 disk.answers.push_back(answer);
             }
         }
+        self.delivering = answers;
     }
 
     fn find_disk(&self, key: DiskKey) -> Option<(usize, usize)> {
@@ -174,7 +207,7 @@ impl<I: Io> Target<I> {
     fn ask(&mut self, key: DiskKey, cookie: u64, request: Request, (view, disk): (usize, usize)) {
         let view = &mut self.views[view];
         let (slot, read_only) = (view.disks[disk].slot, view.disks[disk].geometry.read_only);
-        let (stream, seq) = (view.stream, view.seq);
+        let (id, stream, seq) = (view.id, view.stream, view.seq);
         let delta_id = view.delta;
         let delta = delta_id.and_then(|id| {
             let stream = self.streams.get_mut(&stream)?;
@@ -183,7 +216,8 @@ impl<I: Io> Target<I> {
         let answer = |result| Answer { cookie, result };
         let change = match request {
             Request::Read { offset, len } => {
-                self.reads.ask(ReadRequest { key, cookie, slot, seq, delta: delta_id, stream, offset, len });
+                let (delta, view, shelf) = (delta_id, Some(id), None);
+                self.reads.ask(ReadRequest { key, cookie, slot, seq, delta, view, shelf, stream, offset, len });
                 return;
             }
             Request::Flush => {
@@ -222,6 +256,9 @@ impl<I: Io> Target<I> {
         cover.start(offset, end);
         if let Some(delta) = view.delta.and_then(|id| stream.deltas.iter().find(|delta| delta.id == id)) {
             delta.journal.cover(&mut cover, disk.slot, u64::MAX);
+        }
+        if let Some(shelf) = stream.shelf(&view.name) {
+            shelf.journal.cover(&mut cover, disk.slot, u64::MAX);
         }
         stream.journal.cover(&mut cover, disk.slot, view.seq);
         let mut hole = None;

@@ -49,6 +49,7 @@ pub fn stream_config(retention: u64) -> StreamConfig {
         name: "group".into(),
         policy_key: policy(),
         retention,
+        budget_bytes: 0,
         disks: vec![(disk(0), 1), (disk(1), 1)],
     }
 }
@@ -330,7 +331,13 @@ impl Rig {
                 }
             }
         }
-        panic!("the target spins");
+        panic!(
+            "the target spins: {:?} at {} {:?} {:?}",
+            self.target.deadline(),
+            self.io.now(),
+            self.target.status(),
+            self.events.last()
+        );
     }
 
     fn tick_peer(&mut self) {

@@ -241,6 +241,9 @@ struct FileTarget {
     memory: Option<Size>,
     budget: Option<Size>,
     segment: Option<Size>,
+    reserve: Option<Size>,
+    scrub_hours: Option<u64>,
+    scrub_rate: Option<Size>,
 }
 
 /// Options of `afterimage proxy`. A flag wins over the file.
@@ -347,8 +350,11 @@ The file:
   advertise = \"backup.example.org:7800\"
   views = [\"unix:/run/afterimage/views.sock\"]
   memory = \"512MiB\"
-  budget = \"200GiB\"                  # journal bytes; unset: what the file system has
-  segment = \"64MiB\"";
+  budget = \"200GiB\"                  # journal bytes of a stream whose policy says nothing; unset: 16GiB
+  segment = \"64MiB\"
+  reserve = \"256MiB\"                 # left free of the file system, for folding and failed-over machines
+  scrub_hours = 168                  # how often all that is held is verified; 0: never
+  scrub_rate = \"32MiB\"              # most bytes a second that this reads";
 
 /// How a proxy finds its desired state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -412,10 +418,16 @@ pub struct TargetRole {
     pub views: Vec<Listen>,
     /// Pool, bytes.
     pub memory: u64,
-    /// Journal bytes over all streams, if bounded.
+    /// Journal bytes of a stream whose policy sets none; unset: the core's default.
     pub budget: Option<u64>,
     /// Bytes after which a segment is closed.
     pub segment: u64,
+    /// Bytes of the file system that ingest leaves free.
+    pub reserve: u64,
+    /// Hours between two verifications of all that is held; 0: never.
+    pub scrub_hours: u64,
+    /// Most bytes a second that this reads.
+    pub scrub_rate: u64,
 }
 
 /// A configuration that has been checked.
@@ -623,13 +635,27 @@ fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, Conf
     }
     let memory = args.memory.or(file.memory).unwrap_or(Size(DEFAULT_POOL)).0;
     within("target.memory", memory, MIN_POOL, MAX_POOL)?;
-    let segment = within("target.segment", file.segment.map_or(64 * MIB, |s| s.0), 4 * MIB, 1024 * MIB)?;
+    let segment = within("target.segment", file.segment.map_or(64 * MIB, |s| s.0), 5 * MIB, 1024 * MIB)?;
+    let reserve = within("target.reserve", file.reserve.map_or(256 * MIB, |s| s.0), 0, u64::MAX / 2)?;
+    let scrub_hours = within("target.scrub_hours", file.scrub_hours.unwrap_or(7 * 24), 0, 24 * 366)?;
+    let scrub_rate = within("target.scrub_rate", file.scrub_rate.map_or(32 * MIB, |s| s.0), MIB, 1 << 40)?;
     let budget = match file.budget {
         Some(size) => Some(within("target.budget", size.0, 4 * segment, u64::MAX)?),
         None => None,
     };
     let views = if args.views.is_empty() { file.views.unwrap_or_default() } else { args.views.clone() };
-    Ok(Some(TargetRole { journal, listen, advertise, views, memory, budget, segment }))
+    Ok(Some(TargetRole {
+        journal,
+        listen,
+        advertise,
+        views,
+        memory,
+        budget,
+        segment,
+        reserve,
+        scrub_hours,
+        scrub_rate,
+    }))
 }
 
 #[cfg(test)]

@@ -104,6 +104,7 @@ pub fn stream(stream: &TargetStream) -> Result<StreamConfig, Senseless> {
         name: stream.name.clone(),
         policy_key: policy_key(stream.key.as_ref())?,
         retention: stream.retention_s.saturating_mul(1_000_000_000),
+        budget_bytes: stream.journal_budget_bytes,
         disks: stream.disks.iter().map(target_disk).collect::<Result<_, _>>()?,
     })
 }
@@ -172,7 +173,7 @@ pub fn point(point: &PointInfo, timeline: TimelineId) -> Point {
         flush_clean: cut.is_some_and(|cut| cut.flush_clean),
         label: cut.map(|cut| cut.label.clone()).unwrap_or_default(),
         disks: point.disks.iter().map(ToString::to_string).collect(),
-        damage: String::new(),
+        damage: point.damage.clone().unwrap_or_default(),
         timeline: timeline.to_string(),
     }
 }

@@ -98,6 +98,9 @@ pub fn start_source(role: &SourceRole) -> Result<DataThread<SourceCore>, StartEr
 pub fn start_target(role: &TargetRole) -> Result<DataThread<TargetCore>, TargetStartError> {
     let mut config = TargetConfig::new(role.journal.to_string_lossy());
     config.segment_bytes = role.segment;
+    config.reserve_bytes = role.reserve;
+    config.scrub_interval = role.scrub_hours * 3_600 * 1_000_000_000;
+    config.scrub_rate = role.scrub_rate;
     if let Some(budget) = role.budget {
         config.budget_bytes = budget;
     }

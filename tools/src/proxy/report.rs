@@ -256,7 +256,10 @@ pub fn view_export(proxy: &Proxy, disk_uid: String, disk: &str, export_name: &st
 }
 
 fn stream_report(stream: &StreamStatus, now: u64, points: PointSummary) -> TargetStreamReport {
-    let damage = stream.damage.iter().map(|d| d.what.clone());
+    let damage = stream.damage.iter().map(|damage| {
+        let mended = if damage.is_mended() { " (newer points are good again)" } else { "" };
+        format!("{}{mended}", damage.what)
+    });
     TargetStreamReport {
         stream_uid: stream.stream.to_string(),
         connected: stream.connected,

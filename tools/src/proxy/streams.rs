@@ -250,6 +250,9 @@ pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetEv
             TargetEvent::Shortened { stream, floor, why } => {
                 (Severity::Warning, stream, "retention", format!("history now begins at record {floor}: {why}"))
             }
+            TargetEvent::ViewLost { stream, view, why } => {
+                (Severity::Error, stream, "view", format!("view `{view}` was given up: {why}"))
+            }
             TargetEvent::Damaged { stream, damage } => (Severity::Error, stream, "damage", damage.what),
         };
         proxy.event(severity, Some(stream), kind, message);

@@ -1,0 +1,368 @@
+//! Damage to what a target holds: found by reading and by the scrub, named by points and blocks, lived with, mended.
+
+mod target_rig;
+
+use afterimage_dataplane::host::Request;
+use afterimage_dataplane::io::Errno;
+use afterimage_dataplane::io::sim::{Fault, WorldConfig};
+use afterimage_dataplane::target::{Choice, Damage, TargetConfig, TargetEvent};
+use afterimage_wire::segment::Predecessor;
+use target_rig::*;
+
+const RETENTION: u64 = 3600 * SECOND;
+
+fn begun(seed: u64) -> (Rig, Feeder, Model) {
+    let mut rig = Rig::new(seed, WorldConfig::default(), config(), RETENTION);
+    let mut feeder = Feeder::new(1, 1, Predecessor::default());
+    feeder.join_and_sync(1);
+    feeder.seal(100);
+    rig.ship(&mut feeder);
+    (rig, feeder, Model::default())
+}
+
+/// Writes of one record each: a frame each.
+fn write(rig: &mut Rig, feeder: &mut Feeder, model: &mut Model, slot: u16, offset: u64, bytes: Vec<u8>) -> u64 {
+    let seq = feeder.write(slot, offset, bytes);
+    for (record, payload) in &feeder.records {
+        model.note(record, payload);
+    }
+    feeder.seal(1);
+    rig.ship_more(feeder);
+    seq
+}
+
+fn noise(tag: u64, len: usize) -> Vec<u8> {
+    let mut dice = Dice(tag);
+    (0..len).map(|_| dice.roll(256) as u8).collect()
+}
+
+fn segments(rig: &Rig) -> Vec<String> {
+    rig.world.paths(rig.node, ROOT).into_iter().filter(|path| path.ends_with(".seg")).collect()
+}
+
+/// Where a frame (from 1) lies in the only segment.
+fn at(feeder: &Feeder, frame: usize) -> u64 {
+    4096 + feeder.frames[..frame - 1].iter().map(|frame| frame.0.len() as u64).sum::<u64>()
+}
+
+fn told(rig: &Rig) -> Vec<Damage> {
+    let damage = |event: &TargetEvent| match event {
+        TargetEvent::Damaged { damage, .. } => Some(damage.clone()),
+        _ => None,
+    };
+    rig.events.iter().filter_map(damage).collect()
+}
+
+fn scrub(rig: &mut Rig) {
+    let passes = rig.target.status()[0].scrub.passes;
+    rig.target.scrub(&mut rig.io, stream_id()).unwrap();
+    rig.until("scrubbed", |rig| {
+        let scrub = &rig.target.status()[0].scrub;
+        scrub.passes > passes && !scrub.running
+    });
+    rig.run_for(SECOND);
+}
+
+/// What reads of 4 KiB give at a point: the bytes, or that they are lost.
+fn blocks(rig: &mut Rig, slot: usize, seq: u64) -> Vec<Option<Vec<u8>>> {
+    let exports = rig.view("look", seq, false);
+    let read = |rig: &mut Rig, offset| {
+        let cookie = rig.ask(exports[slot].key, Request::Read { offset, len: 4096 });
+        match rig.answer(cookie) {
+            Ok(part) => part.map(|part| part.buf[part.at..part.at + part.len].to_vec()),
+            Err(errno) => {
+                assert_eq!(errno, Errno::IO);
+                None
+            }
+        }
+    };
+    let found = (0..SIZE / 4096).map(|block| read(rig, block * 4096)).collect();
+    rig.target.close_view(&mut rig.io, "look", false).unwrap();
+    found
+}
+
+/// All blocks are those of the model but `lost`, which give an error.
+fn check_but(rig: &mut Rig, model: &Model, seq: u64, lost: &[u64]) {
+    for slot in [0, 1] {
+        let want = model.at(slot, seq);
+        for (block, found) in blocks(rig, usize::from(slot), seq).into_iter().enumerate() {
+            let want = (slot == 1 || !lost.contains(&(block as u64))).then(|| want[block * 4096..][..4096].to_vec());
+            assert!(found == want, "block {block} of disk {slot} at {seq}: {:?}", found.map(|bytes| bytes[0]));
+        }
+    }
+}
+
+/// Five writes to disk 0: blocks 0 and 1, 1, 5, and later both 0 and 1 again. The second frame of them is the victim.
+fn story(seed: u64) -> (Rig, Feeder, Model, [u64; 5]) {
+    let (mut rig, mut feeder, mut model) = begun(seed);
+    let places = [(0, 8192), (4096, 4096), (5 * 4096, 4096), (0, 4096), (4096, 4096)];
+    let seqs = std::array::from_fn(|number| {
+        let (offset, len) = places[number];
+        write(&mut rig, &mut feeder, &mut model, 0, offset, noise(seed * 10 + number as u64, len))
+    });
+    (rig, feeder, model, seqs)
+}
+
+#[test]
+fn a_scrub_finds_nothing_where_nothing_is_wrong() {
+    let (mut rig, mut feeder, mut model) = begun(1);
+    for round in 0..4 {
+        scribble(&mut feeder, &mut model, &mut Dice(round), 100);
+        feeder.seal(9);
+        rig.ship_more(&mut feeder);
+    }
+    scrub(&mut rig);
+    assert!(told(&rig).is_empty(), "{:?}", told(&rig));
+    let status = rig.target.status()[0].scrub.clone();
+    assert_eq!((status.passes, status.bad_frames, status.running), (1, 0, false));
+    assert!(status.ended.is_some());
+}
+
+#[test]
+fn rot_found_by_the_scrub_damages_exactly_the_points_that_need_it() {
+    let (mut rig, feeder, model, seqs) = story(2);
+    let path = segments(&rig)[0].clone();
+    // The write of block 1 is lost: needed from there until block 1 is written again.
+    rig.world.rot(rig.node, &path, at(&feeder, 3) + 300, 8);
+    scrub(&mut rig);
+    let damage = told(&rig);
+    assert_eq!(damage.len(), 1, "{damage:?}");
+    let blocks: Vec<_> =
+        damage[0].blocks.iter().map(|block| (block.slot, block.offset, block.len, block.from)).collect();
+    assert_eq!((damage[0].known, blocks), (true, vec![(0, 4096, 4096, seqs[1])]));
+    let status = rig.target.status()[0].clone();
+    assert_eq!(status.damage[0].blocks[0].until, Some(seqs[4]));
+    assert!(status.damage[0].is_mended());
+    for life in 0..3 {
+        for seq in seqs[0] - 1..=seqs[4] {
+            let needs = (seqs[1]..seqs[4]).contains(&seq);
+            check_but(&mut rig, &model, seq, if needs { &[1] } else { &[] });
+            let point = rig.target.resolve(&mut rig.io, stream_id(), Choice::Seq(seq)).unwrap();
+            assert_eq!((point.complete, point.damage.is_some()), (true, needs), "life {life}: {point:?}");
+            if needs {
+                let text = point.damage.unwrap();
+                assert!(text.contains("4096 bytes at 4096"), "{text}");
+            }
+        }
+        // A restart knows as much, and no whole synchronisation is asked for.
+        rig.restart(life == 1);
+        let (_, whole) = rig.connect(&feeder);
+        assert!(!whole);
+    }
+}
+
+#[test]
+fn what_a_reader_cannot_open_is_looked_at_again_and_named() {
+    let (mut rig, feeder, model, seqs) = story(3);
+    let path = segments(&rig)[0].clone();
+    rig.world.rot(rig.node, &path, at(&feeder, 4) + 300, 8);
+    check_but(&mut rig, &model, seqs[4], &[5]);
+    rig.until("named", |rig| !told(rig).is_empty());
+    let block = told(&rig)[0].blocks[0].clone();
+    assert_eq!((block.offset, block.len, block.from, block.until), (5 * 4096, 4096, seqs[2], None));
+    let latest = rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).unwrap();
+    assert!(latest.damage.is_some());
+    assert!(rig.target.status()[0].disks[0].damaged && !rig.target.status()[0].disks[1].damaged);
+}
+
+#[test]
+fn newer_data_mends_the_newest_state() {
+    let (mut rig, mut feeder, mut model, seqs) = story(4);
+    let path = segments(&rig)[0].clone();
+    rig.world.rot(rig.node, &path, at(&feeder, 4) + 300, 8);
+    scrub(&mut rig);
+    assert!(!rig.target.status()[0].damage[0].is_mended());
+    let seq = write(&mut rig, &mut feeder, &mut model, 0, 5 * 4096, noise(1, 4096));
+    rig.run_for(SECOND);
+    let damage = rig.target.status()[0].damage.clone();
+    assert_eq!(damage[0].blocks[0].until, Some(seq));
+    rig.check(&model, seq);
+    check_but(&mut rig, &model, seqs[4], &[5]);
+    assert!(!rig.target.status()[0].disks[0].damaged);
+}
+
+#[test]
+fn an_unreadable_sector_costs_what_lies_in_it() {
+    for restart in [false, true] {
+        let (mut rig, feeder, model, seqs) = story(5);
+        let path = segments(&rig)[0].clone();
+        if restart {
+            rig.die(false);
+        }
+        // Reads of the whole window fail, later ones of single blocks do not: nothing is lost.
+        rig.world.fail(rig.node, &path, Fault::Read, Errno::IO, 2);
+        if restart {
+            rig.open();
+        } else {
+            scrub(&mut rig);
+        }
+        assert!(told(&rig).is_empty(), "{:?}", told(&rig));
+        rig.check(&model, seqs[4]);
+        rig.connect(&feeder);
+    }
+}
+
+#[test]
+fn lost_chunks_are_folded_as_unknown_bytes() {
+    for crash in 0..6 {
+        let config = TargetConfig { segment_bytes: 8 << 20, ..config() };
+        let mut rig = Rig::new(6, WorldConfig::default(), config, 16 * SECOND);
+        let mut feeder = Feeder::new(1, 1, Predecessor::default());
+        let mut model = Model::default();
+        feeder.join_and_sync(1);
+        feeder.seal(100);
+        rig.ship(&mut feeder);
+        write(&mut rig, &mut feeder, &mut model, 0, 0, noise(1, 8192));
+        let lost = write(&mut rig, &mut feeder, &mut model, 0, 4096, noise(2, 4096));
+        write(&mut rig, &mut feeder, &mut model, 0, 9 * 4096, noise(3, 4096));
+        let path = segments(&rig)[0].clone();
+        rig.world.rot(rig.node, &path, at(&feeder, 3) + 300, 8);
+        if crash % 2 == 0 {
+            scrub(&mut rig);
+        }
+        // Folding goes on in either case: it has the frame looked at when it cannot be opened.
+        for round in 0..20 {
+            feeder.mono += 2 * SECOND;
+            write(&mut rig, &mut feeder, &mut model, 1, 0, noise(round, 4096));
+            if crash > 1 && round == 8 + crash {
+                for _ in 0..crash * 7 {
+                    rig.step();
+                }
+                rig.restart(crash > 3);
+                rig.ship(&mut feeder);
+            }
+        }
+        rig.run_for(5 * SECOND);
+        rig.until("folded", |rig| rig.target.status()[0].floor > lost + 3);
+        let newest = feeder.next_seq - 1;
+        check_but(&mut rig, &model, newest, &[1]);
+        rig.restart(crash == 5);
+        check_but(&mut rig, &model, newest, &[1]);
+        let latest = rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).unwrap();
+        assert!(latest.damage.is_some(), "crash {crash}");
+        // Written again, it is good, and once that is folded nobody speaks of it any more.
+        rig.ship(&mut feeder);
+        let mended = write(&mut rig, &mut feeder, &mut model, 0, 4096, noise(4, 4096));
+        rig.check(&model, mended);
+        for round in 0..20 {
+            feeder.mono += 2 * SECOND;
+            write(&mut rig, &mut feeder, &mut model, 1, 0, noise(round, 4096));
+        }
+        rig.until("folded again", |rig| rig.target.status()[0].floor > mended);
+        rig.run_for(SECOND);
+        assert!(rig.target.status()[0].damage.is_empty(), "{:?}", rig.target.status()[0].damage);
+        rig.restart(false);
+        assert!(told(&rig).is_empty());
+        let newest = feeder.next_seq - 1;
+        rig.check(&model, newest);
+    }
+}
+
+#[test]
+fn a_segment_without_a_head_is_opened_with_its_neighbours_key() {
+    for last in [false, true] {
+        let (mut rig, mut feeder, mut model) = begun(7);
+        let mut dice = Dice(7);
+        // Two segments and a part of a third.
+        while segments(&rig).len() < 4 {
+            write(&mut rig, &mut feeder, &mut model, 0, dice.roll(32) * 4096, noise(dice.roll(1000), 32 * 4096));
+        }
+        for _ in 0..3 {
+            write(&mut rig, &mut feeder, &mut model, 1, dice.roll(32) * 4096, noise(dice.roll(1000), 4096));
+        }
+        let used = segments(&rig)
+            .into_iter()
+            .filter(|path| rig.world.file_range(rig.node, path, 0, 4) == Some(b"AISG".into()));
+        let used: Vec<String> = used.collect();
+        assert!(used.len() >= 3, "{used:?}");
+        let victim = if last { used.last() } else { used.get(1) }.unwrap().clone();
+        rig.world.rot(rig.node, &victim, 0, 4096);
+        rig.restart(false);
+        let (position, whole) = rig.connect(&feeder);
+        assert_eq!((position.frame, whole), (feeder.frames.len() as u64, false), "{:?}", told(&rig));
+        assert!(told(&rig).is_empty());
+        rig.check(&model, feeder.next_seq - 1);
+        rig.check(&model, feeder.next_seq / 2);
+        write(&mut rig, &mut feeder, &mut model, 1, 0, noise(1, 4096));
+        rig.check(&model, feeder.next_seq - 1);
+    }
+}
+
+#[test]
+fn a_journal_that_failed_is_read_back_and_goes_on_by_itself() {
+    for seed in 0..6 {
+        let (mut rig, mut feeder, mut model) = begun(20 + seed);
+        scribble(&mut feeder, &mut model, &mut Dice(seed), 30);
+        feeder.seal(3);
+        rig.ship_more(&mut feeder);
+        let exports = rig.view("held", feeder.next_seq - 1, false);
+        let held = model.at(0, feeder.next_seq - 1);
+        let path = segments(&rig)[0].clone();
+        rig.world.fail(rig.node, &path, Fault::Write, Errno::IO, 1);
+        scribble(&mut feeder, &mut model, &mut Dice(seed + 1), 60);
+        feeder.seal(1);
+        rig.events.clear();
+        rig.send_from(&feeder, feeder.acked.0);
+        rig.until("stopped", |rig| rig.broken);
+        let acked = rig.acked().max(feeder.acked);
+        // What is held stays readable meanwhile.
+        assert!(rig.read(exports[0].key, 0, SIZE as usize) == held);
+        rig.until("read back", |rig| rig.events.contains(&TargetEvent::Ready { stream: stream_id() }));
+        assert!(told(&rig).is_empty(), "{:?}", told(&rig));
+        assert!(rig.target.status()[0].durable_frame >= acked.0);
+        assert!(rig.read(exports[0].key, 0, SIZE as usize) == held);
+        let (position, whole) = rig.connect(&feeder);
+        assert!(position.frame >= acked.0 && !whole);
+        feeder.acked = (position.frame, position.seq);
+        rig.ship(&mut feeder);
+        rig.check(&model, feeder.next_seq - 1);
+        rig.check(&model, acked.1);
+        rig.restart(seed % 2 == 0);
+        rig.check(&model, feeder.next_seq - 1);
+    }
+}
+
+#[test]
+fn a_delta_whose_flush_failed_is_read_back_and_goes_on() {
+    let (mut rig, feeder, ..) = story(8);
+    let exports = rig.view("failover", feeder.next_seq - 1, true);
+    rig.write(exports[0].key, 0, &noise(1, 4096), true);
+    rig.write(exports[0].key, 4096, &noise(2, 4096), false);
+    let stream = segments(&rig);
+    let timeline = rig.target.status()[0].views[0].timeline.to_string();
+    let path = stream.into_iter().find(|path| path.contains(&timeline)).unwrap();
+    rig.world.fail(rig.node, &path, Fault::Sync, Errno::IO, 1);
+    let cookie = rig.ask(exports[0].key, Request::Flush);
+    assert_eq!(rig.answer(cookie).unwrap_err(), Errno::IO);
+    rig.run_for(3 * SECOND);
+    assert_eq!(rig.target.status()[0].views[0].failed, None);
+    rig.write(exports[0].key, 8192, &noise(3, 4096), true);
+    for life in 0..2 {
+        let exports = rig.view("failover", feeder.next_seq - 1, true);
+        assert!(rig.read(exports[0].key, 0, 4096) == noise(1, 4096));
+        assert!(rig.read(exports[0].key, 8192, 4096) == noise(3, 4096));
+        rig.restart(life == 0);
+    }
+}
+
+#[test]
+fn a_full_file_system_shortens_history_before_it_stops_the_stream() {
+    let mut rig = Rig::new(9, WorldConfig::default(), config(), RETENTION);
+    rig.world.set_space(rig.node, 40 << 20);
+    let mut feeder = Feeder::new(1, 1, Predecessor::default());
+    let mut model = Model::default();
+    feeder.join_and_sync(1);
+    feeder.seal(100);
+    rig.ship(&mut feeder);
+    let mut dice = Dice(6);
+    for _ in 0..60 {
+        scribble(&mut feeder, &mut model, &mut dice, 100);
+        feeder.seal(30);
+        rig.ship_more(&mut feeder);
+    }
+    let status = rig.target.status()[0].clone();
+    assert!(status.shortened.is_some() && status.folded_segments > 0, "{status:?}");
+    assert_eq!(rig.events.iter().filter(|event| matches!(event, TargetEvent::Shortened { .. })).count(), 1);
+    rig.check(&model, status.floor);
+    rig.check(&model, feeder.next_seq - 1);
+}

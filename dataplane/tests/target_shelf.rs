@@ -1,0 +1,213 @@
+//! Shelves: history is folded under open views when room is short, and the views go on reading what they were opened on.
+
+mod target_rig;
+
+use afterimage_dataplane::host::Request;
+use afterimage_dataplane::io::sim::WorldConfig;
+use afterimage_dataplane::target::{StreamStatus, TargetConfig, TargetEvent};
+use afterimage_wire::segment::Predecessor;
+use target_rig::*;
+
+fn begun(seed: u64, world: WorldConfig) -> (Rig, Feeder, Model) {
+    let config = TargetConfig { budget_bytes: 40 << 20, ..config() };
+    let mut rig = Rig::new(seed, world, config, 3600 * SECOND);
+    let mut feeder = Feeder::new(1, 1, Predecessor::default());
+    feeder.join_and_sync(1);
+    feeder.seal(100);
+    rig.ship(&mut feeder);
+    (rig, feeder, Model::default())
+}
+
+/// About 1.5 MiB of writes.
+fn fill(rig: &mut Rig, feeder: &mut Feeder, model: &mut Model, dice: &mut Dice, rounds: usize) {
+    for _ in 0..rounds {
+        scribble(feeder, model, dice, 120);
+        feeder.seal(20);
+        rig.ship_more(feeder);
+    }
+}
+
+fn status(rig: &Rig) -> StreamStatus {
+    rig.target.status()[0].clone()
+}
+
+#[test]
+fn a_view_is_folded_under_and_reads_on() {
+    for writable in [false, true] {
+        let (mut rig, mut feeder, mut model) = begun(1, WorldConfig::default());
+        let mut dice = Dice(1);
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 5);
+        let seq = feeder.next_seq - 30;
+        let exports = rig.view("held", seq, writable);
+        let mut want = [model.at(0, seq), model.at(1, seq)];
+        if writable {
+            rig.write(exports[0].key, 700, b"mine", false);
+            want[0][700..704].copy_from_slice(b"mine");
+        }
+        for _ in 0..40 {
+            fill(&mut rig, &mut feeder, &mut model, &mut dice, 1);
+            for (slot, want) in want.iter().enumerate() {
+                assert!(rig.read(exports[slot].key, 0, SIZE as usize) == *want, "writable {writable}");
+            }
+        }
+        let told = status(&rig);
+        assert!(told.floor > seq, "{told:?}");
+        assert!(told.journal_bytes <= 40 << 20 && told.views[0].shelf_bytes > 0, "{told:?}");
+        assert!(told.shortened.is_some());
+        rig.check(&model, feeder.next_seq - 1);
+        // Closed, nothing of it is left.
+        rig.target.close_view(&mut rig.io, "held", false).unwrap();
+        let timeline = told.timeline.to_string();
+        let paths = rig.world.paths(rig.node, ROOT);
+        let others = paths.iter().filter(|path| path.ends_with(".seg") && !path.contains(&timeline)).count();
+        assert_eq!(others, 0);
+        rig.restart(false);
+        rig.check(&model, feeder.next_seq - 1);
+    }
+}
+
+#[test]
+fn killed_at_any_step_a_failed_over_machine_keeps_its_base() {
+    for seed in 0..5u64 {
+        let block = if seed % 3 == 0 { 4096 } else { 512 };
+        let world = WorldConfig { block, discard: seed % 5 != 0, ..WorldConfig::default() };
+        let (mut rig, mut feeder, mut model) = begun(seed, world);
+        let mut dice = Dice(seed);
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 6);
+        let seq = feeder.next_seq - 1 - dice.roll(100);
+        let mut exports = rig.view("failover", seq, true);
+        let mut want = [model.at(0, seq), model.at(1, seq)];
+        // The journal is just below where it gets short.
+        while status(&rig).journal_bytes <= 16 << 20 {
+            fill(&mut rig, &mut feeder, &mut model, &mut dice, 1);
+        }
+        for life in 0..8 {
+            scribble(&mut feeder, &mut model, &mut dice, 300);
+            feeder.seal(20);
+            rig.send_from(&feeder, feeder.acked.0);
+            let offset = dice.roll(SIZE - 5000);
+            let bytes = dice.bytes(4000);
+            rig.write(exports[1].key, offset, &bytes, true);
+            want[1][offset as usize..offset as usize + 4000].copy_from_slice(&bytes);
+            for _ in 0..dice.roll(500) {
+                rig.step();
+            }
+            let acked = rig.acked().max(feeder.acked);
+            rig.restart((seed + life) % 2 == 0);
+            assert!(!rig.events.iter().any(|event| matches!(event, TargetEvent::Damaged { .. })), "{:?}", rig.events);
+            assert!(status(&rig).durable_seq >= acked.1);
+            exports = rig.view("failover", seq, true);
+            for (slot, want) in want.iter().enumerate() {
+                assert!(rig.read(exports[slot].key, 0, SIZE as usize) == *want, "seed {seed} life {life}");
+            }
+            feeder.acked = (status(&rig).durable_frame, status(&rig).durable_seq);
+            rig.ship(&mut feeder);
+            rig.check(&model, feeder.next_seq - 1);
+        }
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 20);
+        assert!(status(&rig).floor > seq, "seed {seed}: {:?}", status(&rig));
+        for (slot, want) in want.iter().enumerate() {
+            assert!(rig.read(exports[slot].key, 0, SIZE as usize) == *want, "seed {seed}");
+        }
+        // Closed and kept, it comes back as it was.
+        rig.target.close_view(&mut rig.io, "failover", true).unwrap();
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 10);
+        let exports = rig.view("failover", seq, true);
+        for (slot, want) in want.iter().enumerate() {
+            assert!(rig.read(exports[slot].key, 0, SIZE as usize) == *want, "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn several_views_at_different_points_are_served() {
+    let (mut rig, mut feeder, mut model) = begun(3, WorldConfig::default());
+    let mut dice = Dice(3);
+    let mut held = Vec::new();
+    for number in 0..40 {
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 1);
+        if number % 4 == 1 {
+            let seq = feeder.next_seq - 1 - dice.roll(100);
+            let exports = rig.view(&format!("v{number}"), seq, number % 8 == 1);
+            held.push((exports, model.at(0, seq), format!("v{number}")));
+        }
+        if number % 6 == 5 {
+            let (.., name) = held.remove(0);
+            rig.target.close_view(&mut rig.io, &name, false).unwrap();
+        }
+        for (exports, want, name) in &held {
+            assert!(rig.read(exports[0].key, 0, SIZE as usize) == *want, "{name} in round {number}");
+        }
+    }
+    assert!(status(&rig).floor > 0);
+    rig.check(&model, feeder.next_seq - 1);
+}
+
+#[test]
+fn a_test_gives_way_when_there_is_no_room_for_its_shelf_and_a_failover_does_not() {
+    for failover in [false, true] {
+        let (mut rig, mut feeder, mut model) = begun(4, WorldConfig::default());
+        let mut dice = Dice(4);
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 3);
+        let seq = feeder.next_seq - 1;
+        let exports = rig.view("held", seq, failover);
+        let want = model.at(0, seq);
+        // Room for three segments and a bit: no shelf.
+        rig.world.set_space(rig.node, 28 << 20);
+        for _ in 0..60 {
+            scribble(&mut feeder, &mut model, &mut dice, 120);
+        }
+        feeder.seal(20);
+        rig.send_from(&feeder, feeder.acked.0);
+        let last = feeder.frames.len() as u64;
+        if failover {
+            rig.until("stopped", |rig| rig.broken);
+            assert!(status(&rig).fold_error.is_some());
+            assert!(rig.read(exports[0].key, 0, SIZE as usize) == want);
+            // With room, both go on.
+            rig.world.set_space(rig.node, 1 << 30);
+            rig.run_for(3 * SECOND);
+            feeder.acked = (status(&rig).durable_frame, status(&rig).durable_seq);
+            rig.ship(&mut feeder);
+            assert!(rig.read(exports[0].key, 0, SIZE as usize) == want);
+        } else {
+            rig.until("taken", |rig| rig.acked().0 == last);
+            assert!(
+                rig.events.iter().any(|event| matches!(event, TargetEvent::ViewLost { view, .. } if view == "held"))
+            );
+            assert!(status(&rig).views.is_empty());
+        }
+        rig.check(&model, feeder.next_seq - 1);
+    }
+}
+
+#[test]
+fn reads_under_way_see_the_point_while_its_image_is_overwritten() {
+    let (mut rig, mut feeder, mut model) = begun(5, WorldConfig::default());
+    let mut dice = Dice(5);
+    fill(&mut rig, &mut feeder, &mut model, &mut dice, 5);
+    let seq = feeder.next_seq - 30;
+    let exports = rig.view("held", seq, false);
+    let want = model.at(0, seq);
+    for _ in 0..30 {
+        scribble(&mut feeder, &mut model, &mut dice, 120);
+        feeder.seal(20);
+        rig.send_from(&feeder, feeder.acked.0);
+        let last = feeder.frames.len() as u64;
+        let mut cookies = Vec::new();
+        while rig.acked().0 < last {
+            let block = dice.roll(SIZE / 4096) as usize;
+            let cookie = rig.ask(exports[0].key, Request::Read { offset: block as u64 * 4096, len: 4096 });
+            cookies.push((cookie, block));
+            for _ in 0..dice.roll(8) {
+                rig.step();
+            }
+        }
+        feeder.acked = (last, feeder.next_seq - 1);
+        for (cookie, block) in cookies {
+            let part = rig.answer(cookie).unwrap().unwrap();
+            assert!(part.buf[part.at..part.at + 4096] == want[block * 4096..][..4096], "block {block}");
+        }
+    }
+    assert!(status(&rig).floor > seq);
+}
