@@ -11,7 +11,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::FormatError;
+use crate::{FormatError, bounded};
 
 /// Bytes of a message on the wire.
 pub const CONTROL_LEN: usize = 64;
@@ -132,7 +132,7 @@ impl Control {
         }
         Ok(match raw.kind {
             1 => Self::Ready,
-            2 => Self::Ack { frame: raw.frame.get(), seq: raw.seq.get() },
+            2 => Self::Ack { frame: bounded(raw.frame.get(), WHAT)?, seq: bounded(raw.seq.get(), WHAT)? },
             3 => Self::Alive,
             4 => Self::Stop {
                 reason: match raw.detail.get() {
@@ -144,9 +144,9 @@ impl Control {
                     6 => StopReason::ShuttingDown,
                     other => return Err(FormatError::UnknownKind { what: "stop reason", value: other.into() }),
                 },
-                value: raw.value.get(),
+                value: bounded(raw.value.get(), WHAT)?,
             },
-            5 => Self::Compared { seq: raw.seq.get(), differs: raw.value.get() },
+            5 => Self::Compared { seq: bounded(raw.seq.get(), WHAT)?, differs: raw.value.get() },
             6 => {
                 let disk = u16::try_from(raw.detail.get())
                     .map_err(|_| FormatError::Malformed { what: WHAT, detail: "slot of a disk" })?;

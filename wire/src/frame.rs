@@ -21,7 +21,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::ids::{IncarnationId, StreamId};
-use crate::{ALIGN, FormatError, WIRE_VERSION};
+use crate::{ALIGN, FormatError, MAX_NUMBER, WIRE_VERSION};
 
 /// First bytes of a frame.
 pub const FRAME_MAGIC: [u8; 4] = *b"AIFR";
@@ -104,10 +104,11 @@ impl FrameHeader {
         if count == 0 || count > MAX_CHUNKS {
             return Err(bad("chunk count"));
         }
-        if header.number.get() == 0 || header.acked.get() >= header.number.get() {
+        if header.number.get() == 0 || header.number.get() > MAX_NUMBER || header.acked.get() >= header.number.get() {
             return Err(bad("frame number"));
         }
-        if header.first_seq.get() == 0 || header.first_seq.get() > header.last_seq.get() {
+        let (first, last) = (header.first_seq.get(), header.last_seq.get());
+        if first == 0 || first > last || last > MAX_NUMBER {
             return Err(bad("record numbers"));
         }
         if header.reserved != [0; 8] {
@@ -138,9 +139,7 @@ impl FrameHeader {
 
 /// CRC32C of a whole frame as its header's `crc` field must hold it.
 pub fn frame_crc(frame: &[u8]) -> u32 {
-    let crc = crc32c::crc32c(&frame[..12]);
-    let crc = crc32c::crc32c_append(crc, &[0; 4]);
-    crc32c::crc32c_append(crc, &frame[16..])
+    crate::crc_without(frame, 12)
 }
 
 /// A whole frame, checked: header, CRC and directory.

@@ -16,7 +16,7 @@ use bytes::{Buf, BufMut};
 use crate::ids::{DiskId, IncarnationId, StreamId, TimelineId};
 use crate::record::DiskInfo;
 use crate::segment::{Predecessor, WrappedKey};
-use crate::{FormatError, MAX_DISKS, WIRE_VERSION, finished, get_id, get_str, need, put_str};
+use crate::{FormatError, MAX_DISKS, WIRE_VERSION, finished, get_id, get_number, get_str, need, put_str};
 
 /// Application protocol of the TLS handshake.
 pub const ALPN: &[u8] = b"afterimage-stream/1";
@@ -228,8 +228,8 @@ impl Handshake {
                 let predecessor = Predecessor::read(&mut input, WHAT)?;
                 let key = WrappedKey::read(&mut input)?;
                 need(&input, 18, WHAT)?;
-                let first_seq = input.get_u64_le();
-                let next_frame = input.get_u64_le();
+                let first_seq = get_number(&mut input, WHAT)?;
+                let next_frame = get_number(&mut input, WHAT)?;
                 let count = usize::from(input.get_u16_le());
                 if count > MAX_DISKS {
                     return Err(bad("too many disks"));
@@ -241,7 +241,7 @@ impl Handshake {
                 for _ in 0..count {
                     let disk = DiskInfo::read(&mut input)?;
                     need(&input, 8, WHAT)?;
-                    disks.push(DiskClaim { disk, generation: input.get_u64_le() });
+                    disks.push(DiskClaim { disk, generation: get_number(&mut input, WHAT)? });
                 }
                 Self::Hello(Hello {
                     version,
@@ -259,7 +259,8 @@ impl Handshake {
                 let timeline = TimelineId(get_id(&mut input, WHAT)?);
                 let incarnation = IncarnationId(get_id(&mut input, WHAT)?);
                 need(&input, 17, WHAT)?;
-                let position = Position { incarnation, frame: input.get_u64_le(), seq: input.get_u64_le() };
+                let (frame, seq) = (get_number(&mut input, WHAT)?, get_number(&mut input, WHAT)?);
+                let position = Position { incarnation, frame, seq };
                 let whole_resync = match input.get_u8() {
                     0 => false,
                     1 => true,
@@ -271,7 +272,7 @@ impl Handshake {
                 need(&input, 25, WHAT)?;
                 let code = input.get_u8();
                 let disk = DiskId(get_id(&mut input, WHAT)?);
-                let value = input.get_u64_le();
+                let value = get_number(&mut input, WHAT)?;
                 let message = get_str(&mut input, WHAT, crate::MAX_NAME)?;
                 let reason = match code {
                     1 => Refusal::UnknownStream,

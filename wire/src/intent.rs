@@ -13,7 +13,7 @@ use bytes::{Buf, BufMut};
 
 use crate::ids::{DiskId, IncarnationId, StreamId};
 use crate::segment::Predecessor;
-use crate::{ALIGN, FormatError, WIRE_VERSION, get_id, need};
+use crate::{ALIGN, FormatError, WIRE_VERSION, get_id, get_number, need};
 
 /// First bytes of a header slot.
 pub const INTENT_MAGIC: [u8; 4] = *b"AIIL";
@@ -127,18 +127,18 @@ impl IntentHeader {
             return Err(FormatError::Version { what: WHAT, found: version, known: WIRE_VERSION });
         }
         input.advance(10);
-        let serial = input.get_u64_le();
+        let serial = get_number(&mut input, WHAT)?;
         let disk = DiskId(get_id(&mut input, WHAT)?);
         let size = input.get_u64_le();
         let stream = StreamId(get_id(&mut input, WHAT)?);
         let incarnation = IncarnationId(get_id(&mut input, WHAT)?);
         let boot = get_id(&mut input, WHAT)?;
-        let acked_frame = input.get_u64_le();
-        let acked_seq = input.get_u64_le();
-        let reserved_seq = input.get_u64_le();
-        let cut = input.get_u64_le();
-        let sync = input.get_u64_le();
-        let generation = input.get_u64_le();
+        let acked_frame = get_number(&mut input, WHAT)?;
+        let acked_seq = get_number(&mut input, WHAT)?;
+        let reserved_seq = get_number(&mut input, WHAT)?;
+        let cut = get_number(&mut input, WHAT)?;
+        let sync = get_number(&mut input, WHAT)?;
+        let generation = get_number(&mut input, WHAT)?;
         let bits = input.get_u8();
         if bits & !15 != 0 {
             return Err(FormatError::Malformed { what: WHAT, detail: "unknown bits" });
@@ -168,10 +168,7 @@ impl IntentHeader {
 }
 
 fn check_crc(page: &[u8], what: &'static str) -> Result<(), FormatError> {
-    let crc = crc32c::crc32c(&page[..8]);
-    let crc = crc32c::crc32c_append(crc, &[0; 4]);
-    let crc = crc32c::crc32c_append(crc, &page[12..]);
-    if crc.to_le_bytes() == page[8..12] { Ok(()) } else { Err(FormatError::Checksum { what }) }
+    if crate::crc_without(page, 8).to_le_bytes() == page[8..12] { Ok(()) } else { Err(FormatError::Checksum { what }) }
 }
 
 /// Fills `page` (4096 bytes) with page `number` of the bitmap; `bits` are its 4080 bytes.

@@ -48,6 +48,10 @@ pub const MAX_NAME: usize = 255;
 /// Most disks in one stream.
 pub const MAX_DISKS: usize = 1024;
 
+/// Highest number of a frame, record, segment, cut, synchronisation or generation, and most bytes of a disk. No history
+/// comes near it; a higher one is refused where it is read, so that nobody who counts on from it can overflow.
+pub const MAX_NUMBER: u64 = i64::MAX as u64;
+
 /// Bytes that are not what they should be. Nothing decoded from such bytes is ever used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
@@ -138,9 +142,26 @@ pub(crate) fn get_id(input: &mut &[u8], what: &'static str) -> Result<[u8; 16], 
     Ok(id)
 }
 
+/// A number that others count on from: see [`MAX_NUMBER`]. The caller has checked that the bytes are there.
+pub(crate) fn get_number(input: &mut impl Buf, what: &'static str) -> Result<u64, FormatError> {
+    bounded(input.get_u64_le(), what)
+}
+
+/// `value`, if it is not above [`MAX_NUMBER`].
+pub(crate) fn bounded(value: u64, what: &'static str) -> Result<u64, FormatError> {
+    if value > MAX_NUMBER { Err(FormatError::Malformed { what, detail: "a number out of range" }) } else { Ok(value) }
+}
+
 /// `n` rounded up to a multiple of [`ALIGN`].
 pub const fn align_up(n: usize) -> usize {
     n.next_multiple_of(ALIGN)
+}
+
+/// CRC32C of `bytes` with the four at `at`, where it stands itself, taken as zero.
+pub(crate) fn crc_without(bytes: &[u8], at: usize) -> u32 {
+    let crc = crc32c::crc32c(&bytes[..at]);
+    let crc = crc32c::crc32c_append(crc, &[0; 4]);
+    crc32c::crc32c_append(crc, &bytes[at + 4..])
 }
 
 /// Bytes that every table (timeline table, stream state) has at least.
@@ -170,10 +191,7 @@ pub(crate) fn open_table<'a>(bytes: &'a [u8], magic: [u8; 4], what: &'static str
     }
     need(&bytes, length, what)?;
     let bytes = &bytes[..length];
-    let crc = crc32c::crc32c(&bytes[..8]);
-    let crc = crc32c::crc32c_append(crc, &[0; 4]);
-    let crc = crc32c::crc32c_append(crc, &bytes[12..]);
-    if crc.to_le_bytes() != bytes[8..12] {
+    if crc_without(bytes, 8).to_le_bytes() != bytes[8..12] {
         return Err(FormatError::Checksum { what });
     }
     Ok(bytes)

@@ -184,7 +184,7 @@ impl Record {
     pub fn from_raw(raw: &RawRecord) -> Result<Self, FormatError> {
         let kind = RecordKind::from_u8(raw.kind)?;
         let record = Self {
-            seq: raw.seq.get(),
+            seq: crate::bounded(raw.seq.get(), "record")?,
             kind,
             disk: raw.disk.get(),
             offset: raw.offset.get(),
@@ -255,7 +255,7 @@ impl Cut {
     pub fn decode(mut bytes: &[u8]) -> Result<Self, FormatError> {
         let input = &mut bytes;
         crate::need(input, 9, "cut")?;
-        let number = input.get_u64_le();
+        let number = crate::get_number(input, "cut")?;
         let bits = input.get_u8();
         if bits & !3 != 0 {
             return Err(FormatError::Malformed { what: "cut", detail: "unknown bits" });
@@ -306,7 +306,7 @@ impl DiskInfo {
         let slot = input.get_u16_le();
         let mut id = [0; 16];
         input.copy_to_slice(&mut id);
-        let size = input.get_u64_le();
+        let size = crate::get_number(input, "disk")?;
         let block = input.get_u32_le();
         let physical_block = input.get_u32_le();
         for b in [block, physical_block] {
@@ -355,7 +355,7 @@ impl SyncMark {
     /// Wrong length or an unknown bit.
     pub fn decode(mut bytes: &[u8]) -> Result<Self, FormatError> {
         crate::need(&bytes, 9, "sync mark")?;
-        let sync = bytes.get_u64_le();
+        let sync = crate::get_number(&mut bytes, "sync mark")?;
         let whole = match bytes.get_u8() {
             0 => false,
             1 => true,

@@ -21,7 +21,7 @@ use bytes::{Buf, BufMut};
 
 use crate::ids::{IncarnationId, PolicyKeyId, StreamId, TimelineId};
 use crate::record::DiskInfo;
-use crate::{FormatError, MAX_DISKS, WIRE_VERSION, align_up, get_id, need};
+use crate::{FormatError, MAX_DISKS, WIRE_VERSION, align_up, get_id, get_number, need};
 
 /// First bytes of a segment.
 pub const SEGMENT_MAGIC: [u8; 4] = *b"AISG";
@@ -109,8 +109,8 @@ impl Predecessor {
         need(input, 32, what)?;
         Ok(Self {
             incarnation: IncarnationId(get_id(input, what)?),
-            frame: input.get_u64_le(),
-            seq: input.get_u64_le(),
+            frame: get_number(input, what)?,
+            seq: get_number(input, what)?,
         })
     }
 }
@@ -201,10 +201,7 @@ impl SegmentHead {
         let length = Self::length(bytes)?;
         need(&bytes, length, "segment")?;
         let bytes = &bytes[..length];
-        let crc = crc32c::crc32c(&bytes[..12]);
-        let crc = crc32c::crc32c_append(crc, &[0; 4]);
-        let crc = crc32c::crc32c_append(crc, &bytes[16..]);
-        if crc.to_le_bytes() != bytes[12..16] {
+        if crate::crc_without(bytes, 12).to_le_bytes() != bytes[12..16] {
             return Err(FormatError::Checksum { what: "segment" });
         }
         let bad = |detail| FormatError::Malformed { what: "segment", detail };
@@ -214,9 +211,9 @@ impl SegmentHead {
         let incarnation = IncarnationId(get_id(&mut input, "segment")?);
         let predecessor = Predecessor::read(&mut input, "segment")?;
         need(&input, 32, "segment")?;
-        let segment = input.get_u64_le();
-        let first_frame = input.get_u64_le();
-        let first_seq = input.get_u64_le();
+        let segment = get_number(&mut input, "segment")?;
+        let first_frame = get_number(&mut input, "segment")?;
+        let first_seq = get_number(&mut input, "segment")?;
         let created_wall_ns = input.get_u64_le();
         let key = WrappedKey::read(&mut input)?;
         need(&input, 8, "segment")?;

@@ -21,7 +21,7 @@ use bytes::{Buf, BufMut};
 use crate::ids::{DiskId, IncarnationId, StreamId, TimelineId};
 use crate::record::DiskInfo;
 use crate::timeline::TimelineKind;
-use crate::{FormatError, MAX_DISKS, MAX_NAME, WIRE_VERSION, finished, get_id, get_str, need, put_str};
+use crate::{FormatError, MAX_DISKS, MAX_NAME, WIRE_VERSION, finished, get_id, get_number, get_str, need, put_str};
 
 /// First bytes.
 pub const STATE_MAGIC: [u8; 4] = *b"AISS";
@@ -162,8 +162,8 @@ impl StreamStateFile {
         let bytes = crate::open_table(bytes, STATE_MAGIC, WHAT)?;
         let mut input = &bytes[16..];
         let stream = StreamId(get_id(&mut input, WHAT)?);
-        let floor = input.get_u64_le();
-        let newest_cut = input.get_u64_le();
+        let floor = get_number(&mut input, WHAT)?;
+        let newest_cut = get_number(&mut input, WHAT)?;
         let disk_count = usize::from(input.get_u16_le());
         let incarnation_count = usize::from(input.get_u16_le());
         let view_count = usize::from(input.get_u16_le());
@@ -186,7 +186,7 @@ impl StreamStateFile {
             let mut open = Vec::new();
             for _ in 0..input.get_u8() {
                 need(&input, 9, WHAT)?;
-                let sync = input.get_u64_le();
+                let sync = get_number(&mut input, WHAT)?;
                 let bits = input.get_u8();
                 if bits & !3 != 0 {
                     return Err(bad("unknown bits"));
@@ -206,7 +206,7 @@ impl StreamStateFile {
         for _ in 0..view_count {
             let timeline = TimelineId(get_id(&mut input, WHAT)?);
             need(&input, 10, WHAT)?;
-            let seq = input.get_u64_le();
+            let seq = get_number(&mut input, WHAT)?;
             let kind = match input.get_u8() {
                 2 => TimelineKind::Failover,
                 3 => TimelineKind::View,

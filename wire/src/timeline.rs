@@ -14,7 +14,7 @@ use bytes::{Buf, BufMut};
 
 use crate::ids::{DiskId, StreamId, TimelineId};
 use crate::record::DiskInfo;
-use crate::{FormatError, MAX_DISKS, MAX_NAME, WIRE_VERSION, finished, get_id, get_str, need, put_str};
+use crate::{FormatError, MAX_DISKS, MAX_NAME, WIRE_VERSION, finished, get_id, get_number, get_str, need, put_str};
 
 /// First bytes of the table.
 pub const TIMELINE_MAGIC: [u8; 4] = *b"AITL";
@@ -123,7 +123,7 @@ impl TimelineTable {
         let mut input = &bytes[16..];
         let stream = StreamId(get_id(&mut input, WHAT)?);
         let current = TimelineId(get_id(&mut input, WHAT)?);
-        let fold_floor = input.get_u64_le();
+        let fold_floor = get_number(&mut input, WHAT)?;
         let timeline_count = usize::from(input.get_u16_le());
         let disk_count = usize::from(input.get_u16_le());
         input.advance(4);
@@ -135,7 +135,7 @@ impl TimelineTable {
             need(&input, 49, WHAT)?;
             let id = TimelineId(get_id(&mut input, WHAT)?);
             let parent = TimelineId(get_id(&mut input, WHAT)?);
-            let fork_seq = input.get_u64_le();
+            let fork_seq = get_number(&mut input, WHAT)?;
             let created_wall_ns = input.get_u64_le();
             let kind = match input.get_u8() {
                 1 => TimelineKind::Source,
@@ -151,7 +151,7 @@ impl TimelineTable {
         for _ in 0..disk_count {
             let disk = DiskInfo::read(&mut input)?;
             need(&input, 25, WHAT)?;
-            let generation = input.get_u64_le();
+            let generation = get_number(&mut input, WHAT)?;
             let timeline = TimelineId(get_id(&mut input, WHAT)?);
             let member = match input.get_u8() {
                 0 => false,

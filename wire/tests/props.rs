@@ -11,13 +11,18 @@ use afterimage_wire::record::{
     Cut, DiskInfo, HASH_LEN, HASH_STEP, MAX_HASHES, RECORD_LEN, RawRecord, Record, RecordKind, SyncMark, hashes,
 };
 use afterimage_wire::segment::{Predecessor, Sealed48, SegmentHead, WrappedKey};
+use afterimage_wire::stream_state::{DeltaView, DiskLife, OpenSync, StreamStateFile, UnreadableRange};
 use afterimage_wire::timeline::{DiskGeneration, Timeline, TimelineKind, TimelineTable};
-use afterimage_wire::{ALIGN, MAX_NAME, WIRE_VERSION};
+use afterimage_wire::{ALIGN, MAX_NAME, MAX_NUMBER, WIRE_VERSION};
 use proptest::prelude::*;
 use zerocopy::{FromBytes, IntoBytes};
 
 fn id() -> impl Strategy<Value = [u8; 16]> {
     any::<[u8; 16]>().prop_filter("the id of nothing", |id| *id != [0; 16])
+}
+
+fn number() -> impl Strategy<Value = u64> {
+    prop_oneof![4 => 0..=MAX_NUMBER, 1 => Just(MAX_NUMBER)]
 }
 
 fn name() -> impl Strategy<Value = String> {
@@ -26,14 +31,14 @@ fn name() -> impl Strategy<Value = String> {
 }
 
 prop_compose! {
-    fn disk()(slot in any::<u16>(), id in id(), blocks in 0..1_u64 << 47, block in 9..=16_u32, physical in 9..=16_u32,
+    fn disk()(slot in any::<u16>(), id in id(), blocks in 0..1_u64 << 46, block in 9..=16_u32, physical in 9..=16_u32,
         serial in name(), name in name()) -> DiskInfo {
         DiskInfo { slot, id: DiskId(id), size: blocks << block, block: 1 << block, physical_block: 1 << physical, serial, name }
     }
 }
 
 prop_compose! {
-    fn predecessor()(incarnation in any::<[u8; 16]>(), frame in any::<u64>(), seq in any::<u64>()) -> Predecessor {
+    fn predecessor()(incarnation in any::<[u8; 16]>(), frame in number(), seq in number()) -> Predecessor {
         Predecessor { incarnation: IncarnationId(incarnation), frame, seq }
     }
 }
@@ -49,7 +54,7 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn record()(seq in any::<u64>(), kind in 1..=14_u8, disk in any::<u16>(), len in 1..=u32::MAX, at in any::<u64>(),
+    fn record()(seq in number(), kind in 1..=14_u8, disk in any::<u16>(), len in 1..=u32::MAX, at in any::<u64>(),
         mono_ns in any::<u64>(), wall_ns in any::<u64>(), payload_at in any::<u32>(), payload in any::<u32>(),
         crc in any::<u32>()) -> Record {
         use RecordKind::*;
@@ -67,14 +72,14 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn cut()(number in any::<u64>(), clock_synced in any::<bool>(), flush_clean in any::<bool>(), label in name()) -> Cut {
+    fn cut()(number in number(), clock_synced in any::<bool>(), flush_clean in any::<bool>(), label in name()) -> Cut {
         Cut { number, clock_synced, flush_clean, label }
     }
 }
 
 prop_compose! {
     fn segment()(stream in id(), timeline in id(), incarnation in id(), predecessor in predecessor(),
-        numbers in any::<[u64; 4]>(), key in wrapped(), disks in prop::collection::vec(disk(), 0..20)) -> SegmentHead {
+        numbers in prop::array::uniform4(number()), key in wrapped(), disks in prop::collection::vec(disk(), 0..20)) -> SegmentHead {
         let [segment, first_frame, first_seq, created_wall_ns] = numbers;
         SegmentHead {
             stream: StreamId(stream), timeline: TimelineId(timeline), incarnation: IncarnationId(incarnation),
@@ -85,8 +90,8 @@ prop_compose! {
 
 prop_compose! {
     fn hello()(stream in id(), incarnation in id(), predecessor in predecessor(), key in wrapped(),
-        first_seq in 1..=u64::MAX, next_frame in 1..=u64::MAX, connection in any::<u16>(),
-        disks in prop::collection::vec((disk(), any::<u64>()), 0..20)) -> Handshake {
+        first_seq in 1..=MAX_NUMBER, next_frame in 1..=MAX_NUMBER, connection in any::<u16>(),
+        disks in prop::collection::vec((disk(), number()), 0..20)) -> Handshake {
         Handshake::Hello(Hello {
             version: WIRE_VERSION, stream: StreamId(stream), incarnation: IncarnationId(incarnation), predecessor, key,
             first_seq, next_frame, connection,
@@ -99,9 +104,9 @@ fn refusal() -> impl Strategy<Value = Refusal> {
     prop_oneof![
         Just(Refusal::UnknownStream),
         any::<u16>().prop_map(|known| Refusal::Version { known }),
-        (id(), any::<u64>()).prop_map(|(d, generation)| Refusal::Fenced { disk: DiskId(d), generation }),
+        (id(), number()).prop_map(|(d, generation)| Refusal::Fenced { disk: DiskId(d), generation }),
         Just(Refusal::Branch),
-        any::<u64>().prop_map(|newest| Refusal::SeqBehind { newest }),
+        number().prop_map(|newest| Refusal::SeqBehind { newest }),
         Just(Refusal::Busy),
         Just(Refusal::Unable),
         Just(Refusal::BadClaim),
@@ -111,7 +116,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
 fn handshake() -> impl Strategy<Value = Handshake> {
     prop_oneof![
         hello(),
-        (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>(), any::<u64>(), any::<bool>()).prop_map(
+        (any::<[u8; 16]>(), any::<[u8; 16]>(), number(), number(), any::<bool>()).prop_map(
             |(timeline, incarnation, frame, seq, whole_resync)| Handshake::Welcome(Welcome::Accepted {
                 timeline: TimelineId(timeline),
                 position: Position { incarnation: IncarnationId(incarnation), frame, seq },
@@ -135,16 +140,16 @@ fn control() -> impl Strategy<Value = Control> {
     prop_oneof![
         Just(Control::Ready),
         Just(Control::Alive),
-        (any::<u64>(), any::<u64>()).prop_map(|(frame, seq)| Control::Ack { frame, seq }),
-        (reason, any::<u64>()).prop_map(|(reason, value)| Control::Stop { reason, value }),
-        (any::<u64>(), any::<u64>()).prop_map(|(seq, differs)| Control::Compared { seq, differs }),
+        (number(), number()).prop_map(|(frame, seq)| Control::Ack { frame, seq }),
+        (reason, number()).prop_map(|(reason, value)| Control::Stop { reason, value }),
+        (number(), any::<u64>()).prop_map(|(seq, differs)| Control::Compared { seq, differs }),
         (any::<u16>(), any::<u64>(), 1..u64::MAX)
             .prop_map(|(disk, at, len)| { Control::Want { disk, offset: at.min(u64::MAX - len), len } }),
     ]
 }
 
 prop_compose! {
-    fn intent()(numbers in any::<[u64; 13]>(), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
+    fn intent()(numbers in prop::array::uniform13(number()), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
         whole_owed in any::<bool>(), clean in any::<bool>(), sync_owed in any::<bool>(), mapped in any::<bool>()) -> IntentHeader {
         let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq, last, last_seq] = numbers;
         IntentHeader {
@@ -163,7 +168,7 @@ fn timeline() -> impl Strategy<Value = Timeline> {
         TimelineKind::View,
         TimelineKind::Losing,
     ]);
-    (id(), any::<[u8; 16]>(), any::<u64>(), kind, any::<u64>(), name()).prop_map(
+    (id(), any::<[u8; 16]>(), number(), kind, any::<u64>(), name()).prop_map(
         |(id, parent, fork_seq, kind, created_wall_ns, reason)| Timeline {
             id: TimelineId(id),
             parent: TimelineId(parent),
@@ -176,9 +181,9 @@ fn timeline() -> impl Strategy<Value = Timeline> {
 }
 
 prop_compose! {
-    fn table()(stream in id(), current in id(), fold_floor in any::<u64>(),
+    fn table()(stream in id(), current in id(), fold_floor in number(),
         timelines in prop::collection::vec(timeline(), 0..12),
-        disks in prop::collection::vec((disk(), any::<u64>(), id(), any::<bool>()), 0..12)) -> TimelineTable {
+        disks in prop::collection::vec((disk(), number(), id(), any::<bool>()), 0..12)) -> TimelineTable {
         TimelineTable {
             stream: StreamId(stream), current: TimelineId(current), fold_floor, timelines,
             disks: disks.into_iter().map(|(disk, generation, t, member)| {
@@ -188,7 +193,54 @@ prop_compose! {
     }
 }
 
+fn open_sync() -> impl Strategy<Value = OpenSync> {
+    (number(), any::<bool>(), any::<bool>()).prop_map(|(sync, whole, tainted)| OpenSync { sync, whole, tainted })
+}
+
+fn life() -> impl Strategy<Value = DiskLife> {
+    (disk(), any::<bool>(), any::<bool>(), prop::collection::vec(open_sync(), 0..4))
+        .prop_map(|(info, member, owes_whole, open)| DiskLife { info, member, owes_whole, open })
+}
+
+fn delta() -> impl Strategy<Value = DeltaView> {
+    let kind = prop::sample::select(vec![TimelineKind::Failover, TimelineKind::View]);
+    (id(), number(), kind, any::<bool>(), name(), prop::collection::vec(id().prop_map(DiskId), 0..4)).prop_map(
+        |(timeline, seq, kind, removing, name, disks)| DeltaView {
+            timeline: TimelineId(timeline),
+            seq,
+            kind,
+            removing,
+            name,
+            disks,
+        },
+    )
+}
+
+fn unreadable() -> impl Strategy<Value = UnreadableRange> {
+    (any::<u16>(), any::<u64>(), any::<u64>()).prop_map(|(slot, offset, len)| UnreadableRange {
+        slot,
+        offset,
+        len: len.min(u64::MAX - offset),
+    })
+}
+
+prop_compose! {
+    fn state()(stream in id(), floor in number(), newest_cut in number(), disks in prop::collection::vec(life(), 0..6),
+        incarnations in prop::collection::vec(id(), 0..6), views in prop::collection::vec(delta(), 0..4),
+        unreadable in prop::collection::vec(unreadable(), 0..6)) -> StreamStateFile {
+        let incarnations = incarnations.into_iter().map(IncarnationId).collect();
+        StreamStateFile { stream: StreamId(stream), floor, newest_cut, disks, incarnations, views, unreadable }
+    }
+}
+
 proptest! {
+    #[test]
+    fn stream_states_come_back(state in state(), padding in 0..5000_usize) {
+        let mut bytes = state.encode();
+        bytes.resize(bytes.len() + padding, 0);
+        prop_assert_eq!(StreamStateFile::decode(&bytes), Ok(state));
+    }
+
     #[test]
     fn records_come_back(record in record()) {
         prop_assert_eq!(Record::from_raw(&record.to_raw()), Ok(record));
@@ -211,7 +263,7 @@ proptest! {
     }
 
     #[test]
-    fn sync_marks_come_back(sync in any::<u64>(), whole in any::<bool>()) {
+    fn sync_marks_come_back(sync in number(), whole in any::<bool>()) {
         let mut bytes = Vec::new();
         SyncMark { sync, whole }.encode(&mut bytes);
         prop_assert_eq!(SyncMark::decode(&bytes), Ok(SyncMark { sync, whole }));
@@ -330,6 +382,9 @@ fn decode_all(bytes: &[u8]) -> Result<(), TestCaseError> {
         prop_assert_eq!(IntentHeader::decode(&header.encode()), Ok(header));
     }
     let _ = decode_page(0, bytes);
+    if let Ok(state) = StreamStateFile::decode(bytes) {
+        prop_assert_eq!(StreamStateFile::decode(&state.encode()), Ok(state));
+    }
     if let Ok(table) = TimelineTable::decode(bytes) {
         prop_assert_eq!(TimelineTable::decode(&table.encode()), Ok(table));
     }
@@ -355,6 +410,7 @@ fn valid() -> impl Strategy<Value = Vec<u8>> {
         segment().prop_map(|s| s.encode()),
         intent().prop_map(|i| i.encode().to_vec()),
         table().prop_map(|t| t.encode()),
+        state().prop_map(|s| s.encode()),
         prop::collection::vec(record(), 1..5).prop_map(|records| {
             let mut out = vec![records.len() as u8, 0, 0, 0];
             out.extend(64_u32.to_le_bytes());
@@ -372,7 +428,7 @@ fn valid() -> impl Strategy<Value = Vec<u8>> {
 
 /// A frame that passes every check that needs no key.
 fn frame() -> impl Strategy<Value = Vec<u8>> {
-    (id(), id(), 1..u64::MAX, 1..u64::MAX, 1..=64_usize, 1..=4_usize).prop_map(
+    (id(), id(), 1..=MAX_NUMBER, 1..=MAX_NUMBER, 1..=64_usize, 1..=4_usize).prop_map(
         |(stream, incarnation, number, seq, chunks, pages)| {
             let mut out = vec![0; pages * ALIGN];
             out[..4].copy_from_slice(b"AIFR");
@@ -418,7 +474,7 @@ proptest! {
 
     #[test]
     fn random_bytes_behind_a_magic_are_survived(
-        magic in prop::sample::select(vec![*b"AIFR", *b"AISG", *b"AITL", *b"AIIL", *b"AIIP"]),
+        magic in prop::sample::select(vec![*b"AIFR", *b"AISG", *b"AITL", *b"AISS", *b"AIIL", *b"AIIP"]),
         mut bytes in prop::collection::vec(any::<u8>(), ALIGN),
         length in prop::sample::select(vec![0, 64, 4096, 8192, u32::MAX]),
     ) {
@@ -446,7 +502,7 @@ proptest! {
         if mend && bytes.len() >= 64 {
             match &bytes[..4] {
                 b"AIFR" | b"AISG" => mend_crc(&mut bytes, 12, |b| crc_with_hole(b, 12)),
-                b"AITL" | b"AIIL" | b"AIIP" => mend_crc(&mut bytes, 8, |b| crc_with_hole(b, 8)),
+                b"AITL" | b"AISS" | b"AIIL" | b"AIIP" => mend_crc(&mut bytes, 8, |b| crc_with_hole(b, 8)),
                 _ => {}
             }
         }
@@ -457,7 +513,7 @@ proptest! {
     #[test]
     fn changes_under_a_checksum_are_found(
         bytes in prop_oneof![segment().prop_map(|s| s.encode()), table().prop_map(|t| t.encode()),
-            intent().prop_map(|i| i.encode().to_vec()), frame()],
+            state().prop_map(|s| s.encode()), intent().prop_map(|i| i.encode().to_vec()), frame()],
         at in any::<prop::sample::Index>(),
         flip in 1..=255_u8,
     ) {
@@ -468,9 +524,33 @@ proptest! {
             b"AIFR" => check_frame(&changed).is_err(),
             b"AISG" => SegmentHead::decode(&changed).is_err(),
             b"AITL" => TimelineTable::decode(&changed).is_err(),
+            b"AISS" => StreamStateFile::decode(&changed).is_err(),
             _ => IntentHeader::decode(&changed).is_err(),
         };
         prop_assert!(error, "byte {} of {} changed unseen", at, bytes.len());
+    }
+
+    /// Whoever counts on from a number that was read must not overflow.
+    #[test]
+    fn numbers_out_of_range_are_refused(number in MAX_NUMBER + 1..=u64::MAX) {
+        let (mut cut, mut mark) = (Vec::new(), Vec::new());
+        Cut { number, ..Cut::default() }.encode(&mut cut);
+        SyncMark { sync: number, whole: true }.encode(&mut mark);
+        let acks = [Control::Ack { frame: number, seq: 1 }, Control::Ack { frame: 1, seq: number }];
+        let position = Position { seq: number, ..Position::default() };
+        let welcome = Welcome::Accepted { timeline: TimelineId::NONE, position, whole_resync: false };
+        let intent = IntentHeader { serial: number, ..IntentHeader::default() };
+        let head = SegmentHead { segment: number, ..SegmentHead::default() };
+        let table = TimelineTable { fold_floor: number, ..TimelineTable::default() };
+        let state = StreamStateFile { floor: number, ..StreamStateFile::default() };
+        prop_assert!(Cut::decode(&cut).is_err());
+        prop_assert!(SyncMark::decode(&mark).is_err());
+        prop_assert!(acks.iter().all(|ack| Control::decode(&ack.encode()).is_err()));
+        prop_assert!(Handshake::read(&Handshake::Welcome(welcome).encode()).is_err());
+        prop_assert!(IntentHeader::decode(&intent.encode()).is_err());
+        prop_assert!(SegmentHead::decode(&head.encode()).is_err());
+        prop_assert!(TimelineTable::decode(&table.encode()).is_err());
+        prop_assert!(StreamStateFile::decode(&state.encode()).is_err());
     }
 
     #[test]
