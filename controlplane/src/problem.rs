@@ -69,6 +69,20 @@ pub enum Problem {
         /// What it takes.
         needs: String,
     },
+    /// Nobody knows who asks.
+    #[error("a caller without a certificate may not call {method}: {needs}")]
+    Anonymous {
+        /// The method.
+        method: String,
+        /// What it takes.
+        needs: String,
+    },
+    /// There is no such method.
+    #[error("there is no method {method}")]
+    NoMethod {
+        /// As called.
+        method: String,
+    },
     /// A proxy that is needed did not answer, or does not answer in time.
     #[error("{proxy}: {detail}")]
     Unreachable {

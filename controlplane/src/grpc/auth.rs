@@ -11,6 +11,7 @@ use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Extensions, Status};
 use tower::{Layer, Service};
 
+use super::deadline;
 use crate::ca::{Identity, Role, identify};
 use crate::names::{self, Kind, Name};
 use crate::problem::Problem;
@@ -73,11 +74,11 @@ pub fn allows(needs: Needs, role: Option<Role>) -> bool {
 }
 
 fn check(path: &str, who: Option<&Identity>) -> Result<(), Problem> {
-    let needs = needs(path);
-    if needs.is_some_and(|n| allows(n, who.map(|w| w.role))) {
+    let known = needs(path);
+    if known.is_some_and(|n| allows(n, who.map(|w| w.role))) {
         return Ok(());
     }
-    let needs = match needs {
+    let needs = match known {
         Some(Needs::Nothing | Needs::Certificate) => "a certificate of this coordinator",
         Some(Needs::Proxy) => "a proxy's certificate",
         Some(Needs::Viewer) => "the role viewer, operator or admin",
@@ -85,8 +86,12 @@ fn check(path: &str, who: Option<&Identity>) -> Result<(), Problem> {
         Some(Needs::Admin) => "the role admin",
         None => "there is no such method",
     };
-    let who = who.map_or_else(|| "a caller without a certificate".to_owned(), actor);
-    Err(Problem::Denied { who, method: path.trim_start_matches('/').chars().take(100).collect(), needs: needs.into() })
+    let method: String = path.trim_start_matches('/').chars().take(100).collect();
+    Err(match who {
+        None => Problem::Anonymous { method, needs: needs.into() },
+        Some(_) if known.is_none() => Problem::NoMethod { method },
+        Some(who) => Problem::Denied { who: actor(who), method, needs: needs.into() },
+    })
 }
 
 /// "role/name".
@@ -196,7 +201,12 @@ where
         if let Some(who) = who {
             request.extensions_mut().insert(who);
         }
-        Box::pin(self.inner.call(request))
+        let within = deadline::of(request.headers());
+        let call = self.inner.call(request);
+        Box::pin(async move {
+            let late = || Status::deadline_exceeded("the call has taken longer than it may").into_http();
+            tokio::time::timeout(within, call).await.unwrap_or_else(|_| Ok(late()))
+        })
     }
 }
 
@@ -286,6 +296,44 @@ mod tests {
             ["Enrolment/Join", "Enrolment/Renew", "ProxyControl/Session"].map(|m| format!("/afterimage.v1.{m}"));
         assert_eq!(allowed.len(), 3);
         assert!(expected.iter().all(|m| allowed.contains(m)));
+    }
+
+    /// Takes every call and answers none.
+    #[derive(Clone)]
+    struct Mute;
+
+    impl Service<Request<Body>> for Mute {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = std::future::Pending<Result<Response<Body>, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Request<Body>) -> Self::Future {
+            std::future::pending()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_ends_at_its_deadline() {
+        let call = |timeout: Option<&str>| {
+            let mut request = Request::new(Body::empty());
+            *request.uri_mut() = "/afterimage.v1.Enrolment/Join".parse().unwrap();
+            if let Some(timeout) = timeout {
+                request.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
+            }
+            AuthLayer.layer(Mute).call(request)
+        };
+        for (timeout, least) in [(Some("300m"), 0.29), (Some("90S"), 89.0), (None, 600.0), (Some("99H"), 600.0)] {
+            let begun = tokio::time::Instant::now();
+            let answer = call(timeout).await.unwrap();
+            let code = answer.headers()["grpc-status"].to_str().unwrap();
+            assert_eq!(code, (tonic::Code::DeadlineExceeded as i32).to_string());
+            assert!(begun.elapsed().as_secs_f64() >= least, "{timeout:?}");
+            assert!(begun.elapsed() <= deadline::CALL_WITHIN + std::time::Duration::from_secs(1));
+        }
     }
 
     #[test]

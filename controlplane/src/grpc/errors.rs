@@ -41,6 +41,11 @@ impl From<Problem> for Status {
                 details.set_error_info("DENIED", DOMAIN, [("needs".to_owned(), needs.clone())]);
                 Code::PermissionDenied
             }
+            Problem::Anonymous { needs, .. } => {
+                details.set_error_info("NO_CERTIFICATE", DOMAIN, [("needs".to_owned(), needs.clone())]);
+                Code::Unauthenticated
+            }
+            Problem::NoMethod { .. } => Code::Unimplemented,
             Problem::Unreachable { proxy, .. } => {
                 details.set_error_info("PROXY_UNREACHABLE", DOMAIN, [("proxy".to_owned(), proxy.clone())]);
                 Code::Unavailable

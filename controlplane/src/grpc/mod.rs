@@ -32,7 +32,9 @@ use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
 
 pub mod auth;
+pub mod bound;
 mod control;
+pub mod deadline;
 mod enrolment;
 mod errors;
 mod operator;
@@ -241,10 +243,12 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     let admin = dir.join("admin.json");
     keep_admin(&coordinator, &admin)?;
     let mut servers = Vec::new();
-    for (_, bound) in incoming {
+    let open = Arc::new(bound::Open::default());
+    for (_, incoming) in incoming {
         let stop = coordinator.closed();
         let router = router(&coordinator, tls.clone()).await?;
-        servers.push(tokio::spawn(router.serve_with_incoming_shutdown(bound, stop)));
+        let bounded = bound::Bounded::new(incoming, open.clone());
+        servers.push(tokio::spawn(router.serve_with_incoming_shutdown(bounded, stop)));
     }
     let tasks = coordinator.start();
     Ok(Running { addresses, admin, coordinator, servers, tasks })
@@ -256,7 +260,14 @@ async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<
     let operator = operator::Operator(coordinator.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<PoliciesServer<operator::Operator>>().await;
+    reporter.set_serving::<GroupsServer<operator::Operator>>().await;
+    reporter.set_serving::<ProxiesServer<operator::Operator>>().await;
+    reporter.set_serving::<PointsServer<operator::Operator>>().await;
+    reporter.set_serving::<FailoversServer<operator::Operator>>().await;
+    reporter.set_serving::<OperationsServer<operator::Operator>>().await;
+    reporter.set_serving::<ViewsServer<operator::Operator>>().await;
     reporter.set_serving::<StatusServer<status::StatusService>>().await;
+    reporter.set_serving::<EnrolmentServer<enrolment::EnrolmentService>>().await;
     reporter.set_serving::<ProxyControlServer<control::ControlService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
