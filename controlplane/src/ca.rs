@@ -279,6 +279,12 @@ pub fn key_pin(der: &[u8]) -> Option<[u8; 32]> {
     Some(sha256(certificate.public_key().raw))
 }
 
+/// When a certificate (DER) ends, seconds since the Unix epoch; none if it cannot be read or ended before that.
+pub fn not_after(der: &[u8]) -> Option<u64> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    u64::try_from(certificate.validity().not_after.timestamp()).ok()
+}
+
 pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
     let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
     digest.as_ref().try_into().expect("SHA-256 has 32 bytes")

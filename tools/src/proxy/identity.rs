@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use afterimage_wire::handshake::ALPN;
-use rustls::client::Resumption;
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -12,6 +12,8 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use serde::{Deserialize, Serialize};
+
+use super::pins::{Graceful, Pins};
 
 /// Why there is no identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,6 +49,8 @@ pub struct Identity {
     pub client: Arc<ClientConfig>,
     /// As a target.
     pub server: Arc<ServerConfig>,
+    /// Keys of paired proxies: set before each handshake.
+    pub pins: Pins,
 }
 
 impl fmt::Debug for Identity {
@@ -74,29 +78,35 @@ impl Identity {
         let roots = Arc::new(roots);
         let key = || PrivateKeyDer::from_pem_slice(pems.key_pem.as_bytes()).map_err(|e| bad("key")(&e));
 
+        let pins = Pins::default();
+        let targets =
+            WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::<CryptoProvider>::clone(&provider))
+                .build()
+                .map_err(|e| bad("authority")(&e))?;
         let mut client = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
             .with_protocol_versions(&[&TLS13])
             .map_err(|e| bad("TLS")(&e))?
-            .with_root_certificates(Arc::clone(&roots))
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Graceful::new(targets, pins.clone())))
             .with_client_auth_cert(chain.clone(), key()?)
             .map_err(|e| bad("certificate and key")(&e))?;
         client.alpn_protocols = vec![ALPN.to_vec()];
         client.resumption = Resumption::disabled();
 
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
+        let sources = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
             .build()
             .map_err(|e| bad("authority")(&e))?;
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])
             .map_err(|e| bad("TLS")(&e))?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(Arc::new(Graceful::new(sources, pins.clone())))
             .with_single_cert(chain, key()?)
             .map_err(|e| bad("certificate and key")(&e))?;
         server.alpn_protocols = vec![ALPN.to_vec()];
         // A ticket would be a TLS record after the last message: the raw stream begins there.
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self { uid: pems.uid.clone(), client: Arc::new(client), server: Arc::new(server) })
+        Ok(Self { uid: pems.uid.clone(), client: Arc::new(client), server: Arc::new(server), pins })
     }
 }
 

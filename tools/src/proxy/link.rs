@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use afterimage_controlplane::ca::{Identity as Peer, Role, identify};
+use afterimage_controlplane::ca::{Identity as Peer, Role, identify, not_after};
 use afterimage_dataplane::seal::ControlKey;
 use afterimage_wire::handshake::{ALPN, EXPORTER_LABEL, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
 use afterimage_wire::ids::TimelineId;
@@ -113,6 +113,8 @@ pub struct Linked {
     pub position: Position,
     /// Every disk is compared in full.
     pub whole_resync: bool,
+    /// How long ago the target's certificate ended, if it did: see [`super::pins`].
+    pub expired: Option<Duration>,
 }
 
 /// A target's side of a stream that has been agreed.
@@ -126,6 +128,8 @@ pub struct Accepted {
     pub hello: Hello,
     /// Whose it is.
     pub peer: Peer,
+    /// How long ago its certificate ended, if it did: see [`super::pins`].
+    pub expired: Option<Duration>,
 }
 
 /// Makes the link of a source to `target` at `address`. The key of the target's certificate must be among `pins`, if
@@ -166,8 +170,9 @@ pub async fn connect(
         _ => return Err(LinkError::OutOfTurn("waiting for the target's answer")),
     };
     channel.send(&Handshake::Begin, "beginning the stream").await?;
+    let expired = channel.expired();
     let (fd, control) = channel.leave()?;
-    Ok(Linked { fd, control, timeline, position, whole_resync })
+    Ok(Linked { fd, control, timeline, position, whole_resync, expired })
 }
 
 /// Takes the link of a source; `welcome` decides about its hello.
@@ -207,8 +212,9 @@ pub async fn accept(
         Handshake::Begin => {}
         _ => return Err(LinkError::OutOfTurn("waiting for the stream to begin")),
     }
+    let expired = channel.expired();
     let (fd, control) = channel.leave()?;
-    Ok(Accepted { fd, control, hello, peer })
+    Ok(Accepted { fd, control, hello, peer, expired })
 }
 
 /// True if the peer's key is one of these, or none are known.
@@ -281,6 +287,13 @@ where
         let certificate = certificate.ok_or_else(|| LinkError::PeerCertificate("there is none".to_owned()))?;
         let peer = identify(certificate).ok_or_else(|| LinkError::PeerCertificate("it names no role".to_owned()))?;
         if peer.role == Role::Proxy { Ok(peer) } else { Err(LinkError::NotAProxy(peer.name)) }
+    }
+
+    /// How long ago the peer's certificate ended, if it did and was taken nevertheless.
+    fn expired(&self) -> Option<Duration> {
+        let certificate = self.tls.peer_certificates().and_then(<[CertificateDer<'_>]>::first)?;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?;
+        now.checked_sub(Duration::from_secs(not_after(certificate)?)).filter(|late| !late.is_zero())
     }
 
     async fn send(&mut self, message: &Handshake, step: &'static str) -> Result<(), LinkError> {

@@ -144,6 +144,61 @@ fn an_expired_certificate_is_refused_at_either_end() {
     assert!(matches!(ours, Err(LinkError::PeerCertificate(why)) if why.contains("expired")));
 }
 
+/// Both ends, each with the key of the other paired.
+fn paired(source: &Pems, target_bundle: &Pems) -> (Result<Linked, LinkError>, Result<Accepted, LinkError>) {
+    use rustls::pki_types::pem::PemObject;
+    let pin = |pems: &Pems| {
+        let der = CertificateDer::from_pem_slice(pems.certificate_pem.as_bytes()).unwrap();
+        afterimage_controlplane::ca::key_pin(&der).unwrap().to_vec()
+    };
+    let (ours, theirs) = (identity(source), identity(target_bundle));
+    ours.pins.set([&pin(target_bundle)]);
+    theirs.pins.set([&pin(source)]);
+    let (listener, address) = listener();
+    tokio_uring::start(async move {
+        let other = tokio_uring::spawn(target(theirs, listener, accepted()));
+        let ours = connect(&ours, &address.to_string(), TARGET, &[], hello()).await;
+        (ours, other.await.unwrap())
+    })
+}
+
+#[test]
+fn a_paired_key_outlives_its_certificate_by_its_grace_and_no_longer() {
+    const DAY: u64 = 86_400;
+    let ca = Throwaway::new().unwrap();
+    let (good_source, good_target) = (ca.proxy("src", SOURCE).unwrap(), ca.proxy("dr", TARGET).unwrap());
+    let (ours, theirs) = paired(&ca.ended("src", SOURCE, 2 * DAY), &good_target);
+    assert_eq!(theirs.unwrap().expired.unwrap().as_secs() / DAY, 2);
+    assert_eq!(ours.unwrap().expired, None);
+    let (ours, theirs) = paired(&good_source, &ca.ended("dr", TARGET, 89 * DAY));
+    assert_eq!(ours.unwrap().expired.unwrap().as_secs() / DAY, 89);
+    assert_eq!(theirs.unwrap().expired, None);
+    let (ours, _) = paired(&good_source, &ca.ended("dr", TARGET, 91 * DAY));
+    assert!(matches!(ours, Err(LinkError::PeerCertificate(why)) if why.contains("expired")));
+    let (_, theirs) = paired(&ca.ended("src", SOURCE, 91 * DAY), &good_target);
+    assert!(matches!(theirs, Err(LinkError::PeerCertificate(why)) if why.contains("expired")));
+}
+
+#[test]
+fn a_paired_key_excuses_nothing_but_age() {
+    let (mine, other) = (Throwaway::new().unwrap(), Throwaway::new().unwrap());
+    let (ours, _) = paired(&mine.proxy("src", SOURCE).unwrap(), &other.ended("dr", TARGET, 60));
+    assert!(matches!(ours, Err(LinkError::PeerCertificate(why)) if why.contains("another authority")));
+    let (ours, _) = paired(&mine.proxy("src", SOURCE).unwrap(), &mine.ended("dr", SOURCE, 60));
+    assert!(matches!(ours, Err(LinkError::PeerCertificate(why)) if why.contains("another proxy")));
+}
+
+#[test]
+fn two_authorities_are_trusted_at_once() {
+    let (old, new) = (Throwaway::new().unwrap(), Throwaway::new().unwrap());
+    let (mut source, mut target) = (old.proxy("src", SOURCE).unwrap(), new.proxy("dr", TARGET).unwrap());
+    let both = format!("{}{}", source.ca_pem, target.ca_pem);
+    source.ca_pem.clone_from(&both);
+    target.ca_pem = both;
+    let (ours, theirs) = pair(&source, &target, accepted());
+    assert!(ours.is_ok() && theirs.is_ok(), "{ours:?} {theirs:?}");
+}
+
 #[test]
 fn another_proxy_in_the_place_of_the_target_is_refused() {
     let ca = Throwaway::new().unwrap();

@@ -25,6 +25,7 @@ mod cores;
 mod identity;
 mod keep;
 mod link;
+mod pins;
 mod report;
 mod runtime;
 mod service;

@@ -14,6 +14,7 @@ use afterimage_wire::v1::Severity;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::link::{self, LinkError};
+use super::pins::GRACE;
 use super::runtime::Gone;
 use super::state::Proxy;
 
@@ -111,6 +112,7 @@ async fn connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<(), Go
     let Some(source) = &proxy.source else { return Ok(()) };
     let failure = match try_connect(proxy, stream, hello).await {
         Ok(link) => {
+            alarm(proxy, stream, "the target", link.expired);
             let linked = source.call(move |desk| match desk.io.attach(link.fd) {
                 Ok(sock) => {
                     let (timeline, position, whole) = (link.timeline, link.position, link.whole_resync);
@@ -144,6 +146,7 @@ async fn try_connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<li
     let nowhere = |why: &str| LinkError::Connect { address: "the target".into(), source: std::io::Error::other(why) };
     let (address, target, pins) = known.ok_or_else(|| nowhere("its address is not known yet"))?;
     let identity = proxy.identity.borrow().clone().ok_or_else(|| nowhere("this proxy has no certificate yet"))?;
+    identity.pins.set(proxy.desired.borrow().peers.iter().flat_map(|peer| &peer.key_pins));
     link::connect(&identity, &address, &target, &pins, hello).await
 }
 
@@ -188,6 +191,7 @@ pub async fn accept_streams(proxy: Rc<Proxy>, listener: tokio::net::TcpListener)
 async fn accept(proxy: &Proxy, stream: TcpStream) -> Result<(), LinkError> {
     let refused = |message: &str| LinkError::Refused { reason: Refusal::Busy, message: message.to_owned() };
     let identity = proxy.identity.borrow().clone().ok_or_else(|| refused("this proxy has no certificate yet"))?;
+    identity.pins.set(proxy.desired.borrow().peers.iter().flat_map(|peer| &peer.key_pins));
     let Some(target) = &proxy.target else { return Err(refused("this proxy has no target role")) };
     let accepted = link::accept(&identity, stream, async |peer, hello| {
         if let Err(refusal) = may_write(proxy, peer, hello) {
@@ -198,6 +202,7 @@ async fn accept(proxy: &Proxy, stream: TcpStream) -> Result<(), LinkError> {
         answer.unwrap_or_else(|gone| Welcome::Refused { reason: Refusal::Busy, message: gone.to_string() })
     });
     let accepted = accepted.await?;
+    alarm(proxy, accepted.hello.stream, &format!("proxy `{}`", accepted.peer.name), accepted.expired);
     tracing::debug!(source = accepted.peer.name, stream = %accepted.hello.stream, "a stream is linked");
     let done = target.call(move |desk| match desk.io.attach(accepted.fd) {
         Ok(sock) => {
@@ -211,6 +216,18 @@ async fn accept(proxy: &Proxy, stream: TcpStream) -> Result<(), LinkError> {
         Ok(Err(why)) => Err(refused(&why)),
         Err(gone) => Err(refused(&gone.to_string())),
     }
+}
+
+/// A peer's certificate has ended, and was taken since its key is paired.
+fn alarm(proxy: &Proxy, stream: StreamId, who: &str, expired: Option<Duration>) {
+    let Some(late) = expired else { return };
+    let days = |span: Duration| span.as_secs() / 86_400;
+    let left = days(GRACE.saturating_sub(late));
+    let message = format!(
+        "the certificate of {who} ended {} days ago; it is taken for {left} days more, since its key is paired: renew it",
+        days(late)
+    );
+    proxy.event(Severity::Error, Some(stream), "certificate", message);
 }
 
 /// A proxy may write only the streams whose source it is.

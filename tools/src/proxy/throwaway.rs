@@ -69,6 +69,16 @@ impl Throwaway {
         .unwrap()
     }
 
+    /// A proxy's, that ended so many seconds ago.
+    pub fn ended(&self, name: &str, uid: &str, ago: u64) -> Pems {
+        self.issue("proxy", name, uid, |params| {
+            let end = std::time::SystemTime::now() - std::time::Duration::from_secs(ago);
+            params.not_before = (end - std::time::Duration::from_secs(86_400)).into();
+            params.not_after = end.into();
+        })
+        .unwrap()
+    }
+
     /// An operator's.
     pub fn operator(&self, name: &str) -> Pems {
         self.issue("operator", name, name, |_| ()).unwrap()

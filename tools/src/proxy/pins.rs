@@ -1,0 +1,144 @@
+//! Keys of paired proxies, and the grace that they have: a certificate that has only expired is taken for [`GRACE`] more
+//! if its key is the one that the coordinator has paired. Expiry is then an alarm, not the end of replication. All else
+//! about the certificate is checked as ever, as of the moment at which it ended.
+
+use std::collections::HashSet;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use afterimage_controlplane::ca::{key_pin, not_after};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
+
+/// How long after its end a paired proxy's certificate is still taken.
+pub const GRACE: Duration = Duration::from_secs(90 * 86_400);
+
+/// The keys (SHA-256 of the public key) of the proxies that this one is paired with.
+#[derive(Clone, Debug, Default)]
+pub struct Pins(Arc<RwLock<HashSet<Vec<u8>>>>);
+
+impl Pins {
+    /// These and no others.
+    pub fn set<'a>(&self, pins: impl IntoIterator<Item = &'a Vec<u8>>) {
+        let pins = pins.into_iter().cloned().collect();
+        *self.0.write().expect("nothing panics while it holds this") = pins;
+    }
+
+    /// When the certificate ended, if it may be taken as of then.
+    fn ended(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Option<UnixTime> {
+        let ended = not_after(certificate)?;
+        let late = now.as_secs().checked_sub(ended)?;
+        let paired = key_pin(certificate)?;
+        let known = self.0.read().expect("nothing panics while it holds this").contains(&paired[..]);
+        (known && late <= GRACE.as_secs()).then(|| UnixTime::since_unix_epoch(Duration::from_secs(ended)))
+    }
+
+    /// Verifies now, and once more as of the certificate's end if nothing but its age is wrong.
+    fn verify<T>(
+        &self,
+        certificate: &CertificateDer<'_>,
+        now: UnixTime,
+        verify: impl Fn(UnixTime) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        verify(now).or_else(|error| {
+            let expired = matches!(
+                error,
+                Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })
+            );
+            match self.ended(certificate, now).filter(|_| expired) {
+                Some(ended) => verify(ended),
+                None => Err(error),
+            }
+        })
+    }
+}
+
+/// A verifier with the grace of paired keys.
+#[derive(Debug)]
+pub struct Graceful<V: ?Sized> {
+    pins: Pins,
+    inner: Arc<V>,
+}
+
+impl<V: ?Sized> Graceful<V> {
+    /// Around another one.
+    pub fn new(inner: Arc<V>, pins: Pins) -> Self {
+        Self { pins, inner }
+    }
+}
+
+impl<V: ServerCertVerifier + ?Sized> ServerCertVerifier for Graceful<V> {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.pins.verify(end_entity, now, |at| {
+            self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, at)
+        })
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+impl<V: ClientCertVerifier + ?Sized> ClientCertVerifier for Graceful<V> {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.inner.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.pins.verify(end_entity, now, |at| self.inner.verify_client_cert(end_entity, intermediates, at))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
