@@ -5,8 +5,9 @@
 
 #![allow(unsafe_code)] // the counting allocator
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "shared/counting_allocations.rs"]
+mod counting_allocations;
+
 use std::collections::VecDeque;
 
 use afterimage_dataplane::host::{Answer, DiskKey, Disks, Export, Geometry, HEADROOM, HostDisk, Request};
@@ -15,35 +16,7 @@ use afterimage_dataplane::io::{
 };
 use afterimage_dataplane::nbd::proto::{self, RequestHeader, cmd, option};
 use afterimage_dataplane::nbd::{Limits, Server};
-
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: everything is handed on to the system's allocator; counting touches a thread-local cell without a destructor.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promise is handed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: as above.
-        unsafe { System.realloc(old, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, old: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(old, layout) }
-    }
-}
-
-#[global_allocator]
-static GLOBAL: Counting = Counting;
+use counting_allocations::allocations;
 
 /// One socket: the client's bytes are there from the start, the server's are counted.
 struct SliceIo {
@@ -258,7 +231,7 @@ fn a_request_in_steady_state_allocates_nothing() {
     let mut done = Vec::with_capacity(16);
     let mut play = |io: &mut SliceIo, input: Vec<u8>, replies: usize| {
         (io.input, io.at, io.sent) = (input, 0, 0);
-        let before = ALLOCATIONS.get();
+        let before = allocations();
         while io.sent < replies {
             io.poll(None, &mut done);
             for done in done.drain(..) {
@@ -266,7 +239,7 @@ fn a_request_in_steady_state_allocates_nothing() {
             }
             server.collect(io, &mut disk);
         }
-        (ALLOCATIONS.get() - before, server.counters().copied_bytes)
+        (allocations() - before, server.counters().copied_bytes)
     };
     play(&mut io, input, 18 + 10);
     for (kind, len, count) in

@@ -2,35 +2,15 @@
 
 #![allow(unsafe_code)] // An allocator is an unsafe trait; this one only counts.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "shared/counting_allocations.rs"]
+mod counting_allocations;
+
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use afterimage_dataplane::io::ring::{Ring, RingConfig};
 use afterimage_dataplane::io::{Class, Done, Io, Op, OpenHow, Part, Pool};
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call goes on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        // SAFETY: as this was called.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as this was called.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
+use counting_allocations::allocations;
 
 /// Sixteen writes, and a send and a receive of four parts each; buffers and vectors go round.
 struct Round {
@@ -91,9 +71,9 @@ fn a_round_of_operations_allocates_nothing() {
     for _ in 0..20 {
         run(&mut ring, &mut round);
     }
-    let before = ALLOCATIONS.with(Cell::get);
+    let before = allocations();
     for _ in 0..200 {
         run(&mut ring, &mut round);
     }
-    assert_eq!(ALLOCATIONS.with(Cell::get) - before, 0, "allocations in 4000 operations");
+    assert_eq!(allocations() - before, 0, "allocations in 4000 operations");
 }

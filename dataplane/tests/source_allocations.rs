@@ -6,8 +6,8 @@
 
 #![allow(unsafe_code)] // the counting allocator
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "shared/counting_allocations.rs"]
+mod counting_allocations;
 
 use afterimage_dataplane::host::{DiskKey, Disks, HEADROOM, HostDisk, Request};
 use afterimage_dataplane::io::{
@@ -20,35 +20,7 @@ use afterimage_wire::control::{CONTROL_LEN, Control};
 use afterimage_wire::frame::FrameHeader;
 use afterimage_wire::handshake::Position;
 use afterimage_wire::ids::{DiskId, PolicyKeyId, StreamId, TimelineId};
-
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: everything is handed on to the system's allocator; counting touches a thread-local cell without a destructor.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promise is handed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: as above.
-        unsafe { System.realloc(old, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, old: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(old, layout) }
-    }
-}
-
-#[global_allocator]
-static GLOBAL: Counting = Counting;
+use counting_allocations::allocations;
 
 const SIZE: u64 = 16 << 20;
 const STREAM: StreamId = StreamId([7; 16]);
@@ -303,9 +275,9 @@ fn a_write_allocates_nothing_and_keeps_its_buffer() {
     bench.io.written_at.clear();
     bench.asked_at.clear();
     let frames = bench.io.frames;
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     bench.write(2000);
-    let allocations = ALLOCATIONS.get() - before;
+    let allocations = allocations() - before;
     assert!(bench.io.frames > frames, "frames were shipped");
     assert_eq!(allocations, 0, "{allocations} allocations in 2000 writes");
     // Every aligned write went to the disk from where the host's data lay.
