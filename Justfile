@@ -7,13 +7,21 @@ _list:
 build:
     cargo build --release
 
-# Every check, or the parts named: lint docs unit sim clients postgres demo bench-smoke.
+# Every check, or the parts named: lint docs unit sim clients postgres api fuzz demo bench-smoke.
 test *parts:
     tests/all {{ parts }}
 
 # Seeds of the simulator; `just sim 1000`.
 sim seeds="200":
     tests/sim --seeds {{ seeds }}
+
+# Hostile bytes for everything that reads bytes of others: each body for so long; `just fuzz 3600`.
+fuzz seconds="60":
+    cargo run --release -p afterimage-fuzz -- --seconds {{ seconds }}
+
+# The same under libFuzzer (nightly, cargo-fuzz): `just libfuzzer frame`.
+libfuzzer target *args:
+    cd tests/fuzz && cargo +nightly fuzz run --fuzz-dir cargo-fuzz {{ target }} corpus/{{ target }} -- {{ args }}
 
 # Formatting and lints only.
 lint:

@@ -1,0 +1,270 @@
+"""The API as a client in another language sees it: one generated from the .proto files by protoc, with the usual gRPC
+library of Python. Services, reflection and health as their texts say, codes as the protocol defines them, and callers
+who mean ill.
+
+Run by `tests/all api`, with a Python that has grpcio, grpcio-tools, grpcio-health-checking and grpcio-reflection.
+"""
+
+import json
+import pathlib
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from cluster import ROOT, Process, Tests, eventually, expect, free_port
+
+FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="afterimage-api-"))
+GENERATED = FOLDER / "generated"
+GENERATED.mkdir()
+PROTOS = sorted((ROOT / "wire/proto/afterimage/v1").glob("*.proto"))
+subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'wire/proto'}", f"--python_out={GENERATED}",
+                f"--grpc_python_out={GENERATED}", *map(str, PROTOS)], check=True)
+sys.path.insert(0, str(GENERATED))
+
+import grpc  # noqa: E402
+from afterimage.v1 import coordinator_pb2 as api  # noqa: E402
+from afterimage.v1 import coordinator_pb2_grpc as services  # noqa: E402
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
+
+TENANT = "tenants/default"
+NAME = (("grpc.ssl_target_name_override", "coordinator.afterimage"),)
+SERVICES = ["Policies", "Groups", "Proxies", "Points", "Failovers", "Operations", "Views", "Status", "Enrolment",
+            "ProxyControl"]
+
+
+class Coordinator:
+    """A coordinator on loopback, and the admin's way to it."""
+
+    def __init__(self):
+        self.port = free_port()
+        self.data = FOLDER / "data"
+        self.process = Process(FOLDER, "coordinator", "coordinator", "--data-dir", self.data, "--listen",
+                               f"127.0.0.1:{self.port}")
+        bundle = self.data / "admin.json"
+        self.bundle = eventually("the coordinator makes its bundle", lambda: self.read(bundle))
+        self.channel = self.connect()
+        grpc.channel_ready_future(self.channel).result(timeout=20)
+
+    @staticmethod
+    def read(path):
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def connect(self, certificate=True, options=()):
+        pem = {name: self.bundle[name].encode() for name in ("ca_pem", "certificate_pem", "key_pem")}
+        own = (pem["key_pem"], pem["certificate_pem"]) if certificate else (None, None)
+        credentials = grpc.ssl_channel_credentials(pem["ca_pem"], *own)
+        return grpc.secure_channel(f"127.0.0.1:{self.port}", credentials, options=(*NAME, *options))
+
+
+def code(call, *args, **options):
+    """The code with which a call fails."""
+    try:
+        answer = call(*args, timeout=options.pop("timeout", 20), **options)
+        if hasattr(answer, "__next__"):
+            next(answer)
+    except grpc.RpcError as error:
+        return error.code()
+    raise AssertionError("it was not refused")
+
+
+def equal(found, wanted, what):
+    expect(found == wanted, f"{what}: {found}, not {wanted}")
+
+
+def policies(at):
+    stub = services.PoliciesStub(at.channel)
+    create = lambda name, **policy: stub.CreatePolicy(  # noqa: E731
+        api.CreatePolicyRequest(parent=TENANT, policy_id=name, policy=api.Policy(**policy)), timeout=20)
+    made = create("gold", rpo_target_us=500_000)
+    equal(made.name, f"{TENANT}/policies/gold", "name")
+    got = stub.GetPolicy(api.GetPolicyRequest(name=made.name), timeout=20)
+    equal(got, made, "what is read")
+    listed = stub.ListPolicies(api.ListPoliciesRequest(parent=TENANT), timeout=20)
+    equal([p.name for p in listed.policies], [made.name], "list")
+    request = api.CreatePolicyRequest(parent=TENANT, policy_id="gold", policy=api.Policy())
+    equal(code(stub.CreatePolicy, request), grpc.StatusCode.ALREADY_EXISTS, "the same again")
+    missing = api.GetPolicyRequest(name=f"{TENANT}/policies/none")
+    equal(code(stub.GetPolicy, missing), grpc.StatusCode.NOT_FOUND, "what is not there")
+    for name in ["", "A", "a/b", "\u0430", "a" * 64, "..", "a\u200b"]:
+        request = api.CreatePolicyRequest(parent=TENANT, policy_id=name, policy=api.Policy())
+        equal(code(stub.CreatePolicy, request), grpc.StatusCode.INVALID_ARGUMENT, f"name {name!r}")
+    stale = api.DeletePolicyRequest(name=made.name, etag="stale")
+    equal(code(stub.DeletePolicy, stale), grpc.StatusCode.ABORTED, "an old etag")
+    other = api.ListPoliciesRequest(parent="tenants/other")
+    equal(code(stub.ListPolicies, other), grpc.StatusCode.INVALID_ARGUMENT, "another tenant")
+
+
+def who_may(at):
+    with at.connect(certificate=False) as channel:
+        stub = services.PoliciesStub(channel)
+        request = api.ListPoliciesRequest(parent=TENANT)
+        equal(code(stub.ListPolicies, request), grpc.StatusCode.UNAUTHENTICATED, "without a certificate")
+    unknown = at.channel.unary_unary("/afterimage.v1.Policies/Nuke", lambda m: b"", lambda b: b)
+    equal(code(unknown, None), grpc.StatusCode.UNIMPLEMENTED, "a method that is not there")
+
+
+def health(at):
+    stub = health_pb2_grpc.HealthStub(at.channel)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    for service in ["", *(f"afterimage.v1.{name}" for name in SERVICES)]:
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
+        equal(answer.status, serving, f"health of {service!r}")
+    request = health_pb2.HealthCheckRequest(service="afterimage.v1.Nonsense")
+    equal(code(stub.Check, request), grpc.StatusCode.NOT_FOUND, "health of what is not there")
+    first = next(stub.Watch(health_pb2.HealthCheckRequest(service=""), timeout=20))
+    equal(first.status, serving, "watched health")
+    unknown = next(stub.Watch(request, timeout=20))
+    equal(unknown.status, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN, "watched health of what is not there")
+
+
+def reflection(at):
+    from google.protobuf import descriptor_pb2
+    from grpc_reflection.v1alpha import reflection_pb2
+    # The text of v1 is that of v1alpha under another package name.
+    ask = at.channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+                                   reflection_pb2.ServerReflectionRequest.SerializeToString,
+                                   reflection_pb2.ServerReflectionResponse.FromString)
+
+    def one(**request):
+        return next(ask(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=20))
+
+    listed = {service.name for service in one(list_services="").list_services_response.service}
+    wanted = {f"afterimage.v1.{name}" for name in SERVICES} | {"grpc.health.v1.Health"}
+    expect(wanted <= listed, f"not listed: {wanted - listed}")
+    answer = one(file_containing_symbol="afterimage.v1.Policies")
+    files = [descriptor_pb2.FileDescriptorProto.FromString(file)
+             for file in answer.file_descriptor_response.file_descriptor_proto]
+    ours = descriptor_pb2.FileDescriptorProto()
+    api.DESCRIPTOR.CopyToProto(ours)
+    found = next((file for file in files if file.name == ours.name), None)
+    expect(found is not None, f"no {ours.name} among {[file.name for file in files]}")
+    names = lambda file: ([s.name for s in file.service], [m.name for m in file.message_type])  # noqa: E731
+    equal(names(found), names(ours), "services and messages")
+    answer = one(file_containing_symbol="afterimage.v1.Nonsense")
+    equal(answer.error_response.error_code, grpc.StatusCode.NOT_FOUND.value[0], "a symbol that is not there")
+
+
+def deadlines(at):
+    stub = services.StatusStub(at.channel)
+    begun = time.monotonic()
+    stream = stub.Watch(api.WatchRequest(parent=TENANT, events_only=True), timeout=1)
+    try:
+        for _ in stream:
+            pass
+        raise AssertionError("the stream has ended by itself")
+    except grpc.RpcError as error:
+        equal(error.code(), grpc.StatusCode.DEADLINE_EXCEEDED, "a watch beyond its deadline")
+    expect(time.monotonic() - begun < 10, "it took long")
+
+
+def too_much(at):
+    with at.connect(options=(("grpc.max_send_message_length", -1),)) as channel:
+        stub = services.PoliciesStub(channel)
+        big = api.CreatePolicyRequest(parent=TENANT, policy_id="big", policy=api.Policy(description="x" * (8 << 20)))
+        refused = code(stub.CreatePolicy, big)
+        expect(refused in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OUT_OF_RANGE), f"8 MiB: {refused}")
+        metadata = (("x-much", "x" * 60_000),)
+        request = api.ListPoliciesRequest(parent=TENANT)
+        refused = code(stub.ListPolicies, request, metadata=metadata)
+        expect(refused is not grpc.StatusCode.OK, f"headers of 60 KB: {refused}")
+
+
+def raw(at, data, seconds=0.0):
+    """Sends bytes and, after some time, goes away."""
+    with socket.create_connection(("127.0.0.1", at.port), timeout=10) as sock:
+        sock.sendall(data)
+        time.sleep(seconds)
+
+
+def hostile_bytes(at):
+    raw(at, b"GET / HTTP/1.0\r\n\r\n")
+    raw(at, b"\x16\x03\x01\xff\xff" + b"\0" * 70_000)
+    raw(at, b"")
+    context = ssl.create_default_context(cadata=at.bundle["ca_pem"])
+    context.set_alpn_protocols(["h2"])
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    frame = lambda kind, flags, stream, body: (  # noqa: E731
+        len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body)
+    settings = frame(4, 0, 0, b"")
+    attacks = {
+        "nothing after the preface": preface,
+        "no preface": b"\0" * 1000,
+        "a frame of 16 MiB": preface + settings + b"\xff\xff\xff\0\0\0\0\0\1",
+        "a thousand settings": preface + settings * 1000,
+        "a thousand pings": preface + settings + frame(6, 0, 0, b"\0" * 8) * 1000,
+        "headers without end": preface + settings + frame(1, 0, 1, b"\x40\x01a\x01b") + frame(9, 0, 1, b"\x40\x01a\x01b") * 5000,
+        "streams opened and reset": preface + settings + b"".join(
+            frame(1, 4, n, b"\x82\x86\x84") + frame(3, 0, n, b"\0\0\0\x08") for n in range(1, 4001, 2)),
+        "window overflow": preface + settings + frame(8, 0, 0, b"\x7f\xff\xff\xff") * 3,
+        "data on no stream": preface + settings + frame(0, 0, 77, b"x" * 100),
+    }
+    for what, data in attacks.items():
+        with socket.create_connection(("127.0.0.1", at.port), timeout=10) as sock:
+            with context.wrap_socket(sock, server_hostname="coordinator.afterimage") as tls:
+                try:
+                    tls.sendall(data)
+                    tls.settimeout(2)
+                    while tls.recv(65536):
+                        pass
+                except (OSError, ssl.SSLError):
+                    pass
+        alive(at, what)
+
+
+def alive(at, after):
+    stub = services.PoliciesStub(at.channel)
+    try:
+        stub.ListPolicies(api.ListPoliciesRequest(parent=TENANT), timeout=20)
+    except grpc.RpcError as error:
+        raise AssertionError(f"after {after}: {error.code()} {error.details()}") from error
+
+
+def drip(at):
+    """Requests whose bodies come drop by drop, on many streams, hold nobody else up."""
+    stop = threading.Event()
+
+    def slowly():
+        while not stop.is_set():
+            yield b""
+            stop.wait(0.2)
+
+    slow = at.channel.stream_unary("/afterimage.v1.Policies/ListPolicies", lambda m: m, lambda b: b)
+    calls = [slow.future(slowly(), timeout=15) for _ in range(100)]
+    begun = time.monotonic()
+    alive(at, "slow bodies")
+    took = time.monotonic() - begun
+    stop.set()
+    for call in calls:
+        call.cancel()
+    expect(took < 5, f"another call took {took:.1f} s")
+
+
+def main():
+    tests = Tests()
+    at = Coordinator()
+    try:
+        tests.run("policies from a generated client, with the codes of the protocol", policies, at)
+        tests.run("a caller without a certificate, a method that is not there", who_may, at)
+        tests.run("health as its text says", health, at)
+        tests.run("reflection tells the services and messages of the .proto files", reflection, at)
+        tests.run("deadlines", deadlines, at)
+        tests.run("messages and headers beyond the bounds", too_much, at)
+        tests.run("hostile bytes at TLS and HTTP/2", hostile_bytes, at)
+        tests.run("slow bodies", drip, at)
+        expect(at.process.process.poll() is None, "the coordinator has ended")
+    finally:
+        at.channel.close()
+        at.process.process.terminate()
+        at.process.process.wait(timeout=20)
+    tests.end()
+
+
+if __name__ == "__main__":
+    main()
