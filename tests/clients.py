@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 
+import nbdtext
 import protocol
 from cluster import AFTERIMAGE, MIB, Cluster, Failed, Served, Tests, expect, eventually, digest, random_file, run, workspace
 
@@ -120,6 +121,9 @@ def alone(tests, folder):
             tests.run(f"libnbd: {name}", case, served.unix(), SIZE)
         for name, case in protocol.RAW.items():
             tests.run(f"raw bytes: {name}", case, str(served.socket), "disk", SIZE)
+        for how, address in (("unix", str(served.socket)), ("tcp", ("127.0.0.1", served.port))):
+            for name, case in nbdtext.CASES.items():
+                tests.run(f"{how}: the text: {name}", case, address, "disk", SIZE)
         tests.run("the proxy lives after all this", served.process.check)
     finally:
         code = served.close()
@@ -190,7 +194,11 @@ def pair(tests, folder):
                 tests.run(f"protected: the newest point after {name}", cluster.replica_is_source)
         for name, case in protocol.CASES.items():
             tests.run(f"protected: libnbd: {name}", case, uri, SIZE)
-        tests.run("protected: the newest point after libnbd", cluster.replica_is_source)
+        address, export = parts(uri)
+        for name, case in nbdtext.CASES.items():
+            tests.run(f"protected: the text: {name}", case, address, export, SIZE)
+        tests.run("protected: the newest point after libnbd and raw bytes", cluster.replica_is_source)
+        tests.run("a view with a delta speaks as the text says", text_on_a_view, cluster)
         tests.run("strangers at the target's port", strangers_at_the_target, cluster)
         tests.run("strangers at the coordinator's port", strangers_at_the_coordinator, cluster)
         tests.run("a view is read-only", read_only_view, cluster)
@@ -291,6 +299,30 @@ def writable_view(cluster):
         expect(digest(cluster.uri("data")) == before, "the write reached the source")
     finally:
         cluster.close_view("rw")
+    cluster.replica_is_source()
+
+
+def parts(uri):
+    """Socket and export of a URI of ours."""
+    return uri.split("socket=")[1], uri.split(":///")[1].split("?")[0]
+
+
+def text_on_a_view(cluster):
+    cluster.settle()
+    view = cluster.open_view("text", writable=True)
+    try:
+        for name, case in nbdtext.CASES.items():
+            try:
+                case(*parts(view["data"]), SIZE)
+            except Failed as error:
+                raise Failed(f"{name}: {error}") from error
+        for name, case in protocol.CASES.items():
+            try:
+                case(view["data"], SIZE)
+            except Failed as error:
+                raise Failed(f"libnbd: {name}: {error}") from error
+    finally:
+        cluster.close_view("text")
     cluster.replica_is_source()
 
 

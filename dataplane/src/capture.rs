@@ -36,7 +36,6 @@ const MAX_FAULTS: usize = 16;
 /// Lock owners from here on are reads of a synchronisation.
 pub(crate) const SYNC_OWNER: u32 = 1 << 31;
 
-const SHUTDOWN: Errno = Errno(108);
 const READ_ONLY: Errno = Errno(30);
 
 /// Which operation of a disk a completion is of: bits 40 to 47 of its token.
@@ -315,7 +314,7 @@ impl Disk {
 
     fn start<I: Io>(&mut self, f: &mut Flow<'_, I>, cookie: u64, request: Request) {
         if self.gate == Gate::Stopping {
-            return self.answer(cookie, Err(SHUTDOWN));
+            return self.answer(cookie, Err(Errno::SHUTDOWN));
         }
         let (offset, len) = match &request {
             Request::Read { offset, len } => (*offset, *len as u64),

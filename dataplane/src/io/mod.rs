@@ -56,6 +56,7 @@ impl Errno {
     pub const PIPE: Self = Self(32);
     pub const OPNOTSUPP: Self = Self(95);
     pub const CONNRESET: Self = Self(104);
+    pub const SHUTDOWN: Self = Self(108);
     pub const CANCELED: Self = Self(125);
 }
 

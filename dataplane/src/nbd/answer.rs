@@ -20,10 +20,27 @@ impl Conn {
             self.outstanding = self.outstanding.saturating_sub(1);
             return;
         }
+        if matches!(result, Err(Errno::SHUTDOWN)) {
+            self.outstanding = self.outstanding.saturating_sub(1);
+            // The disk is being taken away, to be served again by another process or with other settings. The text lets us
+            // tell, but clients pass `ESHUTDOWN` on as a failed request; one whose connection ends asks again.
+            return self.kill(shared, io);
+        }
         let Some(op) = self.ops.get(number) else { return };
         self.outstanding -= 1;
         let (req_number, cost, len) = (op.req, op.cost, op.len);
         let req = self.reqs.get(req_number).expect("a part's request is under way");
+        if matches!(result, Err(Errno::NOMEM))
+            && matches!(req.kind, Kind::Read(_))
+            && op.tries < READ_TRIES
+            && req.error == 0
+        {
+            // Buffers come back: waiting is better than an error that no host expects. The request still waits for this
+            // part: it is not over when the others are.
+            op.tries += 1;
+            self.retry.push_back(number);
+            return;
+        }
         req.outstanding -= 1;
         let mode = match req.kind {
             Kind::Read(mode) => mode,
@@ -45,12 +62,6 @@ impl Conn {
         };
         match result {
             Ok(Some(part)) if part.len == len && part.at >= HEADROOM => op.data = Some(part),
-            Err(Errno::NOMEM) if op.tries < READ_TRIES && req.error == 0 => {
-                // Buffers come back: waiting is better than an error that no host expects.
-                op.tries += 1;
-                self.retry.push_back(number);
-                return;
-            }
             other => {
                 if req.error == 0 {
                     shared.counters.errors += 1;
@@ -217,9 +228,6 @@ impl Conn {
             let Some(number) = self.retry.pop_front() else { break };
             let Some(op) = self.ops.get(number) else { continue };
             let (offset, len) = (op.offset, op.len);
-            if let Some(req) = self.reqs.get(op.req) {
-                req.outstanding += 1;
-            }
             self.outstanding += 1;
             disk.request(io, self.cookie(number), Request::Read { offset, len });
         }

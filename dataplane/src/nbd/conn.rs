@@ -25,6 +25,9 @@ const DRAIN_MAX: u32 = MAX_PAYLOAD_UNTOLD;
 /// Longest read that is gathered, bytes, if the budget has room for it.
 const GATHER_MAX: usize = 4 << 20;
 
+/// Parts of a write where no longer buffer is to be had are cut at multiples of this, bytes.
+const PART_SHORT: usize = 64 * 1024;
+
 /// What the server keeps for each state of a connection.
 #[derive(Debug)]
 pub enum Phase {
@@ -57,6 +60,8 @@ pub struct Conn {
     pub dead: bool,
     /// Since when the send has been under way.
     pub sending_since: Nanos,
+    /// When something was last done for it.
+    pub last_look: Nanos,
     /// The receiving half.
     pub rx: Receiver,
     /// The sending half.
@@ -106,6 +111,7 @@ impl Conn {
             ending: false,
             dead: false,
             sending_since: 0,
+            last_look: 0,
             rx,
             tx,
             key: None,
@@ -134,11 +140,6 @@ impl Conn {
         self.reqs.len()
     }
 
-    /// Bytes of the read budget that it has.
-    pub fn read_held(&self) -> usize {
-        self.read_held
-    }
-
     /// Waits for the disk or for room, so the server must look again.
     pub fn wants_disk(&self) -> bool {
         !self.dead && (self.blocked || !self.reads.is_empty() || !self.retry.is_empty())
@@ -147,6 +148,15 @@ impl Conn {
     /// Waits for buffers or budget that others hold.
     pub fn is_starved(&self) -> bool {
         !self.dead && (self.starved || !self.retry.is_empty())
+    }
+
+    /// Bytes of buffers that its client keeps by doing nothing, since `before`: it takes no replies, or does not go on
+    /// with a write that it has begun.
+    pub fn kept_idle(&self, before: Nanos) -> usize {
+        let deaf = self.tx.is_sending() && self.sending_since <= before;
+        let dumb = self.writing.is_some() && self.rx.is_receiving() && self.last_look <= before;
+        let (deaf, dumb) = (if deaf { self.read_held } else { 0 }, if dumb { self.write_held } else { 0 });
+        if self.dead { 0 } else { deaf + dumb }
     }
 
     /// Nothing of it is under way any more.
@@ -196,7 +206,7 @@ impl Conn {
             self.rx.fill = None;
             if let Some(req) = self.reqs.get(number) {
                 req.end = req.next;
-                req.error = error::EINVAL;
+                req.unanswered = true;
                 if req.outstanding == 0 {
                     self.finish(number);
                 }
@@ -314,20 +324,16 @@ impl Conn {
         number: u32,
     ) -> Result<Option<Want>, NoRoom> {
         let req = self.reqs.get(number).expect("the write being received is under way");
-        let (offset, len, Kind::Write { fua }) = (req.next, req.next_len(), req.kind) else {
+        let (offset, len, end, Kind::Write { fua }) = (req.next, req.next_len(), req.end, req.kind) else {
             unreachable!("only writes have payload")
         };
-        let last = offset + len as u64 == req.end;
-        let cost = capacity(offset, len);
         if self.rx.fill.is_none() {
-            self.reserve_write(shared, cost)?;
-            let Some(buf) = io.pool().take(cost) else {
-                self.release_write(shared, cost);
-                return Err(NoRoom);
-            };
-            self.rx.fill = Some(Fill { part: Part { buf, at: position(offset), len }, filled: 0 });
+            self.rx.fill = Some(self.place(shared, io, offset, len)?);
         }
         shared.counters.copied_bytes += self.rx.copy_into_fill() as u64;
+        let Some(fill) = &self.rx.fill else { unreachable!("placed above") };
+        let len = fill.part.len;
+        let last = offset + len as u64 == end;
         let Some(fill) = self.rx.fill.take_if(|f| f.filled == f.part.len) else {
             return Ok(Some(if last { Want::Fill } else { Want::FillOnly }));
         };
@@ -338,10 +344,30 @@ impl Conn {
         if last {
             self.writing = None;
         }
+        let cost = capacity(offset, len);
         let op = self.ops.insert(PartOp { req: number, offset, len, cost, next: NONE, tries: 0, data: None });
         self.outstanding += 1;
         disk.request(io, self.cookie(op), Request::Write { offset, data: fill.part, fua });
         Ok(None)
+    }
+
+    /// A place for up to `len` bytes of payload for `offset`, paid for. Where a long one is not to be had (long buffers
+    /// are few, and what is captured keeps them until it is acknowledged) a short one lets the write go on.
+    fn place<I: Io>(&mut self, shared: &mut Shared, io: &mut I, offset: u64, len: usize) -> Result<Fill, NoRoom> {
+        let short = len.min(PART_SHORT - (offset % PART_SHORT as u64) as usize);
+        for len in [len, short] {
+            let cost = capacity(offset, len);
+            // Only a short one may go beyond the budget.
+            let within = shared.write_used == 0 || shared.write_used + cost <= shared.write_limit();
+            if !(within || len == short) || self.reserve_write(shared, cost).is_err() {
+                continue;
+            }
+            if let Some(buf) = io.pool().take(cost) {
+                return Ok(Fill { part: Part { buf, at: position(offset), len }, filled: 0 });
+            }
+            self.release_write(shared, cost);
+        }
+        Err(NoRoom)
     }
 
     pub(super) fn cookie(&self, op: u32) -> u64 {
@@ -434,16 +460,14 @@ impl Conn {
         let end = header.offset + u64::from(header.len);
         let req = Req::new(header.cookie, header.offset, end, Kind::Write { fua });
         let len = req.next_len();
-        let cost = capacity(header.offset, len);
-        self.reserve_write(shared, cost)?;
-        let placed = self.rx.take_slot(header.offset, len);
-        if !placed {
-            let Some(buf) = io.pool().take(cost) else {
-                self.release_write(shared, cost);
-                return Err(NoRoom);
-            };
+        let placed = self.rx.fits_slot(header.offset, len);
+        if placed {
+            self.reserve_write(shared, capacity(header.offset, len))?;
+            self.rx.take_slot(header.offset, len);
+        } else {
+            let fill = self.place(shared, io, header.offset, len)?;
             self.rx.consume(REQUEST_HEADER);
-            self.rx.fill = Some(Fill { part: Part { buf, at: position(header.offset), len }, filled: 0 });
+            self.rx.fill = Some(fill);
         }
         shared.counters.requests += 1;
         self.rx.saw_write(header.offset, header.len as usize, placed);
@@ -508,6 +532,9 @@ impl Conn {
     /// Replies to a request that is over, but for reads that went well: their data is the reply.
     pub(super) fn finish(&mut self, number: u32) {
         let Some(req) = self.reqs.remove(number) else { return };
+        if req.unanswered {
+            return;
+        }
         if req.error != 0 {
             let (bytes, len) = error_reply(self.structured, req.cookie, req.error, "");
             self.tx.push_after(&bytes[..len], &[]);
@@ -535,7 +562,9 @@ impl Conn {
 
     pub(super) fn reserve_read(&mut self, shared: &mut Shared, cost: usize) -> bool {
         let limit = shared.read_limit();
-        if self.read_held + cost > limit / 4 && self.read_held > 0 {
+        // Half as much as is left, and something to begin with: clients that ask for all they can get and take none of
+        // it leave room for those that come later.
+        if self.read_held > 0 && self.read_held + cost > limit.saturating_sub(shared.read_used) / 2 {
             return false; // until its client takes what it has asked for
         }
         if shared.read_used + cost > limit && shared.read_used > 0 {

@@ -9,9 +9,11 @@ use super::proto::{
     GREETING, MAX_PAYLOAD, MAX_PAYLOAD_UNTOLD, MAX_STRING, OPTION_HEADER, OPTION_MAGIC, OPTION_REPLY_MAGIC, be16, be32,
     be64, flag, handshake, info, option, rep,
 };
+use super::receive::STAGING_BYTES;
 
-/// Longest option data that is looked at, bytes: a name of [`MAX_STRING`] and queries of that length besides.
-pub const MAX_OPTION: usize = 16 * 1024;
+/// Longest option data that is looked at, bytes: a name of [`MAX_STRING`] and a query of that length besides. An option
+/// fits into the buffer in which it is received.
+pub const MAX_OPTION: usize = 12 * 1024;
 /// Option data beyond this is taken for an attack, or for a client that is out of step: the connection ends.
 pub const MAX_SKIP: u32 = 64 << 20;
 /// The one metadata context.
@@ -31,6 +33,8 @@ pub struct Entered {
     /// Longest payload of a read or write, bytes.
     pub max_payload: u32,
 }
+
+const _: () = assert!(MAX_OPTION + OPTION_HEADER <= STAGING_BYTES && MAX_OPTION >= 2 * MAX_STRING + 64);
 
 /// Where the negotiation stands after some bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,7 +157,12 @@ impl Negotiation {
             return (OPTION_HEADER, Verdict::Violation("an option too long to skip"));
         }
         if !known || (len as usize > MAX_OPTION && number != option::ABORT) {
-            let reply = if known { rep::ERR_TOO_BIG } else { rep::ERR_UNSUP };
+            let reply = match number {
+                // However much of it there is: they have no data.
+                option::LIST | option::STRUCTURED_REPLY => rep::ERR_INVALID,
+                _ if known => rep::ERR_TOO_BIG,
+                _ => rep::ERR_UNSUP,
+            };
             if number == option::SET_META_CONTEXT {
                 self.allocation = None; // replaced, "including when this command fails"
             }
@@ -294,7 +303,12 @@ impl Negotiation {
             put_reply(out, number, rep::INFO, &item);
         }
         put_reply(out, number, rep::ACK, &[]);
-        if number == option::GO { self.enter(export, MAX_PAYLOAD) } else { Verdict::Reply }
+        if number != option::GO {
+            return Verdict::Reply;
+        }
+        // Only a client that asked for the sizes is bound by them.
+        let max_payload = if wanted(info::BLOCK_SIZE) { MAX_PAYLOAD } else { MAX_PAYLOAD_UNTOLD };
+        self.enter(export, max_payload)
     }
 
     fn meta_context(&mut self, number: u32, data: &[u8], exports: &mut dyn FnMut() -> Vec<Export>, out: &mut Vec<u8>) {

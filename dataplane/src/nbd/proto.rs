@@ -30,7 +30,7 @@ pub const DATA_HEADER: usize = CHUNK_HEADER + 8;
 pub const MAX_STRING: usize = 4096;
 /// Longest payload of a read or write that we serve and advertise, bytes.
 pub const MAX_PAYLOAD: u32 = 32 << 20;
-/// The same for a client that came by `EXPORT_NAME`, which cannot advertise anything.
+/// The same for a client that was not told: by `EXPORT_NAME` it cannot be, by `GO` only if it asks.
 pub const MAX_PAYLOAD_UNTOLD: u32 = 64 << 20;
 
 /// Handshake flags, server and client alike.

@@ -19,7 +19,7 @@ use crate::io::{Buf, Done, Errno, Io, Op, Part, Sock, Token};
 use super::proto::REQUEST_HEADER;
 
 /// Bytes of the buffer for what is not predicted.
-pub const STAGING_BYTES: usize = 32 * 1024;
+pub const STAGING_BYTES: usize = 16 * 1024;
 /// Pages of a disk are completed in place: a write's buffer reaches this far past its data.
 const SLACK: usize = 4096;
 /// Longest payload that is predicted, bytes; longer ones are received by themselves.
@@ -246,23 +246,25 @@ impl Receiver {
         }
     }
 
-    /// The header at the front is of a write of `len` bytes in its first part: consumes the header and takes the slot's
-    /// buffer, if the payload lies or will lie in its place there.
-    pub fn take_slot(&mut self, offset: u64, len: usize) -> bool {
+    /// The header at the front is of a write of `len` bytes in its first part: does the payload lie, or will it lie, in
+    /// its place in the slot?
+    pub fn fits_slot(&self, offset: u64, len: usize) -> bool {
         let Some(front) = self.segments.front() else { return false };
         let at = front.at + REQUEST_HEADER;
-        let fits = front.slot
+        front.slot
             && at <= front.end
             && at >= HEADROOM
             && at % 4096 == (offset % 4096) as usize
             && front.end - at <= len
-            && at + len + SLACK <= front.buf.len();
-        if !fits {
-            return false;
-        }
-        let Some(Segment { buf, end, .. }) = self.segments.pop_front() else { return false };
+            && at + len + SLACK <= front.buf.len()
+    }
+
+    /// Consumes the header and takes the slot's buffer, which [`Receiver::fits_slot`].
+    pub fn take_slot(&mut self, offset: u64, len: usize) {
+        debug_assert!(self.fits_slot(offset, len));
+        let Some(Segment { buf, at, end, .. }) = self.segments.pop_front() else { return };
+        let at = at + REQUEST_HEADER;
         self.fill = Some(Fill { part: Part { buf, at, len }, filled: end - at });
-        true
     }
 
     /// Copies what is there of the payload being received into its place; returns how many bytes.

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use crate::io::{Buf, Io, Op, Part, Pool, Sock, Token};
 
 /// Bytes of a buffer for small replies.
-pub const OUT_BYTES: usize = 32 * 1024;
+pub const OUT_BYTES: usize = 16 * 1024;
 /// Longest small reply but for block status, bytes: an error chunk with its text.
 pub const SMALL_MAX: usize = 96;
 /// Pieces of one send: the small replies and data.

@@ -52,6 +52,8 @@ pub struct Req {
     pub outstanding: u32,
     /// The error of the reply, 0 for none.
     pub error: u32,
+    /// No reply: its client has gone, or has to ask again elsewhere, and must not take it for failed.
+    pub unanswered: bool,
     /// Data has been queued to be sent.
     pub started: bool,
     /// First and last of its parts whose data is not queued yet, in order.
@@ -71,6 +73,7 @@ impl Req {
             next: offset,
             outstanding: 0,
             error: 0,
+            unanswered: false,
             started: false,
             first: NONE,
             last: NONE,

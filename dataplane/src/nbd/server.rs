@@ -14,7 +14,7 @@ use super::status::STATUS_MAX;
 /// What one front end may hold at most.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections, negotiating or not.
+    /// Connections, negotiating or not; fewer where the pool is small: their buffers are not more than an eighth of it.
     pub connections: usize,
     /// Requests under way of one connection; it is not read from while it has this many.
     pub requests: usize,
@@ -28,7 +28,13 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 128, requests: 256, read_bytes: 64 << 20, write_bytes: 64 << 20, handshake: 60_000_000_000 }
+        Self {
+            connections: 1024,
+            requests: 128,
+            read_bytes: 64 << 20,
+            write_bytes: 64 << 20,
+            handshake: 60_000_000_000,
+        }
     }
 }
 
@@ -85,15 +91,22 @@ pub(crate) struct Shared {
     /// Bytes of the budgets in use.
     pub read_used: usize,
     pub write_used: usize,
-    /// Bytes of the pool, once known: no budget is more than a quarter of it.
+    /// Bytes of the pool, once known: see [`Shared::read_limit`].
     pool_bytes: usize,
 }
 
 impl Shared {
+    /// Not more than an eighth of the pool: reads come in parts of half a MiB, and buffers that long are a part of it.
+    /// What clients do not take must leave some for writes and for what the disks do.
     pub(super) fn read_limit(&self) -> usize {
-        self.limits.read_bytes.min(self.pool_bytes / 4)
+        self.limits.read_bytes.min(self.pool_bytes / 8)
     }
 
+    fn most_connections(&self) -> usize {
+        self.limits.connections.min(self.pool_bytes / 8 / CONNECTION_BYTES).max(1)
+    }
+
+    /// Not more than a quarter of the pool.
     pub(super) fn write_limit(&self) -> usize {
         self.limits.write_bytes.min(self.pool_bytes / 4)
     }
@@ -101,14 +114,17 @@ impl Shared {
 
 /// How long a connection that found no buffer waits before it looks again, if nothing else happens meanwhile.
 pub const RETRY: Nanos = 5_000_000;
-/// A client that has taken nothing for so long while others wait for the buffers that it holds is dropped.
-const STALL: Nanos = 30_000_000_000;
+/// A client that has taken nothing, or not gone on with a write, for so long while others wait for the buffers that it
+/// keeps is dropped.
+const STALL: Nanos = 10_000_000_000;
 /// A handshake that has stood still for less is not given up for another client.
 const HANDSHAKE_GRACE: Nanos = 2_000_000_000;
 /// Bytes of replies to options that may wait; no further option is looked at meanwhile.
 const BULK_MAX: usize = 64 * 1024;
 /// More requests than this could fill the buffer for small replies: see [`Limits::requests`].
 const REQUESTS_MAX: usize = (OUT_BYTES - STATUS_MAX) / SMALL_MAX - 1;
+/// Bytes of the buffers that each connection keeps: its staging buffer and two for replies.
+const CONNECTION_BYTES: usize = STAGING_BYTES + 2 * OUT_BYTES;
 /// Connections are numbered in 16 bits, and those that are being forgotten count too.
 const CONNECTIONS_MAX: usize = 1 << 15;
 
@@ -173,11 +189,11 @@ impl<I: Io> Server<I> {
     /// Takes over a connected socket of a new client and greets it. On error the socket is closed.
     pub fn attach(&mut self, io: &mut I, sock: Sock, disks: &impl Disks<I>) -> Result<(), AttachError> {
         let _ = disks; // asked when the client asks
+        self.shared.pool_bytes = io.pool().total_bytes();
         if self.shutdown || !self.make_room(io) {
             io.close_sock(sock);
-            return Err(AttachError::TooMany(self.shared.limits.connections));
+            return Err(AttachError::TooMany(self.shared.most_connections()));
         }
-        self.shared.pool_bytes = io.pool().total_bytes();
         let halves = io.pool().take(STAGING_BYTES).and_then(|b| Some((Receiver::new(b), Sender::new(io.pool())?)));
         let Some((rx, tx)) = halves else {
             io.close_sock(sock);
@@ -209,9 +225,8 @@ impl<I: Io> Server<I> {
     /// stood still the longest goes, if that is long enough.
     fn make_room(&mut self, io: &mut I) -> bool {
         let live = || self.places.iter().filter_map(|p| p.conn.as_deref()).filter(|c| !c.dead);
-        if self.places.len() - self.vacant.len() < self.shared.limits.connections
-            || live().count() < self.shared.limits.connections
-        {
+        let most = self.shared.most_connections();
+        if self.places.len() - self.vacant.len() < most || live().count() < most {
             return true;
         }
         let oldest = live().filter(|c| matches!(c.phase, Phase::Negotiating(_))).min_by_key(|c| c.deadline);
@@ -408,6 +423,7 @@ impl<I: Io> Server<I> {
         for index in looking.drain(..) {
             let place = &mut self.places[usize::from(index)];
             let Some(conn) = &mut place.conn else { continue };
+            conn.last_look = now;
             if !conn.dead {
                 if !conn.tx.is_sending() {
                     conn.tx.flush(io, token(self.base, conn.id, SEND), conn.sock);
@@ -466,16 +482,14 @@ impl<I: Io> Server<I> {
         }
     }
 
-    /// Somebody waits for buffers: the client that has held the most without taking any of them for too long goes.
+    /// Somebody waits for buffers: the client that has kept the most by doing nothing for too long goes.
     fn drop_stalled(&mut self, io: &mut I, now: Nanos) {
-        let stalled = |c: &&mut Box<Conn>| {
-            !c.dead && c.tx.is_sending() && c.read_held() > 0 && now.saturating_sub(c.sending_since) >= STALL
-        };
-        let all = self.places.iter_mut().filter_map(|p| p.conn.as_mut());
-        if let Some(conn) = all.filter(stalled).max_by_key(|c| c.read_held()) {
+        let Some(before) = now.checked_sub(STALL) else { return };
+        let all = self.places.iter_mut().filter_map(|p| p.conn.as_mut()).filter(|c| c.kept_idle(before) > 0);
+        if let Some(conn) = all.max_by_key(|c| c.kept_idle(before)) {
             tracing::warn!(
                 client = conn.id,
-                "NBD client dropped: it takes no replies, and others wait for its buffers"
+                "NBD client dropped: it takes no replies or does not end a write, and others wait for its buffers"
             );
             conn.kill(&mut self.shared, io);
         }

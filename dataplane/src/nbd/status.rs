@@ -7,7 +7,7 @@ use super::negotiate::ALLOCATION_ID;
 use super::proto::{CHUNK_HEADER, state};
 
 /// Most extents of one reply. A client asks again from where the reply ends.
-const EXTENTS_MAX: usize = 512;
+const EXTENTS_MAX: usize = 256;
 /// Lookups of one reply: neighbours are joined, and a disk in small pieces must not hold up the others.
 const LOOKUPS_MAX: usize = 1024;
 /// Room that a reply takes at most, its header included, bytes.

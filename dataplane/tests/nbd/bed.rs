@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use afterimage_dataplane::host::{Answer, DiskKey, Disks, Export, Geometry, HEADROOM, HostDisk, MAX_PART, Request};
 use afterimage_dataplane::io::sim::{NodeId, Rng, SimIo, World, WorldConfig};
 use afterimage_dataplane::io::{Allocation, Class, Errno, Io, Nanos, Op, Part, Pool, Sock};
-use afterimage_dataplane::nbd::proto::{self, RequestHeader, be16, be32, be64, cmd, option, rep};
+use afterimage_dataplane::nbd::proto::{self, RequestHeader, be16, be32, be64, cmd, info, option, rep};
 use afterimage_dataplane::nbd::{Limits, Server};
 
 pub const SERVER_ID: u16 = 0x4000;
@@ -251,7 +251,8 @@ impl Bed {
             assert_eq!(self.option_reply(client).1, rep::META_CONTEXT);
             assert_eq!(self.option_reply(client).1, rep::ACK);
         }
-        self.option(client, option::GO, &go(&name, &[]));
+        self.option(client, option::GO, &go(&name, &[info::BLOCK_SIZE]));
+        assert_eq!(self.option_reply(client).1, rep::INFO);
         assert_eq!(self.option_reply(client).1, rep::INFO);
         assert_eq!(self.option_reply(client).1, rep::ACK);
         client

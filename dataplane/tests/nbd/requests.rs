@@ -1,10 +1,10 @@
 //! What each request does, and the error each bad one gets.
 
-use super::bed::{Bed, MemDisk, Message, classes, pattern};
+use super::bed::{Bed, MemDisk, Message, classes, go, pattern};
 use afterimage_dataplane::host::MAX_PART;
 use afterimage_dataplane::io::Errno;
 use afterimage_dataplane::nbd::Limits;
-use afterimage_dataplane::nbd::proto::{MAX_PAYLOAD, be32, chunk, cmd, cmd_flag, error, option};
+use afterimage_dataplane::nbd::proto::{MAX_PAYLOAD, be32, chunk, cmd, cmd_flag, error, info, option, rep};
 
 #[test]
 fn a_write_reads_back_by_simple_replies() {
@@ -392,6 +392,52 @@ fn shutting_down_answers_what_is_under_way() {
     bed.settle(1_000_000_000);
     assert!(bed.server.is_idle());
 }
+
+#[test]
+fn shutting_down_does_not_fail_a_write_that_was_not_received() {
+    let mut bed = Bed::new(26);
+    let client = bed.serving(false);
+    bed.request(client, cmd::WRITE, 0, 1, 0, 2 << 20);
+    bed.send(client, &pattern(5, 1 << 20));
+    bed.settle(10_000_000);
+    bed.shutdown();
+    assert!(bed.rest(client).is_empty(), "a client that connects again asks again");
+    bed.settle(1_000_000_000);
+    assert!(bed.server.is_idle());
+}
+
+#[test]
+fn a_disk_that_is_taken_away_fails_no_request() {
+    for late in [false, true] {
+        let mut bed = Bed::new(27);
+        bed.disk().late = late;
+        bed.disk().fail = Some((0..1 << 30, Errno::SHUTDOWN));
+        for structured in [false, true] {
+            let client = bed.serving(structured);
+            bed.write(client, 0, 1, 0, &pattern(5, 4096));
+            bed.request(client, cmd::READ, 0, 2, 0, 3 * MAX_PART as u32);
+            assert!(bed.rest(client).is_empty());
+        }
+        bed.settle(1_000_000_000);
+        assert!(bed.server.is_idle());
+        assert_eq!(bed.server_io_free(), bed.server_io_total());
+    }
+}
+
+#[test]
+fn a_client_that_did_not_ask_for_the_sizes_is_not_bound_by_them() {
+    let mut bed = Bed::with(28, Limits::default(), classes(), vec![MemDisk::new(7, "disk", 50 << 20)]);
+    for (infos, expected) in [(&[][..], 0), (&[info::BLOCK_SIZE][..], error::EINVAL)] {
+        let client = bed.connect();
+        bed.take(client, 18);
+        bed.send(client, &3u32.to_be_bytes());
+        bed.option(client, option::GO, &go("disk", infos));
+        while bed.option_reply(client).1 != rep::ACK {}
+        bed.write(client, 0, 1, 0, &vec![1; (40 << 20) + 1]);
+        assert_eq!(bed.error(client), expected);
+    }
+}
+
 #[test]
 fn a_client_that_could_not_be_told_the_longest_payload_may_send_more() {
     let mut bed = Bed::with(25, Limits::default(), classes(), vec![MemDisk::new(7, "disk", 50 << 20)]);
