@@ -25,10 +25,6 @@ struct Region {
     len: usize,
 }
 
-/// Pools from this size on ask for huge pages, bytes: registering pins all of a pool, and does so page by page (half a
-/// second for 512 MiB of small ones).
-const HUGE_FROM: usize = 64 << 20;
-
 impl Region {
     fn new(len: usize) -> Self {
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
@@ -37,13 +33,7 @@ impl Region {
             libc::mmap(std::ptr::null_mut(), len, rights, kind, -1, 0)
         };
         match NonNull::new(start.cast::<u8>()) {
-            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => {
-                if len >= HUGE_FROM {
-                    // SAFETY: the range is the mapping just made; the advice changes no content. A refusal is no harm.
-                    unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-                }
-                Self { start, len }
-            }
+            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => Self { start, len },
             _ => panic!("no {len} bytes of memory for buffers: {}", std::io::Error::last_os_error()),
         }
     }
@@ -140,6 +130,21 @@ impl Pool {
     /// Where the region lies and how long it is, for registering it with a ring.
     pub(super) fn region(&self) -> (*mut u8, usize) {
         (self.0.region.start.as_ptr(), self.0.region.len)
+    }
+
+    /// Takes the pages of `len` bytes from `at` on (or up to the end) from the kernel, in large pages where it has them.
+    /// Their content stays. This may take long; other threads may use the buffers meanwhile.
+    pub(super) fn take_pages(&self, at: usize, len: usize) {
+        let region = &self.0.region;
+        let len = len.min(region.len.saturating_sub(at));
+        let start = region.start.as_ptr().wrapping_add(at).cast();
+        // Fewer, larger pages make each operation on registered memory cheaper, and registering it too. Both are advice:
+        // what is refused here costs time at the first use.
+        // SAFETY: the range lies within the region; neither call changes content.
+        unsafe {
+            libc::madvise(start, len, libc::MADV_HUGEPAGE);
+            libc::madvise(start, len, libc::MADV_POPULATE_WRITE);
+        }
     }
 
     /// True if both handles are of one pool.

@@ -1,7 +1,7 @@
 //! Raw io_uring: one [`Ring`] for each data thread.
 //!
-//! `kernel` what the kernel must have · `table` registered files · `flight` operations under way · `files` names,
-//! lengths, locks · `wake` waking from other threads.
+//! `kernel` what the kernel must have · `pinning` registered memory · `table` registered files · `flight` operations
+//! under way · `files` names, lengths, locks · `wake` waking from other threads.
 //!
 //! One `io_uring_enter` both submits and waits; with nothing to submit and nothing reported by the kernel, a poll makes
 //! no system call. The kernel runs this ring's completions only within that call (DEFER_TASKRUN), on this thread, the
@@ -18,12 +18,14 @@ use io_uring::{EnterFlags, IoUring, opcode, types};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::{Allocation, Done, Errno, File, FileInfo, Io, Nanos, Op, OpenHow, Pool, Sock, Token};
-use flight::{Flight, Message, Outcome, REGISTRATION};
+use flight::{Flight, Message, Outcome};
+use pinning::Pinning;
 use table::Table;
 
 mod files;
 mod flight;
 mod kernel;
+mod pinning;
 mod table;
 mod wake;
 
@@ -49,7 +51,8 @@ pub struct RingConfig {
     pub entries: u32,
     /// Files and sockets that can be open together, at most 32 Ki.
     pub files: u32,
-    /// Register the pool's memory with the kernel (counts against the locked-memory limit).
+    /// Register the pool's memory with the kernel (counts against the locked-memory limit). Large pools are registered
+    /// bit by bit, in polls.
     pub register_pool: bool,
 }
 
@@ -76,8 +79,8 @@ pub struct RingStats {
 pub struct Ring {
     uring: IoUring,
     pool: Pool,
-    /// The pool's memory is registered.
-    registered: bool,
+    /// How much of the pool's memory is registered.
+    pinning: Pinning,
     table: Table,
     flights: Vec<Option<Flight>>,
     free: Vec<u32>,
@@ -122,13 +125,11 @@ impl Ring {
         let uring = kernel::build(&config)?;
         let submitter = uring.submitter();
         submitter.register_files_sparse(config.files).map_err(|e| RingError::os("registering a table of files", e))?;
-        if config.register_pool {
-            register(&uring, &pool)?;
-        }
+        let pinning = if config.register_pool { Pinning::begin(&uring, &pool)? } else { Pinning::none() };
         let expected = config.entries as usize * 2;
         Ok(Self {
             pool,
-            registered: config.register_pool,
+            pinning,
             table: Table::new(config.files as u16),
             flights: Vec::with_capacity(expected),
             free: Vec::with_capacity(expected),
@@ -193,14 +194,14 @@ impl Ring {
         if self.backlog.is_empty() {
             return;
         }
-        let registered = self.registered.then_some(&self.pool);
+        self.pinning.go_on(&self.uring, &self.pool);
         let mut queue = self.uring.submission();
         while let Some(index) = self.backlog.front().copied() {
             if queue.is_full() {
                 break;
             }
             let flight = self.flights[index as usize].as_mut().expect("the backlog names flights");
-            let entry = flight.entry(registered).user_data(u64::from(index));
+            let entry = flight.entry(&self.pool, self.pinning.registered()).user_data(u64::from(index));
             // SAFETY: buffers, vectors and header belong to the flight (they are on the heap, so that moving the slab
             // moves none of them), which stays in the slab until this entry's completion was taken; the descriptor
             // stays in the table as long as the flight is counted there.
@@ -486,21 +487,6 @@ impl Io for Ring {
     fn replace_small(&mut self, path: &str, bytes: &[u8]) -> Result<(), Errno> {
         files::replace_small(path, bytes)
     }
-}
-
-/// Registers the pool's memory, in pieces that the kernel takes.
-fn register(uring: &IoUring, pool: &Pool) -> Result<(), RingError> {
-    let (start, len) = pool.region();
-    // Fewer, larger pages make each operation on registered memory cheaper. Only a hint.
-    // SAFETY: the region is one allocation of `len` bytes, aligned to pages; the advice changes no content.
-    unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) };
-    let pieces: Vec<libc::iovec> = (0..len)
-        .step_by(REGISTRATION)
-        .map(|at| libc::iovec { iov_base: start.wrapping_add(at).cast(), iov_len: REGISTRATION.min(len - at) })
-        .collect();
-    // SAFETY: the pieces lie in the pool's region, which the ring keeps alive through its handle of the pool; the
-    // registration ends with the ring.
-    unsafe { uring.submitter().register_buffers(&pieces) }.map_err(|e| kernel::name_registration(e, len as u64))
 }
 
 fn read_boot_id() -> Result<[u8; 16], RingError> {

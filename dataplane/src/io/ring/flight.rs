@@ -10,8 +10,10 @@ use crate::io::{Errno, Op, Part, Pool, Token};
 
 /// Most parts of one vectored operation.
 pub(super) const MAX_PARTS: usize = 64;
-/// The pool is registered in pieces of this many bytes, which is also the most that the kernel takes in one.
-pub(super) const REGISTRATION: usize = 1 << 30;
+/// The pool is registered in pieces of this many bytes; the kernel takes at most 1 GiB in one.
+pub(super) const REGISTRATION: usize = 64 << 20;
+/// Most bytes of one operation.
+const MAX_LEN: u32 = 1 << 30;
 /// RWF_DSYNC.
 const DSYNC: i32 = libc::RWF_DSYNC;
 const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
@@ -137,8 +139,9 @@ impl Flight {
         matches!(self.kind, Kind::RecvV | Kind::SendV)
     }
 
-    /// The submission entry for what is left to do. `registered` is the pool whose memory the ring has registered.
-    pub(super) fn entry(&mut self, registered: Option<&Pool>) -> squeue::Entry {
+    /// The submission entry for what is left to do. Of `pool` so many pieces, from the first on, are `registered` with
+    /// the ring.
+    pub(super) fn entry(&mut self, pool: &Pool, registered: usize) -> squeue::Entry {
         let fd = types::Fixed(u32::from(self.number as u16));
         let (mode_zero, keep) = (libc::FALLOC_FL_ZERO_RANGE, libc::FALLOC_FL_KEEP_SIZE);
         match self.kind {
@@ -159,10 +162,10 @@ impl Flight {
             Kind::Read | Kind::Write { .. } | Kind::Recv | Kind::Send => {
                 let done = self.done as usize;
                 let part = self.part.as_mut().expect("the operation has its buffer");
-                let fixed = registered.and_then(|pool| registration(pool, part, done));
+                let fixed = registration(pool, part, done).filter(|piece| usize::from(*piece) < registered);
                 // In bounds: `done` is less than the length, which was checked when it was submitted.
                 let address = part.buf.address().wrapping_add(part.at + done);
-                let len = u32::try_from(part.len - done).unwrap_or(REGISTRATION as u32);
+                let len = u32::try_from(part.len - done).map_or(MAX_LEN, |len| len.min(MAX_LEN));
                 let offset = self.offset + self.done;
                 match (self.kind, fixed) {
                     (Kind::Recv, _) => opcode::Recv::new(fd, address, len).build(),
