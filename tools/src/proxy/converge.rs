@@ -20,6 +20,8 @@ use super::state::{Proxy, View};
 const RETRY: Duration = Duration::from_millis(500);
 /// How long a disk that is locked is waited for: a dead process holds its locks until its last I/O has ended.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// Time between two looks at such a lock: hosts wait meanwhile.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// How long a group may take to stop before it is started anew with other disks or generations.
 pub const STOP_WAIT: Duration = Duration::from_secs(10);
 
@@ -29,6 +31,9 @@ enum Undone {
     /// For the report.
     #[error("{0}")]
     Problem(String),
+    /// A disk is locked, by another process or by the last I/O of one that has ended.
+    #[error("{0}")]
+    Locked(String),
     #[error(transparent)]
     Gone(#[from] Gone),
 }
@@ -42,25 +47,41 @@ pub async fn run(proxy: Rc<Proxy>) -> Gone {
     loop {
         match once(&proxy).await {
             Err(gone) => return gone,
-            Ok(()) if proxy.problems.borrow().is_empty() => proxy.changed.notified().await,
-            Ok(()) => {
+            Ok(_) if proxy.problems.borrow().is_empty() => proxy.changed.notified().await,
+            Ok(_) => {
                 let _ = tokio::time::timeout(RETRY, proxy.changed.notified()).await;
             }
         }
     }
 }
 
-/// One try. What cannot be done is in [`Proxy::problems`] afterwards.
+/// The first tries after a start: a process that was killed a moment ago may still hold the locks of its disks, and hosts
+/// that come back at once should find them.
 ///
 /// # Errors
 /// [`Gone`].
-pub async fn once(proxy: &Proxy) -> Result<(), Gone> {
+pub async fn begin(proxy: &Proxy) -> Result<(), Gone> {
+    let end = tokio::time::Instant::now() + LOCK_WAIT;
+    while once(proxy).await? && tokio::time::Instant::now() < end {
+        tokio::time::sleep(LOCK_RETRY).await;
+    }
+    Ok(())
+}
+
+/// One try. What cannot be done is in [`Proxy::problems`] afterwards; true if a disk of it is locked.
+///
+/// # Errors
+/// [`Gone`].
+async fn once(proxy: &Proxy) -> Result<bool, Gone> {
     let desired = proxy.desired.borrow().clone();
     let mut problems = Vec::new();
+    let mut locked = false;
     let mut note = |uid: &str, result: Result<(), Undone>| match result {
         Ok(()) => Ok(()),
         Err(Undone::Gone(gone)) => Err(gone),
-        Err(Undone::Problem(message)) => {
+        Err(undone @ (Undone::Problem(_) | Undone::Locked(_))) => {
+            locked |= matches!(undone, Undone::Locked(_));
+            let message = undone.to_string();
             problems.push(Problem { stream_uid: uid.to_owned(), disk_uid: String::new(), message });
             Ok(())
         }
@@ -79,7 +100,7 @@ pub async fn once(proxy: &Proxy) -> Result<(), Gone> {
         proxy.event(Severity::Warning, problem.stream_uid.parse().ok(), "converge", problem.message.clone());
     }
     *proxy.problems.borrow_mut() = problems;
-    Ok(())
+    Ok(locked)
 }
 
 /// Why a disk of `--serve` is not served.
@@ -116,7 +137,9 @@ pub async fn serve(source: &Handle<SourceCore>, disk: &Serve) -> Result<(), Serv
         let config = config.clone();
         match source.call(move |desk| desk.core.serve(desk.io, config)).await? {
             Ok(_) => break,
-            Err(ProtectError::Locked { .. }) if tokio::time::Instant::now() < end => tokio::time::sleep(RETRY).await,
+            Err(ProtectError::Locked { .. }) if tokio::time::Instant::now() < end => {
+                tokio::time::sleep(LOCK_RETRY).await;
+            }
             Err(error) => return Err(ServeError::Refused { name: disk.name.clone(), error }),
         }
     }
@@ -145,7 +168,10 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
             if let Some(dir) = &intent_dir {
                 keep::folder(dir).map_err(|e| problem(format!("{}: {e}", dir.display())))?;
             }
-            source.call(move |desk| desk.core.protect(desk.io, config)).await?.map_err(problem)?;
+            source.call(move |desk| desk.core.protect(desk.io, config)).await?.map_err(|error| match error {
+                ProtectError::Locked { .. } => Undone::Locked(error.to_string()),
+                error => problem(error),
+            })?;
             proxy.event(
                 Severity::Info,
                 Some(stream),

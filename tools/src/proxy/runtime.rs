@@ -20,6 +20,8 @@ const INBOX: usize = 256;
 const OUTBOX: usize = 1024;
 /// Jobs done in one turn, so that many of them do not hold up I/O.
 const JOBS_PER_TURN: usize = 16;
+/// Files and sockets of one thread, where the limit on open files allows it: two of each disk and one of each client.
+const FILES: u64 = 8192;
 /// Completions for which there is room without allocating.
 const COMPLETIONS: usize = 1024;
 /// Machine id of the NBD front end (the upper 16 bits of its tokens).
@@ -185,10 +187,12 @@ pub fn start<C: Core>(
 /// and the log says what to set.
 fn make_ring(name: &str, classes: &[Class]) -> Result<Ring, RingError> {
     let pool = Pool::new(classes);
-    match Ring::new(pool.clone(), RingConfig::default()) {
+    let allowed = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(FILES);
+    let config = RingConfig { files: FILES.min(allowed) as u32, ..RingConfig::default() };
+    match Ring::new(pool.clone(), config) {
         Err(error @ RingError::LockedMemory { .. }) => {
             tracing::warn!(thread = name, %error, "buffers are not registered with the kernel: I/O costs more");
-            Ring::new(pool, RingConfig { register_pool: false, ..RingConfig::default() })
+            Ring::new(pool, RingConfig { register_pool: false, ..config })
         }
         other => other,
     }

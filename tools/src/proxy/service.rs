@@ -1,6 +1,7 @@
 //! The service thread: starts the data threads, listens, follows the cores' events, stops it all.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::rc::Rc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::agent::{self, AgentError};
@@ -28,6 +29,18 @@ const STOP_WITHIN: Duration = Duration::from_secs(12);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Mode of the Unix sockets: whoever may open one reads and writes disks.
 const SOCKET_MODE: u32 = 0o660;
+
+/// A client over TCP that is silent for so long is asked whether it is still there, …
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// … with this pause, …
+const KEEPALIVE_PAUSE: Duration = Duration::from_secs(10);
+/// … and given up after so many questions without an answer.
+const KEEPALIVE_COUNT: u32 = 6;
+
+/// How long an address that another process listens on is waited for, …
+const BIND_WAIT: Duration = Duration::from_secs(3);
+/// … looking so often.
+const BIND_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why a proxy does not start, or has ended.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +95,9 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
     if let Some(dir) = &config.state_dir {
         keep::folder(dir).map_err(ServiceError::StateDir)?;
     }
-    // The rings come first: what the kernel lacks is told before anything else is touched.
+    let sockets = Sockets::bind(&config)?;
+    allow_files();
+    // The rings come before the disks: what the kernel lacks is told before those are touched.
     let source = config.source.as_ref().map(cores::start_source).transpose()?;
     let target = config.target.as_ref().map(cores::start_target).transpose()?;
     let (source_handle, source) = split(source);
@@ -98,10 +113,22 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
             let follow = tokio::task::spawn_local(streams::target_events(Rc::clone(&proxy), events));
             threads.push(Following { name: "target", follow, thread });
         }
-        let result = serve(&proxy, &mut threads).await;
+        let result = serve(&proxy, &mut threads, sockets).await;
         stop(&proxy, threads).await;
         result
     })
+}
+
+/// Each disk takes descriptors, and so does each client; the usual soft limit of 1024 is for programs that use `select`.
+fn allow_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some() && limit.current != limit.maximum {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::warn!(%error, "the limit on open files stays at {:?}", limit.current);
+        }
+    }
 }
 
 type Rest<C> = (tokio::sync::mpsc::Receiver<<C as Core>::Event>, JoinHandle<()>);
@@ -120,24 +147,20 @@ struct Following {
     thread: JoinHandle<()>,
 }
 
-async fn serve(proxy: &Rc<Proxy>, threads: &mut [Following]) -> Result<(), ServiceError> {
+async fn serve(proxy: &Rc<Proxy>, threads: &mut [Following], mut sockets: Sockets) -> Result<(), ServiceError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(ServiceError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServiceError::Signals)?;
-    let sockets = tokio::select! {
-        ready = prepare(proxy) => ready?,
+    tokio::select! {
+        ready = prepare(proxy, &mut sockets) => ready?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
     tracing::info!(name = proxy.config.name, "ready");
-    let result = tokio::select! {
+    tokio::select! {
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
         name = died(threads) => Err(ServiceError::Died(name)),
-    };
-    for path in sockets {
-        let _ = std::fs::remove_file(path);
     }
-    result
 }
 
 /// The name of the first data thread that ends.
@@ -153,9 +176,8 @@ async fn died(threads: &mut [Following]) -> &'static str {
     .await
 }
 
-/// Finds the desired state, brings the cores there, then lets clients and streams in. Returns the Unix sockets, to be
-/// removed at the end.
-async fn prepare(proxy: &Rc<Proxy>) -> Result<Vec<PathBuf>, ServiceError> {
+/// Finds the desired state, brings the cores there, then lets clients and streams in.
+async fn prepare(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), ServiceError> {
     let config = &proxy.config;
     match &config.control {
         Control::Serve(disks) => {
@@ -173,93 +195,177 @@ async fn prepare(proxy: &Rc<Proxy>) -> Result<Vec<PathBuf>, ServiceError> {
         Control::Coordinator { .. } => proxy.recall()?,
     }
     // Who comes in finds what there was before a restart, not an empty house.
-    if converge::once(proxy).await.is_err() {
+    if converge::begin(proxy).await.is_err() {
         return Err(ServiceError::Died("data"));
     }
-    let sockets = listen(proxy)?;
+    let_in(proxy, sockets)?;
     tokio::task::spawn_local(converge::run(Rc::clone(proxy)));
     if let Control::Coordinator { address, token } = &config.control {
         let bundle = agent::join(config.state_dir()?, &config.name, address, token.as_ref()).await?;
         *proxy.identity.borrow_mut() = Some(agent::identity(&bundle)?);
         tokio::task::spawn_local(agent::run(Rc::clone(proxy), bundle));
     }
-    Ok(sockets)
-}
-
-fn listen(proxy: &Rc<Proxy>) -> Result<Vec<PathBuf>, ServiceError> {
-    let config = &proxy.config;
-    let mut sockets = Vec::new();
-    if let (Some(role), Some(handle)) = (&config.source, &proxy.source) {
-        for listen in &role.nbd {
-            listen_nbd("source.nbd", listen, handle, &mut sockets)?;
-        }
-    }
-    if let (Some(role), Some(handle)) = (&config.target, &proxy.target) {
-        for listen in &role.views {
-            listen_nbd("target.views", listen, handle, &mut sockets)?;
-        }
-        let listener = std::net::TcpListener::bind(role.listen)
-            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-            .and_then(TcpListener::from_std)
-            .map_err(|source| ServiceError::Listen {
-                field: "target.listen",
-                address: role.listen.to_string(),
-                source,
-            })?;
-        tokio::task::spawn_local(streams::accept_streams(Rc::clone(proxy), listener));
-    }
-    Ok(sockets)
-}
-
-/// Listens for clients of NBD and hands each to the data thread.
-fn listen_nbd<C: Core>(
-    field: &'static str,
-    listen: &Listen,
-    handle: &Handle<C>,
-    sockets: &mut Vec<PathBuf>,
-) -> Result<(), ServiceError> {
-    let failed = |source| ServiceError::Listen { field, address: listen.to_string(), source };
-    match listen {
-        Listen::Unix(path) => {
-            let listener = bind_unix(path).map_err(failed)?;
-            sockets.push(path.clone());
-            let handle = handle.clone();
-            tokio::task::spawn_local(accept_nbd(handle, async move || {
-                let (stream, _) = listener.accept().await?;
-                let stream = stream.into_std()?;
-                stream.set_nonblocking(false)?;
-                Ok(stream.into())
-            }));
-        }
-        Listen::Tcp(address) => {
-            let listener = std::net::TcpListener::bind(address)
-                .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-                .and_then(TcpListener::from_std)
-                .map_err(failed)?;
-            let handle = handle.clone();
-            tokio::task::spawn_local(accept_nbd(handle, async move || {
-                let (stream, _) = listener.accept().await?;
-                stream.set_nodelay(true)?;
-                let stream = stream.into_std()?;
-                stream.set_nonblocking(false)?;
-                Ok(stream.into())
-            }));
-        }
-    }
-    tracing::info!(%listen, "NBD");
     Ok(())
 }
 
+fn let_in(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), ServiceError> {
+    let failed = |field| move |source| ServiceError::Listen { field, address: "its socket".to_owned(), source };
+    if let Some(handle) = &proxy.source {
+        let nbd = std::mem::take(&mut sockets.nbd);
+        sockets.accepting.extend(serve_nbd(nbd, handle).map_err(failed("source.nbd"))?);
+    }
+    if let Some(handle) = &proxy.target {
+        let views = std::mem::take(&mut sockets.views);
+        sockets.accepting.extend(serve_nbd(views, handle).map_err(failed("target.views"))?);
+    }
+    if let Some(listener) = sockets.streams.take() {
+        let listener = TcpListener::from_std(listener).map_err(failed("target.listen"))?;
+        sockets.accepting.push(tokio::task::spawn_local(streams::accept_streams(Rc::clone(proxy), listener)));
+    }
+    for listen in
+        proxy.config.source.iter().flat_map(|r| &r.nbd).chain(proxy.config.target.iter().flat_map(|r| &r.views))
+    {
+        tracing::info!(%listen, "NBD");
+    }
+    Ok(())
+}
+
+/// A socket that listens, before anybody is let in. Clients that come meanwhile wait in its queue: after a restart they
+/// are held up for as long as that takes, not turned away.
+enum Listening {
+    Unix(std::os::unix::net::UnixListener),
+    Tcp(std::net::TcpListener),
+}
+
+/// All sockets of a proxy.
+#[derive(Default)]
+struct Sockets {
+    nbd: Vec<Listening>,
+    views: Vec<Listening>,
+    streams: Option<std::net::TcpListener>,
+    /// Unix sockets, to be removed at the end.
+    paths: Vec<PathBuf>,
+    /// Those that let clients in.
+    accepting: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Drop for Sockets {
+    /// From here on another process can listen.
+    fn drop(&mut self) {
+        for task in &self.accepting {
+            task.abort();
+        }
+        for path in &self.paths {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl Sockets {
+    /// Binds them all, or none. A process that is about to end, whose place this one takes, is waited for.
+    fn bind(config: &Config) -> Result<Self, ServiceError> {
+        let end = std::time::Instant::now() + BIND_WAIT;
+        loop {
+            match Self::try_bind(config) {
+                Err(ServiceError::Listen { source, .. })
+                    if source.kind() == io::ErrorKind::AddrInUse && std::time::Instant::now() < end =>
+                {
+                    std::thread::sleep(BIND_PAUSE);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn try_bind(config: &Config) -> Result<Self, ServiceError> {
+        let mut sockets = Self::default();
+        for listen in config.source.iter().flat_map(|role| &role.nbd) {
+            let bound = sockets.bind_one("source.nbd", listen)?;
+            sockets.nbd.push(bound);
+        }
+        for listen in config.target.iter().flat_map(|role| &role.views) {
+            let bound = sockets.bind_one("target.views", listen)?;
+            sockets.views.push(bound);
+        }
+        if let Some(role) = &config.target {
+            let failed =
+                |source| ServiceError::Listen { field: "target.listen", address: role.listen.to_string(), source };
+            sockets.streams = Some(bind_tcp(role.listen).map_err(failed)?);
+        }
+        Ok(sockets)
+    }
+
+    fn bind_one(&mut self, field: &'static str, listen: &Listen) -> Result<Listening, ServiceError> {
+        let failed = |source| ServiceError::Listen { field, address: listen.to_string(), source };
+        match listen {
+            Listen::Unix(path) => {
+                let listener = bind_unix(path).map_err(failed)?;
+                self.paths.push(path.clone());
+                Ok(Listening::Unix(listener))
+            }
+            Listen::Tcp(address) => bind_tcp(*address).map(Listening::Tcp).map_err(failed),
+        }
+    }
+}
+
+/// Lets clients of NBD in and hands each to the data thread.
+fn serve_nbd<C: Core>(listening: Vec<Listening>, handle: &Handle<C>) -> io::Result<Vec<tokio::task::JoinHandle<()>>> {
+    let mut tasks = Vec::with_capacity(listening.len());
+    for listening in listening {
+        let handle = handle.clone();
+        tasks.push(match listening {
+            Listening::Unix(listener) => {
+                let listener = UnixListener::from_std(listener)?;
+                tokio::task::spawn_local(accept_nbd(handle, async move || {
+                    let (stream, _) = listener.accept().await?;
+                    let stream = stream.into_std()?;
+                    stream.set_nonblocking(false)?;
+                    Ok(stream.into())
+                }))
+            }
+            Listening::Tcp(listener) => {
+                let listener = TcpListener::from_std(listener)?;
+                tokio::task::spawn_local(accept_nbd(handle, async move || {
+                    let (stream, _) = listener.accept().await?;
+                    stream.set_nodelay(true)?;
+                    keep_alive(&stream)?;
+                    let stream = stream.into_std()?;
+                    stream.set_nonblocking(false)?;
+                    Ok(stream.into())
+                }))
+            }
+        });
+    }
+    Ok(tasks)
+}
+
+/// A client whose host has gone without a word would keep its place for ever.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_PAUSE)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_COUNT)?;
+    Ok(())
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
 /// Binds a Unix socket; one left over by a process that was killed is replaced, one in use is not.
-fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
             return Err(io::ErrorKind::AddrInUse.into());
         }
         std::fs::remove_file(path)?;
     }
-    let listener = UnixListener::bind(path)?;
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE))?;
+    listener.set_nonblocking(true)?;
     Ok(listener)
 }
 
