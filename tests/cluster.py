@@ -191,12 +191,13 @@ class Cluster:
 
     GROUP = "shop"
 
-    def __init__(self, folder, disks, retention="4h", cut_interval="200ms"):
+    def __init__(self, folder, disks, retention="4h", cut_interval="200ms", stream_port=None, advertise=None,
+                 journal=None, images=None):
         self.folder = folder
         self.disks = disks
         self.processes = []
         self.port = free_port()
-        self.stream_port = free_port()
+        self.stream_port = stream_port or free_port()
         self.source_socket = folder / "source.sock"
         self.views_socket = folder / "views.sock"
         state = folder / "coordinator"
@@ -206,14 +207,15 @@ class Cluster:
         eventually("the coordinator made an identity for the operator",
                    lambda: self.coordinator.check() and self.identity.exists())
         eventually("the coordinator answers", lambda: self.coordinator.check() and self.try_command("status"))
-        self.target = self.proxy("target", "--journal", folder / "journal", "--listen",
-                                 f"127.0.0.1:{self.stream_port}", "--views", f"unix:{self.views_socket}")
+        self.target = self.proxy("target", "--journal", journal or folder / "journal", "--listen",
+                                 f"127.0.0.1:{self.stream_port}", "--views", f"unix:{self.views_socket}",
+                                 *(["--advertise", advertise] if advertise else []))
         self.source = self.proxy("source", "--nbd", f"unix:{self.source_socket}")
         eventually("both proxies are connected", self.proxies_connected)
         self.command("policy", "create", "gold", "--retention", retention, "--cut-interval", cut_interval)
         arguments = []
         for name, size in disks.items():
-            image = folder / f"{name}.img"
+            image = (images or {}).get(name, folder / f"{name}.img")
             if not image.exists():
                 with open(image, "wb") as out:
                     out.truncate(size)

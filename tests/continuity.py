@@ -1,0 +1,204 @@
+#!/usr/bin/python3
+"""Clients that reconnect ride through every end of the source proxy: killed, stopped, replaced by a new process. No
+request of theirs fails, no write that was answered is lost or undone, and the replica is what the source's disk holds.
+
+Needs nbdkit with its retry filter, qemu-storage-daemon (qemu-system-common), python3-libnbd.
+"""
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+
+import nbd
+
+from cluster import AFTERIMAGE, MIB, Cluster, Failed, Process, Tests, connects, eventually, expect, free_port, run, workspace
+
+SIZE = 64 * MIB
+BLOCK = 4096
+WRITERS = 4
+# Each writer has blocks of its own: what it was answered last is what must be there.
+BLOCKS = 256
+
+
+class Writers:
+    """Threads that write numbered blocks through a client and remember what was answered, and how long it took."""
+
+    def __init__(self, uri):
+        self.uri = uri
+        self.over = threading.Event()
+        self.answered = [[0] * BLOCKS for _ in range(WRITERS)]
+        self.count = [0] * WRITERS
+        self.slowest = [0.0] * WRITERS
+        self.errors = []
+        self.threads = [threading.Thread(target=self.write, args=(n,)) for n in range(WRITERS)]
+        for thread in self.threads:
+            thread.start()
+
+    @staticmethod
+    def place(writer, block):
+        return (writer * BLOCKS + block) * BLOCK
+
+    @staticmethod
+    def content(writer, block, number):
+        return f"{writer:4} {block:6} {number:12} ".encode() * (BLOCK // 24) + b"-" * (BLOCK % 24)
+
+    def write(self, writer):
+        try:
+            handle = nbd.NBD()
+            handle.connect_uri(self.uri)
+            number = 0
+            while not self.over.is_set():
+                number += 1
+                block = number * 7 % BLOCKS
+                begun = time.monotonic()
+                handle.pwrite(self.content(writer, block, number), self.place(writer, block),
+                              nbd.CMD_FLAG_FUA if number % 16 == 0 else 0)
+                self.answered[writer][block] = number
+                if number % 32 == 0:
+                    handle.flush()
+                if number % 8 == 0:
+                    seen = handle.pread(BLOCK, self.place(writer, block))
+                    expect(seen == self.content(writer, block, number), f"block {block}: an answered write is not read back")
+                self.slowest[writer] = max(self.slowest[writer], time.monotonic() - begun)
+                self.count[writer] += 1
+            handle.shutdown()
+        except Exception as error:  # noqa: BLE001: whatever a client sees is a failure
+            self.errors.append(f"writer {writer}, write {number}: {error}")
+
+    def progress(self):
+        """Waits until every writer has gone on."""
+        before = list(self.count)
+        eventually("every writer goes on", lambda: self.errors or all(a > b for a, b in zip(self.count, before)), 60)
+        expect(not self.errors, "\n".join(self.errors))
+
+    def stall(self):
+        """The longest time that a write took since the last call, in seconds."""
+        longest = max(self.slowest)
+        self.slowest = [0.0] * WRITERS
+        return longest
+
+    def end(self):
+        self.over.set()
+        for thread in self.threads:
+            thread.join(60)
+        expect(not self.errors, "\n".join(self.errors))
+
+    def verify(self, uri):
+        """What was answered last is there, or a later write that was under way at the end."""
+        handle = nbd.NBD()
+        handle.connect_uri(uri)
+        for writer in range(WRITERS):
+            for block in range(BLOCKS):
+                number = self.answered[writer][block]
+                if number:
+                    seen = handle.pread(BLOCK, self.place(writer, block))
+                    expect(seen == self.content(writer, block, number),
+                           f"writer {writer}, block {block}: write {number} was answered, and `{bytes(seen[:24])}` is there")
+        handle.shutdown()
+
+
+@contextlib.contextmanager
+def through_nbdkit(folder, source):
+    """nbdkit's retry filter over its client: it connects anew whenever the connection ends."""
+    socket = folder / "nbdkit.sock"
+    with open(folder / "nbdkit.log", "ab") as log:
+        client = subprocess.Popen(["nbdkit", "-f", "-U", socket, "--filter=retry", "nbd", f"uri={source}", "retry-delay=1",
+                                   "retries=60", "retry-exponential=no"], stdout=log, stderr=log)
+    try:
+        eventually("nbdkit listens", lambda: connects(str(socket)))
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        client.terminate()
+        client.wait(20)
+        socket.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def through_qemu(folder, source):
+    """QEMU's client with `reconnect-delay`, as a machine has it; its own export stands for the machine."""
+    socket = folder / "qemu.sock"
+    path, name = source.split("socket=")[1], source.split(":///")[1].split("?")[0]
+    with open(folder / "qemu.log", "ab") as log:
+        client = subprocess.Popen([
+            "qemu-storage-daemon",
+            "--blockdev", f"driver=nbd,node-name=disk,server.type=unix,server.path={path},export={name},reconnect-delay=60",
+            "--nbd-server", f"addr.type=unix,addr.path={socket}",
+            "--export", "type=nbd,id=out,node-name=disk,name=out,writable=on"], stdout=log, stderr=log)
+    try:
+        eventually("qemu-storage-daemon listens", lambda: client.poll() is not None or connects(str(socket)))
+        expect(client.poll() is None, (folder / "qemu.log").read_text(errors="replace"))
+        yield f"nbd+unix:///out?socket={socket}"
+    finally:
+        client.terminate()
+        client.wait(20)
+        socket.unlink(missing_ok=True)
+
+
+CLIENTS = {"nbdkit": through_nbdkit, "QEMU": through_qemu}
+# A client that was turned away tries again a second later: that is added to what the proxy itself takes.
+STALL = 3.5
+
+
+def ends(source, how):
+    if how == "killed":
+        source.kill()
+    else:
+        code = source.stop()
+        expect(code == 0, f"exit code {code}:\n{source.tail()}")
+    source.start()
+
+
+def rides_through(cluster, folder, client, how, rounds):
+    uri = cluster.uri("data")
+    with client(folder, uri) as through:
+        writers = Writers(through)
+        try:
+            writers.progress()
+            for _ in range(rounds):
+                time.sleep(1)
+                writers.stall()
+                ends(cluster.source, how)
+                writers.progress()
+                stall = writers.stall()
+                expect(stall < STALL, f"a write took {stall:.1f} s")
+                print(f"    {how}: longest write {stall:.2f} s", flush=True)
+        finally:
+            writers.end()
+        writers.verify(through)
+    eventually("the group is protected again", lambda: protected_again(cluster), timeout=60)
+    writers.verify(cluster.uri("data"))
+    cluster.replica_is_source()
+
+
+def protected_again(cluster):
+    try:
+        return cluster.protected()
+    except (Failed, TypeError, KeyError):
+        return None
+
+
+def main():
+    tests = Tests()
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    with workspace("continuity") as folder:
+        cluster = None
+
+        def begin():
+            nonlocal cluster
+            cluster = Cluster(folder, {"data": SIZE})
+        try:
+            if tests.run("a protected pair starts", begin):
+                for name, client in CLIENTS.items():
+                    for how in ("stopped", "killed"):
+                        tests.run(f"{name} rides through a source that is {how}", rides_through, cluster, folder, client,
+                                  how, rounds)
+        finally:
+            if cluster:
+                cluster.close()
+    tests.end()
+
+
+if __name__ == "__main__":
+    main()
