@@ -166,16 +166,20 @@ impl Ledger {
         io.replace_small(&self.path, &DamageFile { stream: self.stream, frames }.encode())
     }
 
-    /// Looks which lost blocks newer records have replaced; true if any was found.
-    pub fn review(&mut self, journal: &Journal, cover: &mut Cover, newest: u64, bottom: Bottom<'_>) -> bool {
-        let mut found = false;
+    /// Looks which lost blocks newer records have replaced; returns which losses are mended by that.
+    pub fn review(&mut self, journal: &Journal, cover: &mut Cover, newest: u64, bottom: Bottom<'_>) -> Vec<String> {
+        let mut mended = Vec::new();
         for item in self.items.iter_mut().filter(|item| item.timeline == self.timeline) {
+            let mut found = false;
             for block in item.damage.blocks.iter_mut().filter(|block| block.until.is_none()) {
                 block.until = replaced(journal, cover, block, newest, bottom);
                 found |= block.until.is_some();
             }
+            if found && item.damage.is_mended() {
+                mended.push(item.damage.what.clone());
+            }
         }
-        found
+        mended
     }
 
     /// Forgets what concerns no point any more; true if something was kept on disk of it.

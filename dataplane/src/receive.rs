@@ -30,6 +30,9 @@ const LINGER: Nanos = 2_000_000_000;
 /// Room for control messages in one send, bytes.
 const CONTROL_ROOM: usize = 4096;
 
+/// Ranges that a source can be asked for again at a time; the owner asks again.
+pub(crate) const MAX_WANTS: usize = 32;
+
 /// What a connection comes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum End {
@@ -59,6 +62,8 @@ pub(crate) struct Connection {
     ready: bool,
     /// Newest durable place that was not yet told.
     ack: Option<(u64, u64)>,
+    /// Ranges that the source is to send again.
+    wants: Vec<Control>,
     stop: Option<Control>,
     last_sent: Nanos,
     pub last_heard: Nanos,
@@ -101,6 +106,7 @@ impl Connection {
             sending: false,
             ready: true,
             ack: None,
+            wants: Vec::new(),
             stop: None,
             last_sent: now,
             last_heard: now,
@@ -126,6 +132,15 @@ impl Connection {
         if self.end.is_none() {
             self.ack = Some((frame, seq));
         }
+    }
+
+    /// The source is to send this range again: at most [`MAX_WANTS`] of them wait. False: not now.
+    pub fn want(&mut self, disk: u16, offset: u64, len: u64) -> bool {
+        let may = self.end.is_none() && self.wants.len() < MAX_WANTS;
+        if may {
+            self.wants.push(Control::Want { disk, offset, len });
+        }
+        may
     }
 
     /// When a turn is wanted although nothing completes.
@@ -182,7 +197,7 @@ impl Connection {
     fn send<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
         let now = ctx.io.now();
         let alive = self.end.is_none() && now >= self.last_sent + ALIVE;
-        let nothing = self.stop.is_none() && !self.ready && self.ack.is_none() && !alive;
+        let nothing = self.stop.is_none() && !self.ready && self.ack.is_none() && self.wants.is_empty() && !alive;
         if self.sending || nothing || matches!(self.end, Some(End::Peer(_))) {
             if matches!(self.end, Some(End::Peer(_))) {
                 self.stop = None;
@@ -205,12 +220,16 @@ impl Connection {
         if let Some((frame, seq)) = ack {
             put(&mut self.control, Control::Ack { frame, seq });
         }
+        let wants = self.wants.len();
+        for want in self.wants.drain(..) {
+            put(&mut self.control, want);
+        }
         match self.stop.take() {
             Some(stop) => {
                 self.linger = Some(now + LINGER);
                 put(&mut self.control, stop);
             }
-            None if !ready && ack.is_none() => put(&mut self.control, Control::Alive),
+            None if !ready && ack.is_none() && wants == 0 => put(&mut self.control, Control::Alive),
             None => {}
         }
         self.sending = true;

@@ -131,7 +131,7 @@ impl Scrub {
 impl Stream {
     /// Goes on verifying. Everything it needs comes by completions and by [`Scrub::deadline`].
     pub(crate) fn scrub_turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, events: &mut VecDeque<TargetEvent>) {
-        self.review_damage(ctx.io);
+        self.review_damage(ctx.io, events);
         if self.scrub.reading.is_some() {
             return self.salvage_turn(ctx, events);
         }
@@ -351,6 +351,7 @@ impl Stream {
             tracing::error!(stream = %self.config.stream, %errno, "the damage list cannot be written");
         }
         self.scrub.review_at = 0;
+        self.mend_at = 0;
     }
 
     /// Tells of a loss.
@@ -360,15 +361,16 @@ impl Stream {
     }
 
     /// Looks now and then what of the lost newer data has replaced, and forgets what concerns no point any more.
-    fn review_damage<I: Io>(&mut self, io: &mut I) {
+    fn review_damage<I: Io>(&mut self, io: &mut I, events: &mut VecDeque<TargetEvent>) {
         let now = io.now();
         if self.damage.is_empty() || now < self.scrub.review_at {
             return;
         }
         self.scrub.review_at = now + REVIEW;
         let bottom = crate::damage::Bottom { floor: self.points.floor(), unreadable: &self.history.state().unreadable };
-        if self.damage.review(&self.journal, &mut self.scrub.cover, self.points.newest(), bottom) {
-            tracing::info!(stream = %self.config.stream, "newer data has taken the place of what was lost");
+        for what in self.damage.review(&self.journal, &mut self.scrub.cover, self.points.newest(), bottom) {
+            tracing::info!(stream = %self.config.stream, what, "newer data has taken the place of what was lost");
+            events.push_back(TargetEvent::Mended { stream: self.config.stream, what });
         }
         if self.damage.forget(self.points.floor(), self.points.now())
             && let Err(errno) = self.damage.keep(io)

@@ -3,7 +3,8 @@
 //! The owner (a data thread on the ring, or the simulator) gives it completions ([`Target::done`]) and turns
 //! ([`Target::turn`]), and says hello and attaches the sockets of sources.
 //!
-//! - `config`, `status`: what goes in and what comes out; `hello`: who may write; `stream`: one stream and how it is
+//! - `config`, `status`: what goes in and what comes out; `hello`: who may write; `mend`: asking for what is
+//!   lost; `stream`: one stream and how it is
 //!   opened after a start; `reopen`: a journal that has failed; `points`: restore points; `views`: opening, serving and closing views; `ops`: operations
 //!   under way.
 
@@ -23,6 +24,7 @@ use crate::view::{Reads, View};
 
 mod config;
 mod hello;
+mod mend;
 pub(crate) mod ops;
 mod points;
 mod reopen;
@@ -258,6 +260,7 @@ impl<I: Io> Target<I> {
                 self.connections.insert(connection_id, connection);
                 if let Some(stream) = self.streams.get_mut(&number) {
                     stream.connection = Some(connection_id);
+                    stream.mend_at = 0;
                     stream.last_heard = Some(now);
                 }
                 self.event(TargetEvent::Connected { stream: hello.stream, incarnation: hello.incarnation });
@@ -408,6 +411,7 @@ impl<I: Io> Target<I> {
             }
         }
         self.give_way(io);
+        self.mend(io.now());
         let mut ctx = Ctx { io, ops: &mut self.ops };
         self.reads.turn(&mut ctx, &mut self.streams);
         for (id, suspect) in self.reads.suspects.drain(..) {
@@ -540,6 +544,7 @@ impl<I: Io> Target<I> {
                 .chain(stream.journal.deadline())
                 .chain(stream.fold_deadline())
                 .chain(stream.scrub_deadline())
+                .chain(stream.mend_deadline())
         });
         let connections = self.connections.values().filter_map(Connection::deadline);
         streams.chain(connections).chain(self.starved_at).min()

@@ -6,6 +6,7 @@ use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::Errno;
 use afterimage_dataplane::io::sim::{Fault, WorldConfig};
 use afterimage_dataplane::target::{Choice, Damage, TargetConfig, TargetEvent};
+use afterimage_wire::control::Control;
 use afterimage_wire::segment::Predecessor;
 use target_rig::*;
 
@@ -163,6 +164,14 @@ fn what_a_reader_cannot_open_is_looked_at_again_and_named() {
     let latest = rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).unwrap();
     assert!(latest.damage.is_some());
     assert!(rig.target.status()[0].disks[0].damaged && !rig.target.status()[0].disks[1].damaged);
+    // The source is asked for it: now, and after it comes back.
+    let want = Control::Want { disk: 0, offset: 5 * 4096, len: 4096 };
+    rig.until("asked", |rig| rig.messages.contains(&want));
+    rig.connect(&feeder);
+    rig.until("asked again", |rig| rig.messages.contains(&want));
+    rig.messages.clear();
+    rig.run_for(5 * SECOND);
+    assert!(!rig.messages.contains(&want), "but not all the time");
 }
 
 #[test]
@@ -175,6 +184,7 @@ fn newer_data_mends_the_newest_state() {
     let seq = write(&mut rig, &mut feeder, &mut model, 0, 5 * 4096, noise(1, 4096));
     rig.run_for(SECOND);
     let damage = rig.target.status()[0].damage.clone();
+    assert!(rig.events.iter().any(|event| matches!(event, TargetEvent::Mended { .. })));
     assert_eq!(damage[0].blocks[0].until, Some(seq));
     rig.check(&model, seq);
     check_but(&mut rig, &model, seqs[4], &[5]);

@@ -253,6 +253,13 @@ pub enum TargetEvent {
         /// Why.
         why: String,
     },
+    /// The newest state needs nothing any more of what a loss had taken.
+    Mended {
+        /// Stream.
+        stream: StreamId,
+        /// The loss, as [`Damage::what`] has it.
+        what: String,
+    },
     /// Something acknowledged cannot be read.
     Damaged {
         /// Stream.

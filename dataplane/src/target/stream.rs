@@ -118,6 +118,8 @@ pub(crate) struct Stream {
     /// A failed journal that is being read back.
     pub reopening: Option<Box<Reopen>>,
     pub reopen_at: Option<Nanos>,
+    /// When the source is to be asked (again) for what is lost.
+    pub mend_at: Nanos,
     lock: Option<File>,
 }
 
@@ -170,6 +172,7 @@ impl Stream {
             no_space: None,
             reopening: None,
             reopen_at: None,
+            mend_at: 0,
             lock: None,
         };
         if stream.take_lock(io)? {

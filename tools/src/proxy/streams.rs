@@ -270,6 +270,9 @@ pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetEv
             TargetEvent::ViewLost { stream, view, why } => {
                 (Severity::Error, stream, "view", format!("view `{view}` was given up: {why}"))
             }
+            TargetEvent::Mended { stream, what } => {
+                (Severity::Info, stream, "damage", format!("newer data has taken the place of what was lost: {what}"))
+            }
             TargetEvent::Damaged { stream, damage } => (Severity::Error, stream, "damage", damage.what),
         };
         proxy.event(severity, Some(stream), kind, message);
