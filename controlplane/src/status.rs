@@ -86,7 +86,14 @@ impl Scene<'_> {
                 out.push(finding("target-stopped", Severity::Error, format!("takes no data: {}", report.stopped)));
             }
             if !report.damage.is_empty() {
-                out.push(finding("damaged", Severity::Error, report.damage.join("; ")));
+                let severity = if report.newest_damaged { Severity::Error } else { Severity::Warning };
+                out.push(finding("damaged", severity, report.damage.join("; ")));
+            }
+            if !report.shortened.is_empty() {
+                out.push(finding("shortened", Severity::Warning, report.shortened.clone()));
+            }
+            if !report.folding.is_empty() {
+                out.push(finding("folding", Severity::Error, format!("history cannot be folded: {}", report.folding)));
             }
         }
         if let (Some(since), Some(policy), false) = (stream.above_since_ns, self.model.policy_of(group), over)
@@ -221,6 +228,7 @@ impl Scene<'_> {
             journal_bytes: target.journal_bytes,
             journal_budget_bytes: target.journal_budget_bytes,
             segments: target.segments,
+            scrub: target.scrub,
             disks: disks.collect(),
             views: model.views_of(group).map(view).collect(),
             source: Name::new(&group.tenant, Kind::Proxy, &group.source).to_string(),

@@ -336,6 +336,13 @@ pub fn group_status(status: &v1::GroupStatus) -> Value {
         "journal_bytes": status.journal_bytes,
         "journal_budget_bytes": status.journal_budget_bytes,
         "segments": status.segments,
+        "scrub": status.scrub.as_ref().map(|scrub| json!({
+            "running": scrub.running,
+            "done_bytes": scrub.done_bytes,
+            "total_bytes": scrub.total_bytes,
+            "ended_ms": scrub.ended_ms,
+            "bad_frames": scrub.bad_frames,
+        })),
         "disks": status.disks.iter().map(|disk| json!({
             "disk": id(&disk.name),
             "uid": disk.uid,
@@ -414,6 +421,7 @@ mod tests {
                 "queue_limit_bytes",
                 "rpo",
                 "rung",
+                "scrub",
                 "segments",
                 "sent_seq",
                 "source",

@@ -190,6 +190,7 @@ fn one(group: &v1::GroupStatus) -> String {
                 }
             },
         ),
+        ("verified", group.scrub.as_ref().map_or_else(String::new, verified)),
     ]);
     if !group.disks.is_empty() {
         shown += "\n";
@@ -221,6 +222,19 @@ fn one(group: &v1::GroupStatus) -> String {
         );
     }
     shown
+}
+
+/// How the verification of what the target holds stands.
+fn verified(scrub: &v1::ScrubProgress) -> String {
+    let bad = match scrub.bad_frames {
+        0 => String::new(),
+        bad => format!(", {} damaged frames", show_count(bad)),
+    };
+    if scrub.running {
+        return format!("{} of {}{bad}", show_size(scrub.done_bytes), show_size(scrub.total_bytes));
+    }
+    let ended = scrub.ended_ms.map(|ms| format!("{} ago", show_duration(ms.saturating_mul(1_000_000))));
+    format!("{}{bad}", ended.unwrap_or_else(|| "when the target started".to_owned()))
 }
 
 fn disks(group: &v1::GroupStatus) -> String {

@@ -10,7 +10,7 @@ use afterimage_dataplane::target::{Choice, StreamState, StreamStatus};
 use afterimage_wire::ids::StreamId;
 use afterimage_wire::v1;
 use afterimage_wire::v1::{
-    DiskGeneration, LinkState, PointSummary, Report, SourceDiskReport, SourceGroupReport, SyncProgress,
+    DiskGeneration, LinkState, PointSummary, Report, ScrubProgress, SourceDiskReport, SourceGroupReport, SyncProgress,
     TargetStreamReport, ViewExport, ViewReport,
 };
 use hdrhistogram::Histogram;
@@ -272,6 +272,17 @@ fn stream_report(stream: &StreamStatus, now: u64, points: PointSummary) -> Targe
         journal_budget_bytes: 0,
         segments: u32::try_from(stream.segments).unwrap_or(u32::MAX),
         damage: damage.take(MAX_DAMAGE).collect(),
+        newest_damaged: stream.damage.iter().any(|damage| !damage.is_mended() && damage.known)
+            || stream.disks.iter().any(|disk| disk.damaged),
+        shortened: stream.shortened.clone().unwrap_or_default(),
+        folding: stream.fold_error.clone().unwrap_or_default(),
+        scrub: Some(ScrubProgress {
+            running: stream.scrub.running,
+            done_bytes: stream.scrub.done,
+            total_bytes: stream.scrub.total,
+            ended_ms: stream.scrub.ended.map(|at| now.saturating_sub(at) / 1_000_000),
+            bad_frames: stream.scrub.bad_frames,
+        }),
         stopped: match &stream.state {
             StreamState::Ready => String::new(),
             StreamState::Recovering => "recovering".to_owned(),
