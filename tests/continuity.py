@@ -42,7 +42,8 @@ class Writers:
 
     @staticmethod
     def content(writer, block, number):
-        return f"{writer:4} {block:6} {number:12} ".encode() * (BLOCK // 24) + b"-" * (BLOCK % 24)
+        line = f"{writer:4} {block:6} {number:11} ".encode()
+        return (line * (BLOCK // len(line) + 1))[:BLOCK]
 
     def write(self, writer):
         try:
