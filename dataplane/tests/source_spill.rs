@@ -4,6 +4,7 @@
 #[path = "source/bed.rs"]
 mod bed;
 
+use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::Errno;
 use afterimage_dataplane::io::sim::{Fault, Rng, WorldConfig};
 use afterimage_dataplane::source::{GroupState, Rung, SourceEvent, SourceLimits};
@@ -355,4 +356,54 @@ fn bits_of_spilled_records_stay_set_until_they_are_acknowledged() {
     assert!(bed.log_bits(0).contains(&3), "still only in the spill");
     back_without_resync(&mut bed);
     bed.until("cleared", |bed| !bed.log_bits(0).contains(&3));
+}
+
+#[test]
+fn any_end_in_any_outage_is_mended() {
+    for seed in 0..10 {
+        let config = WorldConfig { keep_unsynced: 0.5, late: 100 * MS, ..WorldConfig::default() };
+        let limits = SourceLimits { hot_extents: 1, ..limits([8 * MIB, 64 * MIB][seed as usize % 2]) };
+        let mut bed = Bed::new(seed, 2, config, limits);
+        let mut rng = Rng::new(seed);
+        bed.protect().expect("the disks are there");
+        bed.pass(rng.below(4000) * MS);
+        for _ in 0..5 {
+            if rng.chance(0.6) {
+                bed.unreachable = true;
+                bed.cut();
+            }
+            let mib = rng.below(5);
+            load(&mut bed, &mut rng, mib, 6);
+            match rng.below(4) {
+                0 => bed.unreachable = false,
+                1 => bed.cut(),
+                2 => drop(bed.ask(0, Request::Flush)),
+                _ => {}
+            }
+            bed.pass(rng.below(300) * MS);
+            let owes = !bed.is_protected() && syncs(&bed) > 0;
+            match rng.below(3) {
+                0 => bed.world.crash(bed.node),
+                1 => bed.world.power_loss(bed.node),
+                _ => {
+                    let clean = stop(&mut bed);
+                    // Stopped cleanly, the power may go: what counts was made durable.
+                    if rng.chance(0.5) {
+                        bed.world.power_loss(bed.node);
+                    }
+                    bed.restart();
+                    bed.pass(50 * MS);
+                    assert!(!clean || owes || syncs(&bed) == 0, "seed {seed}: nothing is in doubt after a clean stop");
+                    continue;
+                }
+            }
+            bed.restart();
+        }
+        bed.unreachable = false;
+        bed.until("protected", |bed| bed.is_protected());
+        bed.until("clean", |bed| bed.status().disks.iter().all(|d| d.dirty_extents == 0));
+        bed.acked();
+        bed.assert_equal();
+        assert_eq!(faults(&bed), 0, "seed {seed}");
+    }
 }
