@@ -5,8 +5,8 @@
 mod bed;
 
 use afterimage_dataplane::host::Request;
-use afterimage_dataplane::io::Errno;
 use afterimage_dataplane::io::sim::{Fault, Rng, WorldConfig};
+use afterimage_dataplane::io::{Errno, Io};
 use afterimage_dataplane::source::{GroupState, Rung, SourceEvent, SourceLimits};
 use afterimage_wire::ids::IncarnationId;
 use afterimage_wire::intent::EXTENT;
@@ -220,7 +220,6 @@ fn a_clean_stop_is_not_trusted_if_the_spill_is_not_whole() {
             0 => bed.world.rot(bed.node, files.last().expect("some"), 40960, 4096),
             1 => bed.world.rot(bed.node, &files[1], 40960, 4096),
             _ => {
-                use afterimage_dataplane::io::Io;
                 bed.io.remove(&files[1]).expect("removed");
                 bed.io.sync_dir(files[1].rsplit_once('/').expect("in a folder").0).expect("synced");
             }
@@ -406,4 +405,38 @@ fn any_end_in_any_outage_is_mended() {
         bed.assert_equal();
         assert_eq!(faults(&bed), 0, "seed {seed}");
     }
+}
+
+#[test]
+fn shipping_an_earlier_life_never_lowers_its_acknowledged_place() {
+    let mut bed = bed(17, 64 * MIB);
+    bed.limits.hot_extents = 0;
+    bed.source = afterimage_dataplane::source::Source::new(1, bed.limits.clone(), Default::default());
+    bed.ready();
+    let (old, images) = (bed.held.position, bed.held.images.clone());
+    bed.write(0, 5 * EXTENT, &[5; 4096]).expect("written");
+    bed.acked();
+    bed.until("cleared", |bed| !bed.log_bits(0).contains(&5));
+    lose_target(&mut bed);
+    bed.write(1, 6 * EXTENT, &[6; 4096]).expect("written");
+    assert!(stop(&mut bed));
+    bed.restart();
+    // The earlier life is announced, and nothing of it is acknowledged before the next crash.
+    bed.held.mute = true;
+    bed.unreachable = false;
+    bed.until("linked", |bed| !bed.held.hellos.is_empty() && bed.held.position.seq > old.seq);
+    bed.pass(20 * MS);
+    bed.world.crash(bed.node);
+    // The target comes back as an old copy, and the spill is lost, too.
+    bed.held.mute = false;
+    (bed.held.position, bed.held.images) = (old, images);
+    bed.world.advance(5000 * MS);
+    bed.io = bed.world.io(bed.node);
+    for path in spill_files(&bed) {
+        bed.io.remove(&path).expect("removed");
+    }
+    bed.restart();
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
 }
