@@ -82,6 +82,7 @@ fn back_without_resync(bed: &mut Bed) {
     bed.acked();
     bed.assert_equal();
     assert_eq!(bed.held.count(RecordKind::SyncBegin), 2, "only the first synchronisations");
+    assert!(bed.status().rpo_now < 2000 * MS, "{}", bed.status().rpo_now);
     assert_eq!(bed.status().rung, Rung::Normal);
     assert_eq!(spill_files(bed), Vec::<String>::new());
 }
@@ -337,6 +338,32 @@ fn writes_are_as_quick_without_a_target_as_with_one() {
     let without = time(&mut bed);
     assert!(without * 10 <= with * 11, "{with} ns with a target, {without} ns without");
     assert_eq!(bed.status().uncaptured, 0);
+}
+
+#[test]
+fn after_a_crash_in_an_outage_the_rpo_goes_on_from_the_last_complete_moment() {
+    for power in [false, true] {
+        let mut bed = bed(16, 64 * MIB);
+        bed.ready();
+        bed.pass(12_000 * MS);
+        lose_target(&mut bed);
+        bed.write(0, 4096, &[1; 4096]).expect("written");
+        let written = bed.world.now();
+        bed.pass(30_000 * MS);
+        if power {
+            bed.world.power_loss(bed.node)
+        } else {
+            bed.world.crash(bed.node)
+        }
+        bed.restart();
+        bed.pass(100 * MS);
+        let (rpo, age) = (bed.status().rpo_now, bed.world.now() - written);
+        assert!(rpo >= age && rpo <= age + 12_000 * MS, "{rpo} is said, {age} is true");
+        bed.unreachable = false;
+        bed.until("protected", |bed| bed.is_protected());
+        bed.acked();
+        assert!(bed.status().rpo_now < 2000 * MS);
+    }
 }
 
 #[test]

@@ -242,6 +242,8 @@ pub(crate) fn point(run: &mut Run, seq: u64, floor: u64) -> Result<Vec<(usize, V
     if !images.iter().map(|(d, _)| *d).eq(disks.iter().copied()) {
         return Err(format!("record {seq}: the view does not present disks {disks:?}"));
     }
+    // The newest points came after the last look.
+    follow(run)?;
     compare(run, seq, floor, &images)?;
     run.points += 1;
     Ok(images)
