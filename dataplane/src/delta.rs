@@ -137,6 +137,10 @@ impl Delta {
             self.answers.push((key, Answer { cookie, result: Err(Errno::IO) }));
             return;
         }
+        if mutant!(DeltaFlushEarly) {
+            self.answers.push((key, Answer { cookie, result: Ok(None) }));
+            return;
+        }
         let place = self.journal.complete;
         self.durable_askers.push(Asker { key, cookie, place, durable: true });
         self.journal.want_sync();

@@ -164,7 +164,7 @@ fn due(stream: &Stream) -> Option<&'static str> {
     if last <= stream.points.floor() {
         return Some("");
     }
-    if stream.points.newest_complete().is_some_and(|newest| newest < last) {
+    if stream.points.newest_complete().is_some_and(|newest| newest < last) && !mutant!(NewestCompleteFolded) {
         return None;
     }
     // A point in use holds history back while there is room. When that gets short, its view is given a shelf.
@@ -172,10 +172,11 @@ fn due(stream: &Stream) -> Option<&'static str> {
     let short = stream.journal.bytes > bounds.budget_bytes / 2
         || stream.journal.index_bytes() > bounds.index_bytes / 2
         || stream.fold.space_low;
-    if !short && !stream.pinned_below(last).is_empty() {
+    if !short && !stream.pinned_below(last).is_empty() && !mutant!(PinIgnored) {
         return None;
     }
     let age = stream.journal.stream_time().saturating_sub(front.time.1);
+    let age = if mutant!(RetentionByWallClock) { wall_age(stream) } else { age };
     if age > stream.config.retention {
         return Some("");
     }
@@ -189,6 +190,14 @@ fn due(stream: &Stream) -> Option<&'static str> {
         return Some("the memory for the index");
     }
     None
+}
+
+/// The bug of [`RetentionByWallClock`](crate::mutant::Mutant::RetentionByWallClock).
+fn wall_age(stream: &Stream) -> Nanos {
+    let wall =
+        |segment: Option<&crate::journal::Segment>| segment.and_then(|s| s.frames.last()).map_or(0, |f| f.wall_ns);
+    let newest = stream.journal.segments.iter().rev().find(|segment| !segment.frames.is_empty());
+    wall(newest).saturating_sub(wall(stream.journal.segments.front()))
 }
 
 impl Stream {
@@ -270,7 +279,7 @@ impl Stream {
         let Some((uid, last)) = front else { return Ok(true) };
         // Folded again after a crash: the shelves were complete before the floor was raised, and the image is not what it
         // was then.
-        if last <= self.points.floor() {
+        if last <= self.points.floor() || mutant!(PinIgnored) {
             return Ok(true);
         }
         let image_reads = (reads.next_number(), |number| reads.is_before(number));
@@ -298,9 +307,11 @@ impl Stream {
         let lives = self.points.at(last);
         let newest_cut = self.points.cuts().take_while(|cut| cut.seq <= last).last().map_or(0, |cut| cut.cut.number);
         let newest_cut = newest_cut.max(self.history.state().newest_cut);
-        self.history
-            .raise_floor(ctx.io, last, &lives, newest_cut, incarnation)
-            .map_err(|error| format!("raising the floor: {error}"))?;
+        if !mutant!(FloorAfterImage) {
+            self.history
+                .raise_floor(ctx.io, last, &lives, newest_cut, incarnation)
+                .map_err(|error| format!("raising the floor: {error}"))?;
+        }
         self.points.raise_floor(last);
         if !why.is_empty() {
             self.fold.shortened = Some((why, last));
@@ -336,6 +347,12 @@ impl Stream {
 
     fn finish_fold<I: Io>(&mut self, io: &mut I, job: &mut Job) -> Result<(), String> {
         self.journal.release(io, job.uid);
+        if mutant!(FloorAfterImage) {
+            let (floor, lives) = (self.points.floor(), self.points.base().clone());
+            let writer = self.journal.segment(job.uid).map(|segment| segment.writer.incarnation).unwrap_or_default();
+            let cut = self.points.newest_cut();
+            self.history.raise_floor(io, floor, &lives, cut, writer).map_err(|error| error.to_string())?;
+        }
         if job.unreadable != self.history.state().unreadable {
             let mut state = self.history.state().clone();
             state.unreadable = std::mem::take(&mut job.unreadable);
@@ -640,6 +657,9 @@ impl Job {
 
     fn sync<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, stream: &Stream) {
         self.step = Step::Sync;
+        if mutant!(ImageNotSynced) {
+            return;
+        }
         for slot in &self.touched {
             if let Some(image) = stream.images.get(slot) {
                 self.syncs += 1;

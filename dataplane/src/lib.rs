@@ -7,7 +7,15 @@
 #[allow(unsafe_code)]
 pub mod io;
 
+/// Whether a deliberate bug is on; see [`mutant`].
+macro_rules! mutant {
+    ($name:ident) => {
+        $crate::mutant::on($crate::mutant::Mutant::$name)
+    };
+}
+
 pub mod host;
+pub mod mutant;
 pub mod seal;
 
 // The way of a write on the source …

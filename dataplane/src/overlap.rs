@@ -52,6 +52,7 @@ impl RangeLock {
     pub fn acquire(&mut self, start: u64, end: u64, owner: u32) -> (LockId, bool) {
         debug_assert!(start < end);
         let blockers = self.ranges.iter().map(|(s, e)| u32::from(*s < end && start < *e)).sum();
+        let blockers = if mutant!(OverlapUnordered) { 0 } else { blockers };
         let here = self.entries.len() as u32;
         let id = match self.free.pop() {
             Some(id) => {

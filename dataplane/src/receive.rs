@@ -390,6 +390,9 @@ impl Connection {
                 let part = Part { buf, at: begin, len: at - begin };
                 let tag = self.id.into();
                 journal.push(Batch { part, writer: self.writer.clone(), first, last: place, durable: true, tag });
+                if mutant!(AckOnReceipt) {
+                    self.ack = Some(place);
+                }
             }
             Some(_) => self.next = first,
             None if begin > 0 => {

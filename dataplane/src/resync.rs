@@ -151,7 +151,7 @@ impl Resync {
 
     /// Gives up whatever runs: a new incarnation begins. Reads under way end without a record.
     pub fn reset(&mut self) {
-        self.end_owed |= self.is_open();
+        self.end_owed |= self.is_open() && !mutant!(EndOwedForgotten);
         self.running = None;
         self.stretch = None;
         self.ended = None;
@@ -317,6 +317,11 @@ impl Disk {
         }
         let Some(part) = piece.part.take() else { return };
         let (file, offset) = (self.file, piece.start);
+        if mutant!(ResyncAfterRelease)
+            && let Some(lock) = piece.lock.take()
+        {
+            self.unlock_range(lock);
+        }
         f.io.submit(self.token(kind::SYNC, number), Op::Read { file, offset, part });
     }
 
@@ -438,8 +443,7 @@ impl Disk {
     /// Takes the acknowledged place; says whether a synchronisation has ended by it (and whether it was a whole one).
     pub fn sync_acked(&mut self, acked_seq: u64) -> Option<bool> {
         if let Some((seq, epoch)) = self.sync.whole_end
-            && seq <= acked_seq
-            && self.flush.flushed() >= epoch
+            && (seq <= acked_seq && self.flush.flushed() >= epoch || mutant!(WholeOwedForgotten))
         {
             self.sync.whole_end = None;
             self.sync.whole_owed = false;

@@ -50,6 +50,11 @@ impl DataKey {
     pub fn new(bytes: [u8; 32]) -> Self {
         Self { key: aead(&bytes), bytes }
     }
+
+    /// What must never be: control messages under the key of the data.
+    pub(crate) fn as_control(&self) -> ControlKey {
+        ControlKey::new(&self.bytes)
+    }
 }
 
 impl Clone for DataKey {
@@ -282,6 +287,7 @@ pub fn seal_frame(
         out[at..start].fill(0);
         let plain_end = start + write_chunk(chunk, compress, scratch, &mut out[start..]);
         let index = index as u32;
+        crate::mutant::sealed(&key.bytes, header.nonce(index), &out[start..plain_end], "a chunk");
         let tag = key
             .key
             .seal_in_place_separate_tag(
@@ -435,18 +441,30 @@ pub fn record_payload<'a>(record: &Record, plain: &'a [u8]) -> Result<&'a [u8], 
 pub struct ControlKey {
     key: LessSafeKey,
     counter: u64,
+    /// For the watch over nonces.
+    #[cfg(feature = "mutants")]
+    bytes: [u8; 32],
 }
 
 impl ControlKey {
     /// From 32 bytes of the TLS exporter.
     pub fn new(bytes: &[u8; 32]) -> Self {
-        Self { key: aead(bytes), counter: 0 }
+        Self {
+            key: aead(bytes),
+            counter: 0,
+            #[cfg(feature = "mutants")]
+            bytes: *bytes,
+        }
+    }
+
+    fn nonce_bytes(counter: u64) -> [u8; 12] {
+        let mut nonce = [0; 12];
+        nonce[..8].copy_from_slice(&counter.to_le_bytes());
+        nonce
     }
 
     fn nonce(counter: u64) -> Nonce {
-        let mut nonce = [0; 12];
-        nonce[..8].copy_from_slice(&counter.to_le_bytes());
-        Nonce::assume_unique_for_key(nonce)
+        Nonce::assume_unique_for_key(Self::nonce_bytes(counter))
     }
 
     /// Seals the next message.
@@ -457,6 +475,8 @@ impl ControlKey {
         out[..8].copy_from_slice(&counter.to_le_bytes());
         let (plain, tag_room) = out[8..].split_at_mut(CONTROL_PLAIN_LEN);
         plain.copy_from_slice(&message.encode());
+        #[cfg(feature = "mutants")]
+        crate::mutant::sealed(&self.bytes, Self::nonce_bytes(counter), plain, "a control message");
         let tag = self
             .key
             .seal_in_place_separate_tag(Self::nonce(counter), Aad::from(counter.to_le_bytes()), plain)

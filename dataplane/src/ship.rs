@@ -16,7 +16,7 @@ use afterimage_wire::frame::FrameHeader;
 use afterimage_wire::ids::{IncarnationId, StreamId};
 
 use crate::io::{Io, Nanos, Op, Part};
-use crate::seal::{DataKey, FrameMeta, Plan};
+use crate::seal::{ControlKey, DataKey, FrameMeta, Plan};
 use crate::sealers::{Job, Sealing};
 
 mod keep;
@@ -158,6 +158,11 @@ impl Shipper {
         self.keep.is_empty(self.acked_frame) && self.queue.entries.is_empty()
     }
 
+    /// The key of a connection's control messages (the right one, but for a mutant).
+    pub fn control_key(&self, right: ControlKey) -> ControlKey {
+        crate::mutant::control_key(right, &self.key)
+    }
+
     /// The link takes what is sealed now: nothing older waits in the spill.
     pub fn is_flowing(&self) -> bool {
         self.link.is_ready() && !self.keep.is_behind(self.acked_frame)
@@ -165,7 +170,7 @@ impl Shipper {
 
     /// When the oldest unacknowledged record of this process was numbered.
     pub fn oldest(&self) -> Option<Nanos> {
-        let raw = || self.queue.entries.front().map(|e| e.record.mono_ns);
+        let raw = || self.queue.entries.front().map(|e| e.record.mono_ns).filter(|_| !mutant!(RpoForgetsQueue));
         self.keep.oldest(self.acked_frame).or_else(raw)
     }
 

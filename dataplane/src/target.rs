@@ -242,6 +242,7 @@ impl<I: Io> Target<I> {
                     old.discard();
                 }
                 let held = accepted.position;
+                let control = crate::mutant::control_key(control, &accepted.writer.key);
                 let mut connection = Connection::new(
                     connection_id,
                     number,
@@ -576,6 +577,7 @@ impl<I: Io> Target<I> {
         let fenced = |claim: &(DiskId, u64)| table.disk(claim.0).is_some_and(|known| claim.1 < known.generation);
         if let Some(connection) = open.connection.and_then(|id| self.connections.get_mut(&id))
             && connection.claims.iter().any(fenced)
+            && !mutant!(FenceLeavesWriter)
         {
             connection.stop(StopReason::Fenced, generation, format!("fenced: {reason}"));
             connection.discard();

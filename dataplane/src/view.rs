@@ -242,7 +242,8 @@ impl Reads {
         if let Some(shelf) = shelf {
             shelf.journal.cover(&mut cover, request.slot, u64::MAX);
         }
-        stream.journal.cover(&mut cover, request.slot, request.seq);
+        let seq = if mutant!(ViewReadsOn) { u64::MAX } else { request.seq };
+        stream.journal.cover(&mut cover, request.slot, seq);
         pieces.clear();
         pieces.extend_from_slice(cover.finish());
         self.cover = cover;

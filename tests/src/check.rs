@@ -1,14 +1,14 @@
 //! The checks: what both ends say of themselves, and restore points read through views.
 
 use afterimage_dataplane::host::{DiskKey, HEADROOM, MAX_PART, Request};
-use afterimage_dataplane::io::{Io, Nanos, Part};
-use afterimage_dataplane::source::GroupState;
-use afterimage_dataplane::target::{PointInfo, ViewConfig};
-use afterimage_wire::ids::{DiskId, StreamId};
+use afterimage_dataplane::io::{Errno, Io, Nanos, Part};
+use afterimage_dataplane::source::{GroupState, GroupStatus};
+use afterimage_dataplane::target::{PointInfo, StreamStatus, ViewConfig};
+use afterimage_wire::ids::{DiskId, StreamId, TimelineId};
 use afterimage_wire::record::{Record, RecordKind};
 use afterimage_wire::timeline::TimelineKind;
 
-use crate::history::{Effect, pattern};
+use crate::history::{Change, Effect, HOLE};
 use crate::run::Run;
 use crate::stage::disk_id;
 
@@ -17,11 +17,13 @@ const PATIENCE: Nanos = 60_000_000_000;
 
 /// What both ends say of themselves.
 pub(crate) fn ends(run: &mut Run) -> Result<(), String> {
-    if let Some(owed) = run.stage.owed.take() {
-        return Err(owed);
-    }
-    let group = run.stage.group();
-    if let Some(group) = &group {
+    let (group, stream) = (run.stage.group(), run.stage.stream());
+    ends_as(run, group.as_ref(), stream.as_ref())
+}
+
+/// As [`ends`], of what they have just said.
+pub(crate) fn ends_as(run: &mut Run, group: Option<&GroupStatus>, stream: Option<&StreamStatus>) -> Result<(), String> {
+    if let Some(group) = group {
         if !group.incarnation.is_none()
             && run.stage.protected
             && let Some(life) = run.epochs.len().checked_sub(1)
@@ -33,38 +35,42 @@ pub(crate) fn ends(run: &mut Run) -> Result<(), String> {
             return Err(format!("acked, sent, sealed, captured are not in order: {rising:?}"));
         }
     }
-    if let Some(stream) = run.stage.stream() {
-        if stream.durable_frame > stream.received_frame {
-            return Err(format!("frame {} is durable, {} received", stream.durable_frame, stream.received_frame));
-        }
-        if let Some(acked) = run.stage.acked()
-            && acked > stream.durable_seq
-        {
-            return Err(format!("record {acked} is acknowledged, {} durable", stream.durable_seq));
-        }
-        if let (Some(oldest), Some(newest)) = (stream.oldest, stream.newest)
-            && !(stream.floor <= oldest && oldest <= newest && newest <= stream.durable_seq)
-        {
-            let (floor, durable) = (stream.floor, stream.durable_seq);
-            return Err(format!("floor {floor}, oldest {oldest}, newest {newest}, durable {durable} are not in order"));
-        }
-        if run.restarts > 0 {
-            run.restarts = 0;
-            run.recovered(stream.durable_seq)?;
-        }
-        follow(run)?;
-        if let Some(group) = &group
-            && group.state == GroupState::Protected
-        {
-            rpo(run, group.rpo_now, stream.newest)?;
-        }
+    let Some(stream) = stream else { return Ok(()) };
+    if stream.durable_frame > stream.received_frame {
+        return Err(format!("frame {} is durable, {} received", stream.durable_frame, stream.received_frame));
+    }
+    if let Some(acked) = group.and_then(|group| run.stage.acked_of(group))
+        && acked > stream.durable_seq
+        && !run.robbed
+    {
+        return Err(format!("record {acked} is acknowledged, {} durable", stream.durable_seq));
+    }
+    if let (Some(oldest), Some(newest)) = (stream.oldest, stream.newest)
+        && !(stream.floor <= oldest && oldest <= newest && newest <= stream.durable_seq)
+    {
+        let (floor, durable) = (stream.floor, stream.durable_seq);
+        return Err(format!("floor {floor}, oldest {oldest}, newest {newest}, durable {durable} are not in order"));
+    }
+    if run.restarts > 0 {
+        run.restarts = 0;
+        run.recovered(stream.durable_seq, !stream.damage.is_empty())?;
+    }
+    run.tap.harmed = run.robbed.then_some((stream.incarnation, stream.durable_frame));
+    follow(run, stream.timeline)?;
+    if let Some(group) = group
+        && !run.robbed
+        && matches!(
+            group.state,
+            GroupState::Protected | GroupState::Syncing | GroupState::CatchingUp | GroupState::Unlinked(_)
+        )
+    {
+        rpo(run, group.rpo_now, stream.newest)?;
     }
     Ok(())
 }
 
 /// Reads on in the journal; matches its writes with the host's, whose order must be the host's.
-fn follow(run: &mut Run) -> Result<(), String> {
-    let Some(timeline) = run.stage.stream().map(|s| s.timeline) else { return Ok(()) };
+fn follow(run: &mut Run, timeline: TimelineId) -> Result<(), String> {
     let (world, node) = (run.stage.world.clone(), run.stage.target_node);
     run.tap.follow(&world, node, timeline).map_err(|w| w.0)?;
     let Some(epoch) = run.epochs.last_mut() else { return Ok(()) };
@@ -85,10 +91,19 @@ fn follow(run: &mut Run) -> Result<(), String> {
             }
             let at = (change.offset - record.offset) as usize;
             let bytes = &entry.payload[at..at + change.len as usize];
-            if bytes.iter().enumerate().all(|(i, b)| *b == pattern(change.id, change.offset + i as u64)) {
+            if change.matches(change.offset, bytes) {
                 epoch.matched.insert(change.id, *seq);
             }
         }
+    }
+    Ok(())
+}
+
+/// No key met a nonce twice; watched in builds that can play mutants.
+pub(crate) fn nonces() -> Result<(), String> {
+    #[cfg(feature = "mutants")]
+    if let Some(what) = afterimage_dataplane::mutant::reused_nonce() {
+        return Err(what);
     }
     Ok(())
 }
@@ -124,31 +139,44 @@ pub(crate) fn order(run: &Run) -> Result<(), String> {
 }
 
 /// The reported RPO is no smaller than the age of the oldest write that is in no durable point.
-fn rpo(run: &Run, reported: Nanos, newest: Option<u64>) -> Result<(), String> {
-    let (Some(epoch), Some(newest)) = (run.epochs.last(), newest) else { return Ok(()) };
-    if !run.complete_in(run.epochs.len() - 1) {
+fn rpo(run: &mut Run, reported: Nanos, newest: Option<u64>) -> Result<(), String> {
+    let Some(newest) = newest else { return Ok(()) };
+    let writer = run.tap.entries.get(&newest).and_then(|e| run.writers.get(&e.incarnation));
+    if writer.is_none_or(|writer| writer + 1 != run.epochs.len()) {
         return Ok(());
     }
+    let Some(epoch) = run.epochs.last_mut() else { return Ok(()) };
     let mut oldest: Option<(Nanos, u64)> = None;
+    epoch.settled.resize(run.plan.setup.disks.len(), 0);
     for disk in 0..run.plan.setup.disks.len() {
         // What passed uncaptured is in a point once a synchronisation that ended later is.
         let synced = run.tap.synced(disk as u16, newest).unwrap_or(0);
-        for change in epoch.history.changes(disk).iter().filter(|c| c.effect == Effect::Write && !c.failed) {
-            if let Some(at) = change.answered_at
-                && at > synced
-                && epoch.matched.get(&change.id).is_none_or(|seq| *seq > newest)
-            {
+        let changes = epoch.history.changes(disk);
+        // In a point, for good: the newest complete one never goes back.
+        let held = |change: &Change| {
+            let nothing = change.effect != Effect::Write || change.failed;
+            change.answered_at.is_some_and(|at| {
+                nothing || at <= synced || epoch.matched.get(&change.id).is_some_and(|seq| *seq <= newest)
+            })
+        };
+        while changes.get(epoch.settled[disk]).is_some_and(held) {
+            epoch.settled[disk] += 1;
+        }
+        for change in changes[epoch.settled[disk]..].iter().filter(|change| !held(change)) {
+            if let Some(at) = change.answered_at {
                 oldest = Some(oldest.map_or((at, change.id), |o| o.min((at, change.id))));
             }
         }
     }
+    let matched = |id: u64| run.epochs.last().and_then(|epoch| epoch.matched.get(&id).copied());
     if let Some((at, id)) = oldest
         && run.now().saturating_sub(at) > reported
     {
         let age = run.now() - at;
         return Err(format!(
-            "request {id} was answered {age} ns ago and is in no point (record {:?}, newest point {newest}), but the RPO is said to be {reported}",
-            epoch.matched.get(&id)
+            "request {id} was answered {age} ns ago and is in no point (record {:?}, newest point {newest}), but the \
+             RPO is said to be {reported}",
+            matched(id)
         ));
     }
     Ok(())
@@ -193,9 +221,37 @@ pub(crate) fn open_view(run: &mut Run, config: &ViewConfig) -> Result<Vec<(DiskI
     Ok(out)
 }
 
+/// A disk as a view shows it.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(crate) disk: usize,
+    pub(crate) bytes: Vec<u8>,
+    /// Offsets of blocks of [`HOLE`] bytes that cannot be read.
+    pub(crate) holes: Vec<u64>,
+}
+
+/// A point that is open in a view.
+pub(crate) struct Opened {
+    name: String,
+    seq: u64,
+    exports: Vec<(DiskId, DiskKey, u64)>,
+    disks: Vec<usize>,
+    /// Life of the target.
+    life: u64,
+}
+
 /// Reads a point through a view and compares it: with what the journal's records make, and with what the host may
 /// expect; everything answered before tick `floor` must be in it. Returns the disks that it holds.
-pub(crate) fn point(run: &mut Run, seq: u64, floor: u64) -> Result<Vec<(usize, Vec<u8>)>, String> {
+pub(crate) fn point(run: &mut Run, seq: u64, floor: u64) -> Result<Vec<Image>, String> {
+    match open_point(run, seq)? {
+        Some(opened) => read_point(run, opened, floor),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// Opens a point in a view; none if it holds no disk.
+pub(crate) fn open_point(run: &mut Run, seq: u64) -> Result<Option<Opened>, String> {
+    run.points += 1;
     let name = format!("check-{}", run.points);
     let info = {
         let life = run.stage.target.as_mut().ok_or("no target")?;
@@ -203,15 +259,20 @@ pub(crate) fn point(run: &mut Run, seq: u64, floor: u64) -> Result<Vec<(usize, V
         found.map_err(|e| e.to_string())?.into_iter().find(|p| p.seq == seq)
     };
     let Some(info) = info else {
-        return Err(format!("record {seq} is a point and is not listed"));
+        // Folded since it was chosen.
+        let folded = run.stage.stream().is_none_or(|stream| stream.floor > seq);
+        return if folded { Ok(None) } else { Err(format!("record {seq} is a point and is not listed")) };
     };
-    let disks: Vec<_> = (0..run.plan.setup.disks.len()).filter(|d| info.disks.contains(&disk_id(*d))).collect();
-    let known: Vec<_> = (0..run.plan.setup.disks.len()).filter(|d| run.tap.complete(*d as u16, seq)).collect();
-    if disks != known {
+    let all = 0..run.plan.setup.disks.len();
+    let disks: Vec<_> = all.clone().filter(|d| info.disks.contains(&disk_id(*d))).collect();
+    let known: Vec<_> = all.filter(|d| run.tap.complete(*d as u16, seq)).collect();
+    // What lost history holds fewer, never more.
+    let fits = if run.robbed { disks.iter().all(|disk| known.contains(disk)) } else { disks == known };
+    if !fits {
         return Err(format!("record {seq}: the target holds disks {disks:?}, by the journal it is {known:?}"));
     }
     if disks.is_empty() {
-        return Ok(Vec::new());
+        return Ok(None);
     }
     let config = ViewConfig {
         name: name.clone(),
@@ -222,41 +283,61 @@ pub(crate) fn point(run: &mut Run, seq: u64, floor: u64) -> Result<Vec<(usize, V
         kind: TimelineKind::View,
         reason: "checked".into(),
     };
-    let lives = run.stage.target_lives;
+    let life = run.stage.target_lives;
     let exports = open_view(run, &config)?;
+    Ok(Some(Opened { name, seq, exports, disks, life }))
+}
+
+/// Reads what was opened and compares it; see [`point`]. Nothing if the target died over it.
+pub(crate) fn read_point(run: &mut Run, opened: Opened, floor: u64) -> Result<Vec<Image>, String> {
+    let Opened { name, seq, exports, disks, life } = opened;
+    let lives = |run: &Run| run.stage.target_lives == life && run.stage.target.is_some() && run.stage.ready;
+    if !lives(run) {
+        return Ok(Vec::new());
+    }
+    // The records that the view rests on are read before they may be folded.
+    ends(run)?;
     let mut images = Vec::new();
     for (id, key, size) in exports {
         let disk = (0..run.plan.setup.disks.len()).find(|d| disk_id(*d) == id).ok_or("an unknown disk")?;
         match read_disk(run, key, size)? {
-            Some(image) => images.push((disk, image)),
+            Some((bytes, holes)) => images.push(Image { disk, bytes, holes }),
             None => return Ok(Vec::new()),
         }
     }
-    if run.stage.target_lives == lives
-        && let Some(life) = &mut run.stage.target
-    {
+    if !lives(run) {
+        return Ok(Vec::new());
+    }
+    if let Some(life) = &mut run.stage.target {
         life.core.close_view(&mut life.io, &name, false).map_err(|e| format!("view {name}: {e}"))?;
         run.stage.world.wake(run.stage.target_node);
     }
-    images.sort_by_key(|(disk, _)| *disk);
-    if !images.iter().map(|(d, _)| *d).eq(disks.iter().copied()) {
+    images.sort_by_key(|image| image.disk);
+    if !images.iter().map(|image| image.disk).eq(disks.iter().copied()) {
         return Err(format!("record {seq}: the view does not present disks {disks:?}"));
     }
-    // The newest points came after the last look.
-    follow(run)?;
-    compare(run, seq, floor, &images)?;
-    run.points += 1;
+    compare(run, seq, floor, &mut images)?;
     Ok(images)
 }
 
-fn compare(run: &Run, seq: u64, floor: u64, images: &[(usize, Vec<u8>)]) -> Result<(), String> {
-    if let Some(gap) = run.tap.gap(seq) {
+fn compare(run: &Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), String> {
+    if let Some(gap) = run.tap.gap(seq).filter(|_| !run.robbed) {
         return Err(format!("record {gap} was in no segment when it was looked at, although {seq} is a point"));
     }
-    for (disk, image) in images {
+    for Image { disk, bytes: image, holes } in images.iter_mut() {
         let mut model = vec![0; image.len()];
-        run.tap.apply(*disk as u16, 0, seq, &mut model);
-        if let Some(at) = model.iter().zip(image).position(|(a, b)| a != b) {
+        let unreadable = run.tap.apply(*disk as u16, 0, seq, &mut model);
+        for hole in holes.iter() {
+            let end = (hole + HOLE).min(image.len() as u64);
+            if !run.robbed && !unreadable.iter().any(|(from, to)| from < &end && hole < to) {
+                return Err(format!("record {seq}, disk {disk}: the block at {hole} cannot be read"));
+            }
+            image[*hole as usize..end as usize].copy_from_slice(&model[*hole as usize..end as usize]);
+        }
+        let image = &*image;
+        if model != *image
+            && let Some(at) = model.iter().zip(image).position(|(a, b)| a != b)
+        {
             let over = |r: &&Record| {
                 r.disk == *disk as u16 && r.kind.changes_disk() && r.offset <= at as u64 && (at as u64) < r.end()
             };
@@ -291,25 +372,34 @@ fn compare(run: &Run, seq: u64, floor: u64, images: &[(usize, Vec<u8>)]) -> Resu
         return Ok(());
     }
     let history = &run.epochs[*life].history;
-    let views: Vec<(usize, &[u8])> = images.iter().map(|(d, i)| (*d, &i[..])).collect();
+    let views: Vec<_> = images.iter().map(|image| (image.disk, &image.bytes[..], &image.holes[..])).collect();
     let floor = if *life + 1 == run.epochs.len() { floor } else { 0 };
-    history.judge(&views, floor).map_err(|v| format!("record {seq}: {v}"))
+    history.judge_but(&views, floor).map_err(|v| format!("record {seq}: {v}"))
 }
 
-/// Reads a whole disk of a view; none if the target died over it.
-pub(crate) fn read_disk(run: &mut Run, key: DiskKey, size: u64) -> Result<Option<Vec<u8>>, String> {
-    let mut image = Vec::with_capacity(size as usize);
+/// Reads a whole disk of a view, and says which blocks cannot be read; none if the target died over it.
+#[allow(clippy::type_complexity)]
+pub(crate) fn read_disk(run: &mut Run, key: DiskKey, size: u64) -> Result<Option<(Vec<u8>, Vec<u64>)>, String> {
+    let (mut image, mut holes) = (Vec::with_capacity(size as usize), Vec::new());
+    let mut whole = true;
     while (image.len() as u64) < size {
         let offset = image.len() as u64;
-        let len = (size - offset).min(MAX_PART as u64) as usize;
+        let most = if whole { MAX_PART as u64 } else { HOLE };
+        let len = (size - offset).min(most) as usize;
         match ask(run, key, Request::Read { offset, len })? {
             None => return Ok(None),
-            Some(None) => return Err(format!("a view's read of {len} bytes at {offset} gives no data")),
-            Some(Some(part)) => image.extend_from_slice(&part.buf[part.at..part.at + part.len]),
+            Some(Ok(None)) => return Err(format!("a view's read of {len} bytes at {offset} gives no data")),
+            Some(Ok(Some(part))) => image.extend_from_slice(&part.buf[part.at..part.at + part.len]),
+            Some(Err(_)) if whole => whole = false,
+            Some(Err(_)) => {
+                holes.push(offset);
+                image.resize(offset as usize + len, 0);
+            }
         }
+        whole |= (image.len() as u64).is_multiple_of(MAX_PART as u64);
     }
     run.stage.forget_view(key);
-    Ok(Some(image))
+    Ok(Some((image, holes)))
 }
 
 /// Writes to a view.
@@ -319,21 +409,28 @@ pub(crate) fn write_view(run: &mut Run, key: DiskKey, offset: u64, data: &[u8]) 
     let mut buf = life.io.pool().take(lead + data.len() + 4096).ok_or("no buffer for a write to a view")?;
     buf[lead..lead + data.len()].copy_from_slice(data);
     let part = Part { buf, at: lead, len: data.len() };
-    ask(run, key, Request::Write { offset, data: part, fua: false })?.ok_or("the target died")?;
-    Ok(())
+    done(ask(run, key, Request::Write { offset, data: part, fua: false })?)
 }
 
 /// Flushes a view.
 pub(crate) fn flush_view(run: &mut Run, key: DiskKey) -> Result<(), String> {
-    ask(run, key, Request::Flush)?.ok_or("the target died")?;
-    Ok(())
+    done(ask(run, key, Request::Flush)?)
+}
+
+fn done(answer: Option<Result<Option<Part>, Errno>>) -> Result<(), String> {
+    let answer = answer.ok_or("the target died")?;
+    answer.map(|_| ()).map_err(|errno| format!("a view answers a write or a flush with {errno:?}"))
 }
 
 /// Asks a view's disk and waits; none if the target died over it.
-fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Option<Option<Part>>, String> {
+fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Option<Result<Option<Part>, Errno>>, String> {
     let lives = run.stage.target_lives;
     let what = format!("{request:?}").chars().take(60).collect::<String>();
     if !run.stage.view_request(key, 7, request) {
+        // A view gives way when the disk is full.
+        if run.stage.lenient {
+            return Ok(None);
+        }
         return Err(format!("{key:?} is not on offer"));
     }
     let limit = run.stage.world.now() + PATIENCE;
@@ -342,13 +439,11 @@ fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Option<Option<Pa
             return Ok(None);
         }
         if let Some((_, answer)) = run.stage.view_answers.pop_front() {
-            return match answer.result {
-                Ok(part) => Ok(Some(part)),
-                Err(error) => Err(format!("a view answers {what} with {error:?}")),
-            };
+            return Ok(Some(answer.result));
         }
-        if !run.step(limit)? {
+        if run.stage.world.now() >= limit {
             return Err(format!("a view does not answer {what}"));
         }
+        run.wait(limit)?;
     }
 }

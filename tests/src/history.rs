@@ -12,19 +12,49 @@ use afterimage_dataplane::io::Nanos;
 
 /// Content is judged in pieces of at most this many bytes: what a power loss may tear.
 const SECTOR: u64 = 512;
+/// Blocks that cannot be read are told in this size, bytes.
+pub const HOLE: u64 = 4096;
 /// A shorter piece may hold a request's bytes by chance: it proves nothing to be visible.
 const PROOF: u64 = 16;
 
 /// Byte `at` of the disk, as request `id` writes it.
 pub fn pattern(id: u64, at: u64) -> u8 {
-    let word = (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (at / 8).wrapping_mul(0xd1b5_4a32_d192_ed03)).wrapping_add(id);
+    word(id, at / 8)[(at % 8) as usize]
+}
+
+/// Eight bytes of it.
+fn word(id: u64, number: u64) -> [u8; 8] {
+    let word = (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03)).wrapping_add(id);
     let word = (word ^ (word >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     // A quarter of the words is the id over and over, so that chunks compress.
-    match (word >> 62, at % 2) {
-        (0, 0) => id as u8,
-        (0, _) => (id >> 8) as u8 | 0x80,
-        _ => (word >> (at % 8 * 7)) as u8,
+    if word >> 62 == 0 {
+        let (even, odd) = (id as u8, (id >> 8) as u8 | 0x80);
+        [even, odd, even, odd, even, odd, even, odd]
+    } else {
+        std::array::from_fn(|at| (word >> (at * 7)) as u8)
     }
+}
+
+/// Fills `out` with what request `id` writes from byte `at` on.
+pub fn fill(id: u64, at: u64, out: &mut [u8]) {
+    let head = ((8 - at % 8) % 8).min(out.len() as u64) as usize;
+    let (first, rest) = out.split_at_mut(head);
+    for (i, byte) in first.iter_mut().enumerate() {
+        *byte = pattern(id, at + i as u64);
+    }
+    let number = (at + head as u64) / 8;
+    for (i, bytes) in rest.chunks_mut(8).enumerate() {
+        let whole = word(id, number + i as u64);
+        bytes.copy_from_slice(&whole[..bytes.len()]);
+    }
+}
+
+fn is_pattern(id: u64, at: u64, bytes: &[u8]) -> bool {
+    let head = ((8 - at % 8) % 8).min(bytes.len() as u64) as usize;
+    let (first, rest) = bytes.split_at(head);
+    let number = (at + head as u64) / 8;
+    first.iter().enumerate().all(|(i, byte)| *byte == pattern(id, at + i as u64))
+        && rest.chunks(8).enumerate().all(|(i, bytes)| *bytes == word(id, number + i as u64)[..bytes.len()])
 }
 
 /// What a request does to its range.
@@ -66,9 +96,10 @@ impl Change {
         self.offset + self.len
     }
 
-    fn matches(&self, at: u64, bytes: &[u8]) -> bool {
+    /// Whether it left these bytes at byte `at` of the disk.
+    pub fn matches(&self, at: u64, bytes: &[u8]) -> bool {
         match self.effect {
-            Effect::Write => bytes.iter().enumerate().all(|(i, b)| *b == pattern(self.id, at + i as u64)),
+            Effect::Write => is_pattern(self.id, at, bytes),
             Effect::Zero => bytes.iter().all(|b| *b == 0),
         }
     }
@@ -219,8 +250,18 @@ impl History {
     /// # Errors
     /// The first thing that no crash explains.
     pub fn judge(&self, images: &[(usize, &[u8])], floor: u64) -> Result<(), Violation> {
-        let parts = images.iter().map(|(disk, image)| self.parts(*disk, 0, image)).collect::<Result<Vec<_>, _>>()?;
-        self.judge_parts(images.iter().map(|(disk, _)| *disk).zip(parts), floor)
+        let whole: Vec<_> = images.iter().map(|(disk, image)| (*disk, *image, &[][..])).collect();
+        self.judge_but(&whole, floor)
+    }
+
+    /// As [`History::judge`]; nothing is said of the blocks of [`HOLE`] bytes whose offsets are named.
+    ///
+    /// # Errors
+    /// As [`History::judge`].
+    pub fn judge_but(&self, images: &[(usize, &[u8], &[u64])], floor: u64) -> Result<(), Violation> {
+        let parts = images.iter().map(|(disk, image, holes)| self.parts(*disk, 0, image, holes));
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        self.judge_parts(images.iter().map(|(disk, ..)| *disk).zip(parts), floor)
     }
 
     /// Judges what a read of a range gave: everything answered before `issued` must be in it.
@@ -228,7 +269,7 @@ impl History {
     /// # Errors
     /// As [`History::judge`].
     pub fn judge_read(&self, disk: usize, offset: u64, bytes: &[u8], issued: u64) -> Result<(), Violation> {
-        let parts = self.parts(disk, offset, bytes)?;
+        let parts = self.parts(disk, offset, bytes, &[])?;
         self.judge_parts([(disk, parts)].into_iter(), issued)
     }
 
@@ -239,12 +280,11 @@ impl History {
     /// As [`History::judge`].
     pub fn judge_power_loss(&self, disk: usize, image: &[u8], floor: u64) -> Result<(), Violation> {
         let changes = &self.disks[disk].changes;
-        for piece in self.parts(disk, 0, image)?.iter().filter(|p| !p.anything) {
-            let owner = piece.owner.map(|o| &changes[o]);
+        for piece in self.parts(disk, 0, image, &[])?.iter().filter(|p| !p.anything) {
+            let owner = piece.owners.first().map(|o| &changes[*o]);
             for covering in piece.covering.iter().map(|c| &changes[*c]) {
                 let kept = covering.answered.is_some_and(|a| a < floor || covering.durable);
-                let older = owner.is_none_or(|owner| owner.answered.is_some_and(|a| a < covering.issued));
-                if kept && older {
+                if kept && piece.is_older(changes, covering) {
                     return Err(Violation::Missing {
                         disk,
                         at: piece.at,
@@ -264,7 +304,7 @@ impl History {
         let mut must = floor;
         let mut because = None;
         for (disk, pieces) in &all {
-            for owner in pieces.iter().filter(|p| p.len >= PROOF).filter_map(|p| p.owner) {
+            for owner in pieces.iter().filter(|p| p.len >= PROOF).filter_map(|p| p.owners.first().copied()) {
                 let change = &self.disks[*disk].changes[owner];
                 if change.effect == Effect::Write && change.issued > must {
                     must = change.issued;
@@ -275,11 +315,10 @@ impl History {
         for (disk, pieces) in &all {
             let changes = &self.disks[*disk].changes;
             for piece in pieces {
-                let owner = piece.owner.map(|o| &changes[o]);
+                let owner = piece.owners.first().map(|o| &changes[*o]);
                 for covering in piece.covering.iter().map(|c| &changes[*c]) {
                     let Some(answered) = covering.answered.filter(|a| *a < must) else { continue };
-                    let older = owner.is_none_or(|owner| owner.answered.is_some_and(|a| a < covering.issued));
-                    if older && !piece.anything {
+                    if piece.is_older(changes, covering) && !piece.anything {
                         let because = if answered < floor { None } else { because };
                         return Err(Violation::Missing {
                             disk: *disk,
@@ -297,7 +336,7 @@ impl History {
     }
 
     /// Cuts a range where requests begin and end, and finds whose bytes each piece holds.
-    fn parts(&self, disk: usize, offset: u64, bytes: &[u8]) -> Result<Vec<Piece>, Violation> {
+    fn parts(&self, disk: usize, offset: u64, bytes: &[u8], holes: &[u64]) -> Result<Vec<Piece>, Violation> {
         let Disk { base, changes } = &self.disks[disk];
         let end = offset + bytes.len() as u64;
         let mut edges: Vec<u64> = (offset / SECTOR..=end / SECTOR).map(|s| s * SECTOR).collect();
@@ -318,6 +357,7 @@ impl History {
         let mut pieces = Vec::new();
         for pair in edges.windows(2) {
             let (at, until) = (pair[0], pair[1]);
+            let hole = holes.contains(&(at / HOLE * HOLE));
             active.retain(|c| changes[*c].end() > at);
             while let Some((_, index)) = begins.next_if(|(begin, _)| *begin <= at) {
                 if changes[index].end() > at {
@@ -325,6 +365,9 @@ impl History {
                 }
             }
             if active.is_empty() {
+                if hole {
+                    continue;
+                }
                 let range = at as usize..until as usize;
                 if bytes[(at - offset) as usize..(until - offset) as usize] != base[range] {
                     return Err(Violation::Foreign { disk, at, len: until - at });
@@ -334,12 +377,12 @@ impl History {
             // Newest first: the explanation that asks least.
             active.sort_unstable_by(|a, b| b.cmp(a));
             let content = &bytes[(at - offset) as usize..(until - offset) as usize];
-            let owner = active.iter().copied().find(|c| changes[*c].matches(at, content));
-            let anything = active.iter().any(|c| changes[*c].failed);
-            if owner.is_none() && !anything && *content != base[at as usize..until as usize] {
+            let owners: Vec<_> = active.iter().copied().filter(|c| !hole && changes[*c].matches(at, content)).collect();
+            let anything = hole || active.iter().any(|c| changes[*c].failed);
+            if owners.is_empty() && !anything && *content != base[at as usize..until as usize] {
                 return Err(Violation::Foreign { disk, at, len: until - at });
             }
-            pieces.push(Piece { at, len: until - at, owner, covering: active.clone(), anything });
+            pieces.push(Piece { at, len: until - at, owners, covering: active.clone(), anything });
         }
         Ok(pieces)
     }
@@ -350,11 +393,18 @@ impl History {
 struct Piece {
     at: u64,
     len: u64,
-    /// Whose bytes are there; none for what was there before.
-    owner: Option<usize>,
+    /// Whose bytes may be there, newest first; none for what was there before.
+    owners: Vec<usize>,
     covering: Vec<usize>,
     /// A failed request lies here.
     anything: bool,
+}
+
+impl Piece {
+    /// What is there is older than that request, whoever's it is: they did not run together.
+    fn is_older(&self, changes: &[Change], than: &Change) -> bool {
+        self.owners.iter().all(|owner| changes[*owner].answered.is_some_and(|at| at < than.issued))
+    }
 }
 
 #[cfg(test)]
@@ -367,6 +417,18 @@ mod tests {
 
     fn history() -> History {
         History::new(vec![vec![0; 4096], vec![0; 4096]], 1)
+    }
+
+    #[test]
+    fn a_pattern_is_filled_as_it_is_told() {
+        for (at, len) in [(0, 64), (3, 4), (5, 40), (16, 3), (7, 1)] {
+            let mut out = vec![0; len];
+            fill(77, at, &mut out);
+            assert_eq!(out, filled(77, at, len as u64));
+            assert!(is_pattern(77, at, &out));
+            *out.last_mut().expect("not empty") ^= 1;
+            assert!(!is_pattern(77, at, &out));
+        }
     }
 
     #[test]
@@ -432,6 +494,19 @@ mod tests {
         assert_eq!(history.judge(&[(0, &image)], u64::MAX), Ok(()));
         image[..256].copy_from_slice(&filled(a, 0, 256));
         assert!(history.judge(&[(0, &image)], u64::MAX).is_err());
+    }
+
+    #[test]
+    fn zeros_may_be_those_of_any_that_ran_together() {
+        let mut history = history();
+        let long = history.issue(0, Effect::Zero, 0, 4096, 5);
+        let short = history.issue(0, Effect::Zero, 0, 512, 6);
+        history.answer(short, 7, false);
+        let write = history.issue(0, Effect::Write, 0, 512, 8);
+        history.answer(write, 9, false);
+        history.answer(long, 10, false);
+        // The long one ran beside the write, and may have come last.
+        assert_eq!(history.judge(&[(0, &[0; 4096])], u64::MAX), Ok(()));
     }
 
     #[test]

@@ -9,12 +9,23 @@
 //! ```
 //! Two oracles that share no code with what they judge: [`history`] knows only what a host knows (which requests were
 //! issued and answered, and when) and decides whether a disk's content is one that a crash could have left; [`tap`]
-//! reads the journal and knows each record. [`run`] plays one seed and checks; [`plan`] rolls what happens in it.
+//! reads the journal and knows each record. [`plan`] rolls what happens in a seed; [`run`] plays it and checks as it goes
+//! ([`check`], [`limits`]), with [`trouble`] on the way and one of several [`ending`]s; [`shrink`] cuts a plan that fails
+//! down to what the failure needs.
 
 pub mod check;
+pub mod coordinate;
+pub mod ending;
 pub mod history;
+pub mod limits;
+#[cfg(feature = "mutants")]
+pub mod mutants;
 pub mod plan;
+pub mod play;
 pub mod run;
+pub mod shrink;
 pub mod stage;
 pub mod tap;
+pub mod trace;
+pub mod trouble;
 pub mod workload;

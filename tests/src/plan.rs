@@ -1,33 +1,46 @@
 //! What happens in one seed: rolled before anything runs, so that it can be printed and cut down.
 
 use afterimage_dataplane::io::Nanos;
-use afterimage_dataplane::io::sim::{Rng, WorldConfig};
+use afterimage_dataplane::io::sim::{Errors, Rng, WorldConfig};
 
 use crate::stage::Setup;
 use crate::workload::Habits;
 
 const MS: Nanos = 1_000_000;
 const MIB: u64 = 1 << 20;
+/// Frames of the journal rot, or go astray: off until every answer to it stands.
+const HARM: bool = false;
+
+/// One of the two ends.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The source's machine.
+    Source,
+    /// The target's machine.
+    Target,
+}
 
 /// Something bad.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
-    /// The source's process dies, or its machine loses power; it comes back after this time.
-    Source {
+    /// A process dies, or its machine loses power; it comes back after this time.
+    Fall {
+        /// Whose.
+        side: Side,
         /// Power, not just the process.
         power: bool,
         /// Until it is started again.
         down: Nanos,
     },
-    /// The source is stopped cleanly, and comes back after this time: an upgrade.
-    Upgrade {
+    /// The source is stopped cleanly, and started again after this time.
+    Stop {
         /// Until it is started again.
         down: Nanos,
     },
-    /// As [`Fault::Source`], of the target.
-    Target {
-        /// Power, not just the process.
-        power: bool,
+    /// As a fall with loss of power (or a clean stop), and somebody writes to the source's disks meanwhile.
+    Foreign {
+        /// Stopped cleanly, not by a loss of power.
+        clean: bool,
         /// Until it is started again.
         down: Nanos,
     },
@@ -37,8 +50,60 @@ pub enum Fault {
     Sever(Nanos),
     /// No byte passes for this time, and nobody is told.
     Partition(Nanos),
+    /// No byte passes from this side for this time, and nobody is told.
+    OneWay(Side, Nanos),
+    /// The disk of this side does nothing for this time.
+    Stall(Side, Nanos),
+    /// The process of this side stands still for this time; its machine's monotonic clock, too, if it sleeps.
+    Suspend {
+        /// Which.
+        side: Side,
+        /// How long.
+        time: Nanos,
+        /// The whole machine sleeps.
+        sleeps: bool,
+    },
+    /// The wall clock of this side jumps by that many nanoseconds.
+    Jump(Side, i64),
+    /// Operations of this side's disk fail for this time.
+    Errors(Side, Errors, Nanos),
+    /// The target's disk is full for this time.
+    Full(Nanos),
+    /// Bits of a frame in the target's journal flip; it is a frame that others name as acknowledged, if `proved`.
+    Rot {
+        /// Later frames prove that it was durable.
+        proved: bool,
+    },
+    /// The next write to the target's journal goes astray, or nowhere.
+    Misdirect {
+        /// Nowhere.
+        lost: bool,
+    },
+    /// Somebody takes a copy of the target's disk.
+    Copy,
+    /// The target's machine loses power, and comes back after this time with the copy taken last as its disk.
+    Rollback(Nanos),
     /// A restore point is looked at while everything goes on.
     Look,
+    /// A restore point is opened, and looked at only after this time.
+    Hold(Nanos),
+}
+
+impl Fault {
+    /// It may take from the target what it has acknowledged: then the target need not have it, but must not lie.
+    pub fn harms_history(&self) -> bool {
+        matches!(self, Self::Rot { .. } | Self::Misdirect { .. } | Self::Rollback(_))
+    }
+
+    /// Requests of the host may fail.
+    pub fn fails_requests(&self) -> bool {
+        matches!(self, Self::Errors(Side::Source, ..))
+    }
+
+    /// Storage may fail or lie.
+    pub fn is_of_storage(&self) -> bool {
+        self.harms_history() || matches!(self, Self::Errors(..) | Self::Full(_))
+    }
 }
 
 /// How it ends.
@@ -51,6 +116,27 @@ pub enum Ending {
         /// Power, not just the process.
         power: bool,
     },
+    /// The source is fenced while it works: the target raises the generation under it.
+    Fence,
+    /// A coordinator fails over, whatever goes on.
+    Coordinated,
+}
+
+/// What kind of trouble prevails.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Theme {
+    /// Deaths, losses of power and cuts, as they come.
+    Mixed,
+    /// The source falls again and again, with pauses in which its log is cleared.
+    Cycles,
+    /// The link is away for long.
+    Outage,
+    /// The target's disk is bad.
+    BadTarget,
+    /// The source's disk is bad.
+    BadSource,
+    /// Clocks, sleeps, slow disks.
+    Clocks,
 }
 
 /// A whole run.
@@ -58,6 +144,8 @@ pub enum Ending {
 pub struct Plan {
     /// The seed.
     pub seed: u64,
+    /// Its kind.
+    pub theme: Theme,
     /// The group.
     pub setup: Setup,
     /// The host.
@@ -77,24 +165,49 @@ impl Plan {
     pub fn roll(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x005e_ed0f_b1a2);
         let rng = &mut rng;
-        let disks = (0..rng.between(1, 3)).map(|_| disk_size(rng)).collect();
+        let theme = match rng.below(20) {
+            0..=6 => Theme::Mixed,
+            7..=10 => Theme::Cycles,
+            11..=12 => Theme::Outage,
+            13..=15 => Theme::BadTarget,
+            16..=17 => Theme::BadSource,
+            _ => Theme::Clocks,
+        };
+        let cycles = theme == Theme::Cycles;
+        let disks = (0..rng.between(1, 3)).map(|_| disk_size(rng, cycles)).collect();
+        let retention = match rng.below(6) {
+            0 | 1 => rng.between(300, 1500) * MS,
+            2 => 5000 * MS,
+            _ => 3600 * 1000 * MS,
+        };
+        let small = rng.chance(0.2) && theme != Theme::BadTarget;
         let setup = Setup {
             disks,
             cut_interval: rng.between(10, 200) * MS,
-            retention: if rng.chance(0.5) { rng.between(300, 1500) * MS } else { 3600 * 1000 * MS },
+            retention,
             compress: rng.chance(0.8),
             segment_bytes: 6 * MIB,
-            budget_bytes: if rng.chance(0.2) { 24 * MIB } else { 1 << 30 },
-            trust_reboot: rng.chance(0.5),
+            budget_bytes: if small { 24 * MIB } else { 1 << 30 },
+            trust_reboot: rng.chance(if cycles { 0.8 } else { 0.5 }),
+            hot_extents: if cycles { 0 } else { rng.below(3) as usize },
             spill_bytes: [0, 8 * MIB, 256 * MIB][rng.below(3) as usize],
         };
         let discard = rng.chance(0.8);
+        // Bursts leave time in which extents grow cold.
+        let (work, idle) = match theme {
+            Theme::Cycles => (rng.between(50, 700) * MS, rng.between(1500, 4500) * MS),
+            _ if rng.chance(0.2) => (rng.between(100, 500) * MS, rng.between(100, 2000) * MS),
+            _ => (Nanos::MAX, 0),
+        };
         let habits = Habits {
             discard,
             depth: rng.between(1, 24) as usize,
             pause: rng.between(1, 20) * MS / 2,
             hot: rng.between(2, 60),
             longest: if rng.chance(0.7) { 64 * 1024 } else { 512 * 1024 },
+            flushes: if cycles { rng.between(1, 10) } else { 10 },
+            work,
+            idle,
         };
         let disk = rng.between(20, 800) * 1000;
         let net = rng.between(20, 4000) * 1000;
@@ -110,32 +223,123 @@ impl Plan {
             late: rng.between(1, 1000) * MS,
             ..WorldConfig::default()
         };
-        let length = rng.between(500, 3000) * MS;
-        let mut faults: Vec<_> = (0..rng.below(7)).map(|_| (rng.between(0, length), fault(rng))).collect();
+        let length = if idle > 0 { rng.between(3000, 9000) * MS } else { rng.between(500, 3000) * MS };
+        let mut faults: Vec<_> = (0..rng.below(7)).map(|_| (rng.between(0, length), fault(rng, theme))).collect();
         faults.sort_by_key(|(at, _)| *at);
-        let ending = if rng.chance(0.4) { Ending::Failover { power: rng.chance(0.5) } } else { Ending::Heal };
-        Self { seed, setup, habits, world, length, faults, ending }
+        let ending = match rng.below(20) {
+            0..=4 => Ending::Failover { power: rng.chance(0.5) },
+            5..=6 => Ending::Fence,
+            7..=8 => Ending::Coordinated,
+            _ => Ending::Heal,
+        };
+        Self { seed, theme, setup, habits, world, length, faults, ending }
+    }
+
+    /// Something in it may take from the target what it has acknowledged.
+    pub fn harms_history(&self) -> bool {
+        self.faults.iter().any(|(_, fault)| fault.harms_history())
+    }
+
+    /// Something in it makes requests of the host fail.
+    pub fn fails_requests(&self) -> bool {
+        self.faults.iter().any(|(_, fault)| fault.fails_requests())
+    }
+
+    /// Storage in it may fail or lie.
+    pub fn lenient(&self) -> bool {
+        self.faults.iter().any(|(_, fault)| fault.is_of_storage())
+    }
+
+    /// Only the faults of these places in the list, and this length: what a failure needs.
+    pub fn keep(&mut self, faults: &[usize], length: Nanos) {
+        let mut at = 0;
+        self.faults.retain(|_| {
+            at += 1;
+            faults.contains(&(at - 1))
+        });
+        self.length = length;
+        for (at, _) in &mut self.faults {
+            *at = (*at).min(length);
+        }
     }
 }
 
-fn disk_size(rng: &mut Rng) -> u64 {
+fn disk_size(rng: &mut Rng, large: bool) -> u64 {
     match rng.below(4) {
         // Several extents of the write-intent log, with a part of one at the end.
         0 => 9 * MIB + rng.below(64) * 4096,
+        1 if large => 13 * MIB,
         1 => 4 * MIB,
         _ => rng.between(16, 512) * 4096,
     }
 }
 
-fn fault(rng: &mut Rng) -> Fault {
+fn fault(rng: &mut Rng, theme: Theme) -> Fault {
     let down = rng.between(1, 600) * MS;
-    match rng.below(12) {
-        10 | 11 => Fault::Upgrade { down },
-        0 | 1 => Fault::Source { power: rng.chance(0.4), down },
-        2 | 3 => Fault::Target { power: rng.chance(0.5), down },
+    let side = if rng.chance(0.5) { Side::Source } else { Side::Target };
+    if rng.chance(0.7) {
+        match theme {
+            Theme::Mixed => {}
+            Theme::Cycles => {
+                return match rng.below(10) {
+                    0..=6 => Fault::Fall { side: Side::Source, power: rng.chance(0.7), down },
+                    7 => Fault::Stop { down },
+                    8 => Fault::Foreign { clean: rng.chance(0.4), down },
+                    _ => Fault::Stall(Side::Source, rng.between(500, 4500) * MS),
+                };
+            }
+            Theme::Outage => {
+                let time = rng.between(200, 4000) * MS;
+                return match rng.below(5) {
+                    0 | 1 => Fault::Sever(time),
+                    2 => Fault::Partition(time),
+                    3 => Fault::OneWay(side, time),
+                    _ => Fault::Fall { side: Side::Target, power: rng.chance(0.5), down: time },
+                };
+            }
+            Theme::BadTarget => {
+                return match rng.below(12) {
+                    0..=2 => Fault::Errors(Side::Target, errors(rng), rng.between(20, 800) * MS),
+                    3 => Fault::Full(rng.between(50, 1500) * MS),
+                    4 | 5 if HARM => Fault::Rot { proved: rng.chance(0.7) },
+                    6 if HARM => Fault::Misdirect { lost: rng.chance(0.5) },
+                    7 => Fault::Copy,
+                    8 => Fault::Rollback(down),
+                    _ => Fault::Fall { side: Side::Target, power: rng.chance(0.7), down },
+                };
+            }
+            Theme::BadSource => {
+                return match rng.below(4) {
+                    0 | 1 => Fault::Errors(Side::Source, errors(rng), rng.between(20, 800) * MS),
+                    _ => Fault::Fall { side: Side::Source, power: rng.chance(0.7), down },
+                };
+            }
+            Theme::Clocks => {
+                let hours = rng.between(1, 100) as i64 * 3_600_000_000_000;
+                let by = if rng.chance(0.5) { hours } else { rng.between(1, 60_000) as i64 * MS as i64 };
+                return match rng.below(4) {
+                    0 => Fault::Jump(side, if rng.chance(0.5) { by } else { -by }),
+                    1 => Fault::Jump(Side::Source, if rng.chance(0.5) { by } else { -by }),
+                    2 => Fault::Stall(side, rng.between(10, 3000) * MS),
+                    _ => Fault::Suspend { side, time: rng.between(10, 6000) * MS, sleeps: rng.chance(0.5) },
+                };
+            }
+        }
+    }
+    match rng.below(14) {
+        0 | 1 => Fault::Fall { side: Side::Source, power: rng.chance(0.4), down },
+        2 | 3 => Fault::Fall { side: Side::Target, power: rng.chance(0.5), down },
         4 => Fault::Cut,
         5 => Fault::Sever(down),
         6 => Fault::Partition(down),
+        7 => Fault::OneWay(side, down),
+        8 => Fault::Stop { down },
+        9 | 10 => Fault::Hold(rng.between(50, 3000) * MS),
         _ => Fault::Look,
     }
+}
+
+fn errors(rng: &mut Rng) -> Errors {
+    let one = |rng: &mut Rng, p: f64| if rng.chance(p) { [0.02, 0.1, 0.5, 1.0][rng.below(4) as usize] } else { 0.0 };
+    Errors { read: one(rng, 0.3), write: one(rng, 0.5), sync: one(rng, 0.5) }
 }

@@ -22,6 +22,8 @@ const SOURCE_BASE: u16 = 0x0001;
 const TARGET_BASE: u16 = 0x0002;
 /// The source's queue, bytes: small, so that outages fill it.
 const QUEUE_BYTES: usize = 4 << 20;
+/// How long a handshake waits for a process that stands still, before it looks again.
+const HALT: Nanos = 1_000_000;
 /// Between two tries to open what a dead process still locks.
 const RETRY: Nanos = 50_000_000;
 /// Most polls of a node at one moment of the world: more is a core that spins.
@@ -50,6 +52,8 @@ pub struct Setup {
     pub budget_bytes: u64,
     /// The source may trust its write-intent log after a power loss.
     pub trust_reboot: bool,
+    /// Intent bits that may stay set with nothing holding them.
+    pub hot_extents: usize,
     /// Bytes that the source may spill; 0: it has no spill.
     pub spill_bytes: u64,
 }
@@ -88,10 +92,6 @@ pub struct Stage {
     clock: SimIo,
     /// The source's process, while it lives.
     pub source: Option<Life<Source<SimIo>>>,
-    /// The source's last life stopped cleanly: the present one owes no synchronisation.
-    owes_nothing: bool,
-    /// It began one nevertheless.
-    pub owed: Option<String>,
     /// The target's process, while it lives.
     pub target: Option<Life<Target<SimIo>>>,
     /// Counts the source's lives.
@@ -104,6 +104,20 @@ pub struct Stage {
     pub ready: bool,
     /// No connection can be made.
     pub severed: bool,
+    /// The source holds all I/O, also after a restart.
+    pub hold: bool,
+    /// The source is being stopped, and takes no requests.
+    pub stopping: bool,
+    /// The processes stand still: the source's, the target's.
+    pub still: [bool; 2],
+    /// Storage may fail or lie: what would be a bug otherwise is a reason to restart a process.
+    pub lenient: bool,
+    /// The target cannot go on without a restart.
+    pub sick: Option<String>,
+    /// A source that was stopped has ended; cleanly?
+    pub stopped: Option<bool>,
+    /// Synchronisations that the present source has begun.
+    pub syncs_begun: u64,
     /// The stream.
     pub stream: StreamId,
     /// The policy's key.
@@ -160,14 +174,19 @@ impl Stage {
             clock_node,
             clock,
             source: None,
-            owes_nothing: false,
-            owed: None,
             target: None,
             source_lives: 0,
             target_lives: 0,
             protected: false,
             ready: false,
             severed: false,
+            hold: false,
+            stopping: false,
+            still: [false; 2],
+            lenient: false,
+            sick: None,
+            stopped: None,
+            syncs_begun: 0,
             stream: StreamId([0x57; 16]),
             policy: PolicyKey::new(afterimage_wire::ids::PolicyKeyId([0x90; 16]), [0x91; 32]),
             generation: 1,
@@ -203,7 +222,7 @@ impl Stage {
         let spill = self.setup.spill_bytes > 0;
         let limits = SourceLimits {
             queue_bytes: QUEUE_BYTES,
-            hot_extents: 1,
+            hot_extents: self.setup.hot_extents,
             spill_dir: if spill { SPILL.into() } else { String::new() },
             spill_bytes: self.setup.spill_bytes,
             spill_segment_bytes: 4 << 20,
@@ -211,8 +230,28 @@ impl Stage {
         };
         self.source = Some(Life { io, core: Source::new(SOURCE_BASE, limits, Sealer::Inline) });
         self.protected = false;
-        self.first_seq = 0;
+        (self.stopping, self.stopped) = (false, None);
+        (self.first_seq, self.syncs_begun) = (0, 0);
         self.protect();
+    }
+
+    /// The source takes requests.
+    pub fn takes_requests(&self) -> bool {
+        self.protected && !self.stopping && !self.still[0]
+    }
+
+    /// The monotonic clock of the source's machine.
+    pub fn source_now(&self) -> Nanos {
+        self.world.mono(self.source_node)
+    }
+
+    /// Asks the source to stop; [`Stage::stopped`] says when it has.
+    pub fn stop_cleanly(&mut self) {
+        self.stopping = true;
+        if let Some(life) = &mut self.source {
+            life.core.stop(&mut life.io);
+            self.world.wake(self.source_node);
+        }
     }
 
     fn protect(&mut self) {
@@ -241,9 +280,12 @@ impl Stage {
         match life.core.protect(&mut life.io, config) {
             Ok(()) => {
                 self.protected = true;
+                if self.hold {
+                    life.core.fence(&mut life.io, self.stream, true);
+                }
                 self.world.wake(self.source_node);
             }
-            Err(ProtectError::Locked { .. }) => {
+            Err(error) if self.lenient || matches!(error, ProtectError::Locked { .. }) => {
                 let (at, life) = (self.world.now() + RETRY, self.source_lives);
                 self.at(at, Later::Protect(life));
             }
@@ -262,12 +304,24 @@ impl Stage {
         };
         let core = Target::new(TARGET_BASE, config).expect("the harness's configuration is allowed");
         self.target = Some(Life { io: self.world.io(self.target_node), core });
-        self.ready = false;
+        (self.ready, self.sick) = (false, None);
         self.views.clear();
         if !self.infos.is_empty() {
             self.open_stream();
         }
         self.world.wake(self.target_node);
+    }
+
+    /// Tells both ends what should be: the generation under which the source may write, and whether it holds its I/O.
+    pub fn converge(&mut self) {
+        if self.ready {
+            self.open_stream();
+        }
+        let (stream, hold) = (self.stream, self.hold);
+        if let Some(life) = self.source.as_mut().filter(|_| self.protected) {
+            life.core.fence(&mut life.io, stream, hold);
+            self.world.wake(self.source_node);
+        }
     }
 
     fn open_stream(&mut self) {
@@ -277,20 +331,21 @@ impl Stage {
             policy_key: self.policy.clone(),
             retention: self.setup.retention,
             budget_bytes: 0,
-            disks: self.infos.iter().map(|info| (info.clone(), 1)).collect(),
+            disks: self.infos.iter().map(|info| (info.clone(), self.generation)).collect(),
         };
         let Some(life) = &mut self.target else { return };
         if let Err(error) = life.core.open_stream(&mut life.io, config) {
-            panic!("the target refuses the stream: {error}");
+            assert!(self.lenient, "the target refuses the stream: {error}");
+            self.sick = Some(error.to_string());
         }
     }
 
     /// The source's process dies, or its machine loses power.
     pub fn stop_source(&mut self, power: bool) {
-        self.owes_nothing &= self.source_ended();
         self.source = None;
         self.link = None;
         self.protected = false;
+        self.still[0] = false;
         self.answers.clear();
         if power { self.world.power_loss(self.source_node) } else { self.world.crash(self.source_node) }
     }
@@ -300,22 +355,9 @@ impl Stage {
         self.target = None;
         self.link = None;
         self.ready = false;
+        self.still[1] = false;
         self.view_answers.clear();
         if power { self.world.power_loss(self.target_node) } else { self.world.crash(self.target_node) }
-    }
-
-    /// The source begins a clean stop; its requests under way are answered.
-    pub fn end_source(&mut self) {
-        self.protected = false;
-        if let Some(life) = &mut self.source {
-            life.core.stop(&mut life.io);
-            self.world.wake(self.source_node);
-        }
-    }
-
-    /// A clean stop has ended.
-    pub fn source_ended(&self) -> bool {
-        self.source.as_ref().is_some_and(|life| life.core.is_idle())
     }
 
     /// Gives a disk of the source a request.
@@ -359,7 +401,12 @@ impl Stage {
 
     /// Highest record that the present source was told is durable, if it is one of its own.
     pub fn acked(&self) -> Option<u64> {
-        self.group().map(|g| g.acked_seq).filter(|acked| self.first_seq > 0 && *acked >= self.first_seq)
+        self.group().and_then(|group| self.acked_of(&group))
+    }
+
+    /// As [`Stage::acked`], of what the group says.
+    pub fn acked_of(&self, group: &GroupStatus) -> Option<u64> {
+        Some(group.acked_seq).filter(|acked| self.first_seq > 0 && *acked >= self.first_seq)
     }
 
     /// How the target's stream is, once it is recovered.
@@ -430,14 +477,9 @@ impl Stage {
                 self.at(at, Later::Hello(hello, life));
             }
         } else {
-            match &event {
-                SourceEvent::Stopped { clean, .. } => self.owes_nothing = *clean,
-                SourceEvent::SyncBegun { .. }
-                    if self.owes_nothing && self.group().is_some_and(|group| group.uncaptured == 0) =>
-                {
-                    self.owed.get_or_insert(format!("after a clean stop a synchronisation begins: {event:?}"));
-                }
-                _ => {}
+            self.syncs_begun += u64::from(matches!(event, SourceEvent::SyncBegun { .. }));
+            if let SourceEvent::Stopped { clean, .. } = event {
+                self.stopped = Some(clean);
             }
             self.log.push_back(format!("source: {event:?}"));
         }
@@ -466,9 +508,12 @@ impl Stage {
         while let Some(event) = life.core.next_event() {
             match &event {
                 TargetEvent::Ready { .. } => self.ready = true,
-                TargetEvent::Failed { why, .. } => panic!("the target's stream failed: {why}"),
+                TargetEvent::Failed { why, .. } => {
+                    assert!(self.lenient, "the target's stream failed: {why}");
+                    self.sick = Some(why.clone());
+                }
                 TargetEvent::Damaged { damage, .. } => {
-                    panic!("the target found damage where there is none: {damage:?}")
+                    assert!(self.lenient, "the target found damage where there is none: {damage:?}");
                 }
                 _ => {}
             }
@@ -479,6 +524,12 @@ impl Stage {
     fn run_later(&mut self) {
         while let Some(entry) = self.later.first_entry() {
             if entry.key().0 > self.world.now() {
+                return;
+            }
+            if self.still[0] || self.still[1] {
+                // Nobody shakes hands with who stands still.
+                let what = entry.remove();
+                self.at(self.world.now() + HALT, what);
                 return;
             }
             match entry.remove() {
@@ -553,6 +604,7 @@ impl Stage {
         group.state == GroupState::Protected
             && stream.state == StreamState::Ready
             && group.acked_seq == group.captured_seq
+            && group.disks.iter().all(|disk| disk.dirty_extents == 0 && disk.sync.is_none())
             && stream.durable_seq == group.captured_seq
     }
 }

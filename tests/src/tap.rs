@@ -38,6 +38,29 @@ pub struct Tap {
     segments: BTreeMap<String, Option<Segment>>,
     /// Every record seen, by number.
     pub entries: BTreeMap<u64, Entry>,
+    /// Every frame seen, in the order in which they were.
+    pub frames: Vec<Frame>,
+    /// Frames may be bad: what follows one that is on stable storage, as this place says, is looked for.
+    pub harmed: Option<(IncarnationId, u64)>,
+}
+
+/// Where a frame lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// File.
+    pub path: String,
+    /// Byte offset.
+    pub at: u64,
+    /// Bytes.
+    pub len: usize,
+    /// Writer.
+    pub incarnation: IncarnationId,
+    /// Number.
+    pub number: u64,
+    /// Highest acknowledged one, as it says.
+    pub acked: u64,
+    /// Its last record.
+    pub last_seq: u64,
 }
 
 /// What is wrong with a journal.
@@ -53,7 +76,8 @@ impl std::fmt::Debug for Tap {
 impl Tap {
     /// Follows the segments in this folder.
     pub fn new(policy: PolicyKey, folder: String) -> Self {
-        Self { policy, folder, segments: BTreeMap::new(), entries: BTreeMap::new() }
+        let (segments, entries, frames) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        Self { policy, folder, segments, entries, frames, harmed: None }
     }
 
     /// Reads what has come since; `timeline` is the branch that the source writes.
@@ -88,7 +112,7 @@ impl Tap {
                 self.segments.insert(path.clone(), segment);
             }
             if let Some(Some(segment)) = self.segments.get_mut(&path) {
-                read_frames(world, node, &path, segment, &mut self.entries)?;
+                read_frames(world, node, &path, segment, &mut self.entries, &mut self.frames, self.harmed)?;
             }
         }
         Ok(())
@@ -98,17 +122,28 @@ impl Tap {
     pub fn restart(&mut self, newest: u64) {
         self.segments.clear();
         self.entries.split_off(&(newest + 1));
+        self.frames.clear();
     }
 
-    /// Applies the records of disk `slot` from `from` to `to`, both included, to its image.
-    pub fn apply(&self, slot: u16, from: u64, to: u64, image: &mut [u8]) {
+    /// Applies the records of disk `slot` from `from` to `to`, both included, to its image. Returns the ranges that are
+    /// unreadable then.
+    pub fn apply(&self, slot: u16, from: u64, to: u64, image: &mut [u8]) -> Vec<(u64, u64)> {
+        let mut unreadable: Vec<(u64, u64)> = Vec::new();
         if from > to {
-            return;
+            return unreadable;
         }
         for entry in self.entries.range(from..=to).map(|(_, e)| e) {
             let record = &entry.record;
+            if record.disk == slot && record.kind == RecordKind::Unreadable {
+                unreadable.push((record.offset, record.end()));
+            }
             if record.disk != slot || !record.kind.changes_disk() {
                 continue;
+            }
+            if !unreadable.is_empty() {
+                let (start, end) = (record.offset, record.end());
+                let left = |(from, to): (u64, u64)| [(from, to.min(start)), (from.max(end), to)];
+                unreadable = unreadable.into_iter().flat_map(left).filter(|(from, to)| from < to).collect();
             }
             let range = record.offset as usize..(record.end() as usize).min(image.len());
             if record.kind.is_zero() {
@@ -117,6 +152,7 @@ impl Tap {
                 image[range].copy_from_slice(&entry.payload);
             }
         }
+        unreadable
     }
 
     /// The first number up to `seq` that is missing within its incarnation's.
@@ -160,13 +196,20 @@ fn read_frames(
     path: &str,
     segment: &mut Segment,
     entries: &mut BTreeMap<u64, Entry>,
+    frames: &mut Vec<Frame>,
+    harmed: Option<(IncarnationId, u64)>,
 ) -> Result<(), Wrong> {
     loop {
-        let Some(front) = world.file_range(node, path, segment.read_to, ALIGN) else { return Ok(()) };
-        let Ok(header) = FrameHeader::parse(&front) else { return Ok(()) };
-        let length = header.length.get() as usize;
-        let Some(mut frame) = world.file_range(node, path, segment.read_to, length) else { return Ok(()) };
-        // Not all there yet, or torn.
+        let Some(mut frame) = whole_frame(world, node, path, segment.read_to) else {
+            // Not all there yet, or torn; or bad, and good ones may follow it.
+            let durable =
+                harmed.is_some_and(|(writer, frame)| writer != segment.incarnation || segment.next_frame <= frame);
+            let next = durable.then(|| next_frame(world, node, path, segment)).flatten();
+            let Some((at, number)) = next else { return Ok(()) };
+            (segment.read_to, segment.next_frame) = (at, number);
+            continue;
+        };
+        let length = frame.len();
         let Ok((header, directory)) = check_frame(&frame) else { return Ok(()) };
         let (header, directory) = (*header, directory.to_vec());
         let wrong = |what: String| Wrong(format!("{path}, frame {}: {what}", header.number.get()));
@@ -205,9 +248,38 @@ fn read_frames(
         if seq != header.last_seq.get() + 1 {
             return Err(wrong(format!("ends with record {} where its header says {}", seq - 1, header.last_seq.get())));
         }
+        frames.push(Frame {
+            path: path.to_owned(),
+            at: segment.read_to,
+            len: length,
+            incarnation: header.incarnation,
+            number: header.number.get(),
+            acked: header.acked.get(),
+            last_seq: header.last_seq.get(),
+        });
         segment.read_to += length as u64;
         segment.next_frame += 1;
     }
+}
+
+/// The frame that begins there, if it is whole.
+fn whole_frame(world: &World, node: NodeId, path: &str, at: u64) -> Option<Vec<u8>> {
+    let front = world.file_range(node, path, at, ALIGN)?;
+    let length = FrameHeader::parse(&front).ok()?.length.get() as usize;
+    let frame = world.file_range(node, path, at, length)?;
+    check_frame(&frame).is_ok().then_some(frame)
+}
+
+/// The next whole frame of the segment's writer behind one that is not whole: where, and its number.
+fn next_frame(world: &World, node: NodeId, path: &str, segment: &Segment) -> Option<(u64, u64)> {
+    let end = world.file_range(node, path, segment.read_to, usize::MAX)?.len() as u64 + segment.read_to;
+    let places = (segment.read_to..end).step_by(ALIGN).skip(1);
+    places.into_iter().find_map(|at| {
+        let frame = whole_frame(world, node, path, at)?;
+        let header = FrameHeader::parse(&frame).ok()?;
+        let ours = header.incarnation == segment.incarnation && header.number.get() > segment.next_frame;
+        ours.then_some((at, header.number.get()))
+    })
 }
 
 fn check_payload(record: &Record, payload: &[u8]) -> Result<(), String> {

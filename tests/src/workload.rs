@@ -6,11 +6,13 @@ use afterimage_dataplane::host::{HEADROOM, MAX_PART, Request};
 use afterimage_dataplane::io::sim::Rng;
 use afterimage_dataplane::io::{Errno, Io, Nanos, Part};
 
-use crate::history::{Effect, History, pattern};
+use crate::history::{Effect, History, fill};
 use crate::stage::Stage;
 
 /// Shortest write: shorter ones could not be told apart by their bytes.
 const MIN_WRITE: u64 = 16;
+/// What a disk answers that is being stopped.
+const SHUTDOWN: Errno = Errno(108);
 /// What is left behind the data of a write, for completing its last block.
 const SLACK: usize = 4096;
 
@@ -27,6 +29,12 @@ pub struct Habits {
     pub longest: u64,
     /// The disks take discards.
     pub discard: bool,
+    /// Flushes, per cent of the requests.
+    pub flushes: u64,
+    /// It works for so long …
+    pub work: Nanos,
+    /// … and then rests for so long, and goes on elsewhere on its disks.
+    pub idle: Nanos,
 }
 
 enum Pending {
@@ -35,12 +43,20 @@ enum Pending {
     Read { disk: usize, offset: u64, issued: u64 },
 }
 
+/// A request under way.
+struct Asked {
+    disk: usize,
+    pending: Pending,
+    /// Since when, in the time of the world.
+    since: Nanos,
+}
+
 /// The host's clients.
 pub struct Host {
     rng: Rng,
     habits: Habits,
     sizes: Vec<u64>,
-    pending: BTreeMap<u64, (usize, Pending)>,
+    pending: BTreeMap<u64, Asked>,
     cookie: u64,
     next_at: Nanos,
     /// Requests stop.
@@ -49,8 +65,12 @@ pub struct Host {
     pub flushed: Vec<u64>,
     /// Requests issued since the begin.
     pub issued: u64,
-    /// Answers with an error.
-    pub errors: u64,
+    /// Answers.
+    pub answered: u64,
+    /// When the present burst ends.
+    rest_at: Nanos,
+    /// Where its writes go, in parts of a hundred of each disk.
+    place: u64,
 }
 
 impl std::fmt::Debug for Host {
@@ -64,7 +84,9 @@ impl Host {
     pub fn new(rng: Rng, habits: Habits, sizes: Vec<u64>) -> Self {
         let flushed = vec![0; sizes.len()];
         let (pending, quiet) = (BTreeMap::new(), false);
-        Self { rng, habits, sizes, pending, cookie: 0, next_at: 0, quiet, flushed, issued: 0, errors: 0 }
+        let rest_at = habits.work;
+        let (cookie, next_at, issued, answered, place) = (0, 0, 0, 0, 0);
+        Self { rng, habits, sizes, pending, cookie, next_at, quiet, flushed, issued, answered, rest_at, place }
     }
 
     /// When the host next does something by itself.
@@ -75,6 +97,11 @@ impl Host {
     /// Requests under way.
     pub fn pending(&self) -> usize {
         self.pending.len()
+    }
+
+    /// Since when the oldest request waits for its answer, in the time of the world.
+    pub fn oldest(&self) -> Option<Nanos> {
+        self.pending.values().map(|asked| asked.since).min()
     }
 
     /// The source has died: its requests are answered by nobody.
@@ -90,17 +117,23 @@ impl Host {
             return;
         }
         self.next_at = now + self.rng.between(1_000, self.habits.pause.max(1_001));
-        if stage.protected && self.pending.len() < self.habits.depth {
+        if now >= self.rest_at {
+            self.next_at = now + self.habits.idle;
+            self.rest_at = self.next_at.saturating_add(self.habits.work);
+            self.place = self.rng.below(100);
+        }
+        if stage.takes_requests() && self.pending.len() < self.habits.depth {
             self.issue(stage, history);
         }
     }
 
     fn issue(&mut self, stage: &mut Stage, history: &mut History) {
-        let now = stage.world.now();
+        let now = stage.source_now();
         let disk = self.rng.below(self.sizes.len() as u64) as usize;
         self.cookie += 1;
         let cookie = self.cookie;
-        let (pending, request) = match self.rng.below(100) {
+        let kind = if self.rng.below(100) < self.habits.flushes { 74 } else { self.rng.below(90) };
+        let (pending, request) = match if kind > 74 { kind + 10 } else { kind } {
             0..=59 => {
                 let (offset, len) = self.range(disk, MIN_WRITE, self.habits.longest.min(MAX_PART as u64), false);
                 let lead = HEADROOM + (offset % 4096) as usize;
@@ -108,9 +141,7 @@ impl Host {
                 // A front end without a buffer does not read the socket: the request comes later.
                 let Some(mut buf) = io.pool().take(lead + len as usize + SLACK) else { return };
                 let id = history.issue(disk, Effect::Write, offset, len, now);
-                for (i, byte) in buf[lead..lead + len as usize].iter_mut().enumerate() {
-                    *byte = pattern(id, offset + i as u64);
-                }
+                fill(id, offset, &mut buf[lead..lead + len as usize]);
                 let fua = self.rng.chance(0.1);
                 let data = Part { buf, at: lead, len: len as usize };
                 (Pending::Change(id, fua), Request::Write { offset, data, fua })
@@ -128,7 +159,7 @@ impl Host {
                 let id = history.issue(disk, Effect::Zero, offset, len, now);
                 (Pending::Change(id, false), Request::Discard { offset, len, fua: false })
             }
-            74..=83 => (Pending::Flush(history.tick()), Request::Flush),
+            74 => (Pending::Flush(history.tick()), Request::Flush),
             _ => {
                 let (offset, len) = self.range(disk, 1, MAX_PART as u64, false);
                 let issued = history.tick() + 1;
@@ -136,7 +167,7 @@ impl Host {
             }
         };
         self.issued += 1;
-        self.pending.insert(cookie, (disk, pending));
+        self.pending.insert(cookie, Asked { disk, pending, since: stage.world.now() });
         stage.request(disk, cookie, request);
     }
 
@@ -156,7 +187,8 @@ impl Host {
         } else {
             1
         };
-        let offset = self.rng.below(span) / unit * unit;
+        let base = (size - span) * self.place / 100;
+        let offset = (base + self.rng.below(span)) / unit * unit;
         let len = self.rng.between(least, longest.max(least)).next_multiple_of(unit);
         let edge = (offset / MAX_PART as u64 + 1) * MAX_PART as u64;
         let len = len.min(edge.min(size) - offset);
@@ -168,24 +200,21 @@ impl Host {
     /// # Errors
     /// A read that shows what it must not.
     pub fn answers(&mut self, stage: &mut Stage, history: &mut History, may_fail: bool) -> Result<(), String> {
-        let now = stage.world.now();
+        let now = stage.source_now();
         while let Some((disk, answer)) = stage.answers.pop_front() {
-            let Some((asked, pending)) = self.pending.remove(&answer.cookie) else {
+            let Some(Asked { disk: asked, pending, .. }) = self.pending.remove(&answer.cookie) else {
                 return Err(format!("disk {disk} answers {}, which nobody asks", answer.cookie));
             };
             if asked != disk {
                 return Err(format!("disk {disk} answers what disk {asked} was asked"));
             }
-            // A clean stop refuses what had not begun.
-            let refused = matches!(answer.result, Err(Errno(108))) && !stage.protected;
             if let Err(error) = answer.result
-                && !refused
-                && (!may_fail || error != Errno::IO)
+                && !(may_fail && error == Errno::IO || stage.stopping && error == SHUTDOWN)
             {
                 return Err(format!("disk {disk} answers with {error:?}"));
             }
             let failed = answer.result.is_err();
-            self.errors += u64::from(failed);
+            self.answered += 1;
             match pending {
                 Pending::Change(id, fua) => {
                     history.answer(id, now, failed);

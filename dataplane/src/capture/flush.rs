@@ -78,6 +78,9 @@ impl Disk {
         if self.flush.failed {
             return self.answer(cookie, Err(Errno::IO));
         }
+        if mutant!(FlushNotForwarded) {
+            return self.answer(cookie, Ok(None));
+        }
         self.flush.waiting.push(cookie);
         self.start_flush(f);
     }
@@ -107,9 +110,10 @@ impl Disk {
         self.flush.busy = false;
         let result = match done.result {
             Ok(_) => {
-                self.flush.flushed = self.flush.covers;
+                self.flush.flushed = if mutant!(BitByEarlierFlush) { self.flush.epoch } else { self.flush.covers };
                 Ok(())
             }
+            Err(errno) if mutant!(FailedSyncForgotten) => Err(errno),
             Err(errno) => {
                 self.flush.failed = true;
                 self.flush.own = false;

@@ -140,7 +140,7 @@ impl Disk {
         let op = &mut self.active[slot as usize];
         if let Some(log) = &mut self.log {
             op.held = true;
-            if !log.hold(op.start, op.stop) {
+            if !log.hold(op.start, op.stop) && !mutant!(BitNotAwaited) {
                 op.stage = Stage::Log;
                 self.log_waiters.push(slot);
                 log.pump(f.io);
@@ -192,7 +192,9 @@ impl Disk {
     pub fn pass<I: Io>(&mut self, f: &mut Flow<'_, I>, slot: u32) {
         let op = &mut self.active[slot as usize];
         op.captured = false;
-        if let Some(log) = &mut self.log {
+        if let Some(log) = &mut self.log
+            && !mutant!(PassedNotDirty)
+        {
             log.mark_dirty(op.start, op.stop);
         }
         self.begin_sync(f, false);
@@ -205,12 +207,15 @@ impl Disk {
     fn issue<I: Io>(&mut self, f: &mut Flow<'_, I>, slot: u32) {
         let token = self.token(kind::HOST, slot);
         let file = self.file;
+        if mutant!(NumberAtSubmission) {
+            self.number_now(f, slot);
+        }
         let op = &mut self.active[slot as usize];
         op.stage = Stage::Disk;
         let offset = op.start;
         let next = match (op.piece, op.data.take()) {
             (Piece::Native { unmap }, _) => Op::Zero { file, offset, len: op.stop - op.start, unmap },
-            (_, Some(part)) => Op::Write { file, offset, part, durable: op.fua },
+            (_, Some(part)) => Op::Write { file, offset, part, durable: op.fua && !mutant!(FuaIgnored) },
             (_, None) => {
                 // Cannot be: such pieces have a buffer. Nothing is written, the host hears of it.
                 self.let_go(f, slot, Outcome::default());
@@ -218,6 +223,20 @@ impl Disk {
             }
         };
         f.io.submit(token, next);
+    }
+
+    /// The bug of [`NumberAtSubmission`](crate::mutant::Mutant::NumberAtSubmission).
+    fn number_now<I: Io>(&mut self, f: &mut Flow<'_, I>, slot: u32) {
+        let op = &mut self.active[slot as usize];
+        if let (true, Some(part), Some(queue)) = (op.captured, &op.data, f.queue.as_deref_mut()) {
+            let copy = Payload::Mark(part.buf[part.at..part.at + part.len].to_vec());
+            let event = event(RecordKind::Write, self.config.slot, op);
+            queue.push(event, copy, 0, SMALL_COST, f.io.now(), f.io.wall());
+            op.captured = false;
+            if let Some(id) = op.lock.take() {
+                self.unlock_range(id);
+            }
+        }
     }
 
     /// Takes a completion of a write, a zero, or a read that completes blocks.
@@ -251,6 +270,7 @@ impl Disk {
         let data = op.data.take();
         let mut seq = None;
         if op.captured
+            && !(mutant!(DiscardNotRecorded) && op.kind == Kind::Discard)
             && let Some(queue) = f.queue.as_deref_mut()
         {
             let taken = std::mem::take(&mut op.room);

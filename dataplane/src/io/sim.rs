@@ -93,16 +93,35 @@ impl Default for WorldConfig {
     }
 }
 
-/// Which operations of a file fail when asked to by [`World::fail`].
+/// Which operations of a file fail when asked to by [`World::fail`], and how.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Fault {
-    /// Reads.
+    /// Reads end with the error.
     Read,
-    /// Writes and zeroes.
+    /// Writes and zeroes do; some of their sectors are written.
     Write,
-    /// Syncs.
+    /// Syncs do; some of what they should have kept never will be.
     Sync,
+    /// Writes end well, and their bytes are somewhere else in the file.
+    Misdirect,
+    /// Writes end well, and their bytes are nowhere.
+    Lose,
 }
+
+/// How often operations of one node fail, beside what [`WorldConfig`] says of all: probabilities, 0 to 1.
+#[derive(Copy, Clone, Debug, Default, PartialEq)]
+pub struct Errors {
+    /// As [`WorldConfig::read_error`].
+    pub read: f64,
+    /// As [`WorldConfig::write_error`].
+    pub write: f64,
+    /// As [`WorldConfig::sync_error`].
+    pub sync: f64,
+}
+
+/// All that is on a node's disk at one moment; see [`World::snapshot`].
+#[derive(Clone)]
+pub struct Snapshot(state::Disk);
 
 /// The world. Clones are handles to the same one.
 #[derive(Clone)]
@@ -161,6 +180,65 @@ impl World {
         self.0.borrow_mut().partition(a.0 as usize, b.0 as usize, on);
     }
 
+    /// As [`World::partition`], for the bytes that one node sends to the other only.
+    pub fn partition_one_way(&self, from: NodeId, to: NodeId, on: bool) {
+        self.0.borrow_mut().partition_one_way(from.0 as usize, to.0 as usize, on);
+    }
+
+    /// The node's process stops where it stands (as under `SIGSTOP`), or goes on; what completes meanwhile waits. With
+    /// `clock` its machine sleeps: the monotonic clock stands still, too, while the wall clock goes on.
+    pub fn suspend(&self, node: NodeId, on: bool, clock: bool) {
+        self.0.borrow_mut().suspend(node.0 as usize, on, clock);
+    }
+
+    /// The node's disk does nothing for this time: what is submitted meanwhile ends afterwards.
+    pub fn stall(&self, node: NodeId, nanos: Nanos) {
+        let mut state = self.0.borrow_mut();
+        let until = state.now + nanos;
+        let stalled = &mut state.nodes[node.0 as usize].stalled_until;
+        *stalled = until.max(*stalled);
+    }
+
+    /// How often operations of this node fail from now on.
+    pub fn errors(&self, node: NodeId, errors: Errors) {
+        self.0.borrow_mut().nodes[node.0 as usize].errors = errors;
+    }
+
+    /// All that the node's disk would give a reader now, as a copy that somebody takes of it.
+    pub fn snapshot(&self, node: NodeId) -> Snapshot {
+        Snapshot(self.0.borrow().snapshot(node.0 as usize))
+    }
+
+    /// Puts a copy back in the place of all that is on the node's disk, durably.
+    ///
+    /// # Panics
+    /// If a process lives on the node.
+    pub fn restore(&self, node: NodeId, snapshot: &Snapshot) {
+        self.0.borrow_mut().restore(node.0 as usize, &snapshot.0);
+    }
+
+    /// The monotonic clock of one node: [`World::now`] less the time that its machine slept.
+    pub fn mono(&self, node: NodeId) -> Nanos {
+        self.0.borrow().mono(node.0 as usize)
+    }
+
+    /// Bytes that are taken on the node's disk.
+    pub fn used_space(&self, node: NodeId) -> u64 {
+        let state = self.0.borrow();
+        state.nodes[node.0 as usize].space - state.free_space(node.0 as usize)
+    }
+
+    /// Somebody else writes to a file, durably, as its time of change tells. Nothing happens if there is no such file.
+    pub fn scribble(&self, node: NodeId, path: &str, offset: u64, bytes: &[u8]) {
+        let mut state = self.0.borrow_mut();
+        let wall = state.wall(node.0 as usize);
+        if let Some(inode) = state.nodes[node.0 as usize].names.get(&tidy(path)) {
+            let content = state.content(node.0 as usize, inode);
+            content.write(offset, bytes, true);
+            content.mtime_ns = wall;
+        }
+    }
+
     /// Lets time pass until a process has something to poll, and names its node; none if nothing will ever happen.
     ///
     /// The driver of a node polls until a poll brings nothing: only that last one sets the time to be woken at.
@@ -168,7 +246,7 @@ impl World {
         self.0.borrow_mut().step()
     }
 
-    /// The monotonic clock of all nodes.
+    /// The time of the world, nanoseconds: the monotonic clock of every node whose machine never slept.
     pub fn now(&self) -> Nanos {
         self.0.borrow().now
     }

@@ -278,7 +278,8 @@ impl Journal {
             let place = Place { incarnation: batch.writer.incarnation, frame: batch.last.0, seq: batch.last.1 };
             let kind = Kind::Frames { segment: active.uid, at, place, durable: batch.durable, tag: batch.tag };
             self.append.under_way.push_back(UnderWay { serial, kind, finished: None });
-            let op = Op::Write { file: active.file, offset: at, part: batch.part, durable: batch.durable };
+            let durable = batch.durable && !mutant!(AckBeforeSync);
+            let op = Op::Write { file: active.file, offset: at, part: batch.part, durable };
             ctx.submit(Purpose::Append(self.id, serial), op);
         }
         if self.append.sync_wanted && self.append.syncing.is_none() {
@@ -340,7 +341,7 @@ impl Journal {
         self.append.next_serial += 1;
         self.append.under_way.push_back(UnderWay { serial, kind: Kind::Head, finished: None });
         let part = Part { buf, at: 0, len: bytes.len() };
-        let op = Op::Write { file: prepared.file, offset: 0, part, durable: true };
+        let op = Op::Write { file: prepared.file, offset: 0, part, durable: !mutant!(HeadNotDurable) };
         ctx.submit(Purpose::Append(self.id, serial), op);
         true
     }
@@ -416,7 +417,9 @@ impl Journal {
         while self.append.under_way.front().is_some_and(|write| write.finished.is_some()) {
             let write = self.append.under_way.pop_front().expect("there is a front");
             let Some((result, part)) = write.finished else { break };
-            if let Err(errno) = result {
+            if let Err(errno) = result
+                && !mutant!(WriteErrorIgnored)
+            {
                 self.fail(errno);
             }
             if self.append.failed.is_some() {

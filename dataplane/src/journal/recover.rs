@@ -552,7 +552,7 @@ impl Recovery {
                 Some(probe) => {
                     if number > self.expected.0 {
                         let found = *probe.found.get_or_insert((self.pos, number, first_seq));
-                        if header.acked.get() >= self.expected.0 {
+                        if header.acked.get() >= self.expected.0 && !mutant!(TornNotDamaged) {
                             self.mend(journal, points, found);
                             continue;
                         }
@@ -615,6 +615,7 @@ impl Recovery {
                     Some(next.predecessor.incarnation) == here && next.predecessor.frame >= self.expected.0
                 }
             });
+            let durable = durable && !mutant!(TornNotDamaged);
             match probe.found {
                 Some(found) if durable => {
                     self.mend(journal, points, found);

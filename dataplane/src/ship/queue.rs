@@ -85,6 +85,9 @@ pub struct Queue {
     pub bytes: u64,
     /// Writes that passed.
     pub passed: u64,
+    /// What [`NumberAfterAnswer`](crate::mutant::Mutant::NumberAfterAnswer) keeps back.
+    #[cfg(feature = "mutants")]
+    late: Option<(Event, Payload, usize, Nanos, u64)>,
 }
 
 impl Queue {
@@ -107,6 +110,8 @@ impl Queue {
             records: 0,
             bytes: 0,
             passed: 0,
+            #[cfg(feature = "mutants")]
+            late: None,
         }
     }
 
@@ -157,6 +162,23 @@ impl Queue {
     /// Draws the next number for a record and puts it in its place. `cost` is the room it holds from now on, out of
     /// `taken`, the room that was taken for it (0 for marks, which need none).
     pub fn push(&mut self, event: Event, payload: Payload, taken: usize, cost: usize, now: Nanos, wall: u64) -> u64 {
+        #[cfg(feature = "mutants")]
+        if mutant!(NumberAfterAnswer) {
+            if self.late.is_none() && event.kind == RecordKind::Write {
+                self.taken -= taken;
+                self.late = Some((event, payload, cost, now, wall));
+                return self.last_seq() + 2;
+            }
+            let seq = self.number(event, payload, taken, cost, now, wall);
+            if let Some((event, payload, cost, now, wall)) = self.late.take() {
+                self.number(event, payload, 0, cost, now, wall);
+            }
+            return seq;
+        }
+        self.number(event, payload, taken, cost, now, wall)
+    }
+
+    fn number(&mut self, event: Event, payload: Payload, taken: usize, cost: usize, now: Nanos, wall: u64) -> u64 {
         let seq = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
         debug_assert!(self.entries.back().is_none_or(|last| last.record.seq + 1 == seq));
         debug_assert!(self.taken >= taken);

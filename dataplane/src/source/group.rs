@@ -25,8 +25,6 @@ pub(super) const SEQ_RESERVE: u64 = 1 << 24;
 pub(super) const CUT_RESERVE: u64 = 1 << 16;
 /// Time between two looks at the intent bits.
 const TICK: Nanos = 1_000_000_000;
-/// How old the moment may become that the logs name as complete while everything is.
-const RECORD: Nanos = 10_000_000_000;
 /// The wall clock has jumped if it moves by that much more or less than the monotonic one between two cuts.
 const CLOCK_JUMP: i64 = 1_000_000_000;
 /// With no buffer for a frame for this long, and none in sight, the queue is given up.
@@ -203,6 +201,9 @@ impl Group {
         self.room(w, now);
         if self.phase == Phase::Open {
             while now >= self.next_cut {
+                if mutant!(CutsByWallClock) && self.clock.is_some_and(|(_, before)| w.io.wall() < before) {
+                    break;
+                }
                 self.cut(w, String::new(), false);
                 self.next_cut = (self.next_cut + self.config.cut_interval).max(now.saturating_sub(TICK));
             }
@@ -275,7 +276,6 @@ impl Group {
         if tick {
             self.next_tick = now + TICK;
             self.ship.look(now);
-            self.note_complete(w, now);
         }
         let announced = self.ship.link.announced;
         let (frame, seq, bound) = (self.ship.acked_frame, self.ship.acked_seq, self.limits.hot_extents);
@@ -307,20 +307,6 @@ impl Group {
                 self.ship.link.announced = true;
             }
         }
-    }
-
-    /// Says in the logs, now and then, that nothing is owed, for the next life to count its RPO from.
-    fn note_complete<I: Io>(&mut self, w: &mut Around<'_, I>, now: Nanos) {
-        let rpo = self.rpo_now(now);
-        let synced = self.ship.link.is_ready() && self.all_disks(w.disks, |disk| !disk.sync.is_open());
-        if self.phase != Phase::Open || !synced || rpo >= RECORD {
-            return;
-        }
-        let since = w.io.wall().saturating_sub(rpo);
-        if self.all_logs(w.disks, |log| log.header().complete_wall_ns.abs_diff(since) < RECORD) {
-            return;
-        }
-        self.set_headers(w.disks, |h| h.complete_wall_ns = since);
     }
 
     /// Reserves numbers ahead of need.

@@ -34,7 +34,7 @@ pub(super) fn fresh_writer<I: Io>(io: &mut I, policy: &PolicyKey) -> (Incarnatio
     io.random(&mut key);
     io.random(&mut nonce);
     let incarnation = IncarnationId(id);
-    let key = DataKey::new(key);
+    let key = DataKey::new(if mutant!(NonceReused) { [7; 32] } else { key });
     let wrapped = policy.wrap(incarnation, &key, nonce);
     (incarnation, key, wrapped)
 }
@@ -114,7 +114,6 @@ impl Group {
         if self.ship.past().is_none() {
             self.rpo.shipped();
         }
-        "the next life of this source introduces itself".clone_into(&mut self.ship.link.reason);
         self.ship.link.again(w.io.now());
     }
 
@@ -222,7 +221,7 @@ impl Group {
         }
         self.refused = None;
         let now = w.io.now();
-        let acked = self.ship.acked_frame;
+        let acked = if mutant!(PlaceNotCompared) { 0 } else { self.ship.acked_frame };
         let ours = position.incarnation == self.ship.shipped_incarnation();
         if let Some(past) = self.ship.past() {
             let follows = if ours { (acked..=past.last_frame).contains(&position.frame) } else { acked == 0 };
@@ -261,6 +260,7 @@ impl Group {
             }
             return;
         }
+        let control = self.ship.control_key(control);
         let from = if ours { position.frame + 1 } else { 1 };
         // What it names is durable there, although its acknowledgement was lost.
         if ours && !self.ship.ack(position.frame, Some(position.seq)) {
@@ -304,6 +304,7 @@ impl Group {
             });
             tickets.push(ticket);
         });
+        self.ship.link.announced |= mutant!(AnnounceNotAwaited);
         self.announcing = Some(tickets);
     }
 

@@ -83,6 +83,7 @@ impl Group {
             },
             StopStage::Ship if late || (self.ship.is_drained() && self.ship.link.announced) => {
                 self.clean = self.ship.is_drained() && self.ship.link.announced && self.is_complete(w.disks);
+                self.clean |= mutant!(CleanStopUnsent);
                 self.ship.link.close(w.io);
                 if self.ship.link.announced {
                     let clean = self.clean;

@@ -116,7 +116,7 @@ fn check_claims(stream: &Stream, hello: &Hello) -> Result<(), Welcome> {
         let Some(known) = table.disk(id) else {
             return Err(refuse(Refusal::BadClaim, format!("disk {id} is not known in this stream")));
         };
-        if claim.generation < known.generation {
+        if claim.generation < known.generation && !mutant!(StaleGeneration) {
             let message = format!("disk {id} is at generation {}", known.generation);
             return Err(refuse(Refusal::Fenced { disk: id, generation: known.generation }, message));
         }
@@ -141,7 +141,8 @@ fn check_claims(stream: &Stream, hello: &Hello) -> Result<(), Welcome> {
 fn descends(stream: &Stream, hello: &Hello) -> Result<bool, Welcome> {
     let (held, predecessor) = (stream.position(), hello.predecessor);
     if predecessor.incarnation == held.incarnation {
-        return Ok(held.frame < predecessor.frame || held.seq < predecessor.seq);
+        let behind = held.frame < predecessor.frame || held.seq < predecessor.seq;
+        return Ok(behind && !mutant!(PredecessorNotCompared));
     }
     if let Some(welcomed) = stream.welcomed
         && welcomed.incarnation == predecessor.incarnation

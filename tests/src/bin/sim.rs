@@ -1,13 +1,17 @@
-//! Plays seeds of the simulator; a seed that fails is printed with the command that plays it again.
+//! Plays seeds of the simulator; a seed that fails is printed with what it needs to fail, what happened, and the command
+//! that plays it again.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use afterimage_dataplane::io::Nanos;
 use afterimage_tests::plan::Plan;
-use afterimage_tests::run::{Report, run};
+use afterimage_tests::play::play;
+use afterimage_tests::run::Report;
+use afterimage_tests::shrink::shrink;
+use afterimage_tests::trace;
 use clap::Parser;
 
 /// Plays the source, the network and the target in one simulated world, seed by seed, and checks every restore point.
@@ -32,35 +36,74 @@ struct Args {
     /// Print the plan and what happens.
     #[arg(short, long)]
     verbose: bool,
+    /// Of the plan's faults only these, by their places in it: `0,3`, or `none`.
+    #[arg(long, value_parser = places)]
+    keep: Option<Places>,
+    /// How long the host works, nanoseconds, instead of what the plan says.
+    #[arg(long)]
+    length: Option<Nanos>,
+    /// Report a failure as it is, without looking for a smaller one.
+    #[arg(long)]
+    no_shrink: bool,
+    /// Switch deliberate bugs on, one after the other, and see whether each is found; needs the feature `mutants`.
+    #[arg(long)]
+    mutants: bool,
+    /// Only these deliberate bugs (`none` for the code as it is), by name. With `--verbose`: play the seeds with it.
+    #[arg(long, value_delimiter = ',')]
+    mutant: Vec<String>,
+}
+
+#[derive(Clone, Debug)]
+struct Places(Vec<usize>);
+
+fn places(text: &str) -> Result<Places, String> {
+    if text == "none" {
+        return Ok(Places(Vec::new()));
+    }
+    let numbers = text.split(',').map(|one| one.trim().parse().map_err(|e| format!("`{one}`: {e}")));
+    Ok(Places(numbers.collect::<Result<_, _>>()?))
+}
+
+impl Args {
+    fn plan(&self, seed: u64) -> Plan {
+        let mut plan = Plan::roll(seed);
+        if self.keep.is_some() || self.length.is_some() {
+            let all = || (0..plan.faults.len()).collect();
+            let kept = self.keep.as_ref().map_or_else(all, |places| places.0.clone());
+            plan.keep(&kept, self.length.unwrap_or(plan.length));
+        }
+        plan
+    }
+
+    fn jobs(&self) -> usize {
+        match self.jobs {
+            _ if self.verbose => 1,
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            jobs => jobs,
+        }
+    }
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let jobs = match args.jobs {
-        _ if args.verbose => 1,
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        jobs => jobs,
-    };
+    // A failure is told once, with its seed.
+    std::panic::set_hook(Box::new(|_| {}));
+    if args.mutants || !args.mutant.is_empty() { mutants(&args) } else { seeds(&args) }
+}
+
+fn seeds(args: &Args) -> ExitCode {
     let begun = Instant::now();
     let (next, failed, total) = (AtomicU64::new(args.from), Mutex::new(Vec::new()), Mutex::new(Report::default()));
     let end = args.from.saturating_add(args.seeds);
     std::thread::scope(|scope| {
-        for _ in 0..jobs {
+        for _ in 0..args.jobs() {
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= end || (!args.keep_going && !failed.lock().expect("not poisoned").is_empty()) {
                         return;
                     }
-                    let first = play(seed, args.verbose);
-                    let result = match first {
-                        Ok(first) if args.twice => match play(seed, false) {
-                            Ok(second) if second == first => Ok(first),
-                            other => Err(format!("comes out as {first:?} and then as {other:?}")),
-                        },
-                        other => other,
-                    };
-                    match result {
+                    match one(args, seed) {
                         Ok(report) => {
                             let mut total = total.lock().expect("not poisoned");
                             total.requests += report.requests;
@@ -69,8 +112,9 @@ fn main() -> ExitCode {
                             total.time += report.time;
                         }
                         Err(what) => {
-                            println!("seed {seed}: {what}\n  again: tests/sim --from {seed} --seeds 1 -v");
-                            failed.lock().expect("not poisoned").push(seed);
+                            let mut failed = failed.lock().expect("not poisoned");
+                            println!("{}", tell(args, seed, &what));
+                            failed.push(seed);
                         }
                     }
                 }
@@ -98,18 +142,84 @@ fn main() -> ExitCode {
     }
 }
 
-fn play(seed: u64, verbose: bool) -> Result<Report, String> {
-    let plan = Plan::roll(seed);
-    if verbose {
+fn one(args: &Args, seed: u64) -> Result<Report, String> {
+    let plan = args.plan(seed);
+    if args.verbose {
         println!("{plan:#?}");
     }
-    match catch_unwind(AssertUnwindSafe(|| run(plan, verbose))) {
-        Ok(Ok(report)) => Ok(report),
-        Ok(Err(failure)) => Err(format!("at {:.3} ms: {}", failure.at as f64 / 1e6, failure.what)),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-            Err(format!("panic: {}", text.unwrap_or_default()))
+    let first = play(plan.clone(), args.verbose)?;
+    if args.twice {
+        let second = play(plan, false);
+        if second.as_ref() != Ok(&first) {
+            return Err(format!("comes out as {first:?} and then as {second:?}"));
         }
     }
+    Ok(first)
+}
+
+/// A failure as somebody wants to read it: what is left of the plan, the last things that happened, how to see it again.
+fn tell(args: &Args, seed: u64, what: &str) -> String {
+    let again = |options: &str| format!("again: tests/sim --from {seed} --seeds 1 -v{options}");
+    if args.verbose || args.no_shrink || args.twice {
+        return format!("seed {seed}: {what}\n  {}", again(""));
+    }
+    let shrunk = shrink(&args.plan(seed), |plan| play(plan.clone(), false).is_err());
+    let smaller = play(shrunk.plan.clone(), false).err().unwrap_or_default();
+    let mut text = format!("seed {seed}: {what}\n  cut down: {smaller}\n");
+    for (at, fault) in &shrunk.plan.faults {
+        text += &format!("  fault at {:.3} ms: {fault:?}\n", *at as f64 / 1e6);
+    }
+    for line in trace::last() {
+        text += &format!("  | {line}\n");
+    }
+    text + "  " + &again(&format!(" {}", shrunk.options())) + "\n  whole: " + &again("")
+}
+
+#[cfg(not(feature = "mutants"))]
+fn mutants(_: &Args) -> ExitCode {
+    println!("this build cannot play them: `tests/sim --mutants` makes one that can");
+    ExitCode::FAILURE
+}
+
+#[cfg(feature = "mutants")]
+fn mutants(args: &Args) -> ExitCode {
+    use afterimage_dataplane::mutant::{self, Mutant};
+    use afterimage_tests::mutants::hunt;
+
+    let parse = |name: &String| if name == "none" { Ok(None) } else { name.parse::<Mutant>().map(Some) };
+    let named: Result<Vec<_>, _> = args.mutant.iter().map(parse).collect();
+    let which = match named {
+        Ok(named) if !named.is_empty() => named,
+        Ok(_) => [None].into_iter().chain(Mutant::ALL.iter().copied().map(Some)).collect(),
+        Err(why) => {
+            println!("{why}; there are: {}", Mutant::ALL.iter().map(|m| m.name()).collect::<Vec<_>>().join(", "));
+            return ExitCode::FAILURE;
+        }
+    };
+    if args.verbose {
+        mutant::set(which[0]);
+        return seeds(args);
+    }
+    let line = |verdict: &afterimage_tests::mutants::Verdict| {
+        let name = verdict.mutant.map_or("none", Mutant::name);
+        let seconds = verdict.seconds;
+        match &verdict.found {
+            Some((seed, what)) => {
+                let what: String = what.lines().next().unwrap_or_default().chars().take(110).collect();
+                format!("{name:<26} {seed:>6} {seconds:>7.1} s  {what}")
+            }
+            None => format!("{name:<26}  never {seconds:>7.1} s"),
+        }
+    };
+    println!("{:<26} {:>6} {:>9}  what it looked like", "deliberate bug", "seed", "time");
+    let verdicts = hunt(&which, args.from, args.seeds, args.jobs(), |verdict| println!("{}", line(verdict)));
+    let missed: Vec<_> = verdicts.iter().filter(|v| v.mutant.is_some() == v.found.is_none()).collect();
+    println!("in the order of a write's path:");
+    for verdict in &verdicts {
+        println!("  {}\n      {}", line(verdict), verdict.mutant.map_or("the code as it is", Mutant::what));
+    }
+    let bugs = verdicts.iter().filter(|v| v.mutant.is_some()).count();
+    let found = verdicts.iter().filter(|v| v.mutant.is_some() && v.found.is_some()).count();
+    println!("{found} of {bugs} deliberate bugs found within {} seeds", args.seeds);
+    if missed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

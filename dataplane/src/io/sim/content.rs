@@ -20,6 +20,7 @@ fn zero_page() -> Page {
 }
 
 /// The surely durable content of a page that has unsynced sectors.
+#[derive(Clone)]
 struct Unsynced {
     stable: Page,
     /// Sectors that the next sync makes durable.
@@ -29,7 +30,7 @@ struct Unsynced {
 }
 
 /// Page numbers as ranges: first → one past the last.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Ranges {
     map: BTreeMap<u64, u64>,
     count: u64,
@@ -85,7 +86,7 @@ impl Ranges {
 }
 
 /// One file's content.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Content {
     size: u64,
     stable_size: u64,
@@ -102,6 +103,11 @@ impl Content {
         let mut content = Self::default();
         content.write(0, bytes, true);
         content
+    }
+
+    /// A copy of what is visible, all of it durable.
+    pub(super) fn settled(&self) -> Self {
+        Self { unsynced: BTreeMap::new(), stable_size: self.size, ..self.clone() }
     }
 
     pub(super) fn size(&self) -> u64 {

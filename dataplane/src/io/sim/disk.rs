@@ -101,6 +101,17 @@ impl State {
                     content.write_torn(*offset, &part.buf[part.at..part.at + part.len], || rng.chance(0.5));
                     return Some(Err(error));
                 }
+                if *from == 0 && self.fault(node, path, Fault::Lose).is_some() {
+                    return Some(Ok(part.len as u64));
+                }
+                if *from == 0 && self.fault(node, path, Fault::Misdirect).is_some() {
+                    let blocks = self.content(node, inode).size() / u64::from(self.config.block);
+                    let astray = self.rng.below(blocks.max(1)) * u64::from(self.config.block);
+                    let content = self.content(node, inode);
+                    let len = (part.len as u64).min(content.size().saturating_sub(astray)) as usize;
+                    content.write(astray, &part.buf[part.at..part.at + len], *durable);
+                    return Some(Ok(part.len as u64));
+                }
                 let first = if std::mem::take(split) && part.len > SECTOR {
                     self.rng.between(1, (part.len / SECTOR) as u64 - 1) as usize * SECTOR
                 } else {

@@ -73,7 +73,10 @@ impl Io for SimIo {
                 );
                 state.submit_disk(self.life, token, file, DiskOp::Zero { offset, len, unmap });
             }
-            Op::Timer { at } => state.complete_at(at, self.life, token, Ok(0)),
+            Op::Timer { at } => {
+                let at = state.world_time(self.node.0 as usize, at);
+                state.complete_at(at, self.life, token, Ok(0));
+            }
             other => state.submit_net(self.life, token, other),
         }
     }
@@ -85,6 +88,7 @@ impl Io for SimIo {
             return;
         }
         if life.done.is_empty() {
+            let until = until.map(|until| state.world_time(self.node.0 as usize, until));
             state.wake_at(self.life, until);
         } else {
             done.append(&mut life.done);
@@ -92,7 +96,7 @@ impl Io for SimIo {
     }
 
     fn now(&self) -> Nanos {
-        self.world.0.borrow().now
+        self.world.0.borrow().mono(self.node.0 as usize)
     }
 
     fn wall(&self) -> u64 {

@@ -47,7 +47,7 @@ impl Change {
 }
 
 /// All names of a disk. Folders are durable as soon as they are made.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Names {
     visible: BTreeMap<String, InodeId>,
     stable: BTreeMap<String, InodeId>,
@@ -73,6 +73,11 @@ fn folder(path: &str) -> &str {
 impl Names {
     pub(super) fn get(&self, path: &str) -> Option<InodeId> {
         self.visible.get(path).copied()
+    }
+
+    /// A copy of what is visible, all of it durable.
+    pub(super) fn settled(&self) -> Self {
+        Self { stable: self.visible.clone(), pending: Vec::new(), ..self.clone() }
     }
 
     pub(super) fn visible(&self) -> impl Iterator<Item = (&String, InodeId)> {

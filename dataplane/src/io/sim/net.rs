@@ -58,10 +58,6 @@ pub(super) struct Conn {
     ends: [End; 2],
 }
 
-fn pair(a: usize, b: usize) -> (usize, usize) {
-    (a.min(b), a.max(b))
-}
-
 impl State {
     fn end(&mut self, sock: u32) -> &mut End {
         &mut self.conns[sock as usize / 2].ends[sock as usize % 2]
@@ -199,7 +195,7 @@ impl State {
     pub(super) fn arrive(&mut self, sock: u32) {
         let now = self.now;
         let (node, peer_node) = (self.end(sock).node, self.end(sock ^ 1).node);
-        if self.partitions.contains(&pair(node, peer_node)) {
+        if self.partitions.contains(&(peer_node, node)) {
             return; // Healing sends it on its way again.
         }
         let mut refused = false;
@@ -373,15 +369,20 @@ impl State {
     }
 
     pub(super) fn partition(&mut self, a: usize, b: usize, on: bool) {
+        self.partition_one_way(a, b, on);
+        self.partition_one_way(b, a, on);
+    }
+
+    pub(super) fn partition_one_way(&mut self, from: usize, to: usize, on: bool) {
         if on {
-            self.partitions.insert(pair(a, b));
+            self.partitions.insert((from, to));
             return;
         }
-        if !self.partitions.remove(&pair(a, b)) {
+        if !self.partitions.remove(&(from, to)) {
             return;
         }
         for sock in 0..self.conns.len() as u32 * 2 {
-            if pair(self.end(sock).node, self.end(sock ^ 1).node) == pair(a, b) && !self.end(sock).flying.is_empty() {
+            if (self.end(sock ^ 1).node, self.end(sock).node) == (from, to) && !self.end(sock).flying.is_empty() {
                 let at = self.now + self.between(self.config.net_latency);
                 // What would have arrived later than that still has its own event.
                 self.at(at, Event::Arrive(sock));

@@ -6,7 +6,7 @@ use super::content::Content;
 use super::disk::{DiskOp, Flight};
 use super::names::{InodeId, Names, tidy};
 use super::net::Conn;
-use super::{Fault, NodeId, Rng, WorldConfig};
+use super::{Errors, Fault, NodeId, Rng, WorldConfig};
 use crate::io::{Done, Errno, File, Nanos, OpenHow, Token};
 
 /// Index of a life in [`State::lives`].
@@ -59,6 +59,19 @@ pub(super) struct Node {
     pub(super) wall_synced: bool,
     pub(super) life: Option<LifeId>,
     injected: Vec<Injected>,
+    pub(super) errors: Errors,
+    pub(super) stalled_until: Nanos,
+    /// Since when its process stands still, and whether its monotonic clock does.
+    suspended: Option<(Nanos, bool)>,
+    /// How long the monotonic clock has stood still.
+    slept: Nanos,
+}
+
+/// What is on a disk.
+#[derive(Clone)]
+pub(super) struct Disk {
+    names: Names,
+    contents: BTreeMap<InodeId, Content>,
 }
 
 pub(super) struct Life {
@@ -137,6 +150,10 @@ impl State {
             wall_synced: true,
             life: None,
             injected: Vec::new(),
+            errors: Errors::default(),
+            stalled_until: 0,
+            suspended: None,
+            slept: 0,
         });
         NodeId(self.nodes.len() as u32 - 1)
     }
@@ -193,6 +210,8 @@ impl State {
     }
 
     fn end_life(&mut self, life: LifeId) {
+        let node = self.lives[life].node;
+        self.suspend(node, false, false);
         let ended = &mut self.lives[life];
         ended.alive = false;
         ended.done.clear();
@@ -214,6 +233,52 @@ impl State {
 
     pub(super) fn wall(&self, node: usize) -> u64 {
         (self.config.wall_start + self.now).wrapping_add_signed(self.nodes[node].wall_offset)
+    }
+
+    pub(super) fn mono(&self, node: usize) -> Nanos {
+        let machine = &self.nodes[node];
+        let asleep = machine.suspended.filter(|(_, clock)| *clock).map_or(0, |(since, _)| self.now - since);
+        self.now - machine.slept - asleep
+    }
+
+    /// When the node's monotonic clock will show this, if it does not sleep meanwhile.
+    pub(super) fn world_time(&self, node: usize, mono: Nanos) -> Nanos {
+        mono.saturating_add(self.nodes[node].slept)
+    }
+
+    pub(super) fn suspend(&mut self, node: usize, on: bool, clock: bool) {
+        let now = self.now;
+        let machine = &mut self.nodes[node];
+        if on {
+            machine.suspended.get_or_insert((now, clock));
+        } else if let Some((since, clock)) = machine.suspended.take() {
+            machine.slept += if clock { now - since } else { 0 };
+            if let Some(life) = machine.life {
+                // It looks at once at what has come, and sets its times anew.
+                self.make_ready(life);
+            }
+        }
+    }
+
+    pub(super) fn snapshot(&self, node: usize) -> Disk {
+        let machine = &self.nodes[node];
+        let contents = machine.inodes.iter().map(|(inode, file)| (*inode, file.content.settled()));
+        Disk { names: machine.names.settled(), contents: contents.collect() }
+    }
+
+    pub(super) fn restore(&mut self, node: usize, disk: &Disk) {
+        assert!(self.nodes[node].life.is_none(), "the disk of node {} is in use", self.nodes[node].name);
+        // What a dead process had under way goes nowhere.
+        self.flights.retain(|_, flight| flight.node != node);
+        for life in self.lives.iter_mut().filter(|life| life.node == node) {
+            life.files.clear();
+        }
+        let machine = &mut self.nodes[node];
+        machine.names = disk.names.clone();
+        let contents = disk.contents.iter();
+        machine.inodes =
+            contents.map(|(inode, content)| (*inode, Inode { content: content.clone(), locked: None })).collect();
+        self.collect(node);
     }
 
     // ---- time
@@ -246,8 +311,9 @@ impl State {
         loop {
             while let Some(life) = self.ready.pop_front() {
                 self.lives[life].queued = false;
-                if self.lives[life].alive {
-                    return Some(NodeId(self.lives[life].node as u32));
+                let node = self.lives[life].node;
+                if self.lives[life].alive && self.nodes[node].suspended.is_none() {
+                    return Some(NodeId(node as u32));
                 }
             }
             let ((at, _), event) = self.events.pop_first()?;
@@ -407,10 +473,12 @@ impl State {
             injected[at].times -= 1;
             return Some(injected[at].error);
         }
+        let errors = &self.nodes[node].errors;
         let probability = match fault {
-            Fault::Read => self.config.read_error,
-            Fault::Write => self.config.write_error,
-            Fault::Sync => self.config.sync_error,
+            Fault::Read => self.config.read_error + errors.read,
+            Fault::Write => self.config.write_error + errors.write,
+            Fault::Sync => self.config.sync_error + errors.sync,
+            Fault::Misdirect | Fault::Lose => 0.0,
         };
         self.rng.chance(probability).then_some(Errno::IO)
     }
@@ -428,8 +496,9 @@ impl State {
         open.in_flight += 1;
         let (inode, path, writable) = (open.inode, open.path.clone(), open.write);
         let latency = self.between(self.config.disk_latency);
-        let land = self.now + self.rng.below(latency + 1);
-        let finish = self.now + latency;
+        let begin = self.now.max(self.nodes[self.lives[life].node].stalled_until);
+        let land = begin + self.rng.below(latency + 1);
+        let finish = begin + latency;
         let split = self.rng.chance(0.25);
         let id = self.id();
         let node = self.lives[life].node;
