@@ -15,7 +15,7 @@ use afterimage_wire::stream_state::DeltaView;
 use crate::host::{Answer, DiskKey};
 use crate::index::Points;
 use crate::io::{Done, Errno, Io, Nanos, Part};
-use crate::journal::{Batch, Journal, JournalConfig, Place, Writer};
+use crate::journal::{Batch, Journal, JournalConfig, Place, Prune, Writer};
 use crate::seal::{DataKey, FrameMeta, Item, Plan, PolicyKey, Scratch, seal_frame};
 use crate::target::Damage;
 use crate::target::ops::{Ctx, JournalId};
@@ -66,6 +66,11 @@ pub(crate) struct Delta {
     pub failed: Option<String>,
     /// Some of what was written to it is lost, nobody knows what.
     pub damaged: bool,
+    /// What of it counts no more; none for a shelf, of which all counts.
+    pub prune: Option<Prune>,
+    /// Most bytes of index; beyond it nothing more is taken.
+    pub index_bytes: usize,
+    full: bool,
     scratch: Box<Scratch>,
     plan: Plan,
     plain: Vec<u8>,
@@ -91,6 +96,9 @@ impl Delta {
             answers: Vec::new(),
             failed: None,
             damaged: false,
+            prune: None,
+            index_bytes: usize::MAX,
+            full: false,
             scratch: Box::default(),
             plan: Plan::default(),
             plain: Vec::new(),
@@ -123,7 +131,10 @@ impl Delta {
 
     /// Takes a change.
     pub fn change(&mut self, change: Change) {
-        if self.failed.is_some() {
+        if self.full {
+            let result = Err(Errno::NOSPC);
+            self.answers.push((change.key, Answer { cookie: change.cookie, result }));
+        } else if self.failed.is_some() {
             let result = Err(Errno::IO);
             self.answers.push((change.key, Answer { cookie: change.cookie, result }));
         } else {
@@ -154,8 +165,9 @@ impl Delta {
 
     /// Seals what waits, submits it, answers what is done. True if there is more to do at once.
     pub fn turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) -> bool {
+        let pruning = self.prune_turn(ctx);
         if self.idle() {
-            return false;
+            return pruning;
         }
         while !self.waiting.is_empty() && self.journal.has_room() && self.failed.is_none() {
             if !self.compose(ctx) {
@@ -175,7 +187,23 @@ impl Delta {
             self.fail_all(Errno::IO);
         }
         self.answer();
-        !self.waiting.is_empty() && self.journal.has_room() && self.failed.is_none()
+        pruning || (!self.waiting.is_empty() && self.journal.has_room() && self.failed.is_none())
+    }
+
+    /// Goes on taking out what has been overwritten.
+    fn prune_turn<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) -> bool {
+        let Some(prune) = &mut self.prune else { return false };
+        if prune.has_grown(&self.journal) {
+            let full = self.journal.index_bytes() > self.index_bytes;
+            if full && !self.full {
+                tracing::error!(view = self.view.name, "the memory for the index is used up: writes are refused");
+            }
+            self.full = full;
+        }
+        self.journal.prune(ctx.io, prune).unwrap_or_else(|errno| {
+            tracing::warn!(view = self.view.name, %errno, "a segment that counts no more cannot be removed");
+            false
+        })
     }
 
     fn idle(&self) -> bool {

@@ -1,6 +1,7 @@
 //! A journal: the segments of one timeline, appended to by one writer at a time.
 //!
 //! - [`segment`]: one segment in memory; `lost`: frames of which something cannot be read any more.
+//! - `prune`: what of a delta counts no more.
 //! - [`append`]: frames to the active segment; the next one is prepared ahead; the roll.
 //! - [`recover`]: reading it all back after a start: torn tail, damage, where to go on; `salvage`: past sectors that
 //!   cannot be read.
@@ -27,12 +28,14 @@ use crate::target::ops::{Ctx, JournalId};
 
 pub mod append;
 mod lost;
+mod prune;
 pub mod recover;
 mod salvage;
 pub mod segment;
 
 pub use append::{Batch, Written};
 pub(crate) use lost::Verdict;
+pub(crate) use prune::Prune;
 pub(crate) use salvage::Salvage;
 pub use segment::{ChunkEntry, FrameEntry, Segment, Writer};
 

@@ -272,7 +272,7 @@ impl Stream {
         })?;
         let id = *next_id;
         *next_id += 1;
-        let shelf = Delta::new(id, view, &self.journal.config, &self.config.policy_key);
+        let shelf = self.new_delta(id, view);
         self.deltas.push(shelf);
         for open in self.view_pins.iter_mut().filter(|open| open.name == pin.name) {
             open.shelf = Some(id);

@@ -3,7 +3,8 @@
 mod target_rig;
 
 use afterimage_dataplane::host::Request;
-use afterimage_dataplane::target::Choice;
+use afterimage_dataplane::io::sim::WorldConfig;
+use afterimage_dataplane::target::{Choice, TargetConfig};
 use afterimage_wire::segment::Predecessor;
 use target_rig::*;
 
@@ -107,5 +108,64 @@ fn overlapping_writes_in_flight_apply_in_the_order_asked() {
     let got = rig.read(exports[0].key, 0, 40 * 100 + 4900);
     for (at, byte) in got.iter().enumerate() {
         assert_eq!(*byte, (at / 100).min(39) as u8 + 1, "byte {at}");
+    }
+}
+
+#[test]
+fn what_a_machine_overwrites_gives_its_room_back() {
+    for seed in 0..4u64 {
+        let config = TargetConfig { index_bytes: 1 << 20, ..config() };
+        let mut rig = Rig::new(seed, WorldConfig::default(), config, 3600 * SECOND);
+        let mut feeder = Feeder::new(1, 1, Predecessor::default());
+        feeder.join_and_sync(1);
+        feeder.seal(100);
+        rig.ship(&mut feeder);
+        let seq = feeder.next_seq - 1;
+        let mut dice = Dice(seed);
+        let mut want = vec![0; SIZE as usize];
+        let mut exports = rig.view("failover", seq, true);
+        // What was written since the last that is known to be durable, and the state before.
+        let (mut base, mut open): (Vec<u8>, Vec<(u64, Vec<u8>)>) = (want.clone(), Vec::new());
+        for round in 0..10 {
+            for number in 0..460 {
+                let (offset, bytes) = if number % 8 == 0 {
+                    let offset = dice.roll(SIZE / 4096) * 4096;
+                    let len = ((1 + dice.roll(17)) * 4096).min(SIZE - offset);
+                    (offset, (0..len).map(|_| dice.roll(256) as u8).collect::<Vec<u8>>())
+                } else {
+                    // Many small ones, so that the index grows.
+                    (dice.roll(SIZE / 16) / 512 * 512, vec![dice.roll(256) as u8; 64])
+                };
+                let fua = dice.roll(40) == 0;
+                rig.write(exports[0].key, offset, &bytes, fua);
+                want[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
+                open.push((offset, bytes));
+                if fua {
+                    (base, open) = (want.clone(), Vec::new());
+                }
+            }
+            assert!(rig.read(exports[0].key, 0, SIZE as usize) == want, "seed {seed} round {round}");
+            if round % 4 == 2 {
+                rig.restart(seed % 2 == 0);
+                exports = rig.view("failover", seq, true);
+                let found = rig.read(exports[0].key, 0, SIZE as usize);
+                if seed % 2 == 0 {
+                    // Power loss: a prefix of what was written, with everything that was durable.
+                    let mut state = base.clone();
+                    let mut left = open.iter();
+                    while state != found {
+                        let (offset, bytes) = left.next().expect("no prefix of what was written");
+                        state[*offset as usize..][..bytes.len()].copy_from_slice(bytes);
+                    }
+                    want = found;
+                }
+                assert!(rig.read(exports[0].key, 0, SIZE as usize) == want, "seed {seed} round {round}");
+                (base, open) = (want.clone(), Vec::new());
+            }
+        }
+        let numbers = rig.world.paths(rig.node, ROOT);
+        let timeline = rig.target.status()[0].views[0].timeline.to_string();
+        let first = numbers.iter().find(|path| path.contains(&timeline)).unwrap();
+        assert!(!first.ends_with("-0000000000000001.seg"), "{first}");
     }
 }

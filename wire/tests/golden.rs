@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use afterimage_wire::chunk::{Chunk, ChunkHead, Codec};
 use afterimage_wire::control::{Control, StopReason};
+use afterimage_wire::damage::{DamageFile, LostFrame};
 use afterimage_wire::frame::{DirectoryEntry, FRAME_MAGIC, FrameHeader, check_frame, frame_crc};
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
@@ -418,7 +419,7 @@ fn every_golden_file_belongs_to_a_structure() {
     // A file that no test reads pins nothing: the count says that one was renamed or forgotten.
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let files = std::fs::read_dir(folder).expect("the golden folder is there").count();
-    assert_eq!(files, 50);
+    assert_eq!(files, 51);
 }
 
 #[test]
@@ -447,4 +448,53 @@ fn stream_state() {
     };
     golden("stream-state", &state.encode());
     assert_eq!(StreamStateFile::decode(&state.encode()), Ok(state));
+}
+
+#[test]
+fn damage_list() {
+    let header = FrameHeader {
+        magic: FRAME_MAGIC,
+        version: WIRE_VERSION.into(),
+        chunk_count: 2.into(),
+        length: 8192.into(),
+        crc: 0.into(),
+        stream: StreamId(id(0x20)),
+        incarnation: IncarnationId(id(0x40)),
+        number: 9.into(),
+        acked: 8.into(),
+        first_seq: 100.into(),
+        last_seq: 102.into(),
+        mono_ns: 0x3132_3334_3536_3738.into(),
+        reserved: [0; 8],
+    };
+    let record = |seq, kind, len, payload_len| Record {
+        seq,
+        kind,
+        disk: 7,
+        offset: 0x1112_1314_1516_1718,
+        len,
+        mono_ns: 1,
+        wall_ns: 2,
+        payload_at: 0,
+        payload_len,
+        crc: 0,
+    };
+    let cut = vec![7, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0];
+    let frame = LostFrame {
+        timeline: TimelineId(id(0x30)),
+        segment: 0x0102_0304_0506_0708,
+        at: 0x2122_2000,
+        header,
+        wall_ns: 0x4142_4344_4546_4748,
+        lost: 2,
+        directory: vec![(112, 1000), (1120, 2000)],
+        records: vec![
+            (record(101, RecordKind::Write, 512, 512), Vec::new()),
+            (record(102, RecordKind::Cut, 0, 11), cut),
+        ],
+    };
+    let file = DamageFile { stream: StreamId(id(0x20)), frames: vec![frame] };
+    let bytes = file.encode();
+    golden("damage-list", &bytes);
+    assert_eq!(DamageFile::decode(&bytes), Ok(file));
 }

@@ -3,6 +3,7 @@
 
 use afterimage_wire::chunk::Chunk;
 use afterimage_wire::control::{CONTROL_PLAIN_LEN, Control, StopReason};
+use afterimage_wire::damage::DamageFile;
 use afterimage_wire::frame::{FrameHeader, check_frame, frame_crc};
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
@@ -382,6 +383,9 @@ fn decode_all(bytes: &[u8]) -> Result<(), TestCaseError> {
         prop_assert_eq!(IntentHeader::decode(&header.encode()), Ok(header));
     }
     let _ = decode_page(0, bytes);
+    if let Ok(list) = DamageFile::decode(bytes) {
+        prop_assert_eq!(DamageFile::decode(&list.encode()), Ok(list));
+    }
     if let Ok(state) = StreamStateFile::decode(bytes) {
         prop_assert_eq!(StreamStateFile::decode(&state.encode()), Ok(state));
     }

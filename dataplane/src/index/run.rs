@@ -223,6 +223,27 @@ impl SegmentIndex {
         self.runs.push(Run::new(all));
     }
 
+    /// Takes out entries by their places in [`SegmentIndex::entries`], lowest first.
+    pub fn remove(&mut self, places: &[usize]) {
+        if places.is_empty() {
+            return;
+        }
+        let mut left = Vec::with_capacity(self.len() - places.len());
+        let mut next = 0;
+        for (place, entry) in self.entries().enumerate() {
+            if places.get(next) == Some(&place) {
+                next += 1;
+            } else {
+                left.push(*entry);
+            }
+        }
+        self.tail = Vec::new();
+        self.runs.clear();
+        if !left.is_empty() {
+            self.runs.push(Run::new(left));
+        }
+    }
+
     /// Forgets all records numbered `seq` and above.
     pub fn forget_from(&mut self, seq: u64) {
         let limit = seq.saturating_sub(self.first_seq);

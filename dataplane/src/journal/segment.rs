@@ -96,6 +96,8 @@ pub struct Segment {
     pub users: u32,
     /// Chunks that cannot be read any more, a bit each, by frame in the table.
     pub lost: BTreeMap<u32, u64>,
+    /// What is not in the index any more has been overwritten by records up to this one; 0: all of it is.
+    pub overwritten_by: u64,
 }
 
 impl Segment {
@@ -123,6 +125,7 @@ impl Segment {
             file: None,
             users: 0,
             lost: BTreeMap::new(),
+            overwritten_by: 0,
         }
     }
 

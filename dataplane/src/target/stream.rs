@@ -6,6 +6,7 @@ use std::sync::Arc;
 use afterimage_wire::ids::{DiskId, IncarnationId, TimelineId};
 use afterimage_wire::record::DiskInfo;
 use afterimage_wire::stream_state::DeltaView;
+use afterimage_wire::timeline::TimelineKind;
 use afterimage_wire::{ALIGN, align_up};
 
 use super::config::{StreamConfig, TargetConfig, TargetError, ViewConfig};
@@ -18,11 +19,15 @@ use crate::fold::Fold;
 use crate::index::Points;
 use crate::io::{Errno, File, Io, Nanos, OpenHow};
 use crate::journal::recover::{Progress, Recovery};
-use crate::journal::{Journal, JournalConfig, Place, Writer, Written, parse_segment_name};
+use crate::journal::{Journal, JournalConfig, Place, Prune, Writer, Written, parse_segment_name};
 use crate::scrub::Scrub;
 use crate::shelf::{Shelving, view_of};
 use crate::timeline::History;
 
+/// Segments of a delta from which on what it has overwritten is looked for.
+const PRUNE_AT: u64 = 4;
+/// The index of a failed-over machine's delta may take this many times the memory of a stream's.
+const FAILOVER_INDEX: usize = 8;
 /// How long to wait for the lock of a file that a dead process still has I/O on.
 const LOCK_AGAIN: Nanos = 10_000_000;
 /// A segment holds at most this part of the retention.
@@ -460,7 +465,7 @@ impl Stream {
             if view.removing || view_of(&view.name).is_some_and(|view| !lives(view)) {
                 self.remove_delta_files(io, view.timeline).map_err(|error| error.to_string())?;
             } else {
-                let delta = Delta::new(*next_id, view, &self.journal.config, &self.config.policy_key);
+                let delta = self.new_delta(*next_id, view);
                 *next_id += 1;
                 self.deltas.push(delta);
             }
@@ -506,8 +511,25 @@ impl Stream {
         let (seq, kind, name) = (config.seq, config.kind, config.name.clone());
         let view = DeltaView { timeline, seq, kind, removing: false, name, disks };
         self.history.add_delta(io, view.clone(), &config.reason)?;
-        self.deltas.push(Delta::new(id, view, &self.journal.config, &self.config.policy_key));
+        let delta = self.new_delta(id, view);
+        self.deltas.push(delta);
         Ok(())
+    }
+
+    /// An empty delta or shelf. What a failed-over machine needs may use the room that ingest leaves free up; that of a
+    /// test leaves half of it.
+    pub fn new_delta(&self, id: u32, view: DeltaView) -> Delta {
+        let mut delta = Delta::new(id, view, &self.journal.config, &self.config.policy_key);
+        let of = view_of(&delta.view.name).unwrap_or(&delta.view.name);
+        let views = self.history.state().views.iter();
+        let failover = views.filter(|view| view.name == of).any(|view| view.kind == TimelineKind::Failover);
+        let reserve = if failover { 0 } else { self.bounds.reserve_bytes / 2 };
+        delta.journal.set_bounds(u64::MAX, reserve, Nanos::MAX);
+        if view_of(&delta.view.name).is_none() {
+            delta.prune = Some(Prune::new(self.bounds.index_bytes / 4, PRUNE_AT * self.bounds.segment_bytes));
+            delta.index_bytes = self.bounds.index_bytes.saturating_mul(if failover { FAILOVER_INDEX } else { 1 });
+        }
+        delta
     }
 
     /// Takes into the index what was durable before the last turn: its acknowledgement is under way by now. True if
