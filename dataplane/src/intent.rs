@@ -315,8 +315,9 @@ impl IntentLog {
             let hot = &mut self.hot[at];
             match hot.dirt {
                 Dirt::Clean if hot.last_seq <= acked_seq => {}
-                Dirt::Clean => self.dirty += 1,
-                _ => {}
+                // One that was being read counts again, too: its synchronisation is given up.
+                Dirt::Clean | Dirt::Syncing | Dirt::Again => self.dirty += 1,
+                Dirt::Dirty => {}
             }
             if hot.dirt != Dirt::Clean || hot.last_seq > acked_seq {
                 hot.dirt = Dirt::Dirty;
@@ -569,5 +570,32 @@ impl IntentLog {
     /// Gives the file back; nothing may be in flight.
     pub fn into_file(self) -> File {
         self.file
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{Class, Pool};
+
+    #[test]
+    fn what_was_being_read_when_an_incarnation_ends_is_read_again() {
+        let pool = Pool::new(&[Class { capacity: 4096, count: 1 }]);
+        let buf = pool.take(4096).expect("it has one");
+        let loaded =
+            Loaded { verdict: Verdict::Missing, serial: 0, extents: vec![1, 3, 5], torn: Vec::new(), rewrite: false };
+        let mut log = IntentLog::new(File(0), 0, 8 * EXTENT, IntentHeader::default(), &loaded, buf);
+        log.sync_begin(EXTENT, 2 * EXTENT);
+        log.sync_begin(3 * EXTENT, 4 * EXTENT);
+        log.mark_dirty(3 * EXTENT, 4 * EXTENT);
+        log.unacked_to_dirty(0);
+        let mut seen = Vec::new();
+        while let Some(extent) = log.next_dirty(0) {
+            let start = u64::from(extent) * EXTENT;
+            log.sync_begin(start, start + EXTENT);
+            log.sync_done(start, start + EXTENT);
+            seen.push(extent);
+        }
+        assert_eq!(seen, [1, 3, 5]);
     }
 }

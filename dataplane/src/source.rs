@@ -129,7 +129,14 @@ impl<I: Io> Source<I> {
         };
         let trusted = trusted.filter(|_| past.is_some());
         let same_boot = headers.iter().flatten().all(|h| h.boot == boot);
-        let age = left.as_ref().and_then(|left| left.age(io.now(), io.wall(), same_boot));
+        let complete = headers.iter().flatten().map(|h| h.complete_wall_ns).min().unwrap_or(0);
+        // What waits in the spill tells its age; what a crash left in doubt is younger than the last complete moment.
+        let owed = past.is_some() || headers.iter().flatten().any(|h| !h.clean);
+        let recorded = (complete > 0 && owed).then(|| io.wall().saturating_sub(complete));
+        let age = match &left {
+            Some(left) if trusted.is_some() && same_boot => left.age(io.now()).or(recorded),
+            _ => recorded,
+        };
         let mut disks = Vec::with_capacity(opened.len());
         for ((one, config_of), odd) in opened.drain(..).zip(&config.disks).zip(&lineage.odd) {
             let number = self.disks.len() as u32;
@@ -155,6 +162,7 @@ impl<I: Io> Source<I> {
                 mtime_ns: 0,
                 prior: lineage.alternative.unwrap_or_default(),
                 spilled: Predecessor::default(),
+                complete_wall_ns: complete,
             };
             let mut disk = Disk::new(config_of.clone(), DiskKey(number), Some(index), one.file, one.info, token);
             let Some(buf) = bufs.pop() else { break };

@@ -207,7 +207,7 @@ impl Bench {
             disks: vec![disk],
             policy_key: PolicyKey::new(PolicyKeyId([1; 16]), [2; 32]),
             // Cuts and looks at the log allocate a little, once a second: not in this test's time.
-            cut_interval: 1 << 60,
+            cut_interval: 86_400_000_000_000,
             compress: true,
         };
         source.protect(&mut io, config).expect("the disk is there");

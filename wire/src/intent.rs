@@ -71,6 +71,9 @@ pub struct IntentHeader {
     /// Stopped cleanly, but not everything was acknowledged: the rest, up to this place, is in the spill. Bits may be
     /// set then; nothing is in doubt if the spill is found to reach to exactly here. NONE otherwise.
     pub spilled: Predecessor,
+    /// Wall clock of this host at a recent moment when every write was in a durable restore point of all disks; 0 if
+    /// there never was one. A restart counts its RPO from here.
+    pub complete_wall_ns: u64,
 }
 
 impl IntentHeader {
@@ -104,6 +107,7 @@ impl IntentHeader {
         out.put_u64_le(self.mtime_ns);
         self.prior.encode(&mut out);
         self.spilled.encode(&mut out);
+        out.put_u64_le(self.complete_wall_ns);
         let crc = crc32c::crc32c(&page);
         page[8..12].copy_from_slice(&crc.to_le_bytes());
         page
@@ -163,6 +167,7 @@ impl IntentHeader {
             mtime_ns: input.get_u64_le(),
             prior: Predecessor::read(&mut input, WHAT)?,
             spilled: Predecessor::read(&mut input, WHAT)?,
+            complete_wall_ns: input.get_u64_le(),
         })
     }
 }

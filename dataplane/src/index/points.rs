@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use afterimage_wire::MAX_DISKS;
 use afterimage_wire::ids::DiskId;
 use afterimage_wire::record::{Cut, DiskInfo, Record, RecordKind, SyncMark};
 pub use afterimage_wire::stream_state::{DiskLife, OpenSync};
@@ -213,6 +214,12 @@ impl Points {
             && info.slot != record.disk
         {
             return Err(afterimage_wire::FormatError::Malformed { what: "disk", detail: "slot of another disk" });
+        }
+        if matches!(change, Change::Join(_)) && self.now.len() >= MAX_DISKS && !self.now.contains_key(&record.disk) {
+            return Err(afterimage_wire::FormatError::Malformed {
+                what: "disk",
+                detail: "more than a stream may have",
+            });
         }
         self.change(record.seq, record.disk, change);
         Ok(())

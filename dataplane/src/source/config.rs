@@ -170,8 +170,8 @@ fn refuse<T>(field: &'static str, value: impl fmt::Display, allowed: &'static st
 }
 
 pub(super) fn check_cut_interval(interval: Nanos) -> Result<(), ProtectError> {
-    if interval < 10_000_000 {
-        return refuse("cut_interval", interval, "at least 10 ms");
+    if !(10_000_000..=86_400_000_000_000).contains(&interval) {
+        return refuse("cut_interval", interval, "10 ms to a day");
     }
     Ok(())
 }
@@ -256,6 +256,12 @@ impl DiskConfig {
     pub(crate) fn check(&self) -> Result<(), ProtectError> {
         if self.name.is_empty() || self.name.len() > MAX_NAME {
             return refuse("disk name", &self.name, "1 to 255 bytes");
+        }
+        if self.label.len() > MAX_NAME {
+            return refuse("disk label", &self.label, "at most 255 bytes");
+        }
+        if self.generation > afterimage_wire::MAX_NUMBER {
+            return refuse("generation", self.generation, "at most 2^63 - 1");
         }
         if self.serial.len() > MAX_NAME {
             return refuse("serial", &self.serial, "at most 255 bytes");

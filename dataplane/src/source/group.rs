@@ -25,6 +25,8 @@ pub(super) const SEQ_RESERVE: u64 = 1 << 24;
 pub(super) const CUT_RESERVE: u64 = 1 << 16;
 /// Time between two looks at the intent bits.
 const TICK: Nanos = 1_000_000_000;
+/// How old the moment may become that the logs name as complete while everything is.
+const RECORD: Nanos = 10_000_000_000;
 /// The wall clock has jumped if it moves by that much more or less than the monotonic one between two cuts.
 const CLOCK_JUMP: i64 = 1_000_000_000;
 /// With no buffer for a frame for this long, and none in sight, the queue is given up.
@@ -276,6 +278,7 @@ impl Group {
         if tick {
             self.next_tick = now + TICK;
             self.ship.look(now);
+            self.note_complete(w, now);
         }
         let announced = self.ship.link.announced;
         let (frame, seq, bound) = (self.ship.acked_frame, self.ship.acked_seq, self.limits.hot_extents);
@@ -307,6 +310,20 @@ impl Group {
                 self.ship.link.announced = true;
             }
         }
+    }
+
+    /// Says in the logs, now and then, that nothing is owed, for the next life to count its RPO from.
+    fn note_complete<I: Io>(&mut self, w: &mut Around<'_, I>, now: Nanos) {
+        let rpo = self.rpo_now(now);
+        let synced = self.ship.link.is_ready() && self.all_disks(w.disks, |disk| !disk.sync.is_open());
+        if self.phase != Phase::Open || !synced || rpo >= RECORD {
+            return;
+        }
+        let since = w.io.wall().saturating_sub(rpo);
+        if self.all_logs(w.disks, |log| log.header().complete_wall_ns.abs_diff(since) < RECORD) {
+            return;
+        }
+        self.set_headers(w.disks, |h| h.complete_wall_ns = since);
     }
 
     /// Reserves numbers ahead of need.

@@ -114,6 +114,7 @@ impl Group {
         if self.ship.past().is_none() {
             self.rpo.shipped();
         }
+        "the next life of this source introduces itself".clone_into(&mut self.ship.link.reason);
         self.ship.link.again(w.io.now());
     }
 
