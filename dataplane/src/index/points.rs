@@ -11,6 +11,8 @@ use afterimage_wire::ids::DiskId;
 use afterimage_wire::record::{Cut, DiskInfo, Record, RecordKind, SyncMark};
 pub use afterimage_wire::stream_state::{DiskLife, OpenSync};
 
+use crate::compare::Question;
+
 /// Most synchronisations of a disk that are begun and not ended; beyond it the oldest two count as one whole.
 const MAX_OPEN_SYNCS: usize = 16;
 
@@ -135,6 +137,8 @@ pub struct Points {
     newest_complete: Option<u64>,
     newest_cut: u64,
     membership: u64,
+    /// Records of hashes taken in and not fetched; none while nobody wants to answer them (a journal is being read back).
+    questions: Option<Vec<Question>>,
 }
 
 impl Points {
@@ -152,7 +156,18 @@ impl Points {
             newest_complete,
             newest_cut,
             membership: 0,
+            questions: None,
         }
+    }
+
+    /// From here on records of hashes are kept for [`Points::take_questions`].
+    pub(crate) fn listen(&mut self) {
+        self.questions.get_or_insert_default();
+    }
+
+    /// Records of hashes taken in since the last call.
+    pub(crate) fn take_questions(&mut self) -> impl Iterator<Item = Question> {
+        self.questions.as_mut().map(|questions| questions.drain(..)).into_iter().flatten()
     }
 
     /// No point below this.
@@ -205,6 +220,12 @@ impl Points {
                     self.newest_cut = self.newest_cut.max(cut.number);
                     let (seq, wall_ns, mono_ns) = (record.seq, record.wall_ns, record.mono_ns);
                     self.cuts.push_back(CutEntry { seq, wall_ns, mono_ns, cut });
+                }
+                return Ok(());
+            }
+            RecordKind::SyncHash => {
+                if let Some(questions) = &mut self.questions {
+                    questions.push(Question { record: *record, hashes: payload.to_vec() });
                 }
                 return Ok(());
             }

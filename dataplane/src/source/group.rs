@@ -284,12 +284,24 @@ impl Group {
         let (frame, seq, bound) = (self.ship.acked_frame, self.ship.acked_seq, self.limits.hot_extents);
         let running = self.phase == Phase::Open;
         self.each_disk(w, |disk, f| {
+            if tick && running {
+                disk.look_at_size(f);
+            }
             let epoch = disk.flush.flushed();
             let covered = Covered { frame, seq, epoch, bound };
+            let size = disk.info.size;
             let Some(log) = &mut disk.log else { return };
+            if log.header().size != size && log.is_mapped() {
+                log.set_header(|h| h.size = size);
+            }
+            // Of a whole synchronisation its bits say what is left, from when all of them were durable.
+            if log.header().whole_owed && !log.header().mapped && log.is_mapped() {
+                log.set_header(|h| h.mapped = true);
+            }
             // Before the logs name this incarnation, its places mean nothing to who reads them. While a synchronisation
-            // is open its bits stay: a next life must know that it owes an end.
-            if announced && running && !disk.sync.is_open() {
+            // is open, a next life must know that it owes an end: from the header, or from bits that stay.
+            let known = !disk.sync.is_open() || log.durable_header().sync_owed;
+            if announced && running && known {
                 let unflushed = tick && log.tick(&covered);
                 log.clear(&covered);
                 if unflushed {
@@ -526,9 +538,14 @@ impl Group {
             (self.phase == Phase::Open).then_some(self.next_cut),
             matches!(self.phase, Phase::Stopping(_)).then_some(self.stop_at.max(soon)),
         ]);
+        let mut reads = false;
         for index in &self.disks {
-            let disk = disks[*index as usize].as_ref().and_then(Disk::deadline);
-            due = vec_min([due, disk.map(|at| at.max(soon))]);
+            let Some(disk) = disks[*index as usize].as_ref() else { continue };
+            reads |= disk.sync.running().is_some();
+            due = vec_min([due, disk.deadline().map(|at| at.max(soon))]);
+        }
+        if reads && self.ship.link.is_ready() {
+            due = vec_min([due, self.ship.queue.budget.due().map(|at| at.max(soon))]);
         }
         due
     }
