@@ -29,8 +29,6 @@ pub struct DiskWanted {
     pub block: u32,
     /// Empty for the default.
     pub export_name: String,
-    /// On the target's host; empty for none.
-    pub seed_path: String,
 }
 
 /// What a proxy found at a path.
@@ -56,9 +54,11 @@ impl DiskWanted {
     pub fn new(field: &str, id: &str, disk: &v1::Disk) -> Result<Self, Problem> {
         let id = if id.is_empty() { disk.name.rsplit('/').next().unwrap_or_default() } else { id };
         check_id(&format!("{field}.name"), id)?;
-        check_path(format!("{field}.path"), &disk.path)?;
-        if !disk.seed_path.is_empty() {
-            check_path(format!("{field}.seed_path"), &disk.seed_path)?;
+        let path = disk.path.as_str();
+        let absolute = path.starts_with('/') && !path.split('/').any(|part| part == "..");
+        if !absolute || path.len() > MAX_PATH || path.chars().any(char::is_control) || path.ends_with('/') {
+            let allowed = format!("an absolute path of up to {MAX_PATH} bytes without \"..\"");
+            return Err(Problem::invalid(format!("{field}.path"), path, allowed));
         }
         if disk.serial.len() > MAX_SERIAL || !disk.serial.chars().all(|c| c.is_ascii_graphic()) {
             let allowed = format!("up to {MAX_SERIAL} printable ASCII characters without spaces");
@@ -77,12 +77,11 @@ impl DiskWanted {
         }
         Ok(Self {
             id: id.to_owned(),
-            path: disk.path.clone(),
+            path: path.to_owned(),
             serial: disk.serial.clone(),
             size: disk.size_bytes,
             block: disk.block_bytes,
             export_name: export.to_owned(),
-            seed_path: disk.seed_path.clone(),
         })
     }
 
@@ -132,18 +131,8 @@ impl DiskWanted {
             export_name,
             created_ns: now_ns,
             leaving: false,
-            seed_path: self.seed_path.clone(),
         })
     }
-}
-
-fn check_path(field: String, path: &str) -> Result<(), Problem> {
-    let absolute = path.starts_with('/') && !path.split('/').any(|part| part == "..");
-    if absolute && path.len() <= MAX_PATH && !path.chars().any(char::is_control) && !path.ends_with('/') {
-        return Ok(());
-    }
-    let allowed = format!("an absolute path of up to {MAX_PATH} bytes without \"..\"");
-    Err(Problem::invalid(field, path, allowed))
 }
 
 fn check_size(field: &str, size: u64, block: u32) -> Result<(), Problem> {

@@ -31,7 +31,6 @@ pub mod source;
 pub(crate) mod spill;
 
 // … and on the target.
-pub mod compare;
 mod damage;
 pub mod delta;
 pub mod fold;

@@ -73,6 +73,19 @@ fn a_disk_that_stands_still_goes_on_afterwards() {
 }
 
 #[test]
+fn one_write_that_hangs_holds_up_no_other() {
+    let (world, node, mut io, file) = one(12);
+    let begun = world.now();
+    world.hang(node, "f", 300 * MS);
+    let slow = part(&io, 7, 4096);
+    io.submit(9, Op::Write { file, offset: 0, part: slow, durable: true });
+    assert_eq!(write(&world, &mut io, file, 4096, 8, 4096), Ok(4096));
+    assert!(world.now() < begun + 10 * MS);
+    assert_eq!(wait(&world, &mut io).token, 9);
+    assert!(world.now() >= begun + 300 * MS);
+}
+
+#[test]
 fn errors_of_one_node_are_its_own() {
     let (world, node, mut io, file) = one(6);
     let other = world.node("other");

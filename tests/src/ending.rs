@@ -165,9 +165,9 @@ impl Run {
 
     /// As [`Run::mend_all`]; the source stays down.
     pub(crate) fn mend_without_source(&mut self) -> Result<(), String> {
-        self.mends.retain(|_, mend| !matches!(mend, Mend::Source | Mend::Scribble));
+        self.mends.retain(|_, mend| !matches!(mend, Mend::Source | Mend::Scribble | Mend::Strike(_)));
         self.mend_all()?;
-        self.mends.retain(|_, mend| !matches!(mend, Mend::Source | Mend::Scribble));
+        self.mends.retain(|_, mend| !matches!(mend, Mend::Source | Mend::Scribble | Mend::Strike(_)));
         if self.stage.target.is_none() {
             self.stage.start_target();
         }

@@ -20,11 +20,13 @@ pub struct Verdict {
     pub seconds: f64,
 }
 
-/// Plays `within` seeds from `from` on for each of `which` until one fails. `tell` is called as they end.
+/// Plays `within` seeds from `from` on for each of `which` until one fails; with `harm` as [`Plan::with_harm`] has them.
+/// `tell` is called as they end.
 pub fn hunt(
     which: &[Option<Mutant>],
     from: u64,
     within: u64,
+    harm: bool,
     jobs: usize,
     tell: impl Fn(&Verdict) + Sync,
 ) -> Vec<Verdict> {
@@ -36,7 +38,8 @@ pub fn hunt(
                     let begun = Instant::now();
                     let found = (from..from.saturating_add(within)).find_map(|seed| {
                         mutant::set(mutant);
-                        let result = play(Plan::roll(seed), false);
+                        let plan = Plan::roll(seed);
+                        let result = play(if harm { plan.with_harm() } else { plan }, false);
                         result.err().map(|what| (seed, what))
                     });
                     mutant::set(None);

@@ -8,8 +8,6 @@ use crate::workload::Habits;
 
 const MS: Nanos = 1_000_000;
 const MIB: u64 = 1 << 20;
-/// Frames of the journal rot, or go astray: off until every answer to it stands.
-const HARM: bool = false;
 
 /// One of the two ends.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -31,6 +29,25 @@ pub enum Fault {
         power: bool,
         /// Until it is started again.
         down: Nanos,
+    },
+    /// As a fall of the source, at a moment of its host's: when it has just begun to work, or rests longest.
+    FallWhen {
+        /// It has just begun to work.
+        wakes: bool,
+        /// Power, not just the process.
+        power: bool,
+        /// Until it is started again.
+        down: Nanos,
+    },
+    /// One write to this disk of the source takes that much longer; shortly before it would end, the process dies, if
+    /// `falls`.
+    Hang {
+        /// The disk.
+        disk: usize,
+        /// How much longer.
+        time: Nanos,
+        /// The process dies over it.
+        falls: bool,
     },
     /// The source is stopped cleanly, and started again after this time.
     Stop {
@@ -195,7 +212,7 @@ impl Plan {
         let discard = rng.chance(0.8);
         // Bursts leave time in which extents grow cold.
         let (work, idle) = match theme {
-            Theme::Cycles => (rng.between(50, 700) * MS, rng.between(1500, 4500) * MS),
+            Theme::Cycles => (rng.between(50, 700) * MS, rng.between(2500, 5500) * MS),
             _ if rng.chance(0.2) => (rng.between(100, 500) * MS, rng.between(100, 2000) * MS),
             _ => (Nanos::MAX, 0),
         };
@@ -250,6 +267,23 @@ impl Plan {
         self.faults.iter().any(|(_, fault)| fault.is_of_storage())
     }
 
+    /// Frames of the journal rot or go astray, too, where the seed says so: faults that are not rolled otherwise, until
+    /// every answer to them stands.
+    pub fn with_harm(mut self) -> Self {
+        let mut rng = Rng::new(self.seed ^ 0x0bad_da7a);
+        if self.theme == Theme::BadTarget {
+            for _ in 0..rng.between(1, 3) {
+                let fault = match rng.below(3) {
+                    0 => Fault::Misdirect { lost: rng.chance(0.5) },
+                    _ => Fault::Rot { proved: rng.chance(0.7) },
+                };
+                self.faults.push((rng.between(0, self.length), fault));
+            }
+            self.faults.sort_by_key(|(at, _)| *at);
+        }
+        self
+    }
+
     /// Only the faults of these places in the list, and this length: what a failure needs.
     pub fn keep(&mut self, faults: &[usize], length: Nanos) {
         let mut at = 0;
@@ -281,10 +315,16 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
         match theme {
             Theme::Mixed => {}
             Theme::Cycles => {
-                return match rng.below(10) {
-                    0..=6 => Fault::Fall { side: Side::Source, power: rng.chance(0.7), down },
-                    7 => Fault::Stop { down },
-                    8 => Fault::Foreign { clean: rng.chance(0.4), down },
+                return match rng.below(12) {
+                    0 | 1 => Fault::Fall { side: Side::Source, power: rng.chance(0.7), down },
+                    2..=4 => Fault::FallWhen { wakes: true, power: rng.chance(0.5), down },
+                    5..=7 => Fault::FallWhen { wakes: false, power: rng.chance(0.9), down },
+                    8 => Fault::Stop { down },
+                    9 => Fault::Foreign { clean: rng.chance(0.4), down },
+                    10 => {
+                        let (disk, time) = (rng.below(3) as usize, rng.between(500, 6000) * MS);
+                        Fault::Hang { disk, time, falls: rng.chance(0.8) }
+                    }
                     _ => Fault::Stall(Side::Source, rng.between(500, 4500) * MS),
                 };
             }
@@ -301,10 +341,8 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
                 return match rng.below(12) {
                     0..=2 => Fault::Errors(Side::Target, errors(rng), rng.between(20, 800) * MS),
                     3 => Fault::Full(rng.between(50, 1500) * MS),
-                    4 | 5 if HARM => Fault::Rot { proved: rng.chance(0.7) },
-                    6 if HARM => Fault::Misdirect { lost: rng.chance(0.5) },
-                    7 => Fault::Copy,
-                    8 => Fault::Rollback(down),
+                    4 | 5 => Fault::Copy,
+                    6 | 7 => Fault::Rollback(down),
                     _ => Fault::Fall { side: Side::Target, power: rng.chance(0.7), down },
                 };
             }

@@ -25,6 +25,8 @@ pub(crate) enum Mend {
     Target,
     /// What came from this fault ends.
     End(Fault),
+    /// Something goes wrong, as it was to at this moment.
+    Strike(Fault),
     /// A view that was held is read.
     Read(check::Opened),
 }
@@ -50,6 +52,27 @@ impl Run {
                 self.later(down, Mend::Target);
             }
             Fault::Fall { .. } => {}
+            Fault::FallWhen { wakes, power, down } => {
+                let (rests, wakes_at) = self.host.burst(world.now());
+                let now = world.now();
+                let at =
+                    if wakes { wakes_at + self.rng.below(12 * MS) } else { rests.max(wakes_at.saturating_sub(MS)) };
+                if wakes_at < Nanos::MAX && at > now {
+                    self.later(at - now, Mend::Strike(Fault::Fall { side: Side::Source, power, down }));
+                }
+            }
+            Fault::Hang { disk, time, falls } => {
+                let disk = disk % self.plan.setup.disks.len();
+                world.hang(source, &disk_path(disk), time);
+                // It may be a while until one is written.
+                self.watch.calm(world.now() + 2 * time);
+                if falls {
+                    let down = self.rng.between(1, 600) * MS;
+                    let fall = Fault::Fall { side: Side::Source, power: false, down };
+                    let before = self.rng.below(time / 4);
+                    self.later(time - before, Mend::Strike(fall));
+                }
+            }
             Fault::Stop { down } => self.begin_stop(down, false),
             Fault::Foreign { clean: true, down } => self.begin_stop(down, true),
             Fault::Foreign { clean: false, down } => {
@@ -163,6 +186,7 @@ impl Run {
                     self.stage.start_target();
                 }
             }
+            Mend::Strike(fault) => self.strike(fault)?,
             Mend::Read(opened) => {
                 check::read_point(self, opened, 0)?;
             }
@@ -200,6 +224,7 @@ impl Run {
 
     /// Everything is mended at once.
     pub(crate) fn mend_all(&mut self) -> Result<(), String> {
+        self.mends.retain(|_, mend| !matches!(mend, Mend::Strike(_)));
         while let Some((_, mend)) = self.mends.pop_first() {
             self.mend(mend)?;
         }

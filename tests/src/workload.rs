@@ -84,7 +84,7 @@ impl Host {
     pub fn new(rng: Rng, habits: Habits, sizes: Vec<u64>) -> Self {
         let flushed = vec![0; sizes.len()];
         let (pending, quiet) = (BTreeMap::new(), false);
-        let rest_at = habits.work;
+        let rest_at = 0;
         let (cookie, next_at, issued, answered, place) = (0, 0, 0, 0, 0);
         Self { rng, habits, sizes, pending, cookie, next_at, quiet, flushed, issued, answered, rest_at, place }
     }
@@ -97,6 +97,19 @@ impl Host {
     /// Requests under way.
     pub fn pending(&self) -> usize {
         self.pending.len()
+    }
+
+    /// When its present or last burst ends, and when it next begins to work, in the time of the world.
+    pub fn burst(&self, now: Nanos) -> (Nanos, Nanos) {
+        let begun = self.rest_at.saturating_sub(self.habits.work);
+        if self.habits.idle == 0 {
+            (Nanos::MAX, Nanos::MAX)
+        } else if begun > now {
+            // It rests.
+            (begun.saturating_sub(self.habits.idle), begun)
+        } else {
+            (self.rest_at, self.rest_at.saturating_add(self.habits.idle))
+        }
     }
 
     /// Since when the oldest request waits for its answer, in the time of the world.
@@ -117,7 +130,16 @@ impl Host {
             return;
         }
         self.next_at = now + self.rng.between(1_000, self.habits.pause.max(1_001));
+        if self.rest_at == 0 {
+            self.rest_at = now.saturating_add(self.habits.work);
+        }
         if now >= self.rest_at {
+            // The last flush is asked while the last writes are under way, or never.
+            if stage.takes_requests() && self.rng.chance(0.6) {
+                for disk in 0..self.sizes.len() {
+                    self.flush(disk, stage, history);
+                }
+            }
             self.next_at = now + self.habits.idle;
             self.rest_at = self.next_at.saturating_add(self.habits.work);
             self.place = self.rng.below(100);
@@ -125,6 +147,14 @@ impl Host {
         if stage.takes_requests() && self.pending.len() < self.habits.depth {
             self.issue(stage, history);
         }
+    }
+
+    fn flush(&mut self, disk: usize, stage: &mut Stage, history: &History) {
+        self.cookie += 1;
+        self.issued += 1;
+        let pending = Pending::Flush(history.tick());
+        self.pending.insert(self.cookie, Asked { disk, pending, since: stage.world.now() });
+        stage.request(disk, self.cookie, Request::Flush);
     }
 
     fn issue(&mut self, stage: &mut Stage, history: &mut History) {

@@ -199,6 +199,11 @@ impl World {
         *stalled = until.max(*stalled);
     }
 
+    /// The next write to a file takes that much longer, and no other operation does.
+    pub fn hang(&self, node: NodeId, path: &str, nanos: Nanos) {
+        self.0.borrow_mut().nodes[node.0 as usize].hanging.push((tidy(path), nanos));
+    }
+
     /// How often operations of this node fail from now on.
     pub fn errors(&self, node: NodeId, errors: Errors) {
         self.0.borrow_mut().nodes[node.0 as usize].errors = errors;

@@ -110,9 +110,6 @@ pub struct Disk {
     /// Logical block, bytes.
     #[serde(default = "Disk::block")]
     pub block: u32,
-    /// Raw image on the target's host with which the replica begins: it is moved into place.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub seed_path: String,
 }
 
 impl Disk {
@@ -199,7 +196,6 @@ fn target_stream(group: &Group) -> Result<TargetStream, ConfigError> {
         block_bytes: disk.block,
         physical_block_bytes: disk.block.max(4096),
         generation: 1,
-        seed_path: disk.seed_path.clone(),
     });
     Ok(TargetStream {
         stream_uid: group.stream.clone(),
@@ -259,7 +255,6 @@ pub fn pair(target_address: &str, disks: &[(&str, &str, u64)]) -> Result<(Standa
                 path: (*path).to_owned(),
                 size: *size,
                 block: Disk::block(),
-                seed_path: String::new(),
             })
             .collect(),
         views: Vec::new(),

@@ -61,6 +61,8 @@ pub(super) struct Node {
     injected: Vec<Injected>,
     pub(super) errors: Errors,
     pub(super) stalled_until: Nanos,
+    /// The next write to each of these files takes that much longer.
+    pub(super) hanging: Vec<(String, Nanos)>,
     /// Since when its process stands still, and whether its monotonic clock does.
     suspended: Option<(Nanos, bool)>,
     /// How long the monotonic clock has stood still.
@@ -152,6 +154,7 @@ impl State {
             injected: Vec::new(),
             errors: Errors::default(),
             stalled_until: 0,
+            hanging: Vec::new(),
             suspended: None,
             slept: 0,
         });
@@ -495,7 +498,11 @@ impl State {
         let open = self.open_file(life, file);
         open.in_flight += 1;
         let (inode, path, writable) = (open.inode, open.path.clone(), open.write);
-        let latency = self.between(self.config.disk_latency);
+        let mut latency = self.between(self.config.disk_latency);
+        let hanging = &mut self.nodes[self.lives[life].node].hanging;
+        if let (DiskOp::Write { .. }, Some(at)) = (&op, hanging.iter().position(|(hangs, _)| *hangs == path)) {
+            latency += hanging.swap_remove(at).1;
+        }
         let begin = self.now.max(self.nodes[self.lives[life].node].stalled_until);
         let land = begin + self.rng.below(latency + 1);
         let finish = begin + latency;
