@@ -18,7 +18,7 @@ import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-AFTERIMAGE = TARGET / "release" / "afterimage"
+AFTERIMAGE = pathlib.Path(os.environ.get("AFTERIMAGE_PROGRAM", TARGET / "release" / "afterimage"))
 MIB = 1 << 20
 
 
@@ -192,7 +192,7 @@ class Cluster:
     GROUP = "shop"
 
     def __init__(self, folder, disks, retention="4h", cut_interval="200ms", stream_port=None, advertise=None,
-                 journal=None, images=None):
+                 journal=None, images=None, source_config=""):
         self.folder = folder
         self.disks = disks
         self.processes = []
@@ -210,7 +210,8 @@ class Cluster:
         self.target = self.proxy("target", "--journal", journal or folder / "journal", "--listen",
                                  f"127.0.0.1:{self.stream_port}", "--views", f"unix:{self.views_socket}",
                                  *(["--advertise", advertise] if advertise else []))
-        self.source = self.proxy("source", "--nbd", f"unix:{self.source_socket}")
+        (folder / "source.toml").write_text(f"[source]\n{source_config}\n")
+        self.source = self.proxy("source", "--nbd", f"unix:{self.source_socket}", "--config", folder / "source.toml")
         eventually("both proxies are connected", self.proxies_connected)
         self.command("policy", "create", "gold", "--retention", retention, "--cut-interval", cut_interval)
         arguments = []

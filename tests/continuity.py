@@ -42,7 +42,8 @@ class Writers:
 
     @staticmethod
     def content(writer, block, number):
-        return f"{writer:4} {block:6} {number:12} ".encode() * (BLOCK // 24) + b"-" * (BLOCK % 24)
+        line = f"{writer:4} {block:6} {number:11} ".encode()
+        return (line * (BLOCK // len(line) + 1))[:BLOCK]
 
     def write(self, writer):
         try:
@@ -172,6 +173,34 @@ def rides_through(cluster, folder, client, how, rounds):
     cluster.replica_is_source()
 
 
+def alone(cluster, folder, client, how):
+    """The source ends and comes back while target and coordinator are gone: nothing of it waits for them."""
+    uri = cluster.uri("data")
+    with client(folder, uri) as through:
+        writers = Writers(through)
+        try:
+            writers.progress()
+            cluster.coordinator.kill()
+            cluster.target.kill()
+            time.sleep(1)
+            writers.progress()
+            writers.stall()
+            ends(cluster.source, how)
+            writers.progress()
+            stall = writers.stall()
+            print(f"    {how}, alone: longest write {stall:.2f} s", flush=True)
+            cluster.target.start()
+            time.sleep(1)
+            cluster.coordinator.start()
+            writers.progress()
+        finally:
+            writers.end()
+        expect(stall < STALL, f"a write took {stall:.1f} s")
+        writers.verify(through)
+    eventually("the group is protected again", lambda: protected_again(cluster), timeout=60)
+    cluster.replica_is_source()
+
+
 def protected_again(cluster):
     try:
         return cluster.protected()
@@ -194,6 +223,9 @@ def main():
                     for how in ("stopped", "killed"):
                         tests.run(f"{name} rides through a source that is {how}", rides_through, cluster, folder, client,
                                   how, rounds)
+                for how in ("stopped", "killed"):
+                    tests.run(f"a source that is {how} comes back with nobody else there", alone, cluster, folder,
+                              through_qemu, how)
         finally:
             if cluster:
                 cluster.close()

@@ -8,7 +8,7 @@ Needs qemu-io (qemu-utils), nbdcopy (libnbd-bin), python3-cryptography, python3-
 import collections
 
 import journal_reader
-from cluster import MIB, Cluster, Failed, Tests, expect, random_file, run, workspace
+from cluster import MIB, Cluster, Failed, Tests, eventually, expect, random_file, run, workspace
 
 DISKS = {"data": 24 * MIB, "log": 8 * MIB}
 WRITES, ZEROS = (1, 9), (2, 3, 10)
@@ -63,10 +63,17 @@ def work(cluster, folder):
 
 
 def stopped(folder):
-    """A pair that has worked, was written to in a view, and is stopped."""
+    """A pair that has worked, whose source was killed, that was written to in a view, and is stopped."""
     cluster = Cluster(folder, DISKS)
     try:
         work(cluster, folder)
+        cluster.settle()
+        # A second life of the source: another incarnation and key, and extents in doubt to be compared.
+        cluster.source.kill()
+        cluster.source.start()
+        eventually("the source is connected again", cluster.proxies_connected)
+        eventually("the group is protected again", cluster.protected, timeout=60)
+        run("qemu-io", "-f", "raw", "-c", "write -P 0x21 9M 300k", "-c", "flush", cluster.uri("data"))
         cluster.command("point", "cut", Cluster.GROUP, "--label", "before the night")
         cluster.settle()
         view = cluster.open_view("scratch", writable=True)
@@ -116,6 +123,9 @@ def journal_is_the_disk(folder, stream, keys):
     expect(kinds[2] + kinds[3] >= 2, f"zero and discard are not in the journal: {kinds}")
     labels = [r["body"][11:].decode() for r in records if r["kind"] == CUT]
     expect("before the night" in labels, f"the label of a cut is not in the journal: {labels[-3:]}")
+    lives = {head["incarnation"]: head for head, _ in segments(stream, keys)[main]}
+    expect(len(lives) == 2, f"{len(lives)} lives of the source where one was killed")
+    expect([head["predecessor"][0] in lives for head in lives.values()] == [False, True], "the second follows the first")
     last = 0
     for record in records:
         expect(record["seq"] > last, f"record {record['seq']} after {last}")

@@ -191,6 +191,7 @@ pub fn disk_to_proto(group: &Group, disk: &Disk) -> v1::Disk {
         generation: group.generation,
         export_name: disk.export_name.clone(),
         create_time_ns: disk.created_ns,
+        seed_path: disk.seed_path.clone(),
     }
 }
 

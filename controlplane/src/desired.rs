@@ -89,6 +89,7 @@ fn target_stream(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::Target
         block_bytes: d.block,
         physical_block_bytes: d.physical_block,
         generation: group.generation,
+        seed_path: d.seed_path.clone(),
     };
     v1::TargetStream {
         stream_uid: group.uid.clone(),
@@ -164,6 +165,7 @@ mod tests {
             export_name: "shop/data".into(),
             created_ns: 1,
             leaving: false,
+            seed_path: String::new(),
         }));
         txn.put(Object::Group(group));
         model = model.applied(txn, 8);

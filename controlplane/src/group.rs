@@ -29,6 +29,8 @@ pub struct DiskWanted {
     pub block: u32,
     /// Empty for the default.
     pub export_name: String,
+    /// On the target's host; empty for none.
+    pub seed_path: String,
 }
 
 /// What a proxy found at a path.
@@ -54,11 +56,9 @@ impl DiskWanted {
     pub fn new(field: &str, id: &str, disk: &v1::Disk) -> Result<Self, Problem> {
         let id = if id.is_empty() { disk.name.rsplit('/').next().unwrap_or_default() } else { id };
         check_id(&format!("{field}.name"), id)?;
-        let path = disk.path.as_str();
-        let absolute = path.starts_with('/') && !path.split('/').any(|part| part == "..");
-        if !absolute || path.len() > MAX_PATH || path.chars().any(char::is_control) || path.ends_with('/') {
-            let allowed = format!("an absolute path of up to {MAX_PATH} bytes without \"..\"");
-            return Err(Problem::invalid(format!("{field}.path"), path, allowed));
+        check_path(format!("{field}.path"), &disk.path)?;
+        if !disk.seed_path.is_empty() {
+            check_path(format!("{field}.seed_path"), &disk.seed_path)?;
         }
         if disk.serial.len() > MAX_SERIAL || !disk.serial.chars().all(|c| c.is_ascii_graphic()) {
             let allowed = format!("up to {MAX_SERIAL} printable ASCII characters without spaces");
@@ -77,11 +77,12 @@ impl DiskWanted {
         }
         Ok(Self {
             id: id.to_owned(),
-            path: path.to_owned(),
+            path: disk.path.clone(),
             serial: disk.serial.clone(),
             size: disk.size_bytes,
             block: disk.block_bytes,
             export_name: export.to_owned(),
+            seed_path: disk.seed_path.clone(),
         })
     }
 
@@ -131,8 +132,18 @@ impl DiskWanted {
             export_name,
             created_ns: now_ns,
             leaving: false,
+            seed_path: self.seed_path.clone(),
         })
     }
+}
+
+fn check_path(field: String, path: &str) -> Result<(), Problem> {
+    let absolute = path.starts_with('/') && !path.split('/').any(|part| part == "..");
+    if absolute && path.len() <= MAX_PATH && !path.chars().any(char::is_control) && !path.ends_with('/') {
+        return Ok(());
+    }
+    let allowed = format!("an absolute path of up to {MAX_PATH} bytes without \"..\"");
+    Err(Problem::invalid(field, path, allowed))
 }
 
 fn check_size(field: &str, size: u64, block: u32) -> Result<(), Problem> {

@@ -125,6 +125,9 @@ pub struct Disk {
     /// It is leaving the stream.
     #[serde(default)]
     pub leaving: bool,
+    /// Raw image on the target's host with which its replica begins; empty for none.
+    #[serde(default)]
+    pub seed_path: String,
 }
 
 /// A proxy that has joined.

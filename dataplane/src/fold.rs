@@ -167,6 +167,10 @@ fn due(stream: &Stream) -> Option<&'static str> {
     if stream.points.newest_complete().is_some_and(|newest| newest < last) && !mutant!(NewestCompleteFolded) {
         return None;
     }
+    // What a source asks about must be answered first; that is a matter of moments.
+    if stream.compare.pin().is_some_and(|pin| pin < last) {
+        return None;
+    }
     // A point in use holds history back while there is room. When that gets short, its view is given a shelf.
     let bounds = &stream.bounds;
     let short = stream.journal.bytes > bounds.budget_bytes / 2

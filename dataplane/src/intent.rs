@@ -8,9 +8,14 @@
 //!   replica has),
 //! - the dirty map, or a range that could not be written or read.
 //!
-//! Bits nobody holds are cleared lazily, above a bound, those first that were not touched lately: a header that names
+//! Bits nobody holds are cleared lazily, above a bound, those first that were not touched lately, and those that only a
+//! synchronisation has touched in any case: a header that names
 //! the acknowledged place is made durable, then every candidate is judged again, then the pages are written. A crash
 //! in between leaves bits set, never the reverse.
+//!
+//! The *dirty map* is what the next synchronisation reads: a bitmap in memory, every extent of which has its bit set in
+//! the file. A whole synchronisation begins with all of it. So what a synchronisation has done is known after a crash:
+//! its extents' bits are cleared like those of any write, once the record that compared or sent them is acknowledged.
 //!
 //! One write of the log is in flight at a time; who waits for a bit waits for a page write that began after the bit
 //! was set, so any number of writers share one.
@@ -20,7 +25,7 @@ use std::collections::VecDeque;
 use afterimage_wire::ALIGN;
 use afterimage_wire::intent::{EXTENT, IntentHeader, PAGE_BITS, PAGES_AT, encode_page};
 
-use crate::io::{Buf, Done, File, Io, Nanos, Op, Part, Token};
+use crate::io::{Buf, Done, Errno, File, Io, Nanos, Op, Part, Token};
 
 mod load;
 pub use load::{Loaded, Verdict, load};
@@ -40,18 +45,7 @@ pub fn log_len(size: u64) -> u64 {
     PAGES_AT + size.div_ceil(EXTENT).div_ceil(PAGE_BITS) * ALIGN as u64
 }
 
-/// How an extent stands towards the dirty map.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-enum Dirt {
-    Clean,
-    Dirty,
-    /// Being read by a synchronisation.
-    Syncing,
-    /// … and written uncaptured meanwhile.
-    Again,
-}
-
-/// An extent whose bit is set.
+/// An extent that something but the dirty map holds.
 #[derive(Debug)]
 struct Hot {
     extent: u32,
@@ -65,7 +59,10 @@ struct Hot {
     epoch: u64,
     /// Tick of the last touch.
     touched: u32,
-    dirt: Dirt,
+    /// Being compared or read by a synchronisation.
+    syncing: bool,
+    /// A host has written there since a synchronisation last read it: it may do so again.
+    used: bool,
     /// Held until the disk is opened anew: unreadable, or written before a sync that failed.
     stuck: bool,
 }
@@ -77,6 +74,8 @@ struct Page {
     /// Version that is durable.
     durable: u64,
     queued: bool,
+    /// Version in which all its bits were set for a whole synchronisation, until that is durable; else 0.
+    mapped: u64,
 }
 
 #[derive(Debug)]
@@ -117,8 +116,14 @@ pub struct IntentLog {
     /// Extent → place in `hot`, or none.
     slots: Vec<u32>,
     hot: Vec<Hot>,
+    /// The dirty map: a bit for each extent.
+    todo: Vec<u64>,
     dirty: usize,
     bits: Vec<u8>,
+    /// Bits set in `bits`.
+    set: usize,
+    /// Pages whose bits, all set, are not durable yet.
+    unmapped: usize,
     pages: Vec<Page>,
     queue: VecDeque<u32>,
     /// 4 KiB; with the kernel while a write is in flight.
@@ -148,8 +153,11 @@ impl IntentLog {
             token,
             slots: vec![NONE; extents],
             hot: Vec::with_capacity(1024),
+            todo: vec![0; extents.div_ceil(64)],
             dirty: 0,
             bits: vec![0; pages * PAGE_BYTES],
+            set: 0,
+            unmapped: 0,
             pages: (0..pages).map(|_| Page::default()).collect(),
             queue: VecDeque::with_capacity(pages),
             buf: Some(buf),
@@ -165,11 +173,7 @@ impl IntentLog {
             clear_after: None,
         };
         for extent in &loaded.extents {
-            // Written by an earlier life, unknown when flushed.
-            let hot = log.hot_index(*extent);
-            log.hot[hot].dirt = Dirt::Dirty;
-            log.hot[hot].epoch = 1;
-            log.dirty += 1;
+            log.mark(*extent);
         }
         // What was read is what is durable; a torn page counts as all set, so its bits are, too.
         log.queue.clear();
@@ -187,10 +191,12 @@ impl IntentLog {
     /// After a clean stop that left records up to `seq` in the spill: nothing is in doubt, and the bits are held by those
     /// records alone. Everything was flushed.
     pub(crate) fn trust_until(&mut self, seq: u64) {
-        for hot in &mut self.hot {
-            (hot.dirt, hot.last_seq, hot.epoch) = (Dirt::Clean, seq, 0);
+        while let Some(extent) = self.next_dirty(0) {
+            self.todo[extent as usize / 64] &= !(1 << (extent % 64));
+            self.dirty -= 1;
+            let at = self.hot_index(extent);
+            self.hot[at].last_seq = seq;
         }
-        self.dirty = 0;
     }
 
     fn hot_index(&mut self, extent: u32) -> usize {
@@ -198,37 +204,113 @@ impl IntentLog {
         if slot != NONE {
             return slot as usize;
         }
-        let page = extent / PAGE_BITS as u32;
         self.change(extent, true);
         self.slots[extent as usize] = self.hot.len() as u32;
         self.hot.push(Hot {
             extent,
             in_flight: 0,
-            version: self.pages[page as usize].wanted,
+            // For one that the dirty map had set before, not later than this.
+            version: self.pages[(extent / PAGE_BITS as u32) as usize].wanted,
             last_seq: 0,
             epoch: 0,
             touched: self.tick,
-            dirt: Dirt::Clean,
+            syncing: false,
+            used: false,
             stuck: false,
         });
         self.hot.len() - 1
     }
 
+    /// Sets or clears a bit, if it is not as wanted.
     fn change(&mut self, extent: u32, set: bool) {
         let page = extent / PAGE_BITS as u32;
         let bit = extent as usize % PAGE_BITS as usize;
         let byte = &mut self.bits[page as usize * PAGE_BYTES + bit / 8];
-        if set {
-            *byte |= 1 << (bit % 8);
-        } else {
-            *byte &= !(1 << (bit % 8));
+        let mask = 1 << (bit % 8);
+        if (*byte & mask != 0) == set {
+            return;
         }
+        *byte ^= mask;
+        if set {
+            self.set += 1;
+        } else {
+            self.set -= 1;
+        }
+        self.want_page(page);
+    }
+
+    fn want_page(&mut self, page: u32) {
         let state = &mut self.pages[page as usize];
         state.wanted += 1;
         if !state.queued {
             state.queued = true;
             self.queue.push_back(page);
         }
+    }
+
+    fn is_dirty(&self, extent: u32) -> bool {
+        self.todo[extent as usize / 64] >> (extent % 64) & 1 == 1
+    }
+
+    /// Puts an extent in the dirty map.
+    fn mark(&mut self, extent: u32) {
+        if !self.is_dirty(extent) {
+            self.todo[extent as usize / 64] |= 1 << (extent % 64);
+            self.dirty += 1;
+            self.change(extent, true);
+        }
+    }
+
+    /// Puts every extent in the dirty map, for a whole synchronisation that begins at zero. The header, which must say
+    /// so before anything else does, is the caller's; [`Self::is_mapped`] tells when the bits are durable.
+    pub fn mark_all(&mut self) {
+        for extent in 0..self.slots.len() as u32 {
+            self.mark(extent);
+        }
+        self.map_pages(0);
+    }
+
+    /// The disk has grown: what is new is in the dirty map. The header names the old size until the bits of what is new
+    /// are durable, see [`Self::is_mapped`].
+    ///
+    /// # Errors
+    /// The log's file cannot grow; nothing has changed.
+    pub fn grow(&mut self, io: &mut impl Io, from: u64, to: u64) -> Result<(), Errno> {
+        io.set_len(self.file, log_len(to), true)?;
+        self.enlarge(from, to);
+        Ok(())
+    }
+
+    /// As [`Self::grow`], of a log whose file is long enough.
+    pub fn enlarge(&mut self, from: u64, to: u64) {
+        let extents = to.div_ceil(EXTENT) as usize;
+        let pages = (extents as u64).div_ceil(PAGE_BITS) as usize;
+        self.slots.resize(extents, NONE);
+        self.todo.resize(extents.div_ceil(64), 0);
+        self.bits.resize(pages * PAGE_BYTES, 0);
+        self.pages.resize_with(pages, Page::default);
+        self.mark_dirty(from, to);
+        self.map_pages((from / EXTENT / PAGE_BITS) as u32);
+    }
+
+    /// Writes all pages from `first` on anew, and remembers until when.
+    fn map_pages(&mut self, first: u32) {
+        for page in first..self.pages.len() as u32 {
+            self.want_page(page);
+            let state = &mut self.pages[page as usize];
+            self.unmapped += usize::from(state.mapped == 0);
+            state.mapped = state.wanted;
+        }
+    }
+
+    /// What [`Self::mark_all`] or [`Self::grow`] has set is durable.
+    pub fn is_mapped(&self) -> bool {
+        self.unmapped == 0
+    }
+
+    /// Extents of the disk.
+    pub fn extents_of_disk(&self) -> usize {
+        self.slots.len()
     }
 
     fn extents(start: u64, end: u64) -> std::ops::Range<u32> {
@@ -244,6 +326,7 @@ impl IntentLog {
             let hot = &mut self.hot[at];
             hot.in_flight += 1;
             hot.touched = self.tick;
+            hot.used = true;
             ready &= self.pages[(extent / PAGE_BITS as u32) as usize].durable >= hot.version;
         }
         ready
@@ -288,24 +371,15 @@ impl IntentLog {
         }
     }
 
-    /// Puts the range in the dirty map. Its bits must be held (see [`Self::hold`]).
+    /// Puts the range in the dirty map. For a write that passes uncaptured its bits must be durable (see
+    /// [`Self::hold`]); whoever else asks for a range to be read again does so anew after a crash.
     pub fn mark_dirty(&mut self, start: u64, end: u64) {
         for extent in Self::extents(start, end) {
-            let at = self.hot_index(extent);
-            self.dirt(at);
-        }
-    }
-
-    fn dirt(&mut self, at: usize) {
-        let hot = &mut self.hot[at];
-        match hot.dirt {
-            Dirt::Clean => {
-                hot.dirt = Dirt::Dirty;
-                self.dirty += 1;
+            let slot = self.slots[extent as usize];
+            if mutant!(ResyncForgetsRewrite) && slot != NONE && self.hot[slot as usize].syncing {
+                continue;
             }
-            Dirt::Syncing if mutant!(ResyncForgetsRewrite) => {}
-            Dirt::Syncing => hot.dirt = Dirt::Again,
-            Dirt::Dirty | Dirt::Again => {}
+            self.mark(extent);
         }
     }
 
@@ -313,15 +387,13 @@ impl IntentLog {
     pub fn unacked_to_dirty(&mut self, acked_seq: u64) {
         for at in 0..self.hot.len() {
             let hot = &mut self.hot[at];
-            match hot.dirt {
-                Dirt::Clean if hot.last_seq <= acked_seq => {}
-                Dirt::Clean => self.dirty += 1,
-                _ => {}
-            }
-            if hot.dirt != Dirt::Clean || hot.last_seq > acked_seq {
-                hot.dirt = Dirt::Dirty;
-            }
+            let lost = hot.syncing || hot.last_seq > acked_seq;
+            hot.syncing = false;
             hot.last_seq = 0;
+            let extent = hot.extent;
+            if lost {
+                self.mark(extent);
+            }
         }
     }
 
@@ -330,43 +402,47 @@ impl IntentLog {
         if self.dirty == 0 {
             return None;
         }
-        let mut best: Option<u32> = None;
-        let mut first: Option<u32> = None;
-        for hot in self.hot.iter().filter(|h| h.dirt == Dirt::Dirty) {
-            first = Some(first.map_or(hot.extent, |f| f.min(hot.extent)));
-            if hot.extent >= from {
-                best = Some(best.map_or(hot.extent, |b| b.min(hot.extent)));
-            }
-        }
-        best.or(first)
+        let words = self.todo.len();
+        let begin = (from as usize / 64).min(words - 1);
+        let masked = |word: usize, mask: u64| {
+            let bits = self.todo[word] & mask;
+            (bits != 0).then(|| (word * 64) as u32 + bits.trailing_zeros())
+        };
+        let first = masked(begin, u64::MAX << (from % 64));
+        first.or_else(|| (begin + 1..words).chain(0..=begin).find_map(|word| masked(word, u64::MAX)))
     }
 
-    /// A synchronisation begins to read the range.
+    /// First byte past the dirty extents that follow one another from `extent` on, within `end`.
+    pub fn dirty_until(&self, extent: u32, end: u64) -> u64 {
+        let last = end.div_ceil(EXTENT).min(self.slots.len() as u64) as u32;
+        let next = (extent..last).find(|extent| !self.is_dirty(*extent)).unwrap_or(last);
+        u64::from(next) * EXTENT
+    }
+
+    /// A synchronisation begins with the range: it leaves the dirty map, and its bits are held.
     pub fn sync_begin(&mut self, start: u64, end: u64) {
         for extent in Self::extents(start, end) {
-            let slot = self.slots[extent as usize];
-            if slot != NONE && self.hot[slot as usize].dirt == Dirt::Dirty {
-                self.hot[slot as usize].dirt = Dirt::Syncing;
+            if self.is_dirty(extent) {
+                self.todo[extent as usize / 64] &= !(1 << (extent % 64));
                 self.dirty -= 1;
             }
+            let at = self.hot_index(extent);
+            let hot = &mut self.hot[at];
+            hot.syncing = true;
+            hot.used = hot.in_flight > 0;
+            hot.touched = self.tick;
+            // Written by an earlier life, perhaps, and unknown when flushed: any flush of this one will do.
+            hot.epoch = hot.epoch.max(1);
         }
     }
 
-    /// Every record of the range has its number.
+    /// Every record of the range has its number, and every question about it its answer. What was written uncaptured
+    /// meanwhile is in the dirty map again.
     pub fn sync_done(&mut self, start: u64, end: u64) {
         for extent in Self::extents(start, end) {
             let slot = self.slots[extent as usize];
-            if slot == NONE {
-                continue;
-            }
-            let hot = &mut self.hot[slot as usize];
-            match hot.dirt {
-                Dirt::Syncing => hot.dirt = Dirt::Clean,
-                Dirt::Again => {
-                    hot.dirt = Dirt::Dirty;
-                    self.dirty += 1;
-                }
-                Dirt::Clean | Dirt::Dirty => {}
+            if slot != NONE {
+                self.hot[slot as usize].syncing = false;
             }
         }
     }
@@ -380,17 +456,17 @@ impl IntentLog {
 
     /// Extents whose bit is set.
     pub fn hot(&self) -> usize {
-        self.hot.len()
+        self.set
     }
 
-    /// Extents in the dirty map, not counting one that is being read.
+    /// Extents in the dirty map, not counting those being compared or read.
     pub fn dirty(&self) -> usize {
         self.dirty
     }
 
     /// Something is in the dirty map or held for good.
     pub fn owes(&self) -> bool {
-        self.hot.iter().any(|h| h.dirt != Dirt::Clean || h.stuck || h.in_flight > 0)
+        self.dirty > 0 || self.hot.iter().any(|h| h.syncing || h.stuck || h.in_flight > 0)
     }
 
     /// Changes the header; durable when [`Self::header_done`] says so of the returned ticket.
@@ -398,6 +474,13 @@ impl IntentLog {
         change(&mut self.header);
         self.header_version += 1;
         self.header_version
+    }
+
+    /// Says that a synchronisation has begun whose end is not acknowledged.
+    pub fn owe_end(&mut self) {
+        if !self.header.sync_owed {
+            self.set_header(|h| h.sync_owed = true);
+        }
     }
 
     /// The header as of that ticket, or a later one, is durable.
@@ -488,14 +571,22 @@ impl IntentLog {
                 self.header_durable = version;
                 self.durable = self.pending;
             }
-            Writing::Page(page, version) => self.pages[page as usize].durable = version,
+            Writing::Page(page, version) => {
+                let state = &mut self.pages[page as usize];
+                state.durable = version;
+                if state.mapped != 0 && state.mapped <= version {
+                    state.mapped = 0;
+                    self.unmapped -= 1;
+                }
+            }
         }
         false
     }
 
     fn clearable(&self, hot: &Hot, covered: &Covered) -> bool {
         hot.in_flight == 0
-            && hot.dirt == Dirt::Clean
+            && !hot.syncing
+            && !self.is_dirty(hot.extent)
             && !hot.stuck
             && hot.last_seq <= covered.seq
             && hot.touched + COLD_TICKS <= self.tick
@@ -505,12 +596,13 @@ impl IntentLog {
     /// would let some be cleared.
     pub fn tick(&mut self, covered: &Covered) -> bool {
         self.tick += 1;
-        if self.hot.len() <= covered.bound || self.clear_after.is_some() {
+        if self.clear_after.is_some() {
             return false;
         }
         let mut flushed = false;
         let mut unflushed = false;
-        for hot in self.hot.iter().filter(|h| self.clearable(h, covered)) {
+        let over = self.hot.len() > covered.bound;
+        for hot in self.hot.iter().filter(|h| (over || !h.used) && self.clearable(h, covered)) {
             flushed |= hot.epoch <= covered.epoch;
             unflushed |= hot.epoch > covered.epoch;
         }
@@ -540,9 +632,11 @@ impl IntentLog {
         self.clear_after = None;
         let place = Covered { seq: covered.seq.min(self.durable.acked_seq), ..*covered };
         let mut at = self.hot.len();
-        while at > 0 && self.hot.len() > covered.bound {
+        while at > 0 {
             at -= 1;
-            if self.clearable(&self.hot[at], &place) && self.hot[at].epoch <= covered.epoch {
+            let hot = &self.hot[at];
+            let wanted = !hot.used || self.hot.len() > covered.bound;
+            if wanted && self.clearable(hot, &place) && hot.epoch <= covered.epoch {
                 let extent = self.hot.swap_remove(at).extent;
                 self.slots[extent as usize] = NONE;
                 if let Some(moved) = self.hot.get(at) {
@@ -569,5 +663,32 @@ impl IntentLog {
     /// Gives the file back; nothing may be in flight.
     pub fn into_file(self) -> File {
         self.file
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{Class, Pool};
+
+    #[test]
+    fn what_was_being_read_when_an_incarnation_ends_is_read_again() {
+        let pool = Pool::new(&[Class { capacity: 4096, count: 1 }]);
+        let buf = pool.take(4096).expect("it has one");
+        let loaded =
+            Loaded { verdict: Verdict::Missing, serial: 0, extents: vec![1, 3, 5], torn: Vec::new(), rewrite: false };
+        let mut log = IntentLog::new(File(0), 0, 8 * EXTENT, IntentHeader::default(), &loaded, buf);
+        log.sync_begin(EXTENT, 2 * EXTENT);
+        log.sync_begin(3 * EXTENT, 4 * EXTENT);
+        log.mark_dirty(3 * EXTENT, 4 * EXTENT);
+        log.unacked_to_dirty(0);
+        let mut seen = Vec::new();
+        while let Some(extent) = log.next_dirty(0) {
+            let start = u64::from(extent) * EXTENT;
+            log.sync_begin(start, start + EXTENT);
+            log.sync_done(start, start + EXTENT);
+            seen.push(extent);
+        }
+        assert_eq!(seen, [1, 3, 5]);
     }
 }

@@ -17,6 +17,7 @@
 
 use std::collections::VecDeque;
 
+use afterimage_wire::MAX_NUMBER;
 use afterimage_wire::frame::FrameHeader;
 use afterimage_wire::ids::{IncarnationId, StreamId, TimelineId};
 use afterimage_wire::segment::WrappedKey;
@@ -122,7 +123,8 @@ pub fn parse_segment_name(name: &str) -> Option<(TimelineId, u64)> {
     if number.len() != 16 {
         return None;
     }
-    Some((timeline.parse().ok()?, u64::from_str_radix(number, 16).ok()?))
+    let number = u64::from_str_radix(number, 16).ok().filter(|number| *number <= MAX_NUMBER)?;
+    Some((timeline.parse().ok()?, number))
 }
 
 impl Journal {

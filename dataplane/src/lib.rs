@@ -31,6 +31,7 @@ pub mod source;
 pub(crate) mod spill;
 
 // … and on the target.
+pub mod compare;
 mod damage;
 pub mod delta;
 pub mod fold;

@@ -5,6 +5,7 @@
 //! checked before anything is written; a frame that was received before (a resend) is passed over and acknowledged
 //! again.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use afterimage_wire::control::{CONTROL_LEN, Control, StopReason};
@@ -12,6 +13,7 @@ use afterimage_wire::frame::{FRAME_HEADER_LEN, FrameHeader, check_frame};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::{ALIGN, FormatError};
 
+use crate::compare::Compare;
 use crate::io::{Buf, Done, Errno, Io, Nanos, Op, Part, Sock};
 use crate::journal::{Batch, Journal, Writer};
 use crate::seal::ControlKey;
@@ -29,6 +31,8 @@ const ALIVE: Nanos = 1_000_000_000;
 const LINGER: Nanos = 2_000_000_000;
 /// Room for control messages in one send, bytes.
 const CONTROL_ROOM: usize = 4096;
+/// Answers to a source's questions in one send: there is room for the other messages beside them.
+const MAX_COMPARED: usize = CONTROL_ROOM / CONTROL_LEN - MAX_WANTS - 4;
 
 /// Ranges that a source can be asked for again at a time; the owner asks again.
 pub(crate) const MAX_WANTS: usize = 32;
@@ -64,6 +68,8 @@ pub(crate) struct Connection {
     ack: Option<(u64, u64)>,
     /// Ranges that the source is to send again.
     wants: Vec<Control>,
+    /// Answers to be sent: a record of hashes, and which of its steps differ.
+    compared: VecDeque<(u64, u64)>,
     stop: Option<Control>,
     last_sent: Nanos,
     pub last_heard: Nanos,
@@ -107,6 +113,7 @@ impl Connection {
             ready: true,
             ack: None,
             wants: Vec::new(),
+            compared: VecDeque::new(),
             stop: None,
             last_sent: now,
             last_heard: now,
@@ -141,6 +148,16 @@ impl Connection {
             self.wants.push(Control::Want { disk, offset, len });
         }
         may
+    }
+
+    /// Takes answers to be sent, as many as go out next.
+    pub fn compared(&mut self, compare: &mut Compare) {
+        while self.end.is_none()
+            && self.compared.len() < MAX_COMPARED
+            && let Some(answer) = compare.next_answer()
+        {
+            self.compared.push_back(answer);
+        }
     }
 
     /// When a turn is wanted although nothing completes.
@@ -197,7 +214,8 @@ impl Connection {
     fn send<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
         let now = ctx.io.now();
         let alive = self.end.is_none() && now >= self.last_sent + ALIVE;
-        let nothing = self.stop.is_none() && !self.ready && self.ack.is_none() && self.wants.is_empty() && !alive;
+        let told = self.ack.is_some() || !self.wants.is_empty() || !self.compared.is_empty();
+        let nothing = self.stop.is_none() && !self.ready && !told && !alive;
         if self.sending || nothing || matches!(self.end, Some(End::Peer(_))) {
             if matches!(self.end, Some(End::Peer(_))) {
                 self.stop = None;
@@ -220,16 +238,20 @@ impl Connection {
         if let Some((frame, seq)) = ack {
             put(&mut self.control, Control::Ack { frame, seq });
         }
-        let wants = self.wants.len();
         for want in self.wants.drain(..) {
             put(&mut self.control, want);
+        }
+        if self.stop.is_none() {
+            for (seq, differs) in self.compared.drain(..) {
+                put(&mut self.control, Control::Compared { seq, differs });
+            }
         }
         match self.stop.take() {
             Some(stop) => {
                 self.linger = Some(now + LINGER);
                 put(&mut self.control, stop);
             }
-            None if !ready && ack.is_none() && wants == 0 => put(&mut self.control, Control::Alive),
+            None if !ready && !told => put(&mut self.control, Control::Alive),
             None => {}
         }
         self.sending = true;

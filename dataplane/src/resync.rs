@@ -1,53 +1,66 @@
 //! Synchronisation of a disk while it is being written: the first one, a whole one, or that of what is in doubt.
 //!
-//! Between its begin and its end in the stream, no point holds the disk. Stretch by stretch (an extent, or a hole) the
-//! disk is read in pieces; a piece takes its range like a write, reads it, and draws the numbers of its records before
-//! it lets the range go: so whatever a host writes there later is numbered later. A whole synchronisation passes over
-//! the disk once; then, and in a partial one from the start, the extents of the dirty map are read until there are
-//! none. A write that passes uncaptured meanwhile puts its extent back into the map, before it is issued.
+//! Between its begin and its end in the stream, no point holds the disk. What it reads is the dirty map of the
+//! write-intent log, extent by extent; a whole one begins with all of it. A write that passes uncaptured meanwhile puts
+//! its extent back into the map, before it is issued.
 //!
-//! What is zero is said, not sent. Reads take at most a share of the queue, so they do not push writes out of it.
+//! ```text
+//! dirty extents ─▶ stretch ─▶ pieces: read, hashed ─▶ record of hashes ─▶ target compares ─▶ answer
+//!                     ▲                                                                        │ what differs
+//!                     └── every piece settled: the stretch is done ◀── read again, sent ◀──────┘
+//! ```
+//! A piece takes its range like a write, reads it, and draws the numbers of its records before it lets the range go: so
+//! whatever a host writes there later is numbered later. Hashes are records like any other: the target compares them with
+//! what it holds *at that place*, so equal means that the replica has had these bytes from there on. What differs is read
+//! again, in a piece of its own, for the disk may have changed since. The end is drawn when every answer has come and
+//! every record of what differed is drawn.
+//!
+//! What is lost on the way is asked again: a new connection repeats the questions that its target took and whose answers
+//! it may not have sent; a new incarnation finds every extent that is not done and acknowledged in the map. Where a whole
+//! synchronisation meets a long run of differences (an empty replica), it sends without asking, and asks again now and
+//! then. What is zero is said, not sent.
+//!
+//! Reads take at most a share of the queue, so they do not push writes out of it, and fewer at a time while a host has
+//! requests under way. `pieces` has the way of a piece, `pace` the throttle, `grow` a disk that becomes larger.
+
+use std::collections::VecDeque;
 
 use afterimage_wire::intent::EXTENT;
-use afterimage_wire::record::{RecordKind, SyncMark};
+use afterimage_wire::record::{HASH_STEP, MAX_HASHES, RecordKind, SyncMark, hashes};
 
-use crate::capture::{Disk, Flow, Gate, SYNC_OWNER, kind};
-use crate::intent::Outcome;
-use crate::io::{Done, Io, Nanos, Op, Part};
-use crate::overlap::LockId;
+use crate::capture::{Disk, Flow, Gate};
+use crate::io::{Io, Nanos};
 use crate::sealers::Payload;
 use crate::ship::{Event, SMALL_COST};
 
+mod grow;
+pub(crate) mod pace;
+mod pieces;
+
+use pace::Meter;
+use pieces::{Mode, PieceRead};
+
 /// Pieces of a disk that are read at a time.
 const DEPTH: usize = 8;
-/// Bytes of a piece.
-const PIECE: u64 = 256 << 10;
-/// Zeros are told from data in steps of this many bytes.
-const ZERO_STEP: usize = 64 << 10;
-/// A piece that cannot be read is tried in steps of this many bytes.
-const MEND_STEP: u64 = 4096;
+/// … while a host has requests under way on it.
+const BUSY_DEPTH: usize = 2;
+/// Bytes of a piece: what one record of hashes can stand for.
+const PIECE: u64 = HASH_STEP as u64 * MAX_HASHES as u64;
+/// Stretches of a disk that are begun and not done.
+const MAX_STRETCHES: usize = 64;
+/// Questions of a disk that wait for their answer.
+const MAX_ASKED: usize = 256;
+/// Questions of a stream that wait for their answer. The target keeps more than this.
+const MAX_ASKED_IN_STREAM: usize = 1024;
+/// An answer that has not come after this time is taken for "all of it".
+const PATIENCE: Nanos = 60_000_000_000;
+/// Of a run of pieces that differ altogether, one more in so many is sent without asking: what that sends in vain at the
+/// end of the run stays within this part of it.
+const RUN_PART: u32 = 32;
 /// Longest hole that one record covers.
 const MAX_HOLE: u64 = 1 << 30;
 /// What a failed write left is read again after this time.
 const SUSPECT_DELAY: Nanos = 1_000_000_000;
-
-const ZEROS: [u8; 4096] = [0; 4096];
-
-#[derive(Debug, Default)]
-struct PieceRead {
-    busy: bool,
-    start: u64,
-    end: u64,
-    hole: bool,
-    lock: Option<LockId>,
-    part: Option<Part>,
-    /// Room taken.
-    room: usize,
-    /// Of a synchronisation that is no longer wanted.
-    stale: bool,
-    /// Reading in small steps from here: the piece as a whole could not be read.
-    mend_at: Option<u64>,
-}
 
 #[derive(Debug)]
 struct Running {
@@ -55,12 +68,36 @@ struct Running {
     whole: bool,
 }
 
-#[derive(Debug)]
+/// Extents that follow one another, taken out of the dirty map together.
+#[derive(Copy, Clone, Debug, Default)]
 struct Stretch {
+    used: bool,
     start: u64,
     end: u64,
+    /// Pieces have been begun up to here.
     next: u64,
     hole: bool,
+    /// Pieces begun and not settled: being read, asked about, or to be read again.
+    open: u32,
+}
+
+/// A question that waits for its answer.
+#[derive(Copy, Clone, Debug)]
+struct Asked {
+    seq: u64,
+    start: u64,
+    end: u64,
+    stretch: usize,
+    at: Nanos,
+}
+
+/// A range of a stretch that is to be read again.
+#[derive(Copy, Clone, Debug)]
+struct Again {
+    start: u64,
+    end: u64,
+    stretch: usize,
+    mode: Mode,
 }
 
 /// How far a synchronisation is.
@@ -69,18 +106,34 @@ pub(crate) struct Progress {
     pub whole: bool,
     pub done: u64,
     pub total: u64,
+    /// Bytes compared by hash, and bytes sent, since it began in this life.
+    pub compared: u64,
+    pub sent: u64,
+    /// How long the rest will take, if that can be said.
+    pub left: Option<Nanos>,
 }
 
 /// State of the synchronisation of one disk; its steps are methods of [`Disk`].
 #[derive(Debug)]
 pub(crate) struct Resync {
-    size: u64,
+    pub size: u64,
     running: Option<Running>,
-    /// Where the pass over the whole disk is.
-    cursor: u64,
-    stretch: Option<Stretch>,
+    /// The dirty map is gone through from here.
+    cursor: u32,
+    stretches: Vec<Stretch>,
+    /// The stretch whose pieces are being begun.
+    current: Option<usize>,
+    again: VecDeque<Again>,
+    /// By rising number.
+    asked: VecDeque<Asked>,
     pieces: [PieceRead; DEPTH],
+    /// Pieces in a row that differed altogether, and how many were sent unasked since the last question.
+    run: u32,
+    unasked: u32,
     done: u64,
+    compared: u64,
+    sent: u64,
+    meter: Meter,
     suspect_at: Option<Nanos>,
     /// Record of the end that is not acknowledged yet, and whether it was a whole one.
     ended: Option<(u64, bool)>,
@@ -90,7 +143,7 @@ pub(crate) struct Resync {
     begun: Option<bool>,
     /// The target may know of a begin whose end was given up: another synchronisation must end, if only for that.
     pub end_owed: bool,
-    /// The pass over the whole disk is owed and has not ended in this incarnation.
+    /// A whole synchronisation is owed and has not ended. What of it is left is the dirty map.
     pub whole_owed: bool,
 }
 
@@ -100,9 +153,17 @@ impl Resync {
             size,
             running: None,
             cursor: 0,
-            stretch: None,
+            stretches: vec![Stretch::default(); MAX_STRETCHES],
+            current: None,
+            again: VecDeque::new(),
+            asked: VecDeque::new(),
             pieces: Default::default(),
+            run: 0,
+            unasked: 0,
             done: 0,
+            compared: 0,
+            sent: 0,
+            meter: Meter::default(),
             suspect_at: None,
             ended: None,
             whole_end: None,
@@ -133,11 +194,14 @@ impl Resync {
     }
 
     /// How far it is, given the extents in the dirty map.
-    pub fn progress(&self, dirty: usize) -> Option<Progress> {
+    pub fn progress(&self, dirty: usize, now: Nanos) -> Option<Progress> {
         let running = self.running.as_ref()?;
-        let left = if running.whole { self.size - self.cursor } else { dirty as u64 * EXTENT };
-        let stretch = self.stretch.as_ref().map_or(0, |s| s.end - s.next);
-        Some(Progress { whole: running.whole, done: self.done, total: self.done + left + stretch })
+        let begun: u64 = self.stretches.iter().filter(|s| s.used).map(|s| s.end - s.start).sum();
+        let left = (dirty as u64 * EXTENT + begun).min(self.size);
+        // What an earlier life has done of a whole one counts.
+        let (done, total) = if running.whole { (self.size - left, self.size) } else { (self.done, self.done + left) };
+        let (compared, sent) = (self.compared, self.sent);
+        Some(Progress { whole: running.whole, done, total, compared, sent, left: self.meter.left(left, now) })
     }
 
     /// A write failed: its extent is in the dirty map and read again a little later.
@@ -153,13 +217,36 @@ impl Resync {
     pub fn reset(&mut self) {
         self.end_owed |= self.is_open() && !mutant!(EndOwedForgotten);
         self.running = None;
-        self.stretch = None;
+        self.stretches.fill(Stretch::default());
+        self.current = None;
+        self.again.clear();
+        self.asked.clear();
         self.ended = None;
         self.whole_end = None;
         self.cursor = 0;
-        self.done = 0;
+        self.meter = Meter::default();
         for piece in &mut self.pieces {
             piece.stale = piece.busy;
+        }
+    }
+
+    /// Nothing of it is under way, asked or to be read again.
+    fn is_settled(&self) -> bool {
+        self.stretches.iter().all(|stretch| !stretch.used)
+    }
+
+    /// The next piece may go without a question.
+    fn may_skip(&self) -> bool {
+        self.unasked < self.run / RUN_PART
+    }
+
+    /// A piece of a stretch goes with a question or without.
+    fn count_piece(&mut self, unasked: bool) {
+        if unasked {
+            self.unasked += 1;
+            self.run = self.run.saturating_add(1);
+        } else {
+            self.unasked = 0;
         }
     }
 }
@@ -174,17 +261,30 @@ impl Disk {
         // The number of its first record: rises over lives, although nothing is kept.
         let sync = queue.last_seq() + 1;
         queue.incomplete_since.get_or_insert(f.io.now());
-        self.sync.begun = Some(whole);
-        self.sync.running = Some(Running { sync, whole });
-        self.sync.end_owed = false;
-        self.sync.ended = None;
-        self.sync.done = 0;
+        if let Some(log) = &mut self.log {
+            log.owe_end();
+        }
+        let state = &mut self.sync;
+        state.begun = Some(whole);
+        state.running = Some(Running { sync, whole });
+        state.end_owed = false;
+        state.ended = None;
+        (state.done, state.compared, state.sent) = (0, 0, 0);
+        (state.run, state.unasked) = (0, 0);
         if whole {
-            self.sync.cursor = 0;
-            self.sync.whole_owed = true;
-            self.sync.whole_end = None;
+            state.whole_owed = true;
+            state.whole_end = None;
         }
         self.mark_sync(f, RecordKind::SyncBegin, SyncMark { sync, whole });
+    }
+
+    /// A whole synchronisation is owed, from zero: whatever was done of one does not count any more.
+    pub fn owe_all(&mut self) {
+        self.sync.whole_owed = true;
+        if let Some(log) = &mut self.log {
+            log.set_header(|h| (h.whole_owed, h.mapped) = (true, false));
+            log.mark_all();
+        }
     }
 
     fn mark_sync<I: Io>(&mut self, f: &mut Flow<'_, I>, kind: RecordKind, mark: SyncMark) -> u64 {
@@ -197,234 +297,144 @@ impl Disk {
 
     /// Goes on with the synchronisation, as far as there is room. Call it while the link works.
     pub fn pump_sync<I: Io>(&mut self, f: &mut Flow<'_, I>, share: usize) {
-        if self.gate != Gate::Open || self.is_fenced() || self.log.is_none() {
+        if self.gate != Gate::Open || self.is_fenced() {
             return;
         }
+        let Some(log) = &mut self.log else { return };
         if self.sync.running.is_none() {
-            let dirty = self.log.as_ref().is_some_and(|log| log.dirty() > 0);
-            if !dirty || self.sync.suspect_at.is_some_and(|at| f.io.now() < at) {
+            if log.dirty() == 0 || self.sync.suspect_at.is_some_and(|at| f.io.now() < at) {
+                return;
+            }
+            // Without a durable word of it a next life could owe an end and not know it: an extent may be in the map
+            // whose bit is not durable yet.
+            log.owe_end();
+            log.pump(f.io);
+            if !log.durable_header().sync_owed {
                 return;
             }
             self.begin_sync(f, false);
         }
         self.sync.suspect_at = None;
-        while self.sync.running.is_some() {
-            if self.sync.stretch.is_none() && !self.next_stretch(f) {
-                break;
-            }
-            if !self.issue_pieces(f, share) {
-                break;
-            }
+        self.lose_patience(f);
+        while self.issue_piece(f, share) {}
+        let left = self.log.as_ref().map_or(0, |log| log.dirty());
+        if self.sync.running.is_some()
+            && left == 0
+            && self.sync.is_settled()
+            && f.queue.as_deref().is_some_and(|queue| !queue.overflow)
+        {
+            self.end_sync(f);
         }
+        self.sync.meter.note(self.sync.done, f.io.now());
         self.run(f);
     }
 
-    /// Chooses what to read next; false if there is nothing (the synchronisation then ends) or not yet.
+    /// Chooses the next stretch; false if there is nothing, or no place for it.
     fn next_stretch<I: Io>(&mut self, f: &mut Flow<'_, I>) -> bool {
         let sync = &mut self.sync;
-        let Some(running) = &sync.running else { return false };
         let Some(log) = &mut self.log else { return false };
-        let (start, end, hole) = if running.whole && sync.cursor < sync.size {
-            let start = sync.cursor;
-            let mut end = (start + EXTENT).min(sync.size);
-            let allocation = f.io.allocation(self.file, start);
-            let mut hole = false;
-            if let Ok(found) = allocation
-                && found.hole
-            {
-                let reach = start + found.len.min(MAX_HOLE);
-                let reach = if reach >= sync.size { sync.size } else { reach - reach % EXTENT };
-                if reach > start {
-                    (end, hole) = (reach, true);
-                }
+        let Some(extent) = log.next_dirty(sync.cursor) else { return false };
+        let Some(free) = sync.stretches.iter().position(|stretch| !stretch.used) else { return false };
+        let start = u64::from(extent) * EXTENT;
+        let mut end = (start + EXTENT).min(sync.size);
+        let mut hole = false;
+        if let Ok(found) = f.io.allocation(self.file, start)
+            && found.hole
+        {
+            let reach = start + found.len.min(MAX_HOLE);
+            // Whole extents, and only such as are to be read.
+            let reach = if reach >= sync.size { sync.size } else { reach - reach % EXTENT };
+            if reach > start {
+                (end, hole) = (log.dirty_until(extent, reach).min(reach), true);
             }
-            sync.cursor = end;
-            (start, end, hole)
-        } else if let Some(extent) = log.next_dirty(0) {
-            let start = u64::from(extent) * EXTENT;
-            (start, (start + EXTENT).min(sync.size), false)
-        } else {
-            if f.queue.as_deref().is_some_and(|q| !q.overflow) {
-                self.end_sync(f);
-            }
-            return false;
-        };
+        }
         log.sync_begin(start, end);
-        sync.stretch = Some(Stretch { start, end, next: start, hole });
+        sync.cursor = end.div_ceil(EXTENT) as u32;
+        sync.stretches[free] = Stretch { used: true, start, end, next: start, hole, open: 0 };
+        sync.current = Some(free);
         true
     }
 
-    /// Issues pieces of the stretch; true if the stretch is done.
-    fn issue_pieces<I: Io>(&mut self, f: &mut Flow<'_, I>, share: usize) -> bool {
-        loop {
-            let quiet = self.sync.is_quiet();
-            let Some(stretch) = &mut self.sync.stretch else { return true };
-            if stretch.next == stretch.end {
-                if !quiet {
-                    return false;
-                }
-                let (start, end) = (stretch.start, stretch.end);
-                self.sync.stretch = None;
-                self.sync.done += end - start;
-                if let Some(log) = &mut self.log {
-                    log.sync_done(start, end);
-                }
-                return true;
-            }
-            let Some(number) = self.sync.pieces.iter().position(|p| !p.busy) else { return false };
-            let Some(queue) = f.queue.as_deref_mut() else { return false };
-            let start = stretch.next;
-            let hole = stretch.hole;
-            let end = if hole { stretch.end } else { stretch.end.min(start + PIECE) };
-            let part = if hole {
-                None
-            } else {
-                let len = (end - start) as usize;
-                let Some(buf) = f.io.pool().take(len) else { return false };
-                Some(Part { buf, at: 0, len })
-            };
-            let room = part.as_ref().map_or(SMALL_COST, |p| p.buf.len());
-            if !queue.take_share(room, share) {
-                return false;
-            }
-            stretch.next = end;
-            let owner = number as u32 | SYNC_OWNER;
-            let (lock, held) = self.lock_range(start, end, owner);
-            self.sync.pieces[number] =
-                PieceRead { busy: true, start, end, hole, lock: Some(lock), part, room, stale: false, mend_at: None };
-            if held {
-                self.sync_granted(f, number as u32);
-            }
-        }
-    }
-
-    /// A piece has its range.
-    pub fn sync_granted<I: Io>(&mut self, f: &mut Flow<'_, I>, number: u32) {
-        let piece = &mut self.sync.pieces[number as usize];
-        if piece.stale {
-            return self.end_piece(f, number);
-        }
-        if piece.hole {
-            // Asked again under the lock: it may have been written while the piece waited.
-            let (start, end) = (piece.start, piece.end);
-            let hole = f.io.allocation(self.file, start).is_ok_and(|a| a.hole && a.len >= end - start);
-            if hole {
-                self.record_zeros(f, start, end);
-            } else if let Some(log) = &mut self.log {
-                log.mark_dirty(start, end);
-            }
-            return self.end_piece(f, number);
-        }
-        let Some(part) = piece.part.take() else { return };
-        let (file, offset) = (self.file, piece.start);
-        if mutant!(ResyncAfterRelease)
-            && let Some(lock) = piece.lock.take()
-        {
-            self.unlock_range(lock);
-        }
-        f.io.submit(self.token(kind::SYNC, number), Op::Read { file, offset, part });
-    }
-
-    /// Takes the completion of a piece's read.
-    pub fn sync_done<I: Io>(&mut self, f: &mut Flow<'_, I>, number: u32, done: Done) {
-        let piece = &mut self.sync.pieces[number as usize];
-        let Some(part) = done.part else { return };
-        if piece.stale {
-            drop(part);
-        } else if let Some(at) = piece.mend_at {
-            self.mended(f, number, at, done.result.is_ok(), part);
-            return self.run(f);
-        } else if done.result.is_ok() {
-            self.record_piece(f, number, part);
-        } else {
-            let message = format!("reading {} bytes at {} to synchronise", part.len, piece.start);
-            self.fault(message);
-            let at = self.sync.pieces[number as usize].start;
-            self.mend(f, number, at, part);
+    /// A piece of a stretch is done with; its last one ends the stretch.
+    fn settle(&mut self, number: usize) {
+        let stretch = &mut self.sync.stretches[number];
+        if !stretch.used {
             return;
         }
-        self.end_piece(f, number);
-        self.run(f);
+        stretch.open -= 1;
+        if stretch.open == 0 && stretch.next == stretch.end {
+            let (start, end) = (stretch.start, stretch.end);
+            *stretch = Stretch::default();
+            self.sync.done += end - start;
+            if let Some(log) = &mut self.log {
+                log.sync_done(start, end);
+            }
+        }
     }
 
-    fn end_piece<I: Io>(&mut self, f: &mut Flow<'_, I>, number: u32) {
-        let piece = std::mem::take(&mut self.sync.pieces[number as usize]);
+    /// The target has compared the hashes of record `seq`. False if this disk has not asked that (any more).
+    pub fn sync_compared<I: Io>(&mut self, f: &mut Flow<'_, I>, seq: u64, differs: u64) -> bool {
+        let Ok(at) = self.sync.asked.binary_search_by_key(&seq, |asked| asked.seq) else { return false };
+        let Some(asked) = self.sync.asked.remove(at) else { return false };
         if let Some(queue) = f.queue.as_deref_mut() {
-            queue.give_back(piece.room);
+            queue.asked = queue.asked.saturating_sub(1);
         }
-        if let Some(lock) = piece.lock {
-            self.unlock_range(lock);
-        }
+        let steps = hashes((asked.end - asked.start) as u32) as u32;
+        let all = u64::MAX >> (MAX_HASHES as u32 - steps);
+        self.sync.run = if differs & all == all { self.sync.run.saturating_add(1) } else { 0 };
+        self.sync.compared += asked.end - asked.start;
+        self.answered(asked, differs & all);
+        true
     }
 
-    /// Draws the numbers of what a piece found: leading zeros, data, trailing zeros.
-    fn record_piece<I: Io>(&mut self, f: &mut Flow<'_, I>, number: u32, mut part: Part) {
-        let (start, end) = {
-            let piece = &self.sync.pieces[number as usize];
-            (piece.start, piece.end)
-        };
-        let data = &part.buf[part.at..part.at + part.len];
-        let first = data.chunks(ZERO_STEP).position(|step| !is_zero(step));
-        let Some(first) = first else { return self.record_zeros(f, start, end) };
-        let last = data.chunks(ZERO_STEP).rposition(|step| !is_zero(step)).unwrap_or(first);
-        let data_start = start + (first * ZERO_STEP) as u64;
-        let data_end = end.min(start + ((last + 1) * ZERO_STEP) as u64);
-        if data_start > start {
-            self.record_zeros(f, start, data_start);
+    /// Ranges that differ are to be read again and sent.
+    fn answered(&mut self, asked: Asked, mut differs: u64) {
+        while differs != 0 {
+            let first = differs.trailing_zeros();
+            let run = (!(differs >> first)).trailing_zeros();
+            let start = asked.start + u64::from(first) * u64::from(HASH_STEP);
+            let end = asked.end.min(start + u64::from(run) * u64::from(HASH_STEP));
+            self.sync.stretches[asked.stretch].open += 1;
+            self.sync.again.push_back(Again { start, end, stretch: asked.stretch, mode: Mode::Data });
+            differs &= u64::MAX.checked_shl(first + run).unwrap_or(0);
         }
-        part.at += (data_start - start) as usize;
-        part.len = (data_end - data_start) as usize;
-        let room = std::mem::take(&mut self.sync.pieces[number as usize].room);
-        self.record(f, RecordKind::SyncWrite, data_start, data_end, Payload::Part(part), room, room);
-        if data_end < end {
-            self.record_zeros(f, data_end, end);
-        }
+        self.settle(asked.stretch);
     }
 
-    fn record_zeros<I: Io>(&mut self, f: &mut Flow<'_, I>, start: u64, end: u64) {
-        self.record(f, RecordKind::SyncZero, start, end, Payload::None, 0, SMALL_COST);
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn record<I: Io>(
-        &mut self,
-        f: &mut Flow<'_, I>,
-        kind: RecordKind,
-        start: u64,
-        end: u64,
-        payload: Payload,
-        taken: usize,
-        cost: usize,
-    ) {
-        let (now, wall) = (f.io.now(), f.io.wall());
-        let Some(queue) = f.queue.as_deref_mut() else { return };
-        let event = Event { kind, disk: self.config.slot, offset: start, len: (end - start) as u32 };
-        let seq = queue.push(event, payload, taken, cost, now, wall);
-        if let Some(log) = &mut self.log {
-            let stuck = kind == RecordKind::Unreadable;
-            log.note(start, end, Outcome { seq: Some(seq), epoch: 0, stuck });
+    /// An answer that never comes (an older target, a fault of it) must not keep the synchronisation from its end.
+    fn lose_patience<I: Io>(&mut self, f: &mut Flow<'_, I>) {
+        let now = f.io.now();
+        while let Some(asked) = self.sync.asked.front().filter(|asked| now >= asked.at + PATIENCE).copied() {
+            self.sync.asked.pop_front();
+            if let Some(queue) = f.queue.as_deref_mut() {
+                queue.asked = queue.asked.saturating_sub(1);
+            }
+            self.answered(asked, u64::MAX >> (MAX_HASHES as u32 - hashes((asked.end - asked.start) as u32) as u32));
         }
     }
 
-    /// Reads the next small step of a piece that cannot be read as a whole.
-    fn mend<I: Io>(&mut self, f: &mut Flow<'_, I>, number: u32, at: u64, mut part: Part) {
-        let piece = &mut self.sync.pieces[number as usize];
-        piece.mend_at = Some(at);
-        part.at = 0;
-        part.len = MEND_STEP.min(piece.end - at) as usize;
-        let file = self.file;
-        f.io.submit(self.token(kind::SYNC, number), Op::Read { file, offset: at, part });
+    /// A new connection of the same incarnation, whose target holds everything up to record `held`: what was asked up to
+    /// there may have been answered into the old connection, so it is asked again. The rest is sent again, and answered.
+    pub fn sync_relinked<I: Io>(&mut self, f: &mut Flow<'_, I>, held: u64) {
+        while let Some(asked) = self.sync.asked.front().filter(|asked| asked.seq <= held).copied() {
+            self.sync.asked.pop_front();
+            if let Some(queue) = f.queue.as_deref_mut() {
+                queue.asked = queue.asked.saturating_sub(1);
+            }
+            let Asked { start, end, stretch, .. } = asked;
+            self.sync.again.push_back(Again { start, end, stretch, mode: Mode::Hash });
+        }
+        let now = f.io.now();
+        self.sync.asked.iter_mut().for_each(|asked| asked.at = now);
     }
 
-    fn mended<I: Io>(&mut self, f: &mut Flow<'_, I>, number: u32, at: u64, read: bool, part: Part) {
-        let end = at + part.len as u64;
-        let payload = if read { Payload::Mark(part.buf[..part.len].to_vec()) } else { Payload::None };
-        let kind = if read { RecordKind::SyncWrite } else { RecordKind::Unreadable };
-        self.record(f, kind, at, end, payload, 0, SMALL_COST + part.len);
-        if end < self.sync.pieces[number as usize].end {
-            self.mend(f, number, end, part);
-        } else {
-            self.end_piece(f, number);
+    /// The target asks for a range to be read again.
+    pub fn sync_wanted(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.info.size);
+        if offset < end
+            && let Some(log) = &mut self.log
+        {
+            log.mark_dirty(offset, end);
         }
     }
 
@@ -448,15 +458,17 @@ impl Disk {
             self.sync.whole_end = None;
             self.sync.whole_owed = false;
             if let Some(log) = &mut self.log {
-                log.set_header(|h| h.whole_owed = false);
+                log.set_header(|h| (h.whole_owed, h.mapped) = (false, false));
             }
         }
         let (_, whole) = self.sync.ended.filter(|(seq, _)| *seq <= acked_seq)?;
         self.sync.ended = None;
+        // One that has begun since owes an end of its own.
+        if self.sync.running.is_none()
+            && let Some(log) = &mut self.log
+        {
+            log.set_header(|h| h.sync_owed = false);
+        }
         Some(whole)
     }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.chunks(ZEROS.len()).all(|chunk| chunk == &ZEROS[..chunk.len()])
 }

@@ -11,7 +11,7 @@ use afterimage_wire::frame::{
     DIRECTORY_ENTRY_LEN, DirectoryEntry, FRAME_HEADER_LEN, FRAME_MAGIC, FrameHeader, MAX_CHUNKS, MAX_FRAME, frame_crc,
 };
 use afterimage_wire::ids::{IncarnationId, PolicyKeyId, StreamId};
-use afterimage_wire::record::{RECORD_LEN, Record};
+use afterimage_wire::record::{HASH_LEN, HASH_STEP, MAX_HASHES, RECORD_LEN, Record};
 use afterimage_wire::segment::{Sealed48, WrappedKey};
 use afterimage_wire::{ALIGN, FormatError, WIRE_VERSION, align_up};
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
@@ -113,6 +113,63 @@ impl PolicyKey {
         let mut bytes = [0; 32];
         bytes.copy_from_slice(plain);
         Ok(DataKey::new(bytes))
+    }
+}
+
+/// Label under which the key of a stream's hashes is derived from its policy's key.
+const HASH_LABEL: &[u8] = b"afterimage resync v1";
+
+/// Hashes ranges of a stream's disks, so that two ends can compare them without sending them. Keyed: whoever does not
+/// have the policy's key can neither guess a content from its hash nor make two contents of one hash.
+pub struct HashKey(ring::hmac::Key);
+
+impl PolicyKey {
+    /// The key of the hashes of `stream`.
+    pub fn hash_key(&self, stream: StreamId) -> HashKey {
+        let master = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &self.bytes);
+        let mut context = ring::hmac::Context::with_key(&master);
+        context.update(HASH_LABEL);
+        context.update(&stream.0);
+        HashKey(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, context.sign().as_ref()))
+    }
+}
+
+impl HashKey {
+    fn hash(&self, slot: u16, offset: u64, bytes: &[u8]) -> [u8; HASH_LEN] {
+        let mut context = ring::hmac::Context::with_key(&self.0);
+        context.update(&slot.to_le_bytes());
+        context.update(&offset.to_le_bytes());
+        context.update(bytes);
+        let mut out = [0; HASH_LEN];
+        out.copy_from_slice(&context.sign().as_ref()[..HASH_LEN]);
+        out
+    }
+
+    /// Appends the hashes of `data`, which lies at `offset` of the disk in `slot`: one for each
+    /// [`HASH_STEP`](afterimage_wire::record::HASH_STEP) bytes, the last of what is left.
+    pub fn hashes(&self, slot: u16, offset: u64, data: &[u8], out: &mut Vec<u8>) {
+        for (number, step) in data.chunks(HASH_STEP as usize).enumerate() {
+            out.extend_from_slice(&self.hash(slot, offset + number as u64 * u64::from(HASH_STEP), step));
+        }
+    }
+
+    /// Which steps of `data` have another hash than `hashes` says, a bit for each, lowest first; those that one of the
+    /// two lacks count as different.
+    pub fn differs(&self, slot: u16, offset: u64, data: &[u8], hashes: &[u8]) -> u64 {
+        let mut steps = data.chunks(HASH_STEP as usize);
+        let mut differs = 0;
+        for (number, hash) in hashes.chunks(HASH_LEN).enumerate().take(MAX_HASHES) {
+            let at = offset + number as u64 * u64::from(HASH_STEP);
+            let same = steps.next().is_some_and(|step| self.hash(slot, at, step) == hash);
+            differs |= u64::from(!same) << number;
+        }
+        differs
+    }
+}
+
+impl std::fmt::Debug for HashKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HashKey(…)")
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use afterimage_wire::handshake::Position;
 use afterimage_wire::ids::{DiskId, StreamId, TimelineId};
@@ -29,7 +30,9 @@ mod open;
 mod status;
 mod stop;
 
-pub use config::{DiskConfig, GroupConfig, MAX_GROUPS, MAX_SOURCE_DISKS, ProtectError, SourceLimits, pool_classes};
+pub use config::{
+    DiskConfig, GroupConfig, MAX_GROUPS, MAX_SOURCE_DISKS, MIN_SYNC_RATE, ProtectError, SourceLimits, pool_classes,
+};
 use group::{Around, CUT_RESERVE, Group, Phase, SEQ_RESERVE};
 use open::Opened;
 pub use status::{DiskStatus, GroupState, GroupStatus, LinkFailure, RpoSummary, Rung, SourceEvent, SyncProgress};
@@ -129,16 +132,27 @@ impl<I: Io> Source<I> {
         };
         let trusted = trusted.filter(|_| past.is_some());
         let same_boot = headers.iter().flatten().all(|h| h.boot == boot);
-        let age = left.as_ref().and_then(|left| left.age(io.now(), io.wall(), same_boot));
+        let complete = headers.iter().flatten().map(|h| h.complete_wall_ns).min().unwrap_or(0);
+        // What waits in the spill tells its age; what a crash left in doubt is younger than the last complete moment.
+        let owed = past.is_some() || headers.iter().flatten().any(|h| !h.clean);
+        let recorded = (complete > 0 && owed).then(|| io.wall().saturating_sub(complete));
+        let age = match &left {
+            Some(left) if trusted.is_some() && same_boot => left.age(io.now()).or(recorded),
+            _ => recorded,
+        };
         let mut disks = Vec::with_capacity(opened.len());
         for ((one, config_of), odd) in opened.drain(..).zip(&config.disks).zip(&lineage.odd) {
             let number = self.disks.len() as u32;
             let token = self.base | u64::from(number) << 24;
-            let whole = *odd || open::owes_whole(&one.loaded, config_of, &one.info, boot);
+            let mut owed = open::owed(&one.loaded, config_of, &one.info, boot);
+            owed.whole |= *odd;
+            owed.all |= *odd;
+            // A log of a disk that has grown names the old size until what is new has its bits.
+            let before = header_of(&one).filter(|_| !owed.all).map(|header| header.size);
             let header = IntentHeader {
                 serial: one.loaded.serial,
                 disk: config_of.id,
-                size: one.info.size,
+                size: before.unwrap_or(one.info.size),
                 stream: config.stream,
                 incarnation: lineage.predecessor.incarnation,
                 boot,
@@ -148,23 +162,33 @@ impl<I: Io> Source<I> {
                 cut: cut + CUT_RESERVE,
                 sync: 0,
                 generation: config_of.generation,
-                whole_owed: whole,
+                whole_owed: owed.whole,
                 clean: false,
-                sync_owed: false,
-                mapped: false,
+                sync_owed: owed.end,
+                mapped: owed.whole && !owed.all,
                 mtime_ns: 0,
                 prior: lineage.alternative.unwrap_or_default(),
                 spilled: Predecessor::default(),
+                complete_wall_ns: complete,
+                identity: one.info.identity,
             };
             let mut disk = Disk::new(config_of.clone(), DiskKey(number), Some(index), one.file, one.info, token);
             let Some(buf) = bufs.pop() else { break };
             let mut log = IntentLog::new(one.log, disk.token(kind::LOG, 0), one.info.size, header, &one.loaded, buf);
+            match before {
+                None => log.mark_all(),
+                Some(before) if before < one.info.size => log.enlarge(before, one.info.size),
+                Some(_) => {}
+            }
             log.set_header(|_| {});
-            if let Some(place) = trusted {
+            // A synchronisation that was not over, or a disk that has grown, is in doubt whatever the spill holds.
+            let known = !owed.whole && !owed.end && before == Some(one.info.size);
+            if let Some(place) = trusted.filter(|_| known) {
                 log.trust_until(place.seq);
             }
             disk.log = Some(log);
-            disk.sync.whole_owed = whole;
+            disk.sync.whole_owed = owed.whole;
+            disk.sync.end_owed = owed.end;
             disks.push(number);
             self.disks.push(Some(disk));
         }
@@ -177,6 +201,8 @@ impl<I: Io> Source<I> {
         let queue = self.limits.queue_bytes;
         let mut ship = Shipper::new(config.stream, index, incarnation, key, first_seq, queue, config.compress, limits);
         ship.durable_seq = lineage.predecessor.seq.max(acked.1);
+        ship.queue.hash_key = Some(Arc::new(config.policy_key.hash_key(config.stream)));
+        ship.queue.budget.set(self.limits.sync_rate, io.now());
         let mut group = Group::new(
             config,
             self.limits.clone(),
@@ -486,7 +512,7 @@ impl<I: Io> Source<I> {
             catch_up: ship.catch_up(group.spill.as_ref().map_or(0, Spill::held)),
             rpo_now: group.rpo_now(now),
             rpo: group.rpo.summary(),
-            disks: disks.map(disk_status).collect(),
+            disks: disks.map(|disk| disk_status(disk, now)).collect(),
         }
     }
 
@@ -507,9 +533,16 @@ fn too_many(field: &'static str) -> ProtectError {
     ProtectError::Value { field, value: "one more".into(), allowed: "256 groups and 4096 disks at a time" }
 }
 
-fn disk_status(disk: &Disk) -> DiskStatus {
+fn disk_status(disk: &Disk, now: Nanos) -> DiskStatus {
     let dirty = disk.log.as_ref().map_or(0, IntentLog::dirty);
-    let sync = disk.sync.progress(dirty);
+    let sync = disk.sync.progress(dirty, now).map(|p| SyncProgress {
+        whole: p.whole,
+        done: p.done,
+        total: p.total,
+        compared: p.compared,
+        sent: p.sent,
+        left: p.left,
+    });
     DiskStatus {
         key: disk.key,
         id: disk.config.id,
@@ -518,7 +551,7 @@ fn disk_status(disk: &Disk) -> DiskStatus {
         in_flight: disk.in_flight(),
         hot_extents: disk.log.as_ref().map_or(0, IntentLog::hot),
         dirty_extents: dirty,
-        sync: sync.map(|p| SyncProgress { whole: p.whole, done: p.done, total: p.total }),
+        sync,
         failed_writes: disk.failed_writes,
         sync_failed: disk.flush.has_failed(),
     }

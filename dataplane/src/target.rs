@@ -28,6 +28,7 @@ mod mend;
 pub(crate) mod ops;
 mod points;
 mod reopen;
+mod seed;
 mod status;
 pub(crate) mod stream;
 mod views;
@@ -63,10 +64,18 @@ pub struct Target<I: Io> {
     reads: Reads,
     /// Answers on their way to their disks; kept for its memory.
     delivering: Vec<(DiskKey, Answer)>,
+    /// Images to begin with, of disks that may come.
+    seeds: BTreeMap<DiskId, String>,
     /// There is more to do without a completion.
     more: bool,
     starved_at: Option<Nanos>,
     marker: std::marker::PhantomData<fn(I)>,
+}
+
+fn seeds_of(seeds: &BTreeMap<DiskId, String>, config: &StreamConfig) -> Vec<(DiskId, String)> {
+    let named =
+        |(info, _): &(afterimage_wire::record::DiskInfo, u64)| seeds.get(&info.id).map(|path| (info.id, path.clone()));
+    config.disks.iter().filter_map(named).collect()
 }
 
 impl<I: Io> Target<I> {
@@ -87,6 +96,7 @@ impl<I: Io> Target<I> {
             connections: BTreeMap::new(),
             views: Vec::new(),
             delivering: Vec::new(),
+            seeds: BTreeMap::new(),
             more: false,
             starved_at: None,
             marker: std::marker::PhantomData,
@@ -130,16 +140,26 @@ impl<I: Io> Target<I> {
         if let Some(id) = self.id_of(config.stream) {
             let open = self.streams.get_mut(&id).expect("found above");
             if !matches!(open.phase, Phase::Failed(_)) {
+                open.seeds.wanted = seeds_of(&self.seeds, &config);
                 return open.reconfigure(io, config);
             }
             // It is read again from the beginning.
             self.forget_stream(io, id);
         }
         let id = self.take_id();
+        let seeds = seeds_of(&self.seeds, &config);
         let mut open = Stream::open(io, id, config, &self.config)?;
+        open.seeds.wanted = seeds;
         open.open_turn(&mut Ctx { io, ops: &mut self.ops }, &mut self.next_id, &mut self.events);
         self.streams.insert(id, open);
         Ok(())
+    }
+
+    /// Names a raw image with which the replica of a disk begins, if it is not there yet. To be said before
+    /// [`Target::open_stream`] names the disk. The image is moved; while it cannot be, sources are refused with the
+    /// reason, and it is tried again.
+    pub fn seed(&mut self, disk: DiskId, path: impl Into<String>) {
+        self.seeds.insert(disk, path.into());
     }
 
     fn take_id(&mut self) -> u32 {
@@ -345,6 +365,11 @@ impl<I: Io> Target<I> {
                     stream.recover_done(io, done, &mut self.events);
                 }
             }
+            Purpose::Seed(id) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.seed_done(&done);
+                }
+            }
             Purpose::Fold(id, what) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.fold_done(&mut Ctx { io, ops: &mut self.ops }, what, done);
@@ -395,7 +420,9 @@ impl<I: Io> Target<I> {
                 continue;
             }
             // What became durable before this turn's poll is indexed; its acknowledgement is under way.
+            stream.seed_turn(&mut ctx);
             self.more |= stream.index_turn(ctx.io, INDEX_PER_TURN, &mut self.events);
+            stream.compare_turn(&mut self.reads);
             self.more |= stream.fold_turn(&mut ctx, &mut self.next_id, &self.reads);
             stream.scrub_turn(&mut ctx, &mut self.events);
             stream.reopen_turn(&mut ctx, &mut self.events);
@@ -424,9 +451,20 @@ impl<I: Io> Target<I> {
         starved |= self.reads.is_starved() || self.connections.values().any(Connection::is_starved);
         self.starved_at = starved.then(|| io.now() + STARVED);
         self.deliver();
+        self.tell_compared(io);
         self.look_after(io);
         let surplus = self.events.len().saturating_sub(MAX_EVENTS);
         self.events.drain(..surplus);
+    }
+
+    /// Gives what was compared to the connections of those who asked.
+    fn tell_compared(&mut self, io: &mut I) {
+        for stream in self.streams.values_mut().filter(|stream| stream.compare.has_answers()) {
+            if let Some(connection) = stream.connection.and_then(|id| self.connections.get_mut(&id)) {
+                connection.compared(&mut stream.compare);
+                connection.say(&mut Ctx { io, ops: &mut self.ops });
+            }
+        }
     }
 
     /// Views that are in the way of folding and cannot be kept beside it: tests give way, failovers never do.

@@ -4,6 +4,7 @@
 //! Both are replaced as a whole. Order matters where they meet: the state is written before the table, so a branch that
 //! the table names always has its view, and the floor of the state is never below the table's.
 
+use afterimage_wire::MAX_NUMBER;
 use afterimage_wire::ids::{DiskId, IncarnationId, StreamId, TimelineId};
 use afterimage_wire::record::DiskInfo;
 use afterimage_wire::stream_state::{DeltaView, MAX_DELTAS, MAX_INCARNATIONS, StreamStateFile};
@@ -130,6 +131,16 @@ impl History {
     pub fn configure<I: Io>(&mut self, io: &mut I, disks: &[(DiskInfo, u64)]) -> Result<(), TargetError> {
         let mut table = self.table.clone();
         for (disk, generation) in disks {
+            // What could be written but not be read again would lock the stream out of its own table.
+            if let Err(error) = disk.check() {
+                let value = format!("{} ({error})", disk.id);
+                let allowed = "blocks that are powers of two from 512 to 65536, a size in whole blocks";
+                return Err(TargetError::Config { field: "disks", value, allowed });
+            }
+            if *generation > MAX_NUMBER {
+                let value = generation.to_string();
+                return Err(TargetError::Config { field: "generation", value, allowed: "at most 2^63 - 1" });
+            }
             let clash = table.disks.iter().any(|known| (known.disk.id == disk.id) != (known.disk.slot == disk.slot));
             if clash {
                 return Err(TargetError::Config {
@@ -163,7 +174,9 @@ impl History {
         for life in lives.values() {
             if let Some(known) = table.disks.iter_mut().find(|known| known.disk.id == life.info.id) {
                 known.member = life.member;
-                known.disk.size = life.info.size;
+                // Size and block together: one without the other may not be a disk.
+                let DiskInfo { size, block, physical_block, .. } = life.info;
+                (known.disk.size, known.disk.block, known.disk.physical_block) = (size, block, physical_block);
             }
         }
         if table == self.table { Ok(()) } else { self.write_table(io, table) }
@@ -184,6 +197,10 @@ impl History {
         }
         let named = |disk: &&mut DiskGeneration| all.contains(&disk.disk.id);
         let generation = 1 + table.disks.iter_mut().filter(named).map(|disk| disk.generation).max().unwrap_or(0);
+        if generation > MAX_NUMBER {
+            let (value, allowed) = (generation.to_string(), "at most 2^63 - 1");
+            return Err(TargetError::Config { field: "generation", value, allowed });
+        }
         table.disks.iter_mut().filter(named).for_each(|disk| disk.generation = generation);
         self.write_table(io, table)?;
         Ok(generation)

@@ -135,7 +135,7 @@ impl Io for StillIo {
     fn close_sock(&mut self, _: Sock) {}
     fn info(&mut self, file: File) -> Result<FileInfo, Errno> {
         let size = self.files[file.0 as usize].len() as u64;
-        Ok(FileInfo { size, block: 512, physical_block: 4096, discard: true, device: false, mtime_ns: 1 })
+        Ok(FileInfo { size, block: 512, physical_block: 4096, discard: true, device: false, mtime_ns: 1, identity: 1 })
     }
     fn allocation(&mut self, _: File, offset: u64) -> Result<Allocation, Errno> {
         Ok(Allocation { len: SIZE - offset, hole: true })
@@ -207,7 +207,7 @@ impl Bench {
             disks: vec![disk],
             policy_key: PolicyKey::new(PolicyKeyId([1; 16]), [2; 32]),
             // Cuts and looks at the log allocate a little, once a second: not in this test's time.
-            cut_interval: 1 << 60,
+            cut_interval: 86_400_000_000_000,
             compress: true,
         };
         source.protect(&mut io, config).expect("the disk is there");

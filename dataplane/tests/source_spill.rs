@@ -4,8 +4,9 @@
 #[path = "source/bed.rs"]
 mod bed;
 
-use afterimage_dataplane::io::Errno;
+use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::sim::{Fault, Rng, WorldConfig};
+use afterimage_dataplane::io::{Errno, Io};
 use afterimage_dataplane::source::{GroupState, Rung, SourceEvent, SourceLimits};
 use afterimage_wire::ids::IncarnationId;
 use afterimage_wire::intent::EXTENT;
@@ -81,6 +82,7 @@ fn back_without_resync(bed: &mut Bed) {
     bed.acked();
     bed.assert_equal();
     assert_eq!(bed.held.count(RecordKind::SyncBegin), 2, "only the first synchronisations");
+    assert!(bed.status().rpo_now < 2000 * MS, "{}", bed.status().rpo_now);
     assert_eq!(bed.status().rung, Rung::Normal);
     assert_eq!(spill_files(bed), Vec::<String>::new());
 }
@@ -219,7 +221,6 @@ fn a_clean_stop_is_not_trusted_if_the_spill_is_not_whole() {
             0 => bed.world.rot(bed.node, files.last().expect("some"), 40960, 4096),
             1 => bed.world.rot(bed.node, &files[1], 40960, 4096),
             _ => {
-                use afterimage_dataplane::io::Io;
                 bed.io.remove(&files[1]).expect("removed");
                 bed.io.sync_dir(files[1].rsplit_once('/').expect("in a folder").0).expect("synced");
             }
@@ -340,6 +341,32 @@ fn writes_are_as_quick_without_a_target_as_with_one() {
 }
 
 #[test]
+fn after_a_crash_in_an_outage_the_rpo_goes_on_from_the_last_complete_moment() {
+    for power in [false, true] {
+        let mut bed = bed(16, 64 * MIB);
+        bed.ready();
+        bed.pass(12_000 * MS);
+        lose_target(&mut bed);
+        bed.write(0, 4096, &[1; 4096]).expect("written");
+        let written = bed.world.now();
+        bed.pass(30_000 * MS);
+        if power {
+            bed.world.power_loss(bed.node)
+        } else {
+            bed.world.crash(bed.node)
+        }
+        bed.restart();
+        bed.pass(100 * MS);
+        let (rpo, age) = (bed.status().rpo_now, bed.world.now() - written);
+        assert!(rpo >= age && rpo <= age + 12_000 * MS, "{rpo} is said, {age} is true");
+        bed.unreachable = false;
+        bed.until("protected", |bed| bed.is_protected());
+        bed.acked();
+        assert!(bed.status().rpo_now < 2000 * MS);
+    }
+}
+
+#[test]
 fn bits_of_spilled_records_stay_set_until_they_are_acknowledged() {
     let mut bed = bed(15, 64 * MIB);
     bed.limits.hot_extents = 0;
@@ -355,4 +382,88 @@ fn bits_of_spilled_records_stay_set_until_they_are_acknowledged() {
     assert!(bed.log_bits(0).contains(&3), "still only in the spill");
     back_without_resync(&mut bed);
     bed.until("cleared", |bed| !bed.log_bits(0).contains(&3));
+}
+
+#[test]
+fn any_end_in_any_outage_is_mended() {
+    for seed in 0..10 {
+        let config = WorldConfig { keep_unsynced: 0.5, late: 100 * MS, ..WorldConfig::default() };
+        let limits = SourceLimits { hot_extents: 1, ..limits([8 * MIB, 64 * MIB][seed as usize % 2]) };
+        let mut bed = Bed::new(seed, 2, config, limits);
+        let mut rng = Rng::new(seed);
+        bed.protect().expect("the disks are there");
+        bed.pass(rng.below(4000) * MS);
+        for _ in 0..5 {
+            if rng.chance(0.6) {
+                bed.unreachable = true;
+                bed.cut();
+            }
+            let mib = rng.below(5);
+            load(&mut bed, &mut rng, mib, 6);
+            match rng.below(4) {
+                0 => bed.unreachable = false,
+                1 => bed.cut(),
+                2 => drop(bed.ask(0, Request::Flush)),
+                _ => {}
+            }
+            bed.pass(rng.below(300) * MS);
+            let owes = !bed.is_protected() && syncs(&bed) > 0;
+            match rng.below(3) {
+                0 => bed.world.crash(bed.node),
+                1 => bed.world.power_loss(bed.node),
+                _ => {
+                    let clean = stop(&mut bed);
+                    // Stopped cleanly, the power may go: what counts was made durable.
+                    if rng.chance(0.5) {
+                        bed.world.power_loss(bed.node);
+                    }
+                    bed.restart();
+                    bed.pass(50 * MS);
+                    assert!(!clean || owes || syncs(&bed) == 0, "seed {seed}: nothing is in doubt after a clean stop");
+                    continue;
+                }
+            }
+            bed.restart();
+        }
+        bed.unreachable = false;
+        bed.until("protected", |bed| bed.is_protected());
+        bed.until("clean", |bed| bed.status().disks.iter().all(|d| d.dirty_extents == 0));
+        bed.acked();
+        bed.assert_equal();
+        assert_eq!(faults(&bed), 0, "seed {seed}");
+    }
+}
+
+#[test]
+fn shipping_an_earlier_life_never_lowers_its_acknowledged_place() {
+    let mut bed = bed(17, 64 * MIB);
+    bed.limits.hot_extents = 0;
+    bed.source = afterimage_dataplane::source::Source::new(1, bed.limits.clone(), Default::default());
+    bed.ready();
+    let (old, images) = (bed.held.position, bed.held.images.clone());
+    bed.write(0, 5 * EXTENT, &[5; 4096]).expect("written");
+    bed.acked();
+    bed.until("cleared", |bed| !bed.log_bits(0).contains(&5));
+    lose_target(&mut bed);
+    bed.write(1, 6 * EXTENT, &[6; 4096]).expect("written");
+    assert!(stop(&mut bed));
+    bed.restart();
+    // The earlier life is announced, and nothing of it is acknowledged before the next crash.
+    bed.held.mute = true;
+    bed.unreachable = false;
+    bed.until("linked", |bed| !bed.held.hellos.is_empty() && bed.held.position.seq > old.seq);
+    bed.pass(20 * MS);
+    bed.world.crash(bed.node);
+    // The target comes back as an old copy, and the spill is lost, too.
+    bed.held.mute = false;
+    (bed.held.position, bed.held.images) = (old, images);
+    bed.world.advance(5000 * MS);
+    bed.io = bed.world.io(bed.node);
+    for path in spill_files(&bed) {
+        bed.io.remove(&path).expect("removed");
+    }
+    bed.restart();
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
 }

@@ -159,7 +159,7 @@ impl Io for StillIo {
     fn close_sock(&mut self, _: Sock) {}
     fn info(&mut self, file: File) -> Result<FileInfo, Errno> {
         let size = self.files[file.0 as usize].len() as u64;
-        Ok(FileInfo { size, block: 512, physical_block: 4096, discard: true, device: false, mtime_ns: 1 })
+        Ok(FileInfo { size, block: 512, physical_block: 4096, discard: true, device: false, mtime_ns: 1, identity: 1 })
     }
     fn allocation(&mut self, _: File, _: u64) -> Result<Allocation, Errno> {
         Ok(Allocation { len: 4096, hole: true })

@@ -51,7 +51,7 @@ fn a_claim_that_makes_no_sense_is_refused_by_name() {
         (|hello| hello.stream = StreamId([8; 16]), Refusal::UnknownStream),
         (|hello| hello.disks[0].generation = 0, Refusal::Fenced { disk: DiskId([1; 16]), generation: 1 }),
         (|hello| hello.disks[0].generation = 2, Refusal::BadClaim),
-        (|hello| hello.disks[0].disk.size += 512, Refusal::BadClaim),
+        (|hello| hello.disks[0].disk.size -= 512, Refusal::BadClaim),
         (|hello| hello.disks[0].disk.slot = 5, Refusal::BadClaim),
         (|hello| hello.disks[0].disk.id = DiskId([77; 16]), Refusal::BadClaim),
         (|hello| hello.disks.clear(), Refusal::BadClaim),

@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::frame::{FRAME_HEADER_LEN, FrameHeader};
 use crate::ids::{StreamId, TimelineId};
 use crate::record::{RECORD_LEN, RawRecord, Record};
-use crate::{FormatError, WIRE_VERSION, finished, get_id, need};
+use crate::{FormatError, WIRE_VERSION, finished, get_id, get_number, need};
 
 /// First bytes.
 pub const DAMAGE_MAGIC: [u8; 4] = *b"AIDM";
@@ -112,7 +112,7 @@ impl DamageFile {
         for _ in 0..count {
             need(&input, 48 + FRAME_HEADER_LEN, WHAT)?;
             let timeline = TimelineId(get_id(&mut input, WHAT)?);
-            let (segment, at) = (input.get_u64_le(), input.get_u32_le());
+            let (segment, at) = (get_number(&mut input, WHAT)?, input.get_u32_le());
             let records = input.get_u32_le() as usize;
             let (wall_ns, lost) = (input.get_u64_le(), input.get_u64_le());
             let header = *FrameHeader::parse(input)?;

@@ -63,7 +63,8 @@ pub struct IntentHeader {
     /// Of the whole synchronisation that is owed, the bits say what is left: all were set, durably, when it was owed.
     /// Without it, it begins at zero.
     pub mapped: bool,
-    /// Change time of the disk's file and size at clean stop (nanoseconds); used without us if it differs.
+    /// At clean stop: when the disk's file last changed (nanoseconds), or how much had been written to a device since the
+    /// boot; used without us if it differs.
     pub mtime_ns: u64,
     /// The writer before `incarnation` and its last acknowledged place: while nothing of `incarnation` is acknowledged,
     /// the target may still hold only this.
@@ -71,6 +72,12 @@ pub struct IntentHeader {
     /// Stopped cleanly, but not everything was acknowledged: the rest, up to this place, is in the spill. Bits may be
     /// set then; nothing is in doubt if the spill is found to reach to exactly here. NONE otherwise.
     pub spilled: Predecessor,
+    /// Wall clock of this host at a recent moment when every write was in a durable restore point of all disks; 0 if
+    /// there never was one. A restart counts its RPO from here.
+    pub complete_wall_ns: u64,
+    /// Which file or device the disk is, as the system tells them apart; 0 if it does not. Another one has been put in its
+    /// place if it differs.
+    pub identity: u64,
 }
 
 impl IntentHeader {
@@ -104,6 +111,8 @@ impl IntentHeader {
         out.put_u64_le(self.mtime_ns);
         self.prior.encode(&mut out);
         self.spilled.encode(&mut out);
+        out.put_u64_le(self.complete_wall_ns);
+        out.put_u64_le(self.identity);
         let crc = crc32c::crc32c(&page);
         page[8..12].copy_from_slice(&crc.to_le_bytes());
         page
@@ -163,6 +172,8 @@ impl IntentHeader {
             mtime_ns: input.get_u64_le(),
             prior: Predecessor::read(&mut input, WHAT)?,
             spilled: Predecessor::read(&mut input, WHAT)?,
+            complete_wall_ns: input.get_u64_le(),
+            identity: input.get_u64_le(),
         })
     }
 }

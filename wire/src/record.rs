@@ -297,6 +297,26 @@ impl DiskInfo {
         crate::put_str(out, &self.name);
     }
 
+    /// What holds of every disk, wherever it comes from.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn check(&self) -> Result<(), FormatError> {
+        let bad = |detail| Err(FormatError::Malformed { what: "disk", detail });
+        for block in [self.block, self.physical_block] {
+            if !block.is_power_of_two() || !(512..=65536).contains(&block) {
+                return bad("block size");
+            }
+        }
+        if self.size > crate::MAX_NUMBER || !self.size.is_multiple_of(self.block.into()) {
+            return bad("size is no multiple of the block");
+        }
+        if self.serial.len() > MAX_NAME || self.name.len() > MAX_NAME {
+            return bad("name or serial too long");
+        }
+        Ok(())
+    }
+
     /// Reads one from the front of `input`.
     ///
     /// # Errors
@@ -309,17 +329,11 @@ impl DiskInfo {
         let size = crate::get_number(input, "disk")?;
         let block = input.get_u32_le();
         let physical_block = input.get_u32_le();
-        for b in [block, physical_block] {
-            if !b.is_power_of_two() || !(512..=65536).contains(&b) {
-                return Err(FormatError::Malformed { what: "disk", detail: "block size" });
-            }
-        }
-        if !size.is_multiple_of(block.into()) {
-            return Err(FormatError::Malformed { what: "disk", detail: "size is no multiple of the block" });
-        }
         let serial = crate::get_str(input, "disk serial", MAX_NAME)?;
         let name = crate::get_str(input, "disk name", MAX_NAME)?;
-        Ok(Self { slot, id: DiskId(id), size, block, physical_block, serial, name })
+        let info = Self { slot, id: DiskId(id), size, block, physical_block, serial, name };
+        info.check()?;
+        Ok(info)
     }
 
     /// Reads a payload that holds exactly one.

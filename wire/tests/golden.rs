@@ -367,6 +367,8 @@ fn intent_header() {
             frame: 0x21a2_a3a4_a5a6_a7a8,
             seq: 0x31b2_b3b4_b5b6_b7b8,
         },
+        complete_wall_ns: 0x41c2_c3c4_c5c6_c7c8,
+        identity: 0xa1a2_a3a4_a5a6_a7a8,
     };
     let bytes = header.encode();
     golden("intent-header", &bytes);

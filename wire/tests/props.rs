@@ -150,14 +150,16 @@ fn control() -> impl Strategy<Value = Control> {
 }
 
 prop_compose! {
-    fn intent()(numbers in prop::array::uniform13(number()), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
+    fn intent()(numbers in prop::array::uniform15(number()), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
         whole_owed in any::<bool>(), clean in any::<bool>(), sync_owed in any::<bool>(), mapped in any::<bool>()) -> IntentHeader {
-        let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq, last, last_seq] = numbers;
+        let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq, last, last_seq, complete_wall_ns, identity] = numbers;
         IntentHeader {
             serial, disk: DiskId(disk), size, stream: StreamId(stream), incarnation: IncarnationId(incarnation), boot,
             acked_frame, acked_seq, reserved_seq, cut, sync, generation, whole_owed, clean, sync_owed, mapped, mtime_ns,
             prior: Predecessor { incarnation: IncarnationId(before), frame, seq },
             spilled: Predecessor { incarnation: IncarnationId(end), frame: last, seq: last_seq },
+            complete_wall_ns,
+            identity,
         }
     }
 }

@@ -19,6 +19,7 @@ use afterimage_wire::v1::views_server::ViewsServer;
 use tokio::task::JoinHandle;
 use tonic::transport::server::{Router, TcpIncoming};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic_health::pb::health_server::HealthServer;
 use tower::layer::util::{Identity as NoLayer, Stack};
 
 use crate::bundle::{Bundle, BundleError};
@@ -37,6 +38,7 @@ mod control;
 pub mod deadline;
 mod enrolment;
 mod errors;
+mod health;
 mod operator;
 mod status;
 
@@ -258,17 +260,7 @@ type Layered = Router<Stack<auth::AuthLayer, NoLayer>>;
 
 async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<Layered, ServeError> {
     let operator = operator::Operator(coordinator.clone());
-    let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_serving::<PoliciesServer<operator::Operator>>().await;
-    reporter.set_serving::<GroupsServer<operator::Operator>>().await;
-    reporter.set_serving::<ProxiesServer<operator::Operator>>().await;
-    reporter.set_serving::<PointsServer<operator::Operator>>().await;
-    reporter.set_serving::<FailoversServer<operator::Operator>>().await;
-    reporter.set_serving::<OperationsServer<operator::Operator>>().await;
-    reporter.set_serving::<ViewsServer<operator::Operator>>().await;
-    reporter.set_serving::<StatusServer<status::StatusService>>().await;
-    reporter.set_serving::<EnrolmentServer<enrolment::EnrolmentService>>().await;
-    reporter.set_serving::<ProxyControlServer<control::ControlService>>().await;
+    let health = HealthServer::new(health::HealthService::new(coordinator.clone()));
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)

@@ -6,9 +6,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use afterimage_wire::MAX_DISKS;
 use afterimage_wire::ids::DiskId;
 use afterimage_wire::record::{Cut, DiskInfo, Record, RecordKind, SyncMark};
 pub use afterimage_wire::stream_state::{DiskLife, OpenSync};
+
+use crate::compare::Question;
 
 /// Most synchronisations of a disk that are begun and not ended; beyond it the oldest two count as one whole.
 const MAX_OPEN_SYNCS: usize = 16;
@@ -134,6 +137,8 @@ pub struct Points {
     newest_complete: Option<u64>,
     newest_cut: u64,
     membership: u64,
+    /// Records of hashes taken in and not fetched; none while nobody wants to answer them (a journal is being read back).
+    questions: Option<Vec<Question>>,
 }
 
 impl Points {
@@ -151,7 +156,18 @@ impl Points {
             newest_complete,
             newest_cut,
             membership: 0,
+            questions: None,
         }
+    }
+
+    /// From here on records of hashes are kept for [`Points::take_questions`].
+    pub(crate) fn listen(&mut self) {
+        self.questions.get_or_insert_default();
+    }
+
+    /// Records of hashes taken in since the last call.
+    pub(crate) fn take_questions(&mut self) -> impl Iterator<Item = Question> {
+        self.questions.as_mut().map(|questions| questions.drain(..)).into_iter().flatten()
     }
 
     /// No point below this.
@@ -207,12 +223,24 @@ impl Points {
                 }
                 return Ok(());
             }
+            RecordKind::SyncHash => {
+                if let Some(questions) = &mut self.questions {
+                    questions.push(Question { record: *record, hashes: payload.to_vec() });
+                }
+                return Ok(());
+            }
             _ => return Ok(()),
         };
         if let Change::Join(info) | Change::Resize(info) = &change
             && info.slot != record.disk
         {
             return Err(afterimage_wire::FormatError::Malformed { what: "disk", detail: "slot of another disk" });
+        }
+        if matches!(change, Change::Join(_)) && self.now.len() >= MAX_DISKS && !self.now.contains_key(&record.disk) {
+            return Err(afterimage_wire::FormatError::Malformed {
+                what: "disk",
+                detail: "more than a stream may have",
+            });
         }
         self.change(record.seq, record.disk, change);
         Ok(())

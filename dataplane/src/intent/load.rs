@@ -45,16 +45,17 @@ pub fn load(bytes: &[u8], disk: DiskId, size: u64, stream: StreamId) -> Loaded {
     if header.disk != disk {
         return useless(Verdict::Foreign("of another disk"));
     }
-    if header.size != size {
-        return useless(Verdict::Foreign("of a disk of another size"));
+    if header.size > size {
+        return useless(Verdict::Foreign("of a larger disk"));
     }
     if header.stream != stream {
         return useless(Verdict::Foreign("of another stream"));
     }
-    if (bytes.len() as u64) < log_len(size) {
+    if (bytes.len() as u64) < log_len(header.size) {
         return useless(Verdict::Foreign("cut short"));
     }
-    let total = size.div_ceil(EXTENT);
+    // What the disk has grown by since is not in its bits.
+    let total = header.size.div_ceil(EXTENT);
     let (mut extents, mut torn) = (Vec::new(), Vec::new());
     for (page, content) in bytes[PAGES_AT as usize..].chunks_exact(ALIGN).enumerate() {
         let first = page as u64 * PAGE_BITS;
@@ -70,6 +71,13 @@ pub fn load(bytes: &[u8], disk: DiskId, size: u64, stream: StreamId) -> Loaded {
             }
             Err(_) => {}
         }
+    }
+    if header.size < size {
+        let first = (header.size / EXTENT) as u32;
+        extents.retain(|extent| *extent < first);
+        extents.extend(first..size.div_ceil(EXTENT) as u32);
+        let pages = |size: u64| size.div_ceil(EXTENT).div_ceil(PAGE_BITS) as u32;
+        torn.extend(pages(header.size)..pages(size));
     }
     Loaded { verdict: Verdict::Good(Box::new(header)), serial, extents, torn, rewrite: false }
 }
@@ -118,12 +126,27 @@ mod tests {
         for loaded in [
             load(&bytes, DiskId([9; 16]), SIZE, STREAM),
             load(&bytes, DISK, SIZE - 4096, STREAM),
+            load(&bytes[..ALIGN], DISK, SIZE + EXTENT, STREAM),
             load(&bytes, DISK, SIZE, StreamId([9; 16])),
             load(&bytes[..ALIGN * 2], DISK, SIZE, STREAM),
         ] {
             assert!(matches!(loaded.verdict, Verdict::Foreign(_)));
             assert_eq!((loaded.serial, loaded.extents.len(), loaded.rewrite), (8, 0, true));
         }
+    }
+
+    #[test]
+    fn what_a_disk_has_grown_by_is_set() {
+        let bytes = log([Some(header(8)), None], &[1, 9]);
+        let loaded = load(&bytes, DISK, SIZE + EXTENT / 2, STREAM);
+        assert!(matches!(loaded.verdict, Verdict::Good(_)));
+        assert_eq!((loaded.extents, loaded.torn), (vec![1, 9, 10], vec![]));
+        // From the middle of an extent, and over the border of a page.
+        let half = IntentHeader { size: SIZE - 4096, ..header(8) };
+        let bytes = log([Some(half), None], &[1]);
+        let loaded = load(&bytes, DISK, (PAGE_BITS + 1) * EXTENT, STREAM);
+        assert_eq!((loaded.extents[..2].to_vec(), loaded.extents.len()), (vec![1, 9], PAGE_BITS as usize + 1 - 8));
+        assert_eq!(loaded.torn, [1]);
     }
 
     #[test]

@@ -199,8 +199,12 @@ pub struct FileInfo {
     pub discard: bool,
     /// A block device.
     pub device: bool,
-    /// When its content last changed as far as the file system says, nanoseconds since the Unix epoch; 0 for devices.
+    /// When its content last changed as far as the file system says, nanoseconds since the Unix epoch. For a device, which
+    /// does not say that, how much has been written to and discarded on it since the boot; 0 if that is not known.
     pub mtime_ns: u64,
+    /// Tells this file or device from any other that may stand at its path one day: a number that a copy does not have,
+    /// and that outlives a reboot. 0 if there is none.
+    pub identity: u64,
 }
 
 /// A range of a file that is allocated or not, as far as the file system tells.

@@ -15,9 +15,6 @@ use crate::index::{Entry, EntryKind, Points, SegmentIndex};
 use crate::io::{File, Nanos};
 use crate::seal::{DataKey, OpenError, open_chunk, payload, record_payload};
 
-/// Longest range of one entry that stands for several (a disk made smaller), bytes.
-const LONG_ZERO: u64 = 1 << 30;
-
 /// A writer of frames: one life of a source or of a delta, as the heads of its segments name it.
 #[derive(Debug)]
 pub struct Writer {
@@ -305,15 +302,23 @@ impl Segment {
             chunk,
             ..Entry::default()
         };
+        let bad = |detail| OpenError::Format(FormatError::Malformed { what: "record", detail });
+        let size = points.now().get(&record.disk).map(|life| life.info.size);
+        // A write past the end would make the image as long as whoever holds the key says.
+        if record.len > 0 && size.is_some_and(|size| record.end() > size) {
+            return Err(bad("past the end of its disk"));
+        }
         match record.kind {
             RecordKind::Write | RecordKind::SyncWrite => entry.kind = EntryKind::Data,
             RecordKind::Zero | RecordKind::Discard | RecordKind::SyncZero => entry.kind = EntryKind::Zero,
             RecordKind::Unreadable => entry.kind = EntryKind::Unreadable,
             RecordKind::Join | RecordKind::Resize => {
-                let old = points.now().get(&record.disk).map_or(0, |life| life.info.size);
+                let new = DiskInfo::decode(body)?.size;
+                // No source says so: a disk of another size than the table's is refused at the handshake.
+                if size.is_some_and(|old| new < old) {
+                    return Err(bad("a disk that becomes smaller"));
+                }
                 points.record(record, body)?;
-                let new = points.now().get(&record.disk).map_or(0, |life| life.info.size);
-                self.cut_off(entry, new, old);
                 return Ok(());
             }
             _ => {
@@ -325,18 +330,6 @@ impl Segment {
             self.index.add(entry);
         }
         Ok(())
-    }
-
-    /// A disk that becomes smaller loses what lay behind its end, so that nothing of it is there if it grows again. The
-    /// image itself never shrinks.
-    fn cut_off(&mut self, mut entry: Entry, new: u64, old: u64) {
-        entry.kind = EntryKind::Zero;
-        let mut at = new;
-        while at < old {
-            let len = (old - at).min(LONG_ZERO);
-            self.index.add(Entry { start: at, len: len as u32, ..entry });
-            at += len;
-        }
     }
 
     /// Time of record `seq`, if it is one that the index holds: source's wall clock, nanoseconds.

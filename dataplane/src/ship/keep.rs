@@ -20,10 +20,12 @@ use crate::spill::{CLOSED_AFTER, Loaded, Past, Prepared, ReadBack, Returned, Spi
 
 /// Part of the queue that frames read ahead may fill.
 const HEAD_SHARE: usize = 8;
-/// Frames go to the spill while more than this part of the queue is in use …
-const SPILL_FROM: usize = 2;
-/// … or than this part, when less than a quarter of all buffers is free: other groups need them.
-const SPILL_FROM_SHORT: usize = 16;
+/// Frames go to the spill while more than this part of the queue is in use, per cent …
+const SPILL_FROM: usize = 50;
+/// … while the link takes what is sealed (a burst, a synchronisation), more than this …
+const SPILL_FROM_FLOWING: usize = 75;
+/// … and, when less than a quarter of all buffers is free, already more than this: other groups need them.
+const SPILL_FROM_SHORT: usize = 6;
 
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(super) enum FrameState {
@@ -249,16 +251,19 @@ impl Shipper {
         }
         let pool = io.pool();
         let short = pool.free_bytes() < pool.total_bytes() / 4;
-        let most = self.queue.limit() / if short { SPILL_FROM_SHORT } else { SPILL_FROM };
-        let (now, wall) = (io.now(), io.wall());
+        let share = match (short, self.is_flowing()) {
+            (true, _) => SPILL_FROM_SHORT,
+            (false, true) => SPILL_FROM_FLOWING,
+            (false, false) => SPILL_FROM,
+        };
+        let most = self.queue.limit() / 100 * share;
         while all || self.queue.used() - self.keep.given_bytes > most {
             let number = self.keep.spill_next;
             let Some(frame) = self.keep.tail_frame(number) else { break };
             let (FrameState::Ready, Some(buf)) = (frame.state, &frame.buf) else { break };
             let Ok(header) = FrameHeader::parse(buf) else { break };
             let (first, len) = ((number, header.first_seq.get()), frame.len);
-            let since = wall.saturating_sub(now.saturating_sub(frame.oldest));
-            if spill.prepare(io, first, len, since) == Prepared::Wait {
+            if spill.prepare(io, first, len) == Prepared::Wait {
                 break;
             }
             let Some(buf) = frame.buf.take() else { break };

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use afterimage_wire::record::{Record, RecordKind};
 
 use crate::io::Nanos;
+use crate::resync::pace::Budget;
+use crate::seal::HashKey;
 use crate::sealers::{Entry, Payload};
 
 /// Room that a record without a buffer takes, bytes.
@@ -79,6 +81,12 @@ pub struct Queue {
     pub pressed: bool,
     /// A synchronisation has begun since someone last looked.
     pub incomplete_since: Option<Nanos>,
+    /// Hashes what a synchronisation asks about; without it, it sends everything.
+    pub hash_key: Option<Arc<HashKey>>,
+    /// Questions of synchronisations that wait for their answer.
+    pub asked: usize,
+    /// What synchronisations may read.
+    pub budget: Budget,
     /// Records pushed.
     pub records: u64,
     /// Bytes of disk that they cover.
@@ -107,6 +115,9 @@ impl Queue {
             overflow: false,
             pressed: false,
             incomplete_since: None,
+            hash_key: None,
+            asked: 0,
+            budget: Budget::default(),
             records: 0,
             bytes: 0,
             passed: 0,
@@ -210,6 +221,7 @@ impl Queue {
         self.payload = 0;
         self.raw = 0;
         self.frames = 0;
+        self.asked = 0;
         let last = self.last_seq().max(first.saturating_sub(1));
         self.numbers.store(last, Ordering::Relaxed);
         last + 1

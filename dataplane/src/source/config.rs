@@ -10,6 +10,8 @@ use crate::seal::PolicyKey;
 
 /// Most groups of one source.
 pub const MAX_GROUPS: usize = 256;
+/// Least bound of the speed of synchronisations, bytes a second: below it they would hardly ever end.
+pub const MIN_SYNC_RATE: u64 = 64 << 10;
 /// Most disks of one source, over all groups.
 pub const MAX_SOURCE_DISKS: usize = 4096;
 
@@ -32,6 +34,9 @@ pub struct SourceLimits {
     pub hot_extents: usize,
     /// Part of the queue that synchronisation may fill, per cent.
     pub sync_share: usize,
+    /// Most bytes a second that the synchronisations of one group read from its disks; 0: as fast as they can, with few
+    /// reads at a time while a host has requests under way.
+    pub sync_rate: u64,
     /// Longest time that a clean stop waits for acknowledgements.
     pub stop_wait: Nanos,
     /// A connection on which nothing was heard for this long is given up.
@@ -57,6 +62,7 @@ impl Default for SourceLimits {
             frame_bytes: 512 << 10,
             hot_extents: 64,
             sync_share: 25,
+            sync_rate: 0,
             stop_wait: 5_000_000_000,
             link_silence: 10_000_000_000,
             spill_dir: String::new(),
@@ -170,8 +176,8 @@ fn refuse<T>(field: &'static str, value: impl fmt::Display, allowed: &'static st
 }
 
 pub(super) fn check_cut_interval(interval: Nanos) -> Result<(), ProtectError> {
-    if interval < 10_000_000 {
-        return refuse("cut_interval", interval, "at least 10 ms");
+    if !(10_000_000..=86_400_000_000_000).contains(&interval) {
+        return refuse("cut_interval", interval, "10 ms to a day");
     }
     Ok(())
 }
@@ -190,6 +196,9 @@ impl SourceLimits {
         }
         if !(1..=100).contains(&self.sync_share) {
             return refuse("sync_share", self.sync_share, "1 to 100 per cent");
+        }
+        if self.sync_rate != 0 && self.sync_rate < MIN_SYNC_RATE {
+            return refuse("sync_rate", self.sync_rate, "0, or at least 65536 bytes a second");
         }
         if self.few_unacked == 0 {
             return refuse("few_unacked", self.few_unacked, "at least 1");
@@ -256,6 +265,12 @@ impl DiskConfig {
     pub(crate) fn check(&self) -> Result<(), ProtectError> {
         if self.name.is_empty() || self.name.len() > MAX_NAME {
             return refuse("disk name", &self.name, "1 to 255 bytes");
+        }
+        if self.label.len() > MAX_NAME {
+            return refuse("disk label", &self.label, "at most 255 bytes");
+        }
+        if self.generation > afterimage_wire::MAX_NUMBER {
+            return refuse("generation", self.generation, "at most 2^63 - 1");
         }
         if self.serial.len() > MAX_NAME {
             return refuse("serial", &self.serial, "at most 255 bytes");

@@ -25,6 +25,8 @@ pub(super) const SEQ_RESERVE: u64 = 1 << 24;
 pub(super) const CUT_RESERVE: u64 = 1 << 16;
 /// Time between two looks at the intent bits.
 const TICK: Nanos = 1_000_000_000;
+/// How old the moment may become that the logs name as complete while everything is.
+const RECORD: Nanos = 10_000_000_000;
 /// The wall clock has jumped if it moves by that much more or less than the monotonic one between two cuts.
 const CLOCK_JUMP: i64 = 1_000_000_000;
 /// With no buffer for a frame for this long, and none in sight, the queue is given up.
@@ -277,17 +279,30 @@ impl Group {
         if tick {
             self.next_tick = now + TICK;
             self.ship.look(now);
+            self.note_complete(w, now);
         }
         let announced = self.ship.link.announced;
         let (frame, seq, bound) = (self.ship.acked_frame, self.ship.acked_seq, self.limits.hot_extents);
         let running = self.phase == Phase::Open;
         self.each_disk(w, |disk, f| {
+            if tick && running {
+                disk.look_at_size(f);
+            }
             let epoch = disk.flush.flushed();
             let covered = Covered { frame, seq, epoch, bound };
+            let size = disk.info.size;
             let Some(log) = &mut disk.log else { return };
+            if log.header().size != size && log.is_mapped() {
+                log.set_header(|h| h.size = size);
+            }
+            // Of a whole synchronisation its bits say what is left, from when all of them were durable.
+            if log.header().whole_owed && !log.header().mapped && log.is_mapped() {
+                log.set_header(|h| h.mapped = true);
+            }
             // Before the logs name this incarnation, its places mean nothing to who reads them. While a synchronisation
-            // is open its bits stay: a next life must know that it owes an end.
-            if announced && running && !disk.sync.is_open() {
+            // is open, a next life must know that it owes an end: from the header, or from bits that stay.
+            let known = !disk.sync.is_open() || log.durable_header().sync_owed;
+            if announced && running && known {
                 let unflushed = tick && log.tick(&covered);
                 log.clear(&covered);
                 if unflushed {
@@ -308,6 +323,20 @@ impl Group {
                 self.ship.link.announced = true;
             }
         }
+    }
+
+    /// Says in the logs, now and then, that nothing is owed, for the next life to count its RPO from.
+    fn note_complete<I: Io>(&mut self, w: &mut Around<'_, I>, now: Nanos) {
+        let rpo = self.rpo_now(now);
+        let synced = self.ship.link.is_ready() && self.all_disks(w.disks, |disk| !disk.sync.is_open());
+        if self.phase != Phase::Open || !synced || rpo >= RECORD {
+            return;
+        }
+        let since = w.io.wall().saturating_sub(rpo);
+        if self.all_logs(w.disks, |log| log.header().complete_wall_ns.abs_diff(since) < RECORD) {
+            return;
+        }
+        self.set_headers(w.disks, |h| h.complete_wall_ns = since);
     }
 
     /// Reserves numbers ahead of need.
@@ -510,9 +539,14 @@ impl Group {
             (self.phase == Phase::Open).then_some(self.next_cut),
             matches!(self.phase, Phase::Stopping(_)).then_some(self.stop_at.max(soon)),
         ]);
+        let mut reads = false;
         for index in &self.disks {
-            let disk = disks[*index as usize].as_ref().and_then(Disk::deadline);
-            due = vec_min([due, disk.map(|at| at.max(soon))]);
+            let Some(disk) = disks[*index as usize].as_ref() else { continue };
+            reads |= disk.sync.running().is_some();
+            due = vec_min([due, disk.deadline().map(|at| at.max(soon))]);
+        }
+        if reads && self.ship.link.is_ready() {
+            due = vec_min([due, self.ship.queue.budget.due().map(|at| at.max(soon))]);
         }
         due
     }

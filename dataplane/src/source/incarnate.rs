@@ -9,7 +9,7 @@ use afterimage_wire::WIRE_VERSION;
 use afterimage_wire::control::StopReason;
 use afterimage_wire::handshake::{DiskClaim, Hello, Position, Refusal};
 use afterimage_wire::ids::{DiskId, IncarnationId};
-use afterimage_wire::record::{DiskInfo, RecordKind};
+use afterimage_wire::record::RecordKind;
 use afterimage_wire::segment::{Predecessor, WrappedKey};
 
 use super::group::{Around, Group, Phase};
@@ -39,18 +39,6 @@ pub(super) fn fresh_writer<I: Io>(io: &mut I, policy: &PolicyKey) -> (Incarnatio
     (incarnation, key, wrapped)
 }
 
-fn disk_info(disk: &Disk) -> DiskInfo {
-    DiskInfo {
-        slot: disk.config.slot,
-        id: disk.config.id,
-        size: disk.info.size,
-        block: disk.info.block,
-        physical_block: disk.info.physical_block,
-        serial: disk.config.serial.clone(),
-        name: if disk.config.label.is_empty() { &disk.config.name } else { &disk.config.label }.clone(),
-    }
-}
-
 impl Group {
     /// The logs are ready: the stream begins, and host I/O with it.
     pub fn open<I: Io>(&mut self, w: &mut Around<'_, I>) {
@@ -64,7 +52,7 @@ impl Group {
         let (now, wall) = (w.io.now(), w.io.wall());
         self.each_disk(w, |disk, f| {
             let mut body = Vec::with_capacity(128);
-            disk_info(disk).encode(&mut body);
+            disk.describe().encode(&mut body);
             let event = Event { kind: RecordKind::Join, disk: disk.config.slot, offset: 0, len: 0 };
             if let Some(queue) = f.queue.as_deref_mut() {
                 queue.push(event, Payload::Mark(body), 0, SMALL_COST, now, wall);
@@ -72,7 +60,8 @@ impl Group {
         });
         let mut whole = true;
         self.each_disk(w, |disk, f| {
-            whole &= disk.sync.whole_owed;
+            let everything = disk.log.as_ref().is_none_or(|log| log.dirty() == log.extents_of_disk());
+            whole &= disk.sync.whole_owed && everything;
             if disk.sync.whole_owed {
                 disk.begin_sync(f, true);
             } else if disk.sync.end_owed || disk.log.as_ref().is_some_and(|log| log.dirty() > 0) {
@@ -83,20 +72,22 @@ impl Group {
     }
 
     /// Gives up everything that is queued and begins a new incarnation: what was not acknowledged is in the dirty map
-    /// then, and is synchronised; everything is, if `whole`. Numbers go on at `least` or above.
+    /// then, and is synchronised; everything is, from zero, if `whole`. Numbers go on at `least` or above.
     pub fn reincarnate<I: Io>(&mut self, w: &mut Around<'_, I>, whole: bool, least: u64) {
         self.forget_queue(w, least);
         if self.phase != Phase::Open {
             return;
         }
-        self.each_disk(w, |disk, _| disk.sync.whole_owed |= whole);
+        if whole {
+            self.each_disk(w, |disk, _| disk.owe_all());
+        }
         self.draw_head(w);
         self.ship.queue.overflow = false;
     }
 
     /// What heads of spill segments say of this life.
     pub fn spill_writer(&self, disks: &[Option<Disk>]) -> SpillWriter {
-        let info = |index: &u32| disks[*index as usize].as_ref().map(disk_info);
+        let info = |index: &u32| disks[*index as usize].as_ref().map(Disk::describe);
         SpillWriter {
             incarnation: self.ship.incarnation,
             predecessor: self.predecessor,
@@ -114,6 +105,7 @@ impl Group {
         if self.ship.past().is_none() {
             self.rpo.shipped();
         }
+        "the next life of this source introduces itself".clone_into(&mut self.ship.link.reason);
         self.ship.link.again(w.io.now());
     }
 
@@ -164,7 +156,7 @@ impl Group {
     fn hello(&self, disks: &[Option<Disk>]) -> Hello {
         let claim = |index: &u32| {
             let disk = disks[*index as usize].as_ref()?;
-            Some(DiskClaim { disk: disk_info(disk), generation: disk.config.generation })
+            Some(DiskClaim { disk: disk.describe(), generation: disk.config.generation })
         };
         let (predecessor, key, first_seq) = match self.ship.past() {
             Some(past) => (past.predecessor, past.wrapped, past.first_seq),
@@ -276,6 +268,9 @@ impl Group {
         }
         if self.ship.link.up(w.io, sock, control, self.recv_token) {
             self.ship.resend_from(from);
+            if ours {
+                self.each_disk(w, |disk, f| disk.sync_relinked(f, position.seq));
+            }
         }
     }
 
@@ -365,8 +360,15 @@ impl Group {
                     self.stopped_by_target(w, reason, value);
                     break;
                 }
-                // No hashes are sent yet; a range that is wanted is named again with the next connection.
-                Heard::Compared(..) | Heard::Want(..) => {}
+                Heard::Compared(seq, differs) => {
+                    let mut known = false;
+                    self.each_disk(w, |disk, f| known = known || disk.sync_compared(f, seq, differs));
+                }
+                Heard::Want(slot, offset, len) => self.each_disk(w, |disk, _| {
+                    if disk.config.slot == slot {
+                        disk.sync_wanted(offset, len);
+                    }
+                }),
             }
         }
         heard.clear();

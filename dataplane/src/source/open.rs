@@ -208,16 +208,31 @@ pub(super) fn spilled(headers: &[Option<IntentHeader>]) -> Option<Predecessor> {
     all.all(|h| h.clean && h.spilled == place).then_some(place)
 }
 
-/// Whether a disk must be compared in full, by its own log.
-pub(super) fn owes_whole(loaded: &Loaded, config: &DiskConfig, info: &FileInfo, boot: [u8; 16]) -> bool {
-    let Verdict::Good(header) = &loaded.verdict else { return true };
-    // Stopped cleanly, and the file has changed since: someone else wrote to it.
-    let touched = header.clean && header.mtime_ns != info.mtime_ns;
+/// What a disk owes, by its own log.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(super) struct Owed {
+    /// A whole synchronisation must reach its end …
+    pub whole: bool,
+    /// … and begins at zero: the log does not say what of it was done.
+    pub all: bool,
+    /// A synchronisation had begun and its end is not known to have arrived.
+    pub end: bool,
+}
+
+/// Judges the log of a disk.
+pub(super) fn owed(loaded: &Loaded, config: &DiskConfig, info: &FileInfo, boot: [u8; 16]) -> Owed {
+    let Verdict::Good(header) = &loaded.verdict else { return Owed { whole: true, all: true, end: false } };
     let rebooted = header.boot != boot;
-    // A device does not tell when it was written; after a reboot only a clean stop and an unchanged file do.
-    let trusted = config.trust_reboot || mutant!(RebootTrusted) || (header.clean && info.mtime_ns != 0);
-    let unknown = rebooted && !trusted;
-    header.whole_owed || touched || unknown
+    // Another file or device than the one that the log is of: a copy, a disk brought back from elsewhere, two swapped.
+    let other = header.identity != 0 && info.identity != 0 && header.identity != info.identity;
+    // Stopped cleanly, and the file has changed since: someone else wrote to it.
+    let told = !(info.device && rebooted);
+    let touched = header.clean && told && header.mtime_ns != info.mtime_ns;
+    // A device tells only of this boot; after another one only a clean stop and an unchanged file do.
+    let unchanged = header.clean && info.mtime_ns != 0 && !info.device;
+    let unknown = rebooted && !(config.trust_reboot || mutant!(RebootTrusted) || unchanged);
+    let all = other || touched || unknown || (header.whole_owed && !header.mapped);
+    Owed { whole: all || header.whole_owed, all, end: header.sync_owed }
 }
 
 #[cfg(test)]
@@ -289,8 +304,15 @@ mod tests {
     #[test]
     fn trust_in_a_disk_ends_with_a_reboot_or_another_writer() {
         let (config, boot) = (DiskConfig::default(), [7; 16]);
-        let info =
-            FileInfo { size: 8192, block: 512, physical_block: 4096, discard: true, device: false, mtime_ns: 50 };
+        let info = FileInfo {
+            size: 8192,
+            block: 512,
+            physical_block: 4096,
+            discard: true,
+            device: false,
+            mtime_ns: 50,
+            identity: 3,
+        };
         let judge = |header: IntentHeader, config: &DiskConfig, info: &FileInfo| {
             let loaded = Loaded {
                 verdict: Verdict::Good(Box::new(header)),
@@ -299,7 +321,7 @@ mod tests {
                 torn: Vec::new(),
                 rewrite: false,
             };
-            owes_whole(&loaded, config, info, boot)
+            owed(&loaded, config, info, boot).all
         };
         let crashed = IntentHeader { boot, ..IntentHeader::default() };
         let clean = IntentHeader { boot, clean: true, mtime_ns: 50, ..IntentHeader::default() };
@@ -307,10 +329,19 @@ mod tests {
         assert!(!judge(clean, &config, &info));
         assert!(judge(IntentHeader { mtime_ns: 49, ..clean }, &config, &info));
         assert!(judge(IntentHeader { whole_owed: true, ..crashed }, &config, &info));
+        assert!(!judge(IntentHeader { whole_owed: true, mapped: true, ..crashed }, &config, &info));
         assert!(judge(IntentHeader { boot: [8; 16], ..crashed }, &config, &info));
         assert!(!judge(IntentHeader { boot: [8; 16], ..clean }, &config, &info));
         let trusting = DiskConfig { trust_reboot: true, ..DiskConfig::default() };
         assert!(!judge(IntentHeader { boot: [8; 16], ..crashed }, &trusting, &info));
+        assert!(!judge(IntentHeader { identity: 3, ..crashed }, &config, &info));
+        assert!(judge(IntentHeader { identity: 4, ..crashed }, &config, &info), "another file is there");
+        assert!(judge(IntentHeader { identity: 4, ..clean }, &trusting, &info));
+        let device = FileInfo { device: true, ..info };
+        assert!(!judge(clean, &config, &device));
+        assert!(judge(IntentHeader { mtime_ns: 49, ..clean }, &config, &device), "written to by someone else");
+        assert!(judge(IntentHeader { boot: [8; 16], ..clean }, &config, &device), "its count began anew");
+        assert!(!judge(IntentHeader { boot: [8; 16], mtime_ns: 7, ..clean }, &trusting, &device));
         let device = FileInfo { mtime_ns: 0, device: true, ..info };
         assert!(judge(IntentHeader { boot: [8; 16], mtime_ns: 0, ..clean }, &config, &device));
     }

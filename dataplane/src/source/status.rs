@@ -158,6 +158,12 @@ pub struct SyncProgress {
     pub done: u64,
     /// Bytes in all, as known now.
     pub total: u64,
+    /// Bytes of the disk that were compared by hash since it began in this life.
+    pub compared: u64,
+    /// Bytes of the disk that were sent: what differed.
+    pub sent: u64,
+    /// How long the rest will take at the present speed, if that can be said.
+    pub left: Option<Nanos>,
 }
 
 /// A disk now.

@@ -23,9 +23,8 @@ pub(crate) struct Past {
     /// The last frame that it sealed, as far as anything is left of it, and its last record.
     pub last_frame: u64,
     pub last_seq: u64,
-    /// When the first frame in the spill was closed, on the clocks of then.
+    /// When the first frame in the spill was closed, on the clock of then.
     pub mono_ns: Nanos,
-    pub wall_ns: u64,
 }
 
 /// A spill with what was in it.
@@ -82,11 +81,10 @@ impl Recovered {
         }
     }
 
-    /// How old the oldest record in it is at most, if the clocks of then are those of now; else by the wall clock.
-    pub fn age(&self, now: Nanos, wall: u64, same_boot: bool) -> Option<Nanos> {
+    /// How old the oldest record in it is at most, if the host has not been rebooted since.
+    pub fn age(&self, now: Nanos) -> Option<Nanos> {
         let first = self.past.front()?;
-        let by_clock = now.saturating_sub(first.mono_ns.saturating_sub(CLOSED_AFTER));
-        Some(if same_boot { by_clock } else { wall.saturating_sub(first.wall_ns) })
+        Some(now.saturating_sub(first.mono_ns.saturating_sub(CLOSED_AFTER)))
     }
 }
 
@@ -212,7 +210,6 @@ fn lives<I: Io>(io: &mut I, spill: &mut Spill, stream: StreamId, place: Predeces
             last_frame: last.frame,
             last_seq: last.seq,
             mono_ns: life.mono_ns,
-            wall_ns: life.head.created_wall_ns,
         });
         spill.segments[end - 1].last_frame = last.frame;
         last = life.head.predecessor;

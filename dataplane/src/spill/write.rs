@@ -92,9 +92,8 @@ impl Spill {
         !self.write.under_way.is_empty() || self.write.syncing.is_some()
     }
 
-    /// Makes ready to write frame `first.0`, which begins with record `first.1` and is `len` bytes long. `wall_ns` is
-    /// the wall clock at its oldest record.
-    pub fn prepare<I: Io>(&mut self, io: &mut I, first: (u64, u64), len: usize, wall_ns: u64) -> Prepared {
+    /// Makes ready to write frame `first.0`, which begins with record `first.1` and is `len` bytes long.
+    pub fn prepare<I: Io>(&mut self, io: &mut I, first: (u64, u64), len: usize) -> Prepared {
         let write = &self.write;
         if write.under_way.len() >= MAX_WRITES || write.syncing.is_some() {
             return Prepared::Wait;
@@ -115,7 +114,7 @@ impl Spill {
             self.sync(io);
             return Prepared::Wait;
         }
-        match self.create(io, incarnation, first, wall_ns) {
+        match self.create(io, incarnation, first) {
             Ok(()) => {
                 self.write.retry_at = None;
                 self.trouble = None;
@@ -130,13 +129,7 @@ impl Spill {
     }
 
     /// Begins a new segment.
-    fn create<I: Io>(
-        &mut self,
-        io: &mut I,
-        incarnation: IncarnationId,
-        first: (u64, u64),
-        wall_ns: u64,
-    ) -> Result<(), String> {
+    fn create<I: Io>(&mut self, io: &mut I, incarnation: IncarnationId, first: (u64, u64)) -> Result<(), String> {
         self.close_active(io);
         if self.segments.back().is_some_and(|segment| segment.last_frame == 0) {
             // Not one frame came to be in it.
@@ -152,7 +145,7 @@ impl Spill {
         }
         let Some(writer) = &self.write.writer else { return Err("no writer is known".into()) };
         let number = self.next_number;
-        let bytes = head(self.stream, writer, number, first, wall_ns).encode();
+        let bytes = head(self.stream, writer, number, first, io.wall()).encode();
         let Some(mut buf) = io.pool().take(bytes.len()) else { return Err("no buffer for a head".into()) };
         buf[..bytes.len()].copy_from_slice(&bytes);
         let path = format!("{}/{}", self.config.dir, file_name(number, incarnation, first.0));

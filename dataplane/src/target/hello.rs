@@ -43,6 +43,12 @@ pub(crate) fn decide(stream: &Stream, hello: &Hello) -> Result<Accepted, Welcome
         Phase::Failed(why) => return Err(refuse(Refusal::Unable, why.clone())),
         _ => return Err(refuse(Refusal::Busy, "the stream is being recovered")),
     }
+    if let Some(why) = &stream.seeds.error {
+        return Err(refuse(Refusal::Unable, why.clone()));
+    }
+    if stream.seeds.is_busy() {
+        return Err(refuse(Refusal::Busy, "a seed is being made durable"));
+    }
     if let Some(errno) = stream.journal.failed() {
         return Err(refuse(Refusal::Unable, format!("the journal's disk failed: {errno}")));
     }
@@ -129,7 +135,8 @@ fn check_claims(stream: &Stream, hello: &Hello) -> Result<(), Welcome> {
             let message = format!("disk {id} has slot {}, not {}", known.disk.slot, claim.disk.slot);
             return Err(refuse(Refusal::BadClaim, message));
         }
-        if claim.disk.size != known.disk.size {
+        // One that has grown says so in the stream; the table follows.
+        if claim.disk.size < known.disk.size {
             let message = format!("disk {id} has {} bytes here and {} there", known.disk.size, claim.disk.size);
             return Err(refuse(Refusal::BadClaim, message));
         }

@@ -41,6 +41,8 @@ pub(crate) enum Purpose {
     AppendSync(JournalId),
     /// Reading a journal back.
     Recover(u32),
+    /// Making a seed durable.
+    Seed(u32),
     /// Folding.
     Fold(u32, FoldOp),
     /// Verifying a journal.

@@ -12,17 +12,20 @@ use afterimage_wire::{ALIGN, align_up};
 use super::config::{StreamConfig, TargetConfig, TargetError, ViewConfig};
 use super::ops::{Ctx, JournalId, Purpose};
 use super::reopen::Reopen;
+use super::seed::Seeds;
 use super::status::{Damage, TargetEvent};
+use crate::compare::Compare;
 use crate::damage::Ledger;
 use crate::delta::Delta;
 use crate::fold::Fold;
-use crate::index::Points;
+use crate::index::{DiskLife, Points};
 use crate::io::{Errno, File, Io, Nanos, OpenHow};
 use crate::journal::recover::{Progress, Recovery};
 use crate::journal::{Journal, JournalConfig, Place, Prune, Writer, Written, parse_segment_name};
 use crate::scrub::Scrub;
 use crate::shelf::{Shelving, view_of};
 use crate::timeline::History;
+use crate::view::Reads;
 
 /// Segments of a delta from which on what it has overwritten is looked for.
 const PRUNE_AT: u64 = 4;
@@ -110,6 +113,10 @@ pub(crate) struct Stream {
     pub welcomed: Option<Welcomed>,
     /// Durable, not yet in the index.
     pub to_index: VecDeque<Written>,
+    /// Images that replicas begin with.
+    pub seeds: Seeds,
+    /// What the source asks by hash.
+    pub compare: Compare,
     ripe: usize,
     /// [`Points::membership`] that the timeline table has followed.
     noted: u64,
@@ -167,6 +174,8 @@ impl Stream {
             last_heard: None,
             welcomed: None,
             to_index: VecDeque::new(),
+            seeds: Seeds::default(),
+            compare: Compare::default(),
             ripe: 0,
             noted: 0,
             bad_seal: None,
@@ -315,7 +324,7 @@ impl Stream {
             Phase::Journal(recovery) | Phase::Deltas(_, Some(recovery)) => recovery.deadline(),
             _ => None,
         };
-        [self.again, phase, self.reopen_deadline()].into_iter().flatten().min()
+        [self.again, phase, self.reopen_deadline(), self.seeds.deadline()].into_iter().flatten().min()
     }
 
     fn fail(&mut self, why: String, events: &mut VecDeque<TargetEvent>) {
@@ -342,6 +351,7 @@ impl Stream {
                 Err(why) => return self.fail(why, events),
             }
             if self.is_ready() {
+                self.points.listen();
                 self.scrub.rest(ctx.io.now());
                 for damage in self.damage.all() {
                     events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
@@ -365,9 +375,14 @@ impl Stream {
                 Ok((Phase::Images, true))
             }
             Phase::Images => {
+                self.seed_turn(ctx);
                 let known = self.history.table().disks.iter().map(|disk| disk.disk.clone());
                 let disks: Vec<DiskInfo> = known.chain(self.points.base().values().map(|l| l.info.clone())).collect();
                 for info in disks {
+                    // One that waits for its seed gets its image from it.
+                    if self.seeds.wanted.iter().any(|(disk, _)| *disk == info.id) {
+                        continue;
+                    }
                     match self.ensure_image(ctx.io, &info) {
                         Ok(()) => {}
                         Err(Errno::AGAIN) => {
@@ -590,6 +605,13 @@ impl Stream {
         !self.to_index.is_empty()
     }
 
+    /// Begins the comparisons that the source asks for.
+    pub fn compare_turn(&mut self, reads: &mut Reads) {
+        let writer = self.journal.segments.back().map(|segment| segment.writer.incarnation).unwrap_or_default();
+        self.compare.take(writer, self.points.take_questions());
+        self.compare.turn(self.id, reads);
+    }
+
     fn index_batch(&mut self, mut written: Written, events: &mut VecDeque<TargetEvent>) {
         let (mut at, end) = (written.part.at, written.part.at + written.part.len);
         let mut file_at = written.at;
@@ -628,10 +650,12 @@ impl Stream {
         }
     }
 
-    /// Every disk that is in the stream and has lost history since its last whole synchronisation.
+    /// Some disk that is in the stream has lost history since its last whole synchronisation, and no whole one has begun
+    /// since.
     pub fn owes_whole(&self) -> bool {
-        self.damage.all().any(|damage| !damage.known)
-            && self.points.now().values().any(|life| life.member && life.owes_whole)
+        let begun = |life: &DiskLife| life.open.iter().any(|open| open.whole && !open.tainted);
+        let owes = |life: &DiskLife| life.member && life.owes_whole && !begun(life);
+        self.damage.all().any(|damage| !damage.known) && self.points.now().values().any(owes)
     }
 
     /// Where the stream stands: newest writer, frame and record on stable storage.

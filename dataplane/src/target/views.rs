@@ -182,6 +182,12 @@ impl<I: Io> Target<I> {
             answers.append(&mut delta.answers);
         }
         for (key, answer) in answers.drain(..) {
+            if let Some(stream) = crate::compare::stream_of(key) {
+                if let Some(stream) = self.streams.get_mut(&stream) {
+                    stream.compare.read(&stream.config.policy_key.hash_key(stream.config.stream), answer);
+                }
+                continue;
+            }
             if let Some(stream) = stream_of(key) {
                 if let Some(stream) = self.streams.get_mut(&stream) {
                     stream.shelving.answers.push(answer);

@@ -4,18 +4,19 @@ use std::collections::{BTreeMap, VecDeque};
 
 use afterimage_dataplane::host::{Answer, Disks, HEADROOM, HostDisk, Request};
 use afterimage_dataplane::io::sim::{NodeId, SimIo, World, WorldConfig};
-use afterimage_dataplane::io::{Done, Errno, Io, Nanos, Op, Part, Pool, Sock};
+use afterimage_dataplane::io::{Done, Errno, Io, Nanos, Op, OpenHow, Part, Pool, Sock};
 use afterimage_dataplane::seal::{ControlKey, DataKey, PolicyKey, open_chunk, payload, record_payload};
 use afterimage_dataplane::sealers::Sealer;
 use afterimage_dataplane::source::{
-    DiskConfig, GroupConfig, GroupStatus, LinkFailure, ProtectError, Source, SourceEvent, SourceLimits, pool_classes,
+    DiskConfig, GroupConfig, GroupState, GroupStatus, LinkFailure, ProtectError, Source, SourceEvent, SourceLimits,
+    pool_classes,
 };
 use afterimage_wire::chunk::Chunk;
 use afterimage_wire::control::{CONTROL_LEN, Control};
 use afterimage_wire::frame::{FrameHeader, MAX_FRAME, check_frame};
 use afterimage_wire::handshake::{Hello, Position, Refusal};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
-use afterimage_wire::record::{Record, RecordKind};
+use afterimage_wire::record::{DiskInfo, Record, RecordKind};
 
 pub const STREAM: StreamId = StreamId([7; 16]);
 pub const MS: Nanos = 1_000_000;
@@ -36,6 +37,12 @@ pub struct Held {
     pub hellos: Vec<Hello>,
     /// Frames are received and not acknowledged.
     pub mute: bool,
+    /// Hashes are compared and nobody is told.
+    pub silent: bool,
+    /// What was compared: the record, and which steps differ.
+    compared: VecDeque<(u64, u64)>,
+    /// Bytes of frames that were received.
+    pub received: u64,
 }
 
 impl Held {
@@ -61,6 +68,7 @@ impl Held {
                 break;
             }
             let frame: Vec<u8> = self.bytes.drain(..length).collect();
+            self.received += length as u64;
             self.apply(&frame, hello.incarnation);
             new = true;
         }
@@ -99,6 +107,16 @@ impl Held {
                         image[range].copy_from_slice(&data);
                     }
                 }
+                if record.kind == RecordKind::Resize {
+                    let size = DiskInfo::decode(&data).expect("a disk").size as usize;
+                    self.images.entry(record.disk).or_default().resize(size, 0);
+                }
+                if record.kind == RecordKind::SyncHash && !self.silent {
+                    let image = self.images.entry(record.disk).or_insert_with(|| vec![0xEE; SIZE as usize]);
+                    let range = &image[record.offset as usize..record.end() as usize];
+                    let key = policy().hash_key(STREAM);
+                    self.compared.push_back((record.seq, key.differs(record.disk, record.offset, range, &data)));
+                }
                 self.records.push(record);
             }
         }
@@ -131,6 +149,8 @@ pub struct Bed {
     /// Counts the connections: names the receives of each.
     links: u64,
     pub events: Vec<SourceEvent>,
+    /// As the source last said: asking for its status at each step would cost more than all else.
+    state: Option<GroupState>,
     pub answers: VecDeque<(usize, Answer)>,
     cookie: u64,
 }
@@ -161,6 +181,7 @@ impl Bed {
             link: None,
             links: 1,
             events: Vec::new(),
+            state: None,
             answers: VecDeque::new(),
             cookie: 0,
         }
@@ -210,8 +231,7 @@ impl Bed {
     }
 
     pub fn is_protected(&self) -> bool {
-        let status = self.source.status(self.io.now());
-        status.first().is_some_and(|s| s.state == afterimage_dataplane::source::GroupState::Protected)
+        self.state == Some(GroupState::Protected)
     }
 
     /// A new process on the same disks, after a crash or power loss.
@@ -220,6 +240,7 @@ impl Bed {
         self.io = self.world.io_with_pool(self.node, Pool::new(&pool_classes(self.limits.queue_bytes)));
         self.source = Source::new(1, self.limits.clone(), Sealer::Inline);
         self.events.clear();
+        self.state = None;
         while let Err(error) = self.protect() {
             assert!(matches!(error, ProtectError::Locked { .. }), "{error}");
             self.world.advance(50 * MS);
@@ -254,6 +275,9 @@ impl Bed {
         while let Some(event) = self.source.next_event() {
             if let SourceEvent::Connect { hello, .. } = &event {
                 self.connect(hello);
+            }
+            if let SourceEvent::State { state, .. } = &event {
+                self.state = Some(state.clone());
             }
             self.events.push(event);
         }
@@ -312,8 +336,19 @@ impl Bed {
                     let Position { frame, seq, .. } = self.held.position;
                     self.say(there, &mut control, Control::Ack { frame, seq });
                 }
+                while let Some((seq, differs)) = self.held.compared.pop_front() {
+                    self.say(there, &mut control, Control::Compared { seq, differs });
+                }
                 self.listen(there);
             }
+            self.link = Some((here, there, control, hello));
+        }
+    }
+
+    /// The target says something on the connection.
+    pub fn tell(&mut self, message: Control) {
+        if let Some((here, there, mut control, hello)) = self.link.take() {
+            self.say(there, &mut control, message);
             self.link = Some((here, there, control, hello));
         }
     }
@@ -410,6 +445,16 @@ impl Bed {
                 panic!("disk {disk} differs at {at}: {} here, {} there", here[at], there[at]);
             }
         }
+    }
+
+    /// Makes a disk's file longer, as its owner would.
+    pub fn grow(&mut self, disk: usize, size: u64) {
+        let mut other = if self.io.alive() { None } else { Some(self.world.io(self.node)) };
+        let io = other.as_mut().unwrap_or(&mut self.io);
+        let how = OpenHow { write: true, ..OpenHow::default() };
+        let file = io.open(&path(disk), how).expect("there");
+        io.set_len(file, size, false).expect("grows");
+        io.close(file);
     }
 
     /// Which extents the log on the disk says are set.

@@ -186,7 +186,7 @@ pub fn mend_all(bytes: &mut [u8]) {
                     mend(&mut rest[..length], 12);
                 }
             }
-            b"AITL" | b"AISS" => {
+            b"AITL" | b"AISS" | b"AIDM" => {
                 let length = u32::from_le_bytes([rest[12], rest[13], rest[14], rest[15]]) as usize;
                 if length >= 64 && length <= rest.len() {
                     mend(&mut rest[..length], 8);

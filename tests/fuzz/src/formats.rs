@@ -4,6 +4,7 @@
 
 use afterimage_wire::chunk::Chunk;
 use afterimage_wire::control::Control;
+use afterimage_wire::damage::{DAMAGE_MAGIC, DamageFile};
 use afterimage_wire::frame::{FRAME_MAGIC, FrameHeader, MAX_FRAME, check_frame};
 use afterimage_wire::handshake::Handshake;
 use afterimage_wire::intent::{INTENT_MAGIC, IntentHeader, PAGE_MAGIC, decode_page};
@@ -166,6 +167,15 @@ pub fn stream_state(data: &[u8]) {
     for bytes in [data.to_vec(), signed(data, STATE_MAGIC, 12, 8, false)] {
         if let Ok(state) = StreamStateFile::decode(&bytes) {
             assert_eq!(StreamStateFile::decode(&state.encode()).as_ref(), Ok(&state));
+        }
+    }
+}
+
+/// The list of what cannot be read any more.
+pub fn damage(data: &[u8]) {
+    for bytes in [data.to_vec(), signed(data, DAMAGE_MAGIC, 12, 8, false)] {
+        if let Ok(list) = DamageFile::decode(&bytes) {
+            assert_eq!(DamageFile::decode(&list.encode()).as_ref(), Ok(&list));
         }
     }
 }

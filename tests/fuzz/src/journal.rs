@@ -4,6 +4,7 @@
 
 use std::cell::OnceCell;
 
+use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::Io;
 use afterimage_dataplane::io::sim::WorldConfig;
 use afterimage_dataplane::target::{Choice, TargetEvent};
@@ -20,8 +21,11 @@ use rig::{Dice, Feeder, Model, ROOT, Rig, SECOND, SIZE, config, scribble, stream
 
 const MS: u64 = 1_000_000;
 
+/// Files of a target, by path.
+type Files = Vec<(String, Vec<u8>)>;
+
 thread_local! {
-    static BASE: OnceCell<Vec<(String, Vec<u8>)>> = const { OnceCell::new() };
+    static BASE: OnceCell<Vec<Files>> = const { OnceCell::new() };
 }
 
 fn new_rig(retention: u64) -> Rig {
@@ -54,25 +58,43 @@ fn history() -> (Rig, Feeder) {
     (rig, second)
 }
 
-fn base() -> Vec<(String, Vec<u8>)> {
-    BASE.with(|base| {
-        base.get_or_init(|| {
-            let (rig, _) = history();
-            let paths = rig.world.paths(rig.node, ROOT);
-            paths
-                .into_iter()
-                .filter_map(|path| {
-                    let mut bytes = rig.world.file(rig.node, &path)?;
-                    if path.ends_with(".seg") {
-                        // Prepared room is not needed to be found again, and costs time.
-                        let end = bytes.iter().rposition(|b| *b != 0).map_or(4096, |last| last + 1);
-                        bytes.truncate(end.next_multiple_of(4096).max(4096));
-                    }
-                    Some((path, bytes))
-                })
-                .collect()
-        })
-        .clone()
+fn files(rig: &Rig) -> Files {
+    let file = |path: String| {
+        let mut bytes = rig.world.file(rig.node, &path)?;
+        if path.ends_with(".seg") {
+            // Prepared room is not needed to be found again, and costs time.
+            let end = bytes.iter().rposition(|b| *b != 0).map_or(4096, |last| last + 1);
+            bytes.truncate(end.next_multiple_of(4096).max(4096));
+        }
+        Some((path, bytes))
+    };
+    rig.world.paths(rig.node, ROOT).into_iter().filter_map(file).collect()
+}
+
+/// What a target has on disk: in good order, or with damage that it has found and noted.
+fn base(damaged: bool) -> Files {
+    BASE.with(|bases| {
+        let bases = bases.get_or_init(|| {
+            let (mut rig, _) = history();
+            let good = files(&rig);
+            let longest = good.iter().filter(|(path, _)| path.ends_with(".seg")).max_by_key(|(_, bytes)| bytes.len());
+            let (path, bytes) = longest.expect("there are segments");
+            for at in [bytes.len() / 3, bytes.len() / 2] {
+                rig.world.rot(rig.node, path, at as u64, 40);
+            }
+            // Whoever reads it finds it.
+            let point = rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).expect("there is a point");
+            for export in rig.view("find", point.seq, false) {
+                for offset in [0, SIZE / 2] {
+                    rig.ask(export.key, Request::Read { offset, len: SIZE as usize / 2 });
+                }
+            }
+            rig.run_for(SECOND);
+            let damaged = files(&rig);
+            assert!(damaged.iter().any(|(path, _)| path.ends_with("/damage")), "the damage is noted");
+            vec![good, damaged]
+        });
+        bases[usize::from(damaged)].clone()
     })
 }
 
@@ -87,7 +109,7 @@ fn goes_on() -> Feeder {
 pub fn body(data: &[u8]) {
     let mut input = Input::new(data);
     let retention = if input.flag() { 3600 * SECOND } else { MS };
-    let mut files = base();
+    let mut files = base(input.flag());
     for _ in 0..1 + input.below(3) {
         change(&mut files, &mut input);
     }
@@ -109,7 +131,7 @@ pub fn body(data: &[u8]) {
     let _ = rig.target.status();
 }
 
-fn change(files: &mut Vec<(String, Vec<u8>)>, input: &mut Input<'_>) {
+fn change(files: &mut Files, input: &mut Input<'_>) {
     let tables: Vec<usize> = (0..files.len()).filter(|at| !files[*at].0.ends_with(".img")).collect();
     let at = if input.byte() < 230 && !tables.is_empty() {
         tables[input.below(tables.len() as u64) as usize]
@@ -172,7 +194,7 @@ fn use_it(rig: &mut Rig, input: &mut Input<'_>) {
             for offset in [0, SIZE / 2] {
                 let len = size.saturating_sub(offset).min(SIZE / 2) as usize;
                 if len > 0 {
-                    rig.ask(export.key, afterimage_dataplane::host::Request::Read { offset, len });
+                    rig.ask(export.key, Request::Read { offset, len });
                 }
             }
         }

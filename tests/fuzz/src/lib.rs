@@ -53,6 +53,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "intent", body: formats::intent, weight: 1 },
     Target { name: "timeline", body: formats::timeline, weight: 1 },
     Target { name: "stream_state", body: formats::stream_state, weight: 1 },
+    Target { name: "damage", body: formats::damage, weight: 1 },
     Target { name: "sealed_chunk", body: sealed::chunk, weight: 1 },
     Target { name: "sealed_control", body: sealed::control, weight: 1 },
     Target { name: "nbd_options", body: nbd::options, weight: 20 },

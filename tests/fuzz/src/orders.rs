@@ -3,7 +3,7 @@
 
 use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::Io;
-use afterimage_dataplane::target::{Choice, StreamConfig, ViewConfig};
+use afterimage_dataplane::target::{Choice, StreamConfig, TargetEvent, ViewConfig};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::record::DiskInfo;
 use afterimage_wire::segment::Predecessor;
@@ -84,27 +84,32 @@ pub fn body(data: &[u8]) {
     feeder.seal(7);
     rig.ship(&mut feeder);
     let newest = feeder.next_seq - 1;
+    let mut erased = false;
     for _ in 0..30 {
         if input.is_empty() {
             break;
         }
-        target_order(&mut rig, &mut input, newest);
+        erased |= target_order(&mut rig, &mut input, newest);
         rig.run_for(5 * MS);
     }
     let _ = rig.target.status();
     rig.die(input.flag());
-    if rig.target.open_stream(&mut rig.io, stream_config(3600 * 1000 * MS)).is_ok() {
-        rig.run_for(200 * MS);
+    let opened = rig.target.open_stream(&mut rig.io, stream_config(3600 * 1000 * MS));
+    if erased {
+        return;
     }
-    let _ = rig.target.status();
+    assert_eq!(opened, Ok(()), "orders have locked the target out of its own files");
+    rig.run_for(200 * MS);
+    assert!(rig.events.contains(&TargetEvent::Ready { stream: stream_id() }), "{:?}", rig.target.status());
 }
 
-fn target_order(rig: &mut Rig, input: &mut Input<'_>, newest: u64) {
+/// True if the stream was erased, by an order that makes sense: what comes after it may be another stream.
+fn target_order(rig: &mut Rig, input: &mut Input<'_>, newest: u64) -> bool {
     let Rig { target, io, .. } = rig;
     match input.below(9) {
         0 | 1 => drop(target.open_stream(io, stream_order(input))),
         2..=4 => {
-            let Ok(exports) = target.open_view(io, view_order(input, newest)) else { return };
+            let Ok(exports) = target.open_view(io, view_order(input, newest)) else { return false };
             for export in exports {
                 let size = export.geometry.size;
                 if size < 8192 {
@@ -140,9 +145,11 @@ fn target_order(rig: &mut Rig, input: &mut Input<'_>, newest: u64) {
         }
         _ => {
             let stream = if input.byte() > 220 { StreamId(input.id()) } else { stream_id() };
-            let _ = target.drop_stream(io, stream, input.flag());
+            let erase = input.flag();
+            return target.drop_stream(io, stream, erase).is_ok() && erase;
         }
     }
+    false
 }
 
 /// A source that is told what makes no sense.

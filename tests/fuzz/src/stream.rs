@@ -212,10 +212,8 @@ impl Attack {
         let _ = self.rig.target.status();
         self.rig.die(false);
         self.connected = false;
-        if !self.open() {
-            return;
-        }
-        let _ = self.rig.target.status();
+        // Whatever a source has said, its target is not locked out of its own files.
+        assert!(self.open(), "the stream cannot be opened again: {:?}", self.rig.target.status());
         let hello = self.feeder.hello();
         let _ = self.rig.hello(&hello);
         let mut none = Input::new(&[]);

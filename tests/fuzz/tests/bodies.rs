@@ -43,7 +43,7 @@ macro_rules! bodies {
 }
 
 bodies! {
-    record chunk frame segment handshake control intent timeline stream_state
+    record chunk frame segment handshake control intent timeline stream_state damage
     sealed_chunk sealed_control
     nbd_options nbd_requests
     stream journal link intent_log orders

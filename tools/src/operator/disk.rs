@@ -59,6 +59,10 @@ pub struct Place {
     /// NBD export that machines use [default: GROUP/DISK].
     #[arg(long)]
     export: Option<String>,
+    /// Raw image of the disk on the target proxy's host, on the journal's file system: it becomes the replica, and only
+    /// what differs is sent.
+    #[arg(long, value_name = "PATH")]
+    seed: Option<String>,
 }
 
 impl Place {
@@ -77,12 +81,13 @@ impl Place {
             block_bytes: block,
             serial: self.serial.unwrap_or_default(),
             export_name: self.export.unwrap_or_default(),
+            seed_path: self.seed.unwrap_or_default(),
             ..Default::default()
         })
     }
 }
 
-/// Reads `NAME=PATH[,size=…][,block=…][,serial=…][,export=…]`.
+/// Reads `NAME=PATH[,size=…][,block=…][,serial=…][,export=…][,seed=…]`.
 pub fn written(text: &str) -> Result<v1::Disk, String> {
     let (name, rest) = text
         .split_once('=')
@@ -96,7 +101,11 @@ pub fn written(text: &str) -> Result<v1::Disk, String> {
             Some(("block", value)) => place.block = Some(size(value)?),
             Some(("serial", value)) => place.serial = Some(value.to_owned()),
             Some(("export", value)) => place.export = Some(value.to_owned()),
-            _ => return Err(format!("`{part}` is unknown in a disk; allowed are size=, block=, serial=, export=")),
+            Some(("seed", value)) => place.seed = Some(value.to_owned()),
+            _ => {
+                let allowed = "size=, block=, serial=, export=, seed=";
+                return Err(format!("`{part}` is unknown in a disk; allowed are {allowed}"));
+            }
         }
     }
     place.disk(name).map_err(|failure| failure.to_string())

@@ -291,7 +291,15 @@ pub fn event(event: &v1::Event) -> Value {
 }
 
 fn sync(sync: Option<&v1::SyncProgress>) -> Value {
-    sync.map_or(Value::Null, |sync| json!({"done_bytes": sync.done_bytes, "total_bytes": sync.total_bytes}))
+    sync.map_or(Value::Null, |sync| {
+        json!({
+            "done_bytes": sync.done_bytes,
+            "total_bytes": sync.total_bytes,
+            "compared_bytes": sync.compared_bytes,
+            "sent_bytes": sync.sent_bytes,
+            "left_ms": sync.left_ms,
+        })
+    })
 }
 
 /// How a group stands.

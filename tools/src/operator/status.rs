@@ -115,7 +115,13 @@ fn noted(name: &str, condition: &v1::Condition) -> String {
 pub fn phase(group: &v1::GroupStatus) -> String {
     let word = phase_word(group.phase());
     match &group.sync {
-        Some(sync) if sync.total_bytes > 0 => format!("{word} {} %", percent(sync)),
+        Some(sync) if sync.total_bytes > 0 => match sync.left_ms {
+            Some(left) => {
+                let left = show_duration(left.saturating_mul(1_000_000));
+                format!("{word} {} %, {left} left", percent(sync))
+            }
+            None => format!("{word} {} %", percent(sync)),
+        },
         _ => word.to_owned(),
     }
 }
@@ -274,7 +280,7 @@ mod tests {
             name: format!("tenants/default/groups/{}", "g".repeat(63)),
             phase: v1::Phase::Syncing.into(),
             rung: v1::Rung::Streaming.into(),
-            sync: Some(v1::SyncProgress { done_bytes: 1 << 40, total_bytes: 3 << 40 }),
+            sync: Some(v1::SyncProgress { done_bytes: 1 << 40, total_bytes: 3 << 40, ..Default::default() }),
             rpo: Some(v1::Rpo {
                 now_us: Some(86_399_999_999),
                 p50_us: Some(1),

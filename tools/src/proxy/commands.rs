@@ -385,10 +385,13 @@ async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
         if converge::unprotect(proxy, stream).await?.is_none() {
             return refused(Kind::Io, "the group does not stop: a disk may hang");
         }
-        // What the logs say is of use to this stream only, and it has ended. One that is left does no harm.
+        // What logs and spill hold is of use to this stream only, and it has ended. What is left does no harm.
         let trust_reboot = false;
         for disk in convert::group(&group, proxy.intent_dir().as_deref(), trust_reboot)?.disks {
             let _ = std::fs::remove_file(disk.log_path);
+        }
+        if let Some(spill) = proxy.config.source.as_ref().and_then(|role| role.spill.as_ref()) {
+            let _ = std::fs::remove_dir_all(spill.dir.join(stream.to_string()));
         }
     }
     Ok(Outcome::Done(Done {}))

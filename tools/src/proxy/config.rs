@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use afterimage_dataplane::source::MIN_SYNC_RATE;
 use clap::ValueEnum;
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
@@ -224,6 +225,7 @@ struct FileSource {
     queue: Option<Size>,
     seal_threads: Option<usize>,
     max_wait_ms: Option<u64>,
+    sync_rate: Option<Size>,
     trust_reboot: Option<bool>,
     spill: Option<PathBuf>,
     spill_budget: Option<Size>,
@@ -339,6 +341,7 @@ The file:
   queue = \"256MiB\"                   # captured, not yet acknowledged
   seal_threads = 2
   max_wait_ms = 20                   # longest a write waits for room in the queue
+  sync_rate = \"100MiB\"               # most that a synchronisation of one group reads in a second; unset: no bound
   trust_reboot = false               # true: nobody else uses the disks while this host is down
   spill = \"/var/lib/afterimage/proxy/spill\" # where frames queue when memory is short; unset: in state_dir
   spill_budget = \"8GiB\"              # most of it for each group; 0: no spill, outages end in a resync
@@ -385,6 +388,8 @@ pub struct SourceRole {
     pub seal_threads: usize,
     /// Longest that a write waits for room, milliseconds.
     pub max_wait_ms: u64,
+    /// Most bytes a second that synchronisations of one group read from its disks; 0: no bound.
+    pub sync_rate: u64,
     /// After a reboot of this host nobody else has used its disks: what the write-intent log says is enough. Without it,
     /// a disk that was not stopped cleanly is compared in full after a reboot.
     pub trust_reboot: bool,
@@ -605,12 +610,17 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
     let seal_threads = args.seal_threads.or(file.seal_threads).unwrap_or((cores - 1).clamp(1, 4));
     within("source.seal_threads", seal_threads as u64, 0, MAX_SEAL_THREADS as u64)?;
     let max_wait_ms = within("source.max_wait_ms", file.max_wait_ms.unwrap_or(20), 0, 10_000)?;
+    let sync_rate = match file.sync_rate {
+        Some(Size(0)) | None => 0,
+        Some(size) => within("source.sync_rate", size.0, MIN_SYNC_RATE, u64::MAX)?,
+    };
     Ok(Some(SourceRole {
         nbd,
         memory,
         queue,
         seal_threads,
         max_wait_ms,
+        sync_rate,
         trust_reboot: file.trust_reboot.unwrap_or(false),
         spill: spill?,
     }))
@@ -688,6 +698,14 @@ mod tests {
     fn a_value_out_of_range_is_named_with_its_field_and_the_range() {
         let error = load(&format!("{SOURCE}memory='1MiB'\n"), &Args::default()).unwrap_err();
         assert_eq!(error, format!("`source.memory` is 1048576: allowed is {MIN_POOL} to {MAX_POOL}"));
+    }
+
+    #[test]
+    fn the_speed_of_synchronisations_has_a_least_bound_and_none_by_default() {
+        let rate = |text: &str| load(&format!("{SOURCE}{text}"), &Args::default());
+        assert_eq!(rate("").unwrap().source.unwrap().sync_rate, 0);
+        assert_eq!(rate("sync_rate='50MiB'\n").unwrap().source.unwrap().sync_rate, 50 * MIB);
+        assert!(rate("sync_rate='1K'\n").unwrap_err().starts_with("`source.sync_rate` is 1024: allowed is 65536"));
     }
 
     #[test]

@@ -243,7 +243,12 @@ async fn converge_stream(proxy: &Proxy, said: &TargetStream) -> Result<(), Undon
     if proxy.applied.borrow().streams.get(&stream).is_some_and(same) {
         return Ok(());
     }
-    target.call(move |desk| desk.core.open_stream(desk.io, config)).await?.map_err(problem)?;
+    let seeds = convert::seeds(said).map_err(problem)?;
+    let opened = target.call(move |desk| {
+        seeds.into_iter().for_each(|(disk, path)| desk.core.seed(disk, path));
+        desk.core.open_stream(desk.io, config)
+    });
+    opened.await?.map_err(problem)?;
     if proxy.applied.borrow_mut().streams.insert(stream, said.clone()).is_none() {
         proxy.event(Severity::Info, Some(stream), "stream", format!("the journal of `{}` is kept here", said.name));
     }

@@ -109,6 +109,15 @@ pub fn stream(stream: &TargetStream) -> Result<StreamConfig, Senseless> {
     })
 }
 
+/// The images with which replicas of a stream begin, by disk.
+///
+/// # Errors
+/// Names the field.
+pub fn seeds(stream: &TargetStream) -> Result<Vec<(DiskId, String)>, Senseless> {
+    let named = stream.disks.iter().filter(|disk| !disk.seed_path.is_empty());
+    named.map(|disk| Ok((id::<DiskId>("disks.uid", &disk.uid)?, disk.seed_path.clone()))).collect()
+}
+
 fn target_disk(disk: &TargetDisk) -> Result<(DiskInfo, u64), Senseless> {
     let info = DiskInfo {
         slot: slot(disk.slot)?,

@@ -78,6 +78,7 @@ pub fn start_source(role: &SourceRole) -> Result<DataThread<SourceCore>, StartEr
         spill_bytes: role.spill.as_ref().map_or(0, |spill| spill.budget),
         spill_segment_bytes: role.spill.as_ref().map_or(0, |spill| spill.segment),
         spill_reserve_bytes: role.spill.as_ref().map_or(0, |spill| spill.reserve),
+        sync_rate: role.sync_rate,
         ..SourceLimits::default()
     };
     let classes = pool_classes(limits.queue_bytes);

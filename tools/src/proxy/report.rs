@@ -160,7 +160,13 @@ fn disk_state(group: &GroupStatus) -> &'static str {
 }
 
 fn sync(disk: &DiskStatus) -> Option<SyncProgress> {
-    disk.sync.map(|sync| SyncProgress { done_bytes: sync.done, total_bytes: sync.total })
+    disk.sync.map(|sync| SyncProgress {
+        done_bytes: sync.done,
+        total_bytes: sync.total,
+        compared_bytes: sync.compared,
+        sent_bytes: sync.sent,
+        left_ms: sync.left.map(|left| left / 1_000_000),
+    })
 }
 
 fn group_sync(disks: &[DiskStatus]) -> Option<SyncProgress> {
@@ -169,6 +175,10 @@ fn group_sync(disks: &[DiskStatus]) -> Option<SyncProgress> {
     Some(all.fold(first, |sum, sync| SyncProgress {
         done_bytes: sum.done_bytes + sync.done_bytes,
         total_bytes: sum.total_bytes + sync.total_bytes,
+        compared_bytes: sum.compared_bytes + sync.compared_bytes,
+        sent_bytes: sum.sent_bytes + sync.sent_bytes,
+        // They run side by side: the group is whole when the last one is.
+        left_ms: sum.left_ms.zip(sync.left_ms).map(|(a, b)| a.max(b)),
     }))
 }
 

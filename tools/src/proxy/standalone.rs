@@ -110,6 +110,9 @@ pub struct Disk {
     /// Logical block, bytes.
     #[serde(default = "Disk::block")]
     pub block: u32,
+    /// Raw image on the target's host with which the replica begins: it is moved into place.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub seed_path: String,
 }
 
 impl Disk {
@@ -196,6 +199,7 @@ fn target_stream(group: &Group) -> Result<TargetStream, ConfigError> {
         block_bytes: disk.block,
         physical_block_bytes: disk.block.max(4096),
         generation: 1,
+        seed_path: disk.seed_path.clone(),
     });
     Ok(TargetStream {
         stream_uid: group.stream.clone(),
@@ -255,6 +259,7 @@ pub fn pair(target_address: &str, disks: &[(&str, &str, u64)]) -> Result<(Standa
                 path: (*path).to_owned(),
                 size: *size,
                 block: Disk::block(),
+                seed_path: String::new(),
             })
             .collect(),
         views: Vec::new(),

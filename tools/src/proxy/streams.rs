@@ -85,7 +85,7 @@ fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
                 Rung::Spilling => (Severity::Warning, "frames queue on disk; no restore point is lost"),
                 Rung::Uncompressed => (Severity::Info, "compression is off, to seal faster"),
                 Rung::Waiting => (Severity::Warning, "writes wait for room in the queue"),
-                Rung::Dirty => (Severity::Error, "writes pass uncaptured; a resync follows"),
+                Rung::Dirty => (Severity::Error, "what was written is known only by its extents; a resync follows"),
             };
             proxy.event(severity, Some(stream), "ladder", message.to_owned());
         }

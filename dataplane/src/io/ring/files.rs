@@ -75,7 +75,8 @@ pub(super) fn info(fd: BorrowedFd<'_>, discard: bool) -> Result<FileInfo, Errno>
         let size = rustix::fs::seek(fd, SeekFrom::End(0)).map_err(code)?;
         let block = rustix::fs::ioctl_blksszget(fd).map_err(code)?.max(MIN_BLOCK);
         let physical_block = rustix::fs::ioctl_blkpbszget(fd).map_err(code)?.max(block);
-        return Ok(FileInfo { size, block, physical_block, discard, device: true, mtime_ns: 0 });
+        let (mtime_ns, identity) = (written(stat.st_rdev), device_identity(stat.st_rdev));
+        return Ok(FileInfo { size, block, physical_block, discard, device: true, mtime_ns, identity });
     }
     let block = direct_alignment(fd).unwrap_or(SAFE_BLOCK);
     let unit = u32::try_from(stat.st_blksize).unwrap_or(MAX_PHYSICAL).min(MAX_PHYSICAL);
@@ -87,7 +88,53 @@ pub(super) fn info(fd: BorrowedFd<'_>, discard: bool) -> Result<FileInfo, Errno>
         discard,
         device: false,
         mtime_ns: mtime,
+        identity: file_identity(fd),
     })
+}
+
+/// FNV-1a: a name for whatever the bytes say, never 0.
+fn name_of(bytes: &[u8]) -> u64 {
+    let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, step).max(1)
+}
+
+/// A file is told by its inode and its birth: a copy has others, and so has a file that was renamed over it.
+fn file_identity(fd: BorrowedFd<'_>) -> u64 {
+    use rustix::fs::{AtFlags, StatxFlags};
+    let wanted = StatxFlags::INO | StatxFlags::BTIME;
+    let Ok(found) = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted) else { return 0 };
+    if found.stx_mask & wanted.bits() != wanted.bits() {
+        return 0;
+    }
+    let mut bytes = [0; 20];
+    bytes[..8].copy_from_slice(&found.stx_ino.to_le_bytes());
+    bytes[8..16].copy_from_slice(&found.stx_btime.tv_sec.to_le_bytes());
+    bytes[16..].copy_from_slice(&found.stx_btime.tv_nsec.to_le_bytes());
+    name_of(&bytes)
+}
+
+/// A device is told by what its maker or its mapper calls it, and a partition by its number, too.
+fn device_identity(device: u64) -> u64 {
+    let base = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let partition = fs::read_to_string(format!("{base}/partition")).unwrap_or_default();
+    let disk = if partition.is_empty() { base } else { format!("{base}/..") };
+    let names = ["dm/uuid", "wwid", "device/wwid", "device/serial", "serial"];
+    let found = names.iter().find_map(|name| {
+        let text = fs::read_to_string(format!("{disk}/{name}")).ok()?;
+        let text = text.trim();
+        (!text.is_empty()).then(|| text.to_owned())
+    });
+    found.map_or(0, |name| name_of(format!("{name}/{}", partition.trim()).as_bytes()))
+}
+
+/// Sectors written and discarded since the boot, whoever did it; see the kernel's `block/stat`.
+fn written(device: u64) -> u64 {
+    let path = format!("/sys/dev/block/{}:{}/stat", rustix::fs::major(device), rustix::fs::minor(device));
+    let Ok(text) = fs::read_to_string(path) else { return 0 };
+    let fields: Vec<u64> = text.split_ascii_whitespace().filter_map(|field| field.parse().ok()).collect();
+    let field = |number: usize| fields.get(number).copied().unwrap_or(0);
+    // One more, since 0 says that it is not known.
+    if fields.len() < 11 { 0 } else { 1 + field(6) + field(13) }
 }
 
 /// What O_DIRECT needs on this file, as the kernel says since 6.1 on most file systems.

@@ -145,6 +145,7 @@ impl Io for SimIo {
                 discard,
                 device: false,
                 mtime_ns: content.mtime_ns,
+                identity: 1 + inode,
             })
         })
     }
