@@ -237,3 +237,25 @@ fn a_seed_that_is_not_there_keeps_sources_out_and_says_so() {
     rig.world.put_file(rig.node, "/other/missing.img", &[5; 4096]);
     rig.until("let in", |rig| matches!(rig.hello(&feeder.hello()), Welcome::Accepted { .. }));
 }
+
+#[test]
+fn questions_are_answered_after_a_failed_journal_has_been_read_back() {
+    let (mut rig, mut feeder, mut model) = begun(9, 3600 * SECOND);
+    scribble(&mut feeder, &mut model, &mut Dice(9), 20);
+    feeder.seal(10);
+    rig.ship_more(&mut feeder);
+    let path = rig.world.paths(rig.node, ROOT).into_iter().find(|path| path.ends_with(".seg")).unwrap();
+    rig.world.fail(rig.node, &path, Fault::Write, Errno::IO, 1);
+    feeder.write(0, 0, vec![7; 512]);
+    let (record, payload) = feeder.records.last().expect("just made").clone();
+    model.note(&record, &payload);
+    feeder.seal(1);
+    rig.send_from(&feeder, feeder.acked.0);
+    rig.until("stopped", |rig| rig.broken);
+    rig.run_for(3 * SECOND);
+    rig.ship(&mut feeder);
+    let seq = ask(&mut feeder, 0, 0, &now(&model, 0));
+    feeder.seal(1);
+    rig.ship_more(&mut feeder);
+    assert_eq!(answer(&mut rig, seq), 0);
+}

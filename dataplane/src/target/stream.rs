@@ -579,6 +579,7 @@ impl Stream {
     pub(super) fn after_reopen(&mut self) {
         self.to_index.clear();
         (self.ripe, self.noted, self.welcomed) = (0, u64::MAX, None);
+        self.points.listen();
         self.bound_journal();
     }
 
