@@ -108,8 +108,8 @@ def frame(data, at, head):
     source = Input(raw, 16)
     check(source.id() == head["stream"], "a frame of another stream")
     check(source.id() == head["incarnation"], "a frame of another incarnation")
-    number, acked, first, last, _mono, zeros = source.take("QQQQQQ")
-    check(zeros == 0, "no zeros at 88")
+    number, acked, first, last, _mono, _sync_ms, zeros = source.take("QQQQQII")
+    check(zeros == 0, "no zeros at 92")
     records, end = [], 96 + 8 * chunks
     for index in range(chunks):
         begin, sealed = source.take("II")
@@ -166,7 +166,7 @@ def timeline_table(data):
     check(length == len(data), f"{len(data)} bytes, {length} are said")
     check(crc_with_hole(data, 8) == crc, "CRC of a timeline table")
     table = {"stream": source.id(), "current": source.id()}
-    table["floor"], timelines, disks, zero = source.take("QHHI")
+    table["floor"], timelines, disks, fences, zero = source.take("QHHHH")
     check(zero == 0 and source.at == 64, "head of a timeline table")
     table["timelines"] = []
     for _ in range(timelines):
@@ -179,6 +179,14 @@ def timeline_table(data):
         disk["generation"], disk["timeline"] = source.take("Q"), source.id()
         disk["member"] = source.take("B")
         table["disks"].append(disk)
+    table["fences"] = []
+    for _ in range(fences):
+        generation, seq = source.take("QQ")
+        fence = {"generation": generation, "seq": seq, "incarnation": source.id()}
+        fence["wall"], fence["zero_loss"] = source.take("QB")
+        fence["reason"] = source.text()
+        fence["disks"] = [source.id() for _ in range(source.take("H"))]
+        table["fences"].append(fence)
     check(source.at == len(data), "bytes behind a timeline table")
     return table
 
@@ -196,6 +204,9 @@ def intent_log(data):
                     "incarnation": source.id(), "boot": source.id()}
             names = ("acked_frame", "acked_record", "reserved", "cut", "synchronisations", "generation", "bits", "changed")
             best.update(zip(names, source.take("QQQQQQBQ")))
+            best["prior"] = (source.id(), *source.take("QQ"))
+            best["spilled"] = (source.id(), *source.take("QQ"))
+            best["complete"], best["identity"], best["lease_at"] = source.take("QQQ")
     check(best is not None, "no header of the log is whole")
     marked = set()
     for page, at in enumerate(range(2 * BLOCK, len(data), BLOCK)):

@@ -69,7 +69,14 @@ pub fn items(payloads: &[Vec<u8>]) -> Vec<Item<'_>> {
 
 /// What the header of the benches' frames says.
 pub fn meta(number: u64) -> FrameMeta {
-    FrameMeta { stream: StreamId([1; 16]), incarnation: IncarnationId([2; 16]), number, acked: number - 1, mono_ns: 0 }
+    FrameMeta {
+        stream: StreamId([1; 16]),
+        incarnation: IncarnationId([2; 16]),
+        number,
+        acked: number - 1,
+        mono_ns: 0,
+        sync_ms: 0,
+    }
 }
 
 /// The plan of a frame of these items.

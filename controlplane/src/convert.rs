@@ -147,6 +147,8 @@ pub fn wanted(policy: &v1::Policy) -> Result<Wanted, Problem> {
         journal_budget_bytes: policy.journal_budget_bytes,
         compression,
         warn_after_ms: policy.warn_after_ms,
+        lease_ms: policy.lease_ms,
+        sync_deadline_ms: policy.sync_deadline_ms,
     })
 }
 
@@ -175,6 +177,8 @@ pub fn policy_to_proto(model: &Model, policy: &Policy) -> v1::Policy {
         journal_budget_bytes: Some(promises.journal_budget_bytes),
         compression: compression_to_proto(promises.compression).into(),
         warn_after_ms: Some(promises.warn_after_ms),
+        lease_ms: Some(promises.lease_ms),
+        sync_deadline_ms: Some(promises.sync_deadline_ms),
     }
 }
 
@@ -284,11 +288,13 @@ pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation
         fence: match work.facts.fence {
             Some(failover::FenceKind::Confirmed) => v1::FenceKind::Confirmed,
             Some(failover::FenceKind::Unconfirmed) => v1::FenceKind::Unconfirmed,
+            Some(failover::FenceKind::SelfFenced) => v1::FenceKind::SelfFenced,
             None => v1::FenceKind::Unspecified,
         }
         .into(),
         generation: work.facts.generation,
         rpo_at_start_us: work.facts.rpo_at_start_us,
+        zero_loss: work.facts.zero_loss,
     });
     v1::Operation {
         name: operation.name().to_string(),

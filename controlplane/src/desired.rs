@@ -75,7 +75,16 @@ fn source_group(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::SourceG
         target_uid: target.map(|t| t.uid.clone()).unwrap_or_default(),
         hold: group.hold,
         rpo_target_us: promises.map_or(0, |p| p.rpo_target_us),
+        lease_ms: promises.map_or(0, |p| p.lease_ms),
+        sync_deadline_ms: promises.map_or(0, |p| p.sync_deadline_ms),
+        left_slots: left_slots(model, group),
     }
+}
+
+/// Slots that disks of the group once had.
+fn left_slots(model: &Model, group: &Group) -> Vec<u32> {
+    let taken: Vec<u16> = model.disks_of(group).map(|d| d.slot).collect();
+    (0..group.next_slot).filter(|slot| !taken.contains(slot)).map(u32::from).collect()
 }
 
 fn target_stream(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::TargetStream {

@@ -1,7 +1,7 @@
 //! Failover as a machine: which step is next, what it takes, what its outcome changes. No I/O, no clock.
 //!
 //! ```text
-//! check · fence · drain · raise-generation · resolve-point · open-view · finish
+//! check · fence · drain · raise-generation · [lease] · resolve-point · open-view · finish
 //!           │ any failure up to here
 //!           ▼
 //! close-view · return-generation · release          (undoing: the source goes on under a new generation)
@@ -32,6 +32,9 @@ const RETURN_MS: u64 = 15_000;
 const DRAIN_MS: u64 = 2_000;
 /// How long undoing waits for each proxy, milliseconds: the source's hosts are held meanwhile.
 const UNDO_MS: u64 = 3_000;
+/// Waited beyond a lease, milliseconds, and a tenth of the lease more: clocks run at different speeds, and what was being
+/// answered when it ran out may take a moment.
+const LEASE_MARGIN_MS: u64 = 1_000;
 
 /// Which point is wanted.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -70,6 +73,8 @@ pub enum StepName {
     Drain,
     /// The disks are taken from their writer.
     RaiseGeneration,
+    /// A source that could not be reached has stopped by itself.
+    Lease,
     /// The choice becomes one point.
     ResolvePoint,
     /// That point is opened for writing.
@@ -92,6 +97,7 @@ impl StepName {
             Self::Fence => "fence",
             Self::Drain => "drain",
             Self::RaiseGeneration => "raise-generation",
+            Self::Lease => "lease",
             Self::ResolvePoint => "resolve-point",
             Self::OpenView => "open-view",
             Self::Finish => "finish",
@@ -155,6 +161,9 @@ pub enum FenceKind {
     Confirmed,
     /// The operator said so by name.
     Unconfirmed,
+    /// Its lease has run out: it has stopped by itself.
+    #[serde(rename = "self-fenced")]
+    SelfFenced,
 }
 
 /// What has been found out on the way.
@@ -168,6 +177,12 @@ pub struct Facts {
     pub last_seq: Option<u64>,
     /// How the source was fenced.
     pub fence: Option<FenceKind>,
+    /// Lease that the source is known to keep to, milliseconds; 0 if none is.
+    #[serde(default)]
+    pub lease_ms: u64,
+    /// No answered write was missing at the target when the disks were taken.
+    #[serde(default)]
+    pub zero_loss: bool,
     /// Generation that the target is told to raise to.
     pub at_least: u64,
     /// Generation that it raised to.
@@ -234,6 +249,11 @@ pub enum Action {
         /// Milliseconds.
         within_ms: u64,
     },
+    /// Wait for so long, then apply [`Reply::Nothing`].
+    Wait {
+        /// Milliseconds.
+        ms: u64,
+    },
     /// Nothing: apply [`Reply::Nothing`].
     Record,
     /// It has ended.
@@ -265,6 +285,7 @@ pub fn check(
     disks: usize,
     source_connected: bool,
     target_connected: bool,
+    lease_ms: u64,
 ) -> Result<(), Problem> {
     let name = group.name();
     match &group.phase {
@@ -289,7 +310,8 @@ pub fn check(
         let detail = format!("the target of {name} is not connected; look at that proxy, then start again");
         return Err(Problem::Unreachable { proxy: group.target.clone(), detail });
     }
-    if !source_connected && !spec.unconfirmed {
+    // Without it, a source that keeps to a lease has stopped after a while.
+    if !source_connected && !spec.unconfirmed && lease_ms == 0 {
         return Err(Problem::state(
             name,
             format!("not to be fenced: its source \"{}\" cannot be reached", group.source),
@@ -318,10 +340,13 @@ pub fn check_point(point: &PointRecord, damage: &str, disks: &[(String, String)]
 
 impl Failover {
     /// A failover whose checks have passed.
-    pub fn new(spec: Spec, disks: &[&Disk], rpo_at_start_us: u64, checked: String, now_ns: u64) -> Self {
+    pub fn new(spec: Spec, disks: &[&Disk], rpo_at_start_us: u64, lease_ms: u64, checked: String, now_ns: u64) -> Self {
         use StepName::*;
         let mut steps: Vec<StepRecord> =
-            [Check, Fence, Drain, RaiseGeneration, ResolvePoint, OpenView, Finish].map(pending).into();
+            [Check, Fence, Drain, RaiseGeneration, Lease, ResolvePoint, OpenView, Finish].map(pending).into();
+        if lease_ms == 0 {
+            steps.retain(|step| step.name != Lease);
+        }
         steps[0] = StepRecord {
             state: StepState::Done,
             detail: checked,
@@ -330,7 +355,7 @@ impl Failover {
             ..steps[0].clone()
         };
         let disks = disks.iter().map(|d| d.uid.clone()).collect();
-        let facts = Facts { rpo_at_start_us, disks, ..Facts::default() };
+        let facts = Facts { rpo_at_start_us, lease_ms, disks, ..Facts::default() };
         Self { spec, state: State::Running, steps, facts, error: None }
     }
 
@@ -383,6 +408,12 @@ impl Failover {
                 };
                 tell(Side::Target, Tell::RaiseGeneration(command), RETURN_MS, ANSWER_MS)
             }
+            // From the beginning after a restart: nobody knows how much of it had passed.
+            StepName::Lease if self.facts.fence == Some(FenceKind::SelfFenced) => {
+                let lease = self.facts.lease_ms;
+                Action::Wait { ms: lease + lease / 10 + LEASE_MARGIN_MS }
+            }
+            StepName::Lease => Action::Record,
             StepName::ResolvePoint => {
                 let command = v1::ResolvePoint { stream_uid, at: Some(convert::choice_to_proto(self.spec.to)) };
                 tell(Side::Target, Tell::ResolvePoint(command), RETURN_MS, ANSWER_MS)
@@ -479,6 +510,11 @@ impl Failover {
                     self.facts.fence = Some(FenceKind::Unconfirmed);
                     return Ok((Done, format!("unconfirmed, as the operator said by name: {why}")));
                 }
+                if self.facts.lease_ms > 0 {
+                    self.facts.fence = Some(FenceKind::SelfFenced);
+                    let seconds = self.facts.lease_ms as f64 / 1000.0;
+                    return Ok((Done, format!("{why}; it stops by itself, {seconds} s after its last word")));
+                }
                 let remedy = format!(
                     "bring the source proxy \"{}\" back; or, if its machine is known to be off, start again with \
                      `unconfirmed` and the group's id in `confirm_name`",
@@ -501,7 +537,13 @@ impl Failover {
             {
                 self.facts.generation = raised.generation;
                 group.generation = raised.generation;
-                Ok((Done, format!("the disks are at generation {}", raised.generation)))
+                self.facts.zero_loss = raised.zero_loss;
+                let loss = if raised.zero_loss { "; nothing answered is missing" } else { "" };
+                Ok((Done, format!("the disks are at generation {}{loss}", raised.generation)))
+            }
+            (StepName::Lease, Reply::Nothing) => {
+                let fenced = self.facts.fence == Some(FenceKind::SelfFenced);
+                Ok((Done, if fenced { "the source's lease has run out" } else { "not needed" }.to_owned()))
             }
             (StepName::ResolvePoint, Reply::Answer(Outcome::Point(point))) => {
                 let record = convert::point_from_proto(&point);

@@ -33,7 +33,7 @@ fn disks() -> Vec<(String, String)> {
 
 fn failover(to: Choice, unconfirmed: bool) -> Failover {
     let spec = Spec { to, unconfirmed, reason: String::new() };
-    let mut work = Failover::new(spec, &[], 700, "ok".into(), 5);
+    let mut work = Failover::new(spec, &[], 700, 0, "ok".into(), 5);
     work.facts.disks = vec!["d1".into()];
     work
 }
@@ -57,14 +57,14 @@ fn run(work: &mut Failover, group: &mut Group, mut fault: impl FnMut(&Tell) -> O
     for now in 10.. {
         let reply = match work.begin(group, now) {
             Action::Ended => break,
-            Action::Record => Reply::Nothing,
+            Action::Record | Action::Wait { .. } => Reply::Nothing,
             Action::Drain { seq, .. } => Reply::Drained(seq),
             Action::Tell { command, .. } => {
                 let reply = fault(&command).unwrap_or_else(|| {
                     Reply::Answer(match &command {
                         Tell::Fence(f) if f.hold => Outcome::Fenced(v1::Fenced { last_seq: 90 }),
                         Tell::RaiseGeneration(r) => {
-                            Outcome::Generation(v1::GenerationRaised { generation: r.at_least })
+                            Outcome::Generation(v1::GenerationRaised { generation: r.at_least, zero_loss: false })
                         }
                         Tell::ResolvePoint(_) => Outcome::Point(point(90)),
                         Tell::OpenView(_) => opened(),
@@ -111,6 +111,51 @@ fn a_source_that_cannot_be_reached_needs_the_operators_word() {
     assert!(failure.remedy.contains("unconfirmed"));
     assert!(!shop.hold);
     assert_eq!((shop.generation, shop.writer_generation, &shop.phase), (1, 1, &GroupPhase::Protecting));
+}
+
+#[test]
+fn a_source_with_a_lease_is_waited_for_after_its_disks_were_taken() {
+    let gone = |t: &Tell| matches!(t, Tell::Fence(f) if f.hold).then(|| Reply::Unreachable("not connected".into()));
+    let spec = Spec { to: Choice::Latest, unconfirmed: false, reason: String::new() };
+    let (mut work, mut shop) = (Failover::new(spec, &[], 700, 10_000, "ok".into(), 5), group());
+    work.facts.disks = vec!["d1".into()];
+    let mut waited = None;
+    for now in 10.. {
+        let action = work.begin(&mut shop, now);
+        let raised = work.facts.generation;
+        let reply = match action {
+            Action::Ended => break,
+            Action::Wait { ms } => {
+                waited = Some((ms, raised));
+                // A coordinator that restarts meanwhile waits anew.
+                assert_eq!(work.clone().begin(&mut shop, now), Action::Wait { ms });
+                Reply::Nothing
+            }
+            Action::Record => Reply::Nothing,
+            Action::Drain { .. } => panic!("the source is gone"),
+            Action::Tell { command, .. } => gone(&command).unwrap_or_else(|| match &command {
+                Tell::RaiseGeneration(r) => {
+                    let raised = v1::GenerationRaised { generation: r.at_least, zero_loss: true };
+                    Reply::Answer(Outcome::Generation(raised))
+                }
+                Tell::ResolvePoint(_) => Reply::Answer(Outcome::Point(point(90))),
+                _ => Reply::Answer(opened()),
+            }),
+        };
+        work.apply(&mut shop, &disks(), reply, now);
+        assert!(now < 50);
+    }
+    assert_eq!((work.state, work.facts.fence), (State::Done, Some(FenceKind::SelfFenced)));
+    assert_eq!(waited, Some((12_000, 2)), "a lease, a tenth, and a second after the generation was raised");
+    assert!(work.facts.zero_loss);
+    // With a confirmation nothing is waited for.
+    let mut work = Failover::new(work.spec.clone(), &[], 700, 10_000, "ok".into(), 5);
+    work.facts.disks = vec!["d1".into()];
+    let mut shop = group();
+    run(&mut work, &mut shop, |_| None);
+    assert_eq!(work.facts.fence, Some(FenceKind::Confirmed));
+    let lease = work.steps.iter().find(|s| s.name == StepName::Lease).unwrap();
+    assert_eq!(lease.detail, "not needed");
 }
 
 #[test]
@@ -166,7 +211,7 @@ fn an_answer_below_the_generation_asked_for_is_a_failure() {
     let (mut work, mut group) = (failover(Choice::Latest, false), group());
     run(&mut work, &mut group, |t| {
         matches!(t, Tell::RaiseGeneration(r) if r.at_least == 2)
-            .then(|| Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: 1 })))
+            .then(|| Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: 1, zero_loss: false })))
     });
     assert_eq!(work.error.unwrap().step, StepName::RaiseGeneration);
 }
@@ -180,13 +225,16 @@ fn a_machine_stored_at_any_step_goes_on_from_there() {
         let (mut work, mut group) = (failover(Choice::Latest, false), group());
         for _ in 0..crash_at {
             let reply = match work.begin(&mut group, 1) {
-                Action::Record => Reply::Nothing,
+                Action::Record | Action::Wait { .. } => Reply::Nothing,
                 Action::Drain { seq, .. } => Reply::Drained(seq),
                 Action::Tell { command: Tell::Fence(_), .. } => {
                     Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 }))
                 }
                 Action::Tell { command: Tell::RaiseGeneration(r), .. } => {
-                    Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: r.at_least }))
+                    Reply::Answer(Outcome::Generation(v1::GenerationRaised {
+                        generation: r.at_least,
+                        zero_loss: false,
+                    }))
                 }
                 Action::Tell { command: Tell::ResolvePoint(_), .. } => Reply::Answer(Outcome::Point(point(90))),
                 Action::Tell { .. } => Reply::Answer(opened()),
@@ -217,16 +265,16 @@ fn a_resumed_fence_waits_for_the_source_to_come_back() {
 fn what_does_not_fit_is_refused_with_state_and_remedy() {
     let spec = |unconfirmed| Spec { to: Choice::Latest, unconfirmed, reason: String::new() };
     let protecting = Group { phase: GroupPhase::Protecting, ..group() };
-    assert_eq!(check(&spec(false), "", &protecting, 1, true, true), Ok(()));
-    assert!(matches!(check(&spec(false), "", &group(), 1, true, true), Err(Problem::State { .. })));
-    assert!(matches!(check(&spec(false), "", &protecting, 0, true, true), Err(Problem::State { .. })));
-    assert!(matches!(check(&spec(false), "", &protecting, 1, true, false), Err(Problem::Unreachable { .. })));
-    let text = check(&spec(false), "", &protecting, 1, false, true).unwrap_err().to_string();
+    assert_eq!(check(&spec(false), "", &protecting, 1, true, true, 0), Ok(()));
+    assert!(matches!(check(&spec(false), "", &group(), 1, true, true, 0), Err(Problem::State { .. })));
+    assert!(matches!(check(&spec(false), "", &protecting, 0, true, true, 0), Err(Problem::State { .. })));
+    assert!(matches!(check(&spec(false), "", &protecting, 1, true, false, 0), Err(Problem::Unreachable { .. })));
+    let text = check(&spec(false), "", &protecting, 1, false, true, 0).unwrap_err().to_string();
     assert!(text.contains("unconfirmed") && text.contains("src"), "{text}");
-    assert!(matches!(check(&spec(true), "shp", &protecting, 1, false, true), Err(Problem::Invalid { .. })));
-    assert_eq!(check(&spec(true), "shop", &protecting, 1, false, true), Ok(()));
+    assert!(matches!(check(&spec(true), "shp", &protecting, 1, false, true, 0), Err(Problem::Invalid { .. })));
+    assert_eq!(check(&spec(true), "shop", &protecting, 1, false, true, 0), Ok(()));
     let over = Group { phase: GroupPhase::FailedOver { view: "failover".into() }, ..group() };
-    assert!(check(&spec(false), "", &over, 1, true, true).unwrap_err().to_string().contains("failed over already"));
+    assert!(check(&spec(false), "", &over, 1, true, true, 0).unwrap_err().to_string().contains("failed over already"));
 }
 
 #[test]
@@ -242,9 +290,10 @@ fn a_machine_stored_while_undoing_goes_on_undoing() {
             let reply = match work.begin(&mut group, 1) {
                 Action::Tell { command, .. } => match command {
                     Tell::Fence(f) if f.hold => Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 })),
-                    Tell::RaiseGeneration(r) => {
-                        Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: r.at_least }))
-                    }
+                    Tell::RaiseGeneration(r) => Reply::Answer(Outcome::Generation(v1::GenerationRaised {
+                        generation: r.at_least,
+                        zero_loss: false,
+                    })),
                     Tell::ResolvePoint(_) => Reply::Answer(Outcome::Point(point(50))),
                     Tell::OpenView(_) => Reply::Answer(error("no room")),
                     _ => Reply::Answer(Outcome::Done(v1::Done {})),

@@ -86,6 +86,8 @@ pub struct StreamLive {
     pub rates: Rates,
     /// Since when the RPO has been above its target.
     pub above_since_ns: Option<u64>,
+    /// Lease that the source keeps to, milliseconds: as it has reported since it was last told what to be; else 0.
+    pub lease_ms: u64,
     /// Views that the target has open, by their name there.
     pub views: HashMap<String, v1::ViewReport>,
 }
@@ -120,13 +122,14 @@ pub struct Remark {
 }
 
 impl Live {
-    /// Takes in a report. `is_source` and `is_target` say whether this proxy is that end of a stream: what it says of
+    /// Takes in a report. `told` is the version that the proxy was last told. `is_source` and `is_target` say whether this proxy is that end of a stream: what it says of
     /// others' streams is not believed.
     pub fn report(
         &mut self,
         now_ns: u64,
         proxy_uid: &str,
         report: v1::Report,
+        told: u64,
         is_source: impl Fn(&str) -> bool,
         is_target: impl Fn(&str) -> bool,
     ) -> Vec<Remark> {
@@ -134,6 +137,7 @@ impl Live {
         let proxy = self.proxies.entry(proxy_uid.to_owned()).or_default();
         proxy.last_heard_ns = Some(now_ns);
         proxy.observed_version = report.observed_version;
+        let current = report.observed_version >= told;
         proxy.problems = report.problems.into_iter().take(64).collect();
         for group in report.sources {
             if !is_source(&group.stream_uid) {
@@ -143,6 +147,7 @@ impl Live {
             if let Err(e) = stream.rpo.report(now_ns, group.rpo_now_us, &group.rpo_histogram) {
                 remarks.push(Remark { stream_uid: group.stream_uid.clone(), message: e.to_string() });
             }
+            stream.lease_ms = if current { group.lease_ms } else { 0 };
             stream.rates.report(now_ns, &group);
             stream.source = Some((now_ns, v1::SourceGroupReport { rpo_histogram: Vec::new(), ..group }));
         }
@@ -164,6 +169,15 @@ impl Live {
             }
         }
         remarks
+    }
+
+    /// These streams' source has been told something else: what lease it keeps to is not known before it says so.
+    pub fn told<'a>(&mut self, streams: impl Iterator<Item = &'a str>) {
+        for stream in streams {
+            if let Some(live) = self.streams.get_mut(stream) {
+                live.lease_ms = 0;
+            }
+        }
     }
 
     /// Forgets what no object stands for any more.
@@ -197,7 +211,7 @@ mod tests {
     fn rates_are_over_the_last_seconds() {
         let mut live = Live::default();
         for i in 0..20 {
-            live.report(i * S / 2, "p", report(i * 500), |_| true, |_| true);
+            live.report(i * S / 2, "p", report(i * 500), 0, |_| true, |_| true);
         }
         let shown = live.streams["s"].rates.shown(10 * S);
         assert!((shown.writes - 1000.0).abs() < 1.0, "{shown:?}");
@@ -223,7 +237,7 @@ mod tests {
             targets: vec![v1::TargetStreamReport { stream_uid: "s".into(), ..Default::default() }],
             ..v1::Report::default()
         };
-        live.report(S, "p", both, |_| false, |_| false);
+        live.report(S, "p", both, 0, |_| false, |_| false);
         assert!(live.streams.is_empty());
     }
 
@@ -233,9 +247,9 @@ mod tests {
         let target = v1::TargetStreamReport { stream_uid: "s".into(), ..Default::default() };
         let view = v1::ViewReport { view: "shop.v".into(), stream_uid: "s".into(), ..Default::default() };
         let with = v1::Report { targets: vec![target.clone()], views: vec![view], ..Default::default() };
-        live.report(S, "p", with, |_| true, |_| true);
+        live.report(S, "p", with, 0, |_| true, |_| true);
         assert_eq!(live.streams["s"].views.len(), 1);
-        live.report(S, "p", v1::Report { targets: vec![target], ..Default::default() }, |_| true, |_| true);
+        live.report(S, "p", v1::Report { targets: vec![target], ..Default::default() }, 0, |_| true, |_| true);
         assert!(live.streams["s"].views.is_empty());
     }
 
@@ -244,7 +258,7 @@ mod tests {
         let mut live = Live::default();
         let mut bad = report(5);
         bad.sources[0].rpo_histogram = vec![1, 2, 3];
-        let remarks = live.report(S, "p", bad, |_| true, |_| true);
+        let remarks = live.report(S, "p", bad, 0, |_| true, |_| true);
         assert_eq!(remarks.len(), 1);
         assert_eq!(live.streams["s"].source.as_ref().unwrap().1.writes, 5);
     }

@@ -37,6 +37,12 @@ pub struct Promises {
     pub compression: Compression,
     /// How long the RPO may be above its target before that is told, milliseconds.
     pub warn_after_ms: u64,
+    /// Lease of the source, milliseconds; 0: none.
+    #[serde(default)]
+    pub lease_ms: u64,
+    /// How long a write waits for the target at most, milliseconds; 0: asynchronous.
+    #[serde(default)]
+    pub sync_deadline_ms: u64,
 }
 
 /// What a caller asks for; nothing stands for the default.
@@ -54,6 +60,10 @@ pub struct Wanted {
     pub compression: Compression,
     /// See [`Promises::warn_after_ms`].
     pub warn_after_ms: Option<u64>,
+    /// See [`Promises::lease_ms`].
+    pub lease_ms: Option<u64>,
+    /// See [`Promises::sync_deadline_ms`].
+    pub sync_deadline_ms: Option<u64>,
 }
 
 impl Promises {
@@ -85,7 +95,19 @@ impl Promises {
             return Err(Problem::invalid("policy.journal_budget_bytes", budget, allowed));
         }
         let warn_after_ms = within("warn_after_ms", wanted.warn_after_ms, 5_000, 0, 86_400_000, "milliseconds")?;
+        let or_none = |field: &str, value: Option<u64>, least: u64, most: u64| match value.unwrap_or(0) {
+            0 => Ok(0),
+            value if (least..=most).contains(&value) => Ok(value),
+            value => {
+                let allowed = format!("0 (none), or {least} to {most} milliseconds");
+                Err(Problem::invalid(format!("policy.{field}"), value, allowed))
+            }
+        };
+        let lease_ms = or_none("lease_ms", wanted.lease_ms, 3_000, 3_600_000)?;
+        let sync_deadline_ms = or_none("sync_deadline_ms", wanted.sync_deadline_ms, 200, 60_000)?;
         Ok(Self {
+            lease_ms,
+            sync_deadline_ms,
             rpo_target_us,
             cut_interval_ms,
             retention_s,
@@ -148,5 +170,8 @@ mod tests {
         let field = field_of(Wanted { journal_budget_bytes: Some(1), ..Wanted::default() });
         assert_eq!(field, "policy.journal_budget_bytes");
         assert_eq!(field_of(Wanted { warn_after_ms: Some(u64::MAX), ..Wanted::default() }), "policy.warn_after_ms");
+        assert_eq!(field_of(Wanted { lease_ms: Some(2_999), ..Wanted::default() }), "policy.lease_ms");
+        let field = field_of(Wanted { sync_deadline_ms: Some(199), ..Wanted::default() });
+        assert_eq!(field, "policy.sync_deadline_ms");
     }
 }

@@ -121,13 +121,21 @@ impl Sessions {
         self.lock().get(uid).map_or(0, |s| s.desired.version)
     }
 
-    /// Sends a desired state unless the proxy has been sent the same; `first` sends it in any case.
-    pub fn converge(&self, uid: &str, state: DesiredState, first: bool) {
+    /// Sends a message that may be lost; nothing if there is no session or its outbox is full.
+    pub fn say(&self, uid: &str, message: Message) {
+        if let Some(session) = self.lock().get(uid) {
+            let _ = session.outbox.try_send(Ok(CoordinatorMessage { message: Some(message) }));
+        }
+    }
+
+    /// Sends a desired state unless the proxy has been sent the same; `first` sends it in any case. True if it was (or
+    /// was tried to be) sent.
+    pub fn converge(&self, uid: &str, state: DesiredState, first: bool) -> bool {
         let mut all = self.lock();
-        let Some(session) = all.get_mut(uid) else { return };
+        let Some(session) = all.get_mut(uid) else { return false };
         let same = DesiredState { version: session.desired.version, ..state.clone() } == session.desired;
         if (same && !first) || state.version < session.desired.version {
-            return;
+            return false;
         }
         session.desired = state.clone();
         let message = CoordinatorMessage { message: Some(Message::Desired(state)) };
@@ -137,6 +145,7 @@ impl Sessions {
             drop(all);
             self.changed.send_modify(|n| *n += 1);
         }
+        true
     }
 
     /// The answer to a command has come. One that nobody waits for any more is dropped.

@@ -9,7 +9,7 @@ use crate::convert;
 use crate::live::{Live, ProxyLive, StreamLive};
 use crate::model::Model;
 use crate::names::{Kind, Name, child};
-use crate::objects::{Group, GroupPhase, Object, Proxy};
+use crate::objects::{Disk, Group, GroupPhase, Object, Proxy};
 use crate::rpo::WINDOW_S;
 
 /// A proxy whose session is open but that says nothing for this long is silent, nanoseconds.
@@ -107,7 +107,10 @@ impl Scene<'_> {
     }
 
     fn source_conditions(&self, group: &Group, report: &v1::SourceGroupReport, out: &mut Vec<Finding>) {
-        if report.held && !group.hold {
+        if report.held_reason == "lease" {
+            let message = "the source holds all I/O: no word from target or coordinator for the time of its lease";
+            out.push(finding("held", Severity::Error, message));
+        } else if report.held && !group.hold {
             out.push(finding("held", Severity::Error, "the source holds all I/O though it need not"));
         } else if report.held {
             out.push(finding("held", Severity::Warning, "the source holds all I/O"));
@@ -115,6 +118,10 @@ impl Scene<'_> {
         if report.fenced {
             let message = "the target refuses the source's generation: its disks have been taken from it";
             out.push(finding("fenced", Severity::Error, message));
+        }
+        if report.synchronous && !report.synchronous_now {
+            let message = format!("writes are answered without waiting: {}", report.synchronous_detail);
+            out.push(finding("asynchronous", Severity::Warning, message));
         }
         let detail = &report.link_detail;
         match report.link() {
@@ -193,7 +200,7 @@ impl Scene<'_> {
                 sync: report.sync,
                 uris: report.uris,
                 clients: report.clients,
-                generation: group.generation,
+                generation: held_generation(&target, disk).unwrap_or(group.generation),
                 size_bytes: disk.size,
             }
         });
@@ -209,6 +216,13 @@ impl Scene<'_> {
             operation: model.active_operation(group).map(|o| convert::operation_to_proto(model, o)),
             rpo: Some(self.rpo(group, stream)),
             rung: source.rung,
+            lease_ms: stream.lease_ms,
+            synchronous: match (source.synchronous, source.synchronous_now) {
+                (false, _) => String::new(),
+                (true, true) => "together".to_owned(),
+                (true, false) => "apart".to_owned(),
+            },
+            zero_loss: target.zero_loss,
             writes_per_s: rates.writes,
             captured_bytes_per_s: rates.captured,
             wire_bytes_per_s: rates.wire,
@@ -224,7 +238,7 @@ impl Scene<'_> {
             sent_seq: source.sent_seq,
             durable_seq: target.durable_seq,
             sync: source.sync,
-            points: target.points.map(|p| convert::named_summary(&name, p)),
+            points: target.points.clone().map(|p| convert::named_summary(&name, p)),
             journal_bytes: target.journal_bytes,
             journal_budget_bytes: target.journal_budget_bytes,
             segments: target.segments,
@@ -332,6 +346,11 @@ impl Tracker {
     pub fn retain(&mut self, exists: impl Fn(&str) -> bool) {
         self.since.retain(|(subject, _), _| exists(subject));
     }
+}
+
+/// The generation of a disk, as its target has it: it is the arbiter.
+fn held_generation(target: &v1::TargetStreamReport, disk: &Disk) -> Option<u64> {
+    target.disks.iter().find(|held| held.disk_uid == disk.uid).map(|held| held.generation)
 }
 
 #[cfg(test)]

@@ -74,6 +74,56 @@ async fn with_the_source_dead_the_operator_says_so_by_name() {
 }
 
 #[tokio::test]
+async fn a_source_with_a_lease_that_is_gone_is_waited_for_and_needs_no_word() {
+    let world = World::new().await;
+    let (source, _target) = world.shop().await;
+    let policy = GetPolicyRequest { name: format!("{TENANT}/policies/gold") };
+    let gold = world.policies().get_policy(policy.clone()).await.unwrap().into_inner();
+    let update = |gold: &Policy, lease_ms| UpdatePolicyRequest {
+        policy: Some(Policy { lease_ms: Some(lease_ms), ..gold.clone() }),
+        validate_only: false,
+    };
+    assert_eq!(code(world.policies().update_policy(update(&gold, 2_999)).await), Code::InvalidArgument);
+    world.policies().update_policy(update(&gold, 3_000)).await.unwrap();
+    // Once the source has said that it keeps to it.
+    while world.status().await.lease_ms != 3_000 {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    source.kill().await;
+    while world.status().await.conditions.is_empty() {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let begun = std::time::Instant::now();
+    let started = world.failovers().start_failover(failover_request(At::Latest(true))).await.unwrap().into_inner();
+    let done = world.finish(&started.name).await;
+    assert_eq!(done.state(), OperationState::Done, "{done:?}");
+    assert!(begun.elapsed() >= std::time::Duration::from_millis(4_300), "the lease, a tenth and a second");
+    assert_eq!(done.failover.unwrap().fence(), FenceKind::SelfFenced);
+}
+
+#[tokio::test]
+async fn a_policy_that_gives_up_its_lease_is_not_relied_on() {
+    let world = World::new().await;
+    let (source, _target) = world.shop().await;
+    let policy = GetPolicyRequest { name: format!("{TENANT}/policies/gold") };
+    for lease_ms in [3_000, 0] {
+        let gold = world.policies().get_policy(policy.clone()).await.unwrap().into_inner();
+        let gold = Policy { lease_ms: Some(lease_ms), ..gold };
+        let update = UpdatePolicyRequest { policy: Some(gold), validate_only: false };
+        world.policies().update_policy(update).await.unwrap();
+        while world.status().await.lease_ms != lease_ms {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+    source.kill().await;
+    while world.status().await.conditions.is_empty() {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let refused = world.failovers().start_failover(failover_request(At::Latest(true))).await.unwrap_err();
+    assert!(refused.message().contains("unconfirmed"), "{refused}");
+}
+
+#[tokio::test]
 async fn checking_only_stores_nothing_and_says_what_would_be_in_the_way() {
     let world = World::new().await;
     let (_source, target) = world.shop().await;

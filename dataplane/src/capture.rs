@@ -36,6 +36,9 @@ const MAX_FAULTS: usize = 16;
 /// Lock owners from here on are reads of a synchronisation.
 pub(crate) const SYNC_OWNER: u32 = 1 << 31;
 
+/// A record that will not be acknowledged.
+const NEVER: u64 = u64::MAX;
+
 const READ_ONLY: Errno = Errno(30);
 
 /// Which operation of a disk a completion is of: bits 40 to 47 of its token.
@@ -126,6 +129,8 @@ struct Active {
     /// Room taken.
     room: usize,
     captured: bool,
+    /// Newest of its records; [`NEVER`] if a part of it is none.
+    seq: u64,
 }
 
 const FREE: Active = Active {
@@ -144,7 +149,16 @@ const FREE: Active = Active {
     held: false,
     room: 0,
     captured: false,
+    seq: 0,
 };
+
+/// An answer that waits for the acknowledgement of a record.
+#[derive(Debug)]
+struct Awaiting {
+    seq: u64,
+    since: Nanos,
+    cookie: u64,
+}
 
 /// What a disk needs of the world for a call.
 pub(crate) struct Flow<'a, I> {
@@ -166,6 +180,12 @@ pub(crate) struct Disk {
     pub gate: Gate,
     /// All I/O is held, answers too.
     fenced: bool,
+    /// No answer is given from this moment on, since boot.
+    pub lease_end: Nanos,
+    /// It is not in the stream any more: the target holds this generation of it, or it has left (0).
+    pub out: Option<u64>,
+    /// The stream says that it has left: it comes back with a synchronisation of the whole disk only.
+    pub left: bool,
     pub log: Option<IntentLog>,
     lock: RangeLock,
     granted: Vec<u32>,
@@ -173,6 +193,8 @@ pub(crate) struct Disk {
     free: Vec<u32>,
     answers: VecDeque<Answer>,
     withheld: VecDeque<Answer>,
+    /// Answers to writes in synchronous mode, in the order in which the writes ended.
+    awaiting: VecDeque<Awaiting>,
     held: VecDeque<(u64, Request)>,
     starved: VecDeque<u32>,
     log_waiters: Vec<u32>,
@@ -198,6 +220,9 @@ impl Disk {
             token,
             gate: if group.is_some() { Gate::Opening } else { Gate::Open },
             fenced: false,
+            lease_end: Nanos::MAX,
+            out: None,
+            left: false,
             log: None,
             lock: RangeLock::with_capacity(USUAL_REQUESTS),
             granted: Vec::with_capacity(USUAL_REQUESTS),
@@ -205,6 +230,7 @@ impl Disk {
             free: Vec::with_capacity(USUAL_REQUESTS),
             answers: VecDeque::with_capacity(USUAL_REQUESTS),
             withheld: VecDeque::new(),
+            awaiting: VecDeque::new(),
             held: VecDeque::new(),
             starved: VecDeque::with_capacity(USUAL_REQUESTS),
             log_waiters: Vec::with_capacity(USUAL_REQUESTS),
@@ -233,7 +259,7 @@ impl Disk {
 
     /// Requests under way, held, or answered and not fetched.
     pub fn in_flight(&self) -> usize {
-        self.active.len() - self.free.len() + self.held.len()
+        self.active.len() - self.free.len() + self.held.len() + self.awaiting.len()
     }
 
     /// Nothing of this disk is with the kernel, and no request is under way.
@@ -260,8 +286,10 @@ impl Disk {
         &mut self.answers
     }
 
-    fn answer(&mut self, cookie: u64, result: Result<Option<Part>, Errno>) {
-        let answers = if self.fenced { &mut self.withheld } else { &mut self.answers };
+    fn answer<I: Io>(&mut self, f: &mut Flow<'_, I>, cookie: u64, result: Result<Option<Part>, Errno>) {
+        // The lease is looked at for every single answer: the group may get its next turn too late.
+        let hold = self.fenced || (self.lease_end != Nanos::MAX && f.io.since_boot() >= self.lease_end);
+        let answers = if hold { &mut self.withheld } else { &mut self.answers };
         answers.push_back(Answer { cookie, result });
     }
 
@@ -274,6 +302,35 @@ impl Disk {
             self.answers.append(&mut self.withheld);
             self.start_held(f);
         }
+    }
+
+    /// Brings what is held to what should be; true if that changed.
+    pub fn hold<I: Io>(&mut self, f: &mut Flow<'_, I>, hold: bool) -> bool {
+        let changed = self.fenced != hold;
+        // Answers can also be withheld by a lease that has been renewed since.
+        if changed || (!hold && !self.withheld.is_empty()) {
+            self.fence(f, hold);
+        }
+        changed
+    }
+
+    /// Gives the answers that waited for records up to `acked`.
+    pub fn answer_acked<I: Io>(&mut self, f: &mut Flow<'_, I>, acked: u64) {
+        while self.awaiting.front().is_some_and(|first| first.seq <= acked)
+            && let Some(first) = self.awaiting.pop_front()
+        {
+            self.answer(f, first.cookie, Ok(None));
+        }
+    }
+
+    /// The records that answers wait for are given up: no acknowledgement will come.
+    pub fn strand_answers(&mut self) {
+        self.awaiting.iter_mut().for_each(|one| one.seq = NEVER);
+    }
+
+    /// Since when the oldest answer waits for an acknowledgement.
+    pub fn awaits_since(&self) -> Option<Nanos> {
+        self.awaiting.front().map(|first| first.since)
     }
 
     pub fn is_fenced(&self) -> bool {
@@ -302,7 +359,7 @@ impl Disk {
     /// Takes a request of a host.
     pub fn request<I: Io>(&mut self, f: &mut Flow<'_, I>, cookie: u64, request: Request) {
         if self.in_flight() >= MAX_REQUESTS {
-            return self.answer(cookie, Err(Errno::NOMEM));
+            return self.answer(f, cookie, Err(Errno::NOMEM));
         }
         if self.holds() {
             self.held.push_back((cookie, request));
@@ -314,19 +371,19 @@ impl Disk {
 
     fn start<I: Io>(&mut self, f: &mut Flow<'_, I>, cookie: u64, request: Request) {
         if self.gate == Gate::Stopping {
-            return self.answer(cookie, Err(Errno::SHUTDOWN));
+            return self.answer(f, cookie, Err(Errno::SHUTDOWN));
         }
         let (offset, len) = match &request {
             Request::Read { offset, len } => (*offset, *len as u64),
             Request::Write { offset, data, .. } => (*offset, data.len as u64),
             Request::Zero { offset, len, .. } | Request::Discard { offset, len, .. } => (*offset, *len),
-            Request::Flush => return self.flush_for(f, cookie),
+            Request::Flush => return self.flush_for(f, cookie, 0),
         };
         let Some(end) = offset.checked_add(len).filter(|end| *end <= self.info.size && len > 0) else {
-            return self.answer(cookie, Err(Errno::INVAL));
+            return self.answer(f, cookie, Err(Errno::INVAL));
         };
         if self.config.read_only && !matches!(request, Request::Read { .. }) {
-            return self.answer(cookie, Err(READ_ONLY));
+            return self.answer(f, cookie, Err(READ_ONLY));
         }
         let new = Active { cookie, at: offset, end, ..FREE };
         match request {
@@ -338,7 +395,7 @@ impl Disk {
                 // The contract of the front end; without it blocks could not be completed in place.
                 let congruent = data.at % HEADROOM == (offset % HEADROOM as u64) as usize;
                 if !congruent || data.at < HEADROOM || data.at + data.len + HEADROOM > data.buf.len() {
-                    return self.answer(cookie, Err(Errno::INVAL));
+                    return self.answer(f, cookie, Err(Errno::INVAL));
                 }
                 let slot = self.admit(Active { kind: Kind::Write, fua, data: Some(data), ..new });
                 self.begin_piece(f, slot);
@@ -351,12 +408,12 @@ impl Disk {
                 let block = u64::from(self.info.block);
                 let (at, end) = (offset.next_multiple_of(block), end - end % block);
                 if at >= end {
-                    return self.answer(cookie, Ok(None));
+                    return self.answer(f, cookie, Ok(None));
                 }
                 let slot = self.admit(Active { kind: Kind::Discard, fua, at, end, ..new });
                 self.begin_piece(f, slot);
             }
-            Request::Read { .. } | Request::Flush => self.answer(cookie, Err(Errno::INVAL)),
+            Request::Read { .. } | Request::Flush => self.answer(f, cookie, Err(Errno::INVAL)),
         }
     }
 
@@ -380,9 +437,19 @@ impl Disk {
         debug_assert!(done.lock.is_none() && !done.held && done.room == 0);
         match (done.kind, &result) {
             // Zeroing has no durable form: a flush is one.
-            (Kind::Zero { .. } | Kind::Discard, Ok(_)) if done.fua => self.flush_for(f, done.cookie),
-            _ => self.answer(done.cookie, result),
+            (Kind::Zero { .. } | Kind::Discard, Ok(_)) if done.fua => self.flush_for(f, done.cookie, done.seq),
+            (Kind::Zero { .. } | Kind::Discard | Kind::Write, Ok(_)) => self.written_answer(f, done.cookie, done.seq),
+            _ => self.answer(f, done.cookie, result),
         }
+    }
+
+    /// Answers a write that the disk has: at once, or when its record `seq` is acknowledged.
+    fn written_answer<I: Io>(&mut self, f: &mut Flow<'_, I>, cookie: u64, seq: u64) {
+        if seq > 0 && f.queue.as_deref().is_some_and(|queue| queue.holds_answers) {
+            let since = f.io.now();
+            return self.awaiting.push_back(Awaiting { seq, since, cookie });
+        }
+        self.answer(f, cookie, Ok(None));
     }
 
     fn read<I: Io>(&mut self, f: &mut Flow<'_, I>, slot: u32) {

@@ -280,6 +280,7 @@ impl Delta {
             number: self.next_frame,
             acked: if durable.incarnation == writer.incarnation { durable.frame } else { 0 },
             mono_ns: now,
+            sync_ms: 0,
         };
         let len = seal_frame(&writer.key, &meta, &self.plan, &items, false, &mut self.scratch, &mut out);
         drop(items);

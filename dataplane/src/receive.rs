@@ -62,6 +62,8 @@ pub(crate) struct Connection {
     receiving: bool,
     /// Frame and record that must come next.
     next: (u64, u64),
+    /// What the newest frame that came in order says of acknowledgements and promises.
+    pub promised: Option<(u64, u32)>,
     sending: bool,
     ready: bool,
     /// Newest durable place that was not yet told.
@@ -109,6 +111,7 @@ impl Connection {
             filled: 0,
             receiving: false,
             next,
+            promised: None,
             sending: false,
             ready: true,
             ack: None,
@@ -369,9 +372,10 @@ impl Connection {
                 break;
             }
             match self.check(&buf[at..at + len]) {
-                Ok(Some(place)) => {
+                Ok(Some((place, promised))) => {
                     self.next = (place.0 + 1, place.1 + 1);
                     last = Some(place);
+                    self.promised = Some(promised);
                 }
                 // Received before. Resent frames come first.
                 Ok(None) => begin = at + len,
@@ -438,8 +442,10 @@ impl Connection {
         FrameHeader::parse(bytes).ok().map(|header| (header.number.get(), header.first_seq.get()))
     }
 
-    /// Whole and what must come next: its number and last record. None: it was received before.
-    fn check(&self, bytes: &[u8]) -> Result<Option<(u64, u64)>, String> {
+    /// Whole and what must come next: its number and last record, and what it says of acknowledgements and promises.
+    /// None: it was received before.
+    #[allow(clippy::type_complexity)]
+    fn check(&self, bytes: &[u8]) -> Result<Option<((u64, u64), (u64, u32))>, String> {
         let (header, _) = check_frame(bytes).map_err(|error: FormatError| error.to_string())?;
         if header.stream != self.stream_id {
             return Err("it is of another stream".into());
@@ -458,7 +464,7 @@ impl Connection {
         if first_seq < self.next.1 || (number > 1 && first_seq > self.next.1) {
             return Err(format!("it begins with record {first_seq} where {} follows", self.next.1));
         }
-        Ok(Some((number, header.last_seq.get())))
+        Ok(Some(((number, header.last_seq.get()), (header.acked.get(), header.sync_ms.get()))))
     }
 }
 

@@ -255,7 +255,7 @@ impl Disk {
     /// Says in the stream that a synchronisation begins, unless one runs that does as much.
     pub fn begin_sync<I: Io>(&mut self, f: &mut Flow<'_, I>, whole: bool) {
         let Some(queue) = f.queue.as_deref_mut() else { return };
-        if queue.closed || self.sync.running.as_ref().is_some_and(|r| r.whole || !whole) {
+        if queue.closed || self.out.is_some() || self.sync.running.as_ref().is_some_and(|r| r.whole || !whole) {
             return;
         }
         // The number of its first record: rises over lives, although nothing is kept.

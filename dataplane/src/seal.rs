@@ -201,6 +201,8 @@ pub struct FrameMeta {
     pub acked: u64,
     /// Monotonic clock.
     pub mono_ns: u64,
+    /// See [`FrameHeader::sync_ms`].
+    pub sync_ms: u32,
 }
 
 /// Counts how much of a frame a run of records takes, and where chunks begin. The one place that knows the bounds.
@@ -333,7 +335,8 @@ pub fn seal_frame(
         first_seq: first.record.seq.into(),
         last_seq: last.record.seq.into(),
         mono_ns: meta.mono_ns.into(),
-        reserved: [0; 8],
+        sync_ms: meta.sync_ms.into(),
+        reserved: [0; 4],
     };
     let mut at = FRAME_HEADER_LEN + plan.chunks.len() * DIRECTORY_ENTRY_LEN;
     let mut rest = items;

@@ -286,6 +286,7 @@ mod tests {
                 number,
                 acked: 0,
                 mono_ns: 0,
+                sync_ms: 0,
             },
             key: Arc::new(DataKey::new([3; 32])),
             compress: true,

@@ -35,6 +35,9 @@ const MAX_SEND: usize = 16;
 const MAX_FRAME_RECORDS: usize = 4096;
 /// Without a link, records gather for this long: nothing is gained by small frames.
 const UNLINKED_AGE: Nanos = 500_000_000;
+/// Frames of an earlier connection that the target may still have on their way to its disk when it takes a new one: its
+/// journal has at most four batches of half a MiB under way, of frames of at least 4 KiB.
+const MAX_UNDER_WAY_THERE: u64 = 1024;
 /// Jobs kept for their memory.
 const MAX_SPARE: usize = 32;
 
@@ -74,6 +77,13 @@ pub(crate) struct Shipper {
     pub durable_seq: u64,
     pub sealed_seq: u64,
     pub sent_seq: u64,
+    /// What frames composed from now on promise to the target; see [`FrameHeader::sync_ms`].
+    pub promise_ms: u32,
+    /// When the newest frame had left that was acknowledged in answer to that, since boot: the target had not fenced us
+    /// then.
+    pub word_at: Option<Nanos>,
+    /// Acknowledgements of frames below this one may answer what was sent on an earlier connection.
+    word_from: u64,
     pub wire_bytes: u64,
     pub sealed_frames: u64,
     /// Bytes of frames acknowledged.
@@ -115,6 +125,9 @@ impl Shipper {
             durable_seq: 0,
             sealed_seq: first_seq - 1,
             sent_seq: first_seq - 1,
+            promise_ms: 0,
+            word_at: None,
+            word_from: 1,
             wire_bytes: 0,
             sealed_frames: 0,
             drained_bytes: 0,
@@ -233,6 +246,7 @@ impl Shipper {
                 number: self.next_frame,
                 acked: if self.keep.past.is_empty() { self.acked_frame } else { 0 },
                 mono_ns: now,
+                sync_ms: self.promise_ms,
             };
             job.key = self.key.clone();
             job.compress = self.compress && !self.is_hurried();
@@ -246,7 +260,14 @@ impl Shipper {
     fn fresh_job(&self) -> Box<Job> {
         Box::new(Job {
             owner: self.owner,
-            meta: FrameMeta { stream: self.stream, incarnation: self.incarnation, number: 0, acked: 0, mono_ns: 0 },
+            meta: FrameMeta {
+                stream: self.stream,
+                incarnation: self.incarnation,
+                number: 0,
+                acked: 0,
+                mono_ns: 0,
+                sync_ms: 0,
+            },
             key: self.key.clone(),
             compress: false,
             entries: Vec::with_capacity(64),
@@ -294,12 +315,14 @@ impl Shipper {
             return;
         }
         let mut parts = self.link.take_parts();
+        let sent_at = io.since_boot();
         while parts.len() < MAX_SEND
             && let Some(frame) = self.keep.frame(acked, self.next_send)
             && frame.state == FrameState::Ready
             && let Some(buf) = frame.buf.take()
         {
             frame.state = FrameState::Sending;
+            frame.sent_at = Some(sent_at);
             parts.push(Part { buf, at: 0, len: frame.len });
             self.sent_seq = self.sent_seq.max(frame.last_seq);
             self.sent_frame = self.sent_frame.max(self.next_send);
@@ -327,6 +350,7 @@ impl Shipper {
     /// A connection carries frames from `next` on.
     pub fn resend_from(&mut self, next: u64) {
         self.next_send = next;
+        self.word_from = (self.sent_frame + 1).min(next + MAX_UNDER_WAY_THERE);
     }
 
     /// When the next frame is due by age.

@@ -25,17 +25,26 @@ use crate::spill::{self, Past, Recovered, Spill, SpillConfig};
 
 mod config;
 mod group;
+mod hold;
 mod incarnate;
+mod lease;
+mod membership;
 mod open;
 mod status;
 mod stop;
+mod synchronous;
 
 pub use config::{
     DiskConfig, GroupConfig, MAX_GROUPS, MAX_SOURCE_DISKS, MIN_SYNC_RATE, ProtectError, SourceLimits, pool_classes,
 };
 use group::{Around, CUT_RESERVE, Group, Phase, SEQ_RESERVE};
+pub use lease::{MAX_LEASE, MIN_LEASE};
 use open::Opened;
-pub use status::{DiskStatus, GroupState, GroupStatus, LinkFailure, RpoSummary, Rung, SourceEvent, SyncProgress};
+pub use status::{
+    DiskStatus, GroupState, GroupStatus, HoldReason, LinkFailure, RpoSummary, Rung, SourceEvent, SyncModeStatus,
+    SyncProgress,
+};
+pub use synchronous::{MAX_SYNC_DEADLINE, MIN_SYNC_DEADLINE};
 
 /// Most disks and groups over the life of a source: their indexes are in tokens and are never used again.
 const MAX_INDEX: usize = 1 << 16;
@@ -141,12 +150,17 @@ impl<I: Io> Source<I> {
             _ => recorded,
         };
         let mut disks = Vec::with_capacity(opened.len());
+        let of_this_boot = headers.iter().flatten().filter(|h| h.boot == boot && h.lease_at > 0);
+        let word_at = of_this_boot.map(|h| h.lease_at).max();
         for ((one, config_of), odd) in opened.drain(..).zip(&config.disks).zip(&lineage.odd) {
             let number = self.disks.len() as u32;
             let token = self.base | u64::from(number) << 24;
+            let fenced = header_of(&one).filter(|h| h.fenced && config_of.generation <= h.generation);
+            let fenced = fenced.map(|h| h.generation + 1);
+            let left = header_of(&one).is_some_and(|h| h.left);
             let mut owed = open::owed(&one.loaded, config_of, &one.info, boot);
-            owed.whole |= *odd;
-            owed.all |= *odd;
+            owed.whole |= *odd || (left && fenced.is_none());
+            owed.all |= *odd || (left && fenced.is_none());
             // A log of a disk that has grown names the old size until what is new has its bits.
             let before = header_of(&one).filter(|_| !owed.all).map(|header| header.size);
             let header = IntentHeader {
@@ -171,6 +185,9 @@ impl<I: Io> Source<I> {
                 spilled: Predecessor::default(),
                 complete_wall_ns: complete,
                 identity: one.info.identity,
+                fenced: fenced.is_some(),
+                left: left && fenced.is_some(),
+                lease_at: word_at.unwrap_or(0),
             };
             let mut disk = Disk::new(config_of.clone(), DiskKey(number), Some(index), one.file, one.info, token);
             let Some(buf) = bufs.pop() else { break };
@@ -189,6 +206,8 @@ impl<I: Io> Source<I> {
             disk.log = Some(log);
             disk.sync.whole_owed = owed.whole;
             disk.sync.end_owed = owed.end;
+            disk.out = fenced;
+            disk.left = left && fenced.is_some();
             disks.push(number);
             self.disks.push(Some(disk));
         }
@@ -214,6 +233,7 @@ impl<I: Io> Source<I> {
             predecessor,
             alternative,
             (tokens(kind::SEND), tokens(kind::RECV)),
+            word_at,
             io.now(),
         );
         if let Some(left) = left {
@@ -430,7 +450,7 @@ impl<I: Io> Source<I> {
     pub fn fence(&mut self, io: &mut I, stream: StreamId, hold: bool) {
         self.with_group(io, stream, |group, w| {
             group.held = hold;
-            group.each_disk(w, |disk, f| disk.fence(f, hold));
+            group.hold_turn(w);
         });
     }
 
@@ -448,6 +468,54 @@ impl<I: Io> Source<I> {
         config::check_cut_interval(cut_interval)?;
         self.with_group(io, stream, |group, w| group.set_policy(w.io.now(), cut_interval, compress));
         Ok(())
+    }
+
+    /// Changes what hosts wait for while a group runs: see [`GroupConfig::lease`] and [`GroupConfig::sync_deadline`].
+    ///
+    /// # Errors
+    /// [`ProtectError::Value`]; nothing is changed.
+    pub fn set_waiting(
+        &mut self,
+        io: &mut I,
+        stream: StreamId,
+        lease: Nanos,
+        sync_deadline: Nanos,
+    ) -> Result<(), ProtectError> {
+        config::check_lease(lease)?;
+        config::check_sync_deadline(sync_deadline)?;
+        self.with_group(io, stream, |group, w| {
+            group.lease.set_span(lease);
+            group.synchronous.set_deadline(w.io.now(), sync_deadline);
+            group.hold_turn(w);
+        });
+        self.turn(io);
+        Ok(())
+    }
+
+    /// The coordinator has confirmed the disks' generations, when asked at `asked` (by [`Io::since_boot`]): as good as a
+    /// word of the target. The lease runs from there.
+    pub fn confirm(&mut self, io: &mut I, stream: StreamId, asked: Nanos) {
+        self.with_group(io, stream, |group, w| {
+            group.lease.word(asked);
+            group.hold_turn(w);
+        });
+    }
+
+    /// Disks are written under these generations from now on; lower ones change nothing. A disk that was fenced by a
+    /// generation up to the new one is in the stream again, and its I/O goes on. What it holds more than the target is
+    /// synchronised.
+    pub fn set_generations(&mut self, io: &mut I, stream: StreamId, generations: &[(DiskId, u64)]) {
+        self.with_group(io, stream, |group, w| group.set_generations(w, generations));
+        self.turn(io);
+    }
+
+    /// Takes a disk out of its stream for good: requests under way are finished, later ones refused with `ESHUTDOWN`,
+    /// the stream says that it has left, and its files are closed. [`SourceEvent::Left`] follows. False if it is not
+    /// there, or is the last one.
+    pub fn leave(&mut self, io: &mut I, stream: StreamId, disk: DiskId) -> bool {
+        let left = self.with_group(io, stream, |group, w| group.leave(w, disk)).unwrap_or(false);
+        self.turn(io);
+        left
     }
 
     /// Takes a cut now, with a label; [`SourceEvent::CutTaken`] names it.
@@ -487,12 +555,20 @@ impl<I: Io> Source<I> {
     fn group_status(&self, group: &Group, now: Nanos) -> GroupStatus {
         let ship = &group.ship;
         let disks = group.disks.iter().filter_map(|index| self.disks[*index as usize].as_ref());
+        let synchronous = (group.synchronous.deadline() > 0).then(|| SyncModeStatus {
+            deadline: group.synchronous.deadline(),
+            together: group.synchronous.is_together(),
+            why: group.synchronous.why_apart().map(str::to_owned),
+        });
         GroupStatus {
             stream: group.config.stream,
             name: group.config.name.clone(),
             state: group.state(&self.disks),
             rung: group.rung(&self.disks),
-            held: group.held,
+            held: group.hold_told,
+            lease: group.lease.span(),
+            lease_left: group.lease_due.map_or(0, |due| due.saturating_sub(now)),
+            synchronous,
             incarnation: ship.incarnation,
             captured_seq: ship.queue.last_seq(),
             sealed_seq: ship.sealed_seq,
@@ -548,6 +624,8 @@ fn disk_status(disk: &Disk, now: Nanos) -> DiskStatus {
         id: disk.config.id,
         name: disk.config.name.clone(),
         size: disk.info.size,
+        generation: disk.config.generation,
+        out: disk.out,
         in_flight: disk.in_flight(),
         hot_extents: disk.log.as_ref().map_or(0, IntentLog::hot),
         dirty_extents: dirty,

@@ -27,6 +27,7 @@ mod hello;
 mod mend;
 pub(crate) mod ops;
 mod points;
+mod promise;
 mod reopen;
 mod seed;
 mod status;
@@ -141,7 +142,9 @@ impl<I: Io> Target<I> {
             let open = self.streams.get_mut(&id).expect("found above");
             if !matches!(open.phase, Phase::Failed(_)) {
                 open.seeds.wanted = seeds_of(&self.seeds, &config);
-                return open.reconfigure(io, config);
+                open.reconfigure(io, config)?;
+                self.enforce(io, id, "a newer generation was set");
+                return Ok(());
             }
             // It is read again from the beginning.
             self.forget_stream(io, id);
@@ -283,6 +286,9 @@ impl<I: Io> Target<I> {
                     stream.connection = Some(connection_id);
                     stream.mend_at = 0;
                     stream.last_heard = Some(now);
+                    if held.incarnation == hello.incarnation && held.frame > 0 {
+                        stream.promise.told(held.incarnation, held.frame, io.since_boot());
+                    }
                 }
                 self.event(TargetEvent::Connected { stream: hello.stream, incarnation: hello.incarnation });
             }
@@ -331,6 +337,9 @@ impl<I: Io> Target<I> {
                         let mut ctx = Ctx { io, ops: &mut self.ops };
                         connection.turn(&mut ctx, &mut stream.journal);
                         stream.journal.pump(&mut ctx);
+                        if let Some((acked, sync_ms)) = connection.promised.take() {
+                            stream.promise.heard(connection.writer.incarnation, acked, sync_ms);
+                        }
                     }
                 }
             }
@@ -342,7 +351,7 @@ impl<I: Io> Target<I> {
             Purpose::Append(JournalId::Stream(id), serial) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.journal.on_append(serial, done);
-                    self.written(id);
+                    self.written(id, io.since_boot());
                 }
             }
             Purpose::Append(JournalId::Delta(id), serial) => {
@@ -390,7 +399,7 @@ impl<I: Io> Target<I> {
     }
 
     /// Batches are durable: acknowledged now, indexed in a later turn, so that the acknowledgement does not wait.
-    fn written(&mut self, id: u32) {
+    fn written(&mut self, id: u32, now: Nanos) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         let mut any = false;
         while let Some(written) = stream.journal.take_written() {
@@ -405,6 +414,7 @@ impl<I: Io> Target<I> {
                 && connection.writer.incarnation == durable.incarnation
             {
                 connection.acknowledge(durable.frame, durable.seq);
+                stream.promise.told(durable.incarnation, durable.frame, now);
             }
         }
     }
@@ -607,25 +617,42 @@ impl<I: Io> Target<I> {
         disks: &[DiskId],
         reason: &str,
     ) -> Result<u64, TargetError> {
-        let id = self.ready(stream)?.id;
-        let open = self.streams.get_mut(&id).ok_or(TargetError::UnknownStream(stream))?;
-        let generation = open.history.raise(io, disks)?;
-        tracing::info!(%stream, generation, reason, "writers of an older generation are fenced");
+        self.settle(stream);
+        let zero_loss = self.zero_loss(stream, io.since_boot());
+        let open = self.ready(stream)?;
+        let id = open.id;
+        let place = open.position();
+        let generation = open.history.raise(io, disks, place, zero_loss, reason)?;
+        tracing::info!(%stream, generation, reason, zero_loss, "writers of an older generation are fenced");
+        self.enforce(io, id, reason);
+        Ok(generation)
+    }
+
+    /// Ends the connection of a source that claims a disk under an older generation than the table's.
+    fn enforce(&mut self, io: &mut I, id: u32, reason: &str) {
+        let Some(open) = self.streams.get_mut(&id) else { return };
         let table = open.history.table();
-        let fenced = |claim: &(DiskId, u64)| table.disk(claim.0).is_some_and(|known| claim.1 < known.generation);
+        let newer = |claim: &(DiskId, u64)| Some(table.disk(claim.0)?.generation).filter(|known| claim.1 < *known);
         if let Some(connection) = open.connection.and_then(|id| self.connections.get_mut(&id))
-            && connection.claims.iter().any(fenced)
+            && let Some(generation) = connection.claims.iter().filter_map(newer).max()
             && !mutant!(FenceLeavesWriter)
         {
             connection.stop(StopReason::Fenced, generation, format!("fenced: {reason}"));
             connection.discard();
-            // No write was begun for these. Those that were, end in the journal behind the point that the failover
-            // takes, and are not acknowledged.
+            // No write was begun for these. Those that were, end in the journal behind the place of the fence, and are
+            // not acknowledged: they are the losing branch.
             open.journal.drop_queue();
             open.connection = None;
         }
         self.pump_connections(io);
-        Ok(generation)
+    }
+
+    /// No host has been answered a write that is not here, as far as a synchronous source has promised: `now` is since
+    /// boot. False means that nobody knows.
+    pub fn zero_loss(&self, stream: StreamId, now: Nanos) -> bool {
+        let open = self.id_of(stream).and_then(|id| self.streams.get(&id));
+        // A point that does not hold a disk is no place to run from, whatever was acknowledged.
+        open.is_some_and(|open| open.is_ready() && open.is_current() && open.promise.until().is_some_and(|u| now < u))
     }
 
     /// Verifies everything that is held of the stream, from now on; see [`StreamStatus::scrub`] for how far it is.
@@ -696,6 +723,9 @@ impl<I: Io> Target<I> {
             connected: connection.is_some_and(|connection| connection.end.is_none()),
             last_heard: stream.last_heard,
             timeline: stream.history.table().current,
+            synchronous: stream.promise.is_synchronous(),
+            zero_loss_until: stream.promise.until().filter(|_| stream.is_ready() && stream.is_current()),
+            fences: stream.history.table().fences.clone(),
             incarnation: place.incarnation,
             // Of the same writer: a newer one's first frames count once they are durable.
             received_frame: if journal.accepted.incarnation == place.incarnation {

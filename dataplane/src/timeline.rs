@@ -8,11 +8,29 @@ use afterimage_wire::MAX_NUMBER;
 use afterimage_wire::ids::{DiskId, IncarnationId, StreamId, TimelineId};
 use afterimage_wire::record::DiskInfo;
 use afterimage_wire::stream_state::{DeltaView, MAX_DELTAS, MAX_INCARNATIONS, StreamStateFile};
-use afterimage_wire::timeline::{DiskGeneration, MAX_TIMELINES, Timeline, TimelineKind, TimelineTable};
+use afterimage_wire::timeline::{
+    DiskGeneration, Fence, MAX_FENCES, MAX_TIMELINES, Timeline, TimelineKind, TimelineTable,
+};
 
 use crate::index::points::Lives;
 use crate::io::{Errno, Io};
+use crate::journal::Place;
 use crate::target::TargetError;
+
+/// Enters a fence into the table.
+fn note_fence<I: Io>(
+    io: &I,
+    table: &mut TimelineTable,
+    (generation, disks): (u64, Vec<DiskId>),
+    place: Place,
+    zero_loss: bool,
+    reason: &str,
+) {
+    let surplus = (table.fences.len() + 1).saturating_sub(MAX_FENCES);
+    table.fences.drain(..surplus);
+    let (seq, incarnation, wall_ns, reason) = (place.seq, place.incarnation, io.wall(), reason.to_owned());
+    table.fences.push(Fence { generation, seq, incarnation, wall_ns, zero_loss, disks, reason });
+}
 
 /// The two tables, as they are on disk.
 #[derive(Debug, Clone)]
@@ -78,8 +96,14 @@ impl History {
             created_wall_ns: io.wall(),
             reason: name.to_owned(),
         };
-        let table =
-            TimelineTable { stream, current: first.id, fold_floor: 0, timelines: vec![first], disks: Vec::new() };
+        let table = TimelineTable {
+            stream,
+            current: first.id,
+            fold_floor: 0,
+            timelines: vec![first],
+            disks: Vec::new(),
+            fences: Vec::new(),
+        };
         let mut history = Self { dir: dir.to_owned(), table: TimelineTable::default(), state };
         let state = history.state.clone();
         history.write_state(io, state)?;
@@ -128,8 +152,9 @@ impl History {
     ///
     /// # Errors
     /// [`TargetError::Config`] if a slot or an id is that of another disk; storage.
-    pub fn configure<I: Io>(&mut self, io: &mut I, disks: &[(DiskInfo, u64)]) -> Result<(), TargetError> {
+    pub fn configure<I: Io>(&mut self, io: &mut I, disks: &[(DiskInfo, u64)], place: Place) -> Result<(), TargetError> {
         let mut table = self.table.clone();
+        let mut raised: Vec<(DiskId, u64)> = Vec::new();
         for (disk, generation) in disks {
             // What could be written but not be read again would lock the stream out of its own table.
             if let Err(error) = disk.check() {
@@ -151,6 +176,9 @@ impl History {
             }
             match table.disks.iter_mut().find(|known| known.disk.id == disk.id) {
                 Some(known) => {
+                    if *generation > known.generation {
+                        raised.push((disk.id, *generation));
+                    }
                     known.generation = known.generation.max(*generation);
                     (known.disk.name, known.disk.serial) = (disk.name.clone(), disk.serial.clone());
                 }
@@ -161,6 +189,10 @@ impl History {
                     member: false,
                 }),
             }
+        }
+        while let Some((_, generation)) = raised.first().copied() {
+            let disks = raised.extract_if(.., |one| one.1 == generation).map(|one| one.0).collect();
+            note_fence(io, &mut table, (generation, disks), place, false, "set by the coordinator");
         }
         if table == self.table { Ok(()) } else { self.write_table(io, table) }
     }
@@ -182,11 +214,20 @@ impl History {
         if table == self.table { Ok(()) } else { self.write_table(io, table) }
     }
 
-    /// Raises the generation of `disks` to one above the highest among them; returns it.
+    /// Fences: raises the generation of `disks` (all, if none is named) to one above the highest among them; returns it.
+    /// `place` is the newest durable place: what its writer has on its way belongs to the losing branch. `zero_loss`:
+    /// no answered write was missing there.
     ///
     /// # Errors
-    /// A disk that is not in the table; storage.
-    pub fn raise<I: Io>(&mut self, io: &mut I, disks: &[DiskId]) -> Result<u64, TargetError> {
+    /// A disk that is not in the table; storage: nothing counts as raised then, although it may be on disk.
+    pub fn raise<I: Io>(
+        &mut self,
+        io: &mut I,
+        disks: &[DiskId],
+        place: Place,
+        zero_loss: bool,
+        reason: &str,
+    ) -> Result<u64, TargetError> {
         let mut table = self.table.clone();
         let all: Vec<DiskId> = match disks {
             [] => table.disks.iter().map(|disk| disk.disk.id).collect(),
@@ -202,6 +243,7 @@ impl History {
             return Err(TargetError::Config { field: "generation", value, allowed });
         }
         table.disks.iter_mut().filter(named).for_each(|disk| disk.generation = generation);
+        note_fence(io, &mut table, (generation, all), place, zero_loss, reason);
         self.write_table(io, table)?;
         Ok(generation)
     }

@@ -51,6 +51,7 @@ fn meta() -> FrameMeta {
         number: 7,
         acked: 5,
         mono_ns: 0x2122_2324_2526_2728,
+        sync_ms: 0,
     }
 }
 

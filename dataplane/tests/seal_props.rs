@@ -64,7 +64,14 @@ fn contents() -> impl Strategy<Value = Vec<Vec<u8>>> {
 }
 
 fn meta(number: u64) -> FrameMeta {
-    FrameMeta { stream: StreamId([1; 16]), incarnation: IncarnationId([2; 16]), number, acked: number - 1, mono_ns: 77 }
+    FrameMeta {
+        stream: StreamId([1; 16]),
+        incarnation: IncarnationId([2; 16]),
+        number,
+        acked: number - 1,
+        mono_ns: 77,
+        sync_ms: 0,
+    }
 }
 
 fn record(seq: u64, len: usize) -> Record {

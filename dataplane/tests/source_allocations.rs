@@ -209,6 +209,9 @@ impl Bench {
             // Cuts and looks at the log allocate a little, once a second: not in this test's time.
             cut_interval: 86_400_000_000_000,
             compress: true,
+            lease: 0,
+            sync_deadline: 0,
+            left: Vec::new(),
         };
         source.protect(&mut io, config).expect("the disk is there");
         let key = source.disk_key(STREAM, DiskId([1; 16])).expect("protected");

@@ -7,8 +7,7 @@ mod bed;
 use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::sim::{Fault, Rng, WorldConfig};
 use afterimage_dataplane::io::{Errno, Io};
-use afterimage_dataplane::source::{GroupState, ProtectError, SourceEvent, SourceLimits};
-use afterimage_wire::handshake::Refusal;
+use afterimage_dataplane::source::{ProtectError, SourceEvent, SourceLimits};
 use afterimage_wire::intent::EXTENT;
 use afterimage_wire::record::RecordKind;
 use bed::{Bed, MS, SIZE, STREAM};
@@ -371,19 +370,6 @@ fn a_fence_holds_requests_and_answers() {
     bed.source.fence(&mut bed.io, STREAM, false);
     bed.answer(before).expect("written");
     bed.answer(after).expect("written");
-}
-
-#[test]
-fn a_fenced_source_serves_on_and_ships_nothing() {
-    let mut bed = Bed::usual(1);
-    bed.refusal = Some(Refusal::Fenced { disk: Default::default(), generation: 4 });
-    bed.protect().expect("the disk is there");
-    bed.until("fenced", |bed| bed.events.iter().any(|e| matches!(e, SourceEvent::Fenced { generation: 4, .. })));
-    assert_eq!(bed.status().state, GroupState::Fenced { generation: 4 });
-    bed.write(0, 0, &[3; 4096]).expect("written");
-    bed.pass(2000 * MS);
-    assert_eq!(bed.status().uncaptured, 1);
-    assert!(bed.log_bits(0).contains(&0));
 }
 
 #[test]

@@ -231,8 +231,14 @@ fn frames(key: &DataKey, incarnation: IncarnationId) -> Vec<u8> {
         let body: &[u8] = if number == 1 { &join } else { &payload };
         let items: Vec<Item<'_>> = (0..records).map(|n| Item { record: record(seq + n, n), payload: body }).collect();
         items.iter().for_each(|item| assert!(plan.add(item.payload.len())));
-        let meta =
-            FrameMeta { stream: STREAM, incarnation, number, acked: number.saturating_sub(9), mono_ns: number * 1000 };
+        let meta = FrameMeta {
+            stream: STREAM,
+            incarnation,
+            number,
+            acked: number.saturating_sub(9),
+            mono_ns: number * 1000,
+            sync_ms: 0,
+        };
         let mut frame = vec![0; plan.frame_bound()];
         let len = seal_frame(key, &meta, &plan, &items, true, &mut scratch, &mut frame);
         out.extend_from_slice(&frame[..len]);

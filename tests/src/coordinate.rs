@@ -51,7 +51,7 @@ impl Run {
             (0..self.plan.setup.disks.len()).map(|d| (disk_id(d).to_string(), format!("disk{d}"))).collect();
         let unconfirmed = self.stage.source.is_none() || self.rng.chance(0.2);
         let spec = Spec { to: Choice::Latest, unconfirmed, reason: "tested".into() };
-        let mut work = Failover::new(spec, &[], 0, "fits".into(), 1);
+        let mut work = Failover::new(spec, &[], 0, 0, "fits".into(), 1);
         work.facts.disks = disks.iter().map(|(uid, _)| uid.clone()).collect();
         let mut group = self.group_object(self.stage.generation);
         let mut answered = None;
@@ -73,6 +73,11 @@ impl Run {
             let reply = match action {
                 Action::Ended => break,
                 Action::Record => Reply::Nothing,
+                Action::Wait { ms } => {
+                    let until = self.stage.world.now() + ms * MS;
+                    self.until(until)?;
+                    Reply::Nothing
+                }
                 Action::Drain { seq, within_ms } => self.drain(seq, within_ms)?,
                 Action::Tell { side, command, connect_ms, answer_ms } => {
                     self.say(&format!("the coordinator tells the {side:?}: {command:?}"));
@@ -220,7 +225,9 @@ impl Run {
                 }
                 match failed {
                     Some(why) => error(why),
-                    None => Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: held })),
+                    None => {
+                        Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: held, zero_loss: false }))
+                    }
                 }
             }
             Tell::ResolvePoint(_) => match life.core.resolve(&mut life.io, stream, target::Choice::Latest) {

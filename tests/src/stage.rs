@@ -275,6 +275,9 @@ impl Stage {
             policy_key: self.policy.clone(),
             cut_interval: self.setup.cut_interval,
             compress: self.setup.compress,
+            lease: 0,
+            sync_deadline: 0,
+            left: Vec::new(),
         };
         let Some(life) = &mut self.source else { return };
         match life.core.protect(&mut life.io, config) {

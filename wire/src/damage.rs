@@ -165,7 +165,8 @@ mod tests {
             first_seq: 100.into(),
             last_seq: 102.into(),
             mono_ns: 5.into(),
-            reserved: [0; 8],
+            sync_ms: 0.into(),
+            reserved: [0; 4],
         };
         let record = |seq, kind, len| Record {
             seq,

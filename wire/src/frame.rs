@@ -10,7 +10,8 @@
 //!  56  acked u64           highest frame number of this incarnation that was acknowledged when this one was sealed
 //!  64  first_seq u64      72  last_seq u64
 //!  80  mono_ns u64         source's monotonic clock when the frame was closed
-//!  88  reserved [8]
+//!  88  sync_ms u32         0: hosts are answered without waiting; else see [`FrameHeader::sync_ms`]
+//!  92  reserved [4]
 //!  96  chunk directory: chunk_count × { at u32, sealed_len u32 }, `at` from the frame's start
 //! ```
 //! Bytes 0..8 and 16..96 are the associated data of each chunk, followed by the chunk's index (u32); the length, the
@@ -62,8 +63,12 @@ pub struct FrameHeader {
     pub last_seq: U64,
     /// Source's monotonic clock when closed, nanoseconds.
     pub mono_ns: U64,
+    /// Not 0: when this was sealed no host had been answered a write that was not acknowledged, and none is answered
+    /// before this many milliseconds have passed since the acknowledgement of frame `acked` was sent. See the target's
+    /// claim of zero loss.
+    pub sync_ms: U32,
     /// 0.
-    pub reserved: [u8; 8],
+    pub reserved: [u8; 4],
 }
 const _: () = assert!(size_of::<FrameHeader>() == FRAME_HEADER_LEN);
 
@@ -111,7 +116,7 @@ impl FrameHeader {
         if first == 0 || first > last || last > MAX_NUMBER {
             return Err(bad("record numbers"));
         }
-        if header.reserved != [0; 8] {
+        if header.reserved != [0; 4] {
             return Err(bad("reserved bits set"));
         }
         Ok(header)

@@ -63,6 +63,11 @@ pub struct IntentHeader {
     /// Of the whole synchronisation that is owed, the bits say what is left: all were set, durably, when it was owed.
     /// Without it, it begins at zero.
     pub mapped: bool,
+    /// The target held a newer generation than `generation`: the disk is not this source's any more.
+    pub fenced: bool,
+    /// The stream says (or is about to say) that the disk has left it: only a synchronisation of the whole disk brings it
+    /// back.
+    pub left: bool,
     /// At clean stop: when the disk's file last changed (nanoseconds), or how much had been written to a device since the
     /// boot; used without us if it differs.
     pub mtime_ns: u64,
@@ -78,6 +83,9 @@ pub struct IntentHeader {
     /// Which file or device the disk is, as the system tells them apart; 0 if it does not. Another one has been put in its
     /// place if it differs.
     pub identity: u64,
+    /// When the newest word of target or coordinator was asked for that confirmed the generation, nanoseconds since
+    /// `boot` (time asleep counts); 0 for never. Kept for groups with a lease only.
+    pub lease_at: u64,
 }
 
 impl IntentHeader {
@@ -106,13 +114,16 @@ impl IntentHeader {
             u8::from(self.whole_owed)
                 | u8::from(self.clean) << 1
                 | u8::from(self.sync_owed) << 2
-                | u8::from(self.mapped) << 3,
+                | u8::from(self.mapped) << 3
+                | u8::from(self.fenced) << 4
+                | u8::from(self.left) << 5,
         );
         out.put_u64_le(self.mtime_ns);
         self.prior.encode(&mut out);
         self.spilled.encode(&mut out);
         out.put_u64_le(self.complete_wall_ns);
         out.put_u64_le(self.identity);
+        out.put_u64_le(self.lease_at);
         let crc = crc32c::crc32c(&page);
         page[8..12].copy_from_slice(&crc.to_le_bytes());
         page
@@ -149,7 +160,7 @@ impl IntentHeader {
         let sync = get_number(&mut input, WHAT)?;
         let generation = get_number(&mut input, WHAT)?;
         let bits = input.get_u8();
-        if bits & !15 != 0 {
+        if bits & !63 != 0 {
             return Err(FormatError::Malformed { what: WHAT, detail: "unknown bits" });
         }
         Ok(Self {
@@ -169,11 +180,14 @@ impl IntentHeader {
             clean: bits & 2 != 0,
             sync_owed: bits & 4 != 0,
             mapped: bits & 8 != 0,
+            fenced: bits & 16 != 0,
+            left: bits & 32 != 0,
             mtime_ns: input.get_u64_le(),
             prior: Predecessor::read(&mut input, WHAT)?,
             spilled: Predecessor::read(&mut input, WHAT)?,
             complete_wall_ns: input.get_u64_le(),
             identity: input.get_u64_le(),
+            lease_at: get_number(&mut input, WHAT)?,
         })
     }
 }

@@ -6,13 +6,13 @@
 //!   0  magic "AITL"   4 version u16   6 reserved u16   8 crc u32 (with this field 0)   12 length u32
 //!  16  stream [16]   32 current timeline [16]
 //!  48  fold_floor u64       no restore point below this record number exists any more
-//!  56  timeline_count u16, disk_count u16, reserved u32
-//!  64  timelines, then disks
+//!  56  timeline_count u16, disk_count u16, fence_count u16, reserved u16
+//!  64  timelines, then disks, then fences, oldest first
 //! ```
 
 use bytes::{Buf, BufMut};
 
-use crate::ids::{DiskId, StreamId, TimelineId};
+use crate::ids::{DiskId, IncarnationId, StreamId, TimelineId};
 use crate::record::DiskInfo;
 use crate::{FormatError, MAX_DISKS, MAX_NAME, WIRE_VERSION, finished, get_id, get_number, get_str, need, put_str};
 
@@ -20,6 +20,8 @@ use crate::{FormatError, MAX_DISKS, MAX_NAME, WIRE_VERSION, finished, get_id, ge
 pub const TIMELINE_MAGIC: [u8; 4] = *b"AITL";
 /// Most branches of one stream.
 pub const MAX_TIMELINES: usize = 4096;
+/// Most fences remembered; the oldest are forgotten.
+pub const MAX_FENCES: usize = 256;
 
 /// Why a branch exists.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -65,6 +67,26 @@ pub struct DiskGeneration {
     pub member: bool,
 }
 
+/// A fence: from here on nothing that an older generation of these disks sends is acknowledged. What its writer had on
+/// its way belongs to the losing branch.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Fence {
+    /// The generation that was issued; every older one is fenced.
+    pub generation: u64,
+    /// Newest durable record when it was issued. Later records of the same writer are the losing branch.
+    pub seq: u64,
+    /// Newest writer then; NONE if there was none.
+    pub incarnation: IncarnationId,
+    /// When, the target's wall clock, nanoseconds since the Unix epoch.
+    pub wall_ns: u64,
+    /// No answered write was missing here at that moment, as a synchronous source had promised. Else nobody knows.
+    pub zero_loss: bool,
+    /// The disks.
+    pub disks: Vec<DiskId>,
+    /// For a person.
+    pub reason: String,
+}
+
 /// The table, taken apart.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct TimelineTable {
@@ -78,6 +100,8 @@ pub struct TimelineTable {
     pub timelines: Vec<Timeline>,
     /// Disks.
     pub disks: Vec<DiskGeneration>,
+    /// Fences, oldest first; at most [`MAX_FENCES`].
+    pub fences: Vec<Fence>,
 }
 
 impl TimelineTable {
@@ -93,7 +117,8 @@ impl TimelineTable {
         out.put_u64_le(self.fold_floor);
         out.put_u16_le(self.timelines.len() as u16);
         out.put_u16_le(self.disks.len() as u16);
-        out.put_u32_le(0);
+        out.put_u16_le(self.fences.len() as u16);
+        out.put_u16_le(0);
         for t in &self.timelines {
             out.put_slice(&t.id.0);
             out.put_slice(&t.parent.0);
@@ -107,6 +132,18 @@ impl TimelineTable {
             out.put_u64_le(d.generation);
             out.put_slice(&d.timeline.0);
             out.put_u8(d.member.into());
+        }
+        for f in &self.fences {
+            out.put_u64_le(f.generation);
+            out.put_u64_le(f.seq);
+            out.put_slice(&f.incarnation.0);
+            out.put_u64_le(f.wall_ns);
+            out.put_u8(f.zero_loss.into());
+            put_str(&mut out, &f.reason);
+            out.put_u16_le(f.disks.len() as u16);
+            for disk in &f.disks {
+                out.put_slice(&disk.0);
+            }
         }
         crate::close_table(&mut out);
         out
@@ -126,8 +163,11 @@ impl TimelineTable {
         let fold_floor = get_number(&mut input, WHAT)?;
         let timeline_count = usize::from(input.get_u16_le());
         let disk_count = usize::from(input.get_u16_le());
-        input.advance(4);
-        if timeline_count > MAX_TIMELINES || disk_count > MAX_DISKS {
+        let fence_count = usize::from(input.get_u16_le());
+        if input.get_u16_le() != 0 {
+            return Err(bad("reserved bits set"));
+        }
+        if timeline_count > MAX_TIMELINES || disk_count > MAX_DISKS || fence_count > MAX_FENCES {
             return Err(bad("too many entries"));
         }
         let mut timelines = Vec::with_capacity(timeline_count);
@@ -160,8 +200,29 @@ impl TimelineTable {
             };
             disks.push(DiskGeneration { disk, generation, timeline, member });
         }
+        let mut fences = Vec::with_capacity(fence_count);
+        for _ in 0..fence_count {
+            need(&input, 41, WHAT)?;
+            let (generation, seq) = (get_number(&mut input, WHAT)?, get_number(&mut input, WHAT)?);
+            let incarnation = IncarnationId(get_id(&mut input, WHAT)?);
+            let wall_ns = get_number(&mut input, WHAT)?;
+            need(&input, 1, WHAT)?;
+            let zero_loss = match input.get_u8() {
+                0 => false,
+                1 => true,
+                _ => return Err(bad("unknown bits")),
+            };
+            let reason = get_str(&mut input, WHAT, MAX_NAME)?;
+            need(&input, 2, WHAT)?;
+            let count = usize::from(input.get_u16_le());
+            if count > MAX_DISKS {
+                return Err(bad("too many disks"));
+            }
+            let disks = (0..count).map(|_| get_id(&mut input, WHAT).map(DiskId)).collect::<Result<_, _>>()?;
+            fences.push(Fence { generation, seq, incarnation, wall_ns, zero_loss, disks, reason });
+        }
         finished(&input, WHAT)?;
-        Ok(Self { stream, current, fold_floor, timelines, disks })
+        Ok(Self { stream, current, fold_floor, timelines, disks, fences })
     }
 
     /// The entry of a disk.

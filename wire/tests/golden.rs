@@ -17,7 +17,7 @@ use afterimage_wire::intent::{IntentHeader, decode_page, encode_page};
 use afterimage_wire::record::{Cut, DiskInfo, RawRecord, Record, RecordKind, SyncMark};
 use afterimage_wire::segment::{Predecessor, Sealed48, SegmentHead, WrappedKey};
 use afterimage_wire::stream_state::{DeltaView, DiskLife, OpenSync, StreamStateFile, UnreadableRange};
-use afterimage_wire::timeline::{DiskGeneration, Timeline, TimelineKind, TimelineTable};
+use afterimage_wire::timeline::{DiskGeneration, Fence, Timeline, TimelineKind, TimelineTable};
 use afterimage_wire::{ALIGN, WIRE_VERSION};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -197,7 +197,8 @@ fn frame_header() -> FrameHeader {
         first_seq: 0x1112_1314_1516_1718.into(),
         last_seq: 0x1112_1314_1516_1719.into(),
         mono_ns: 0x2122_2324_2526_2728.into(),
-        reserved: [0; 8],
+        sync_ms: 0x9192_9394.into(),
+        reserved: [0; 4],
     }
 }
 
@@ -369,6 +370,9 @@ fn intent_header() {
         },
         complete_wall_ns: 0x41c2_c3c4_c5c6_c7c8,
         identity: 0xa1a2_a3a4_a5a6_a7a8,
+        fenced: true,
+        left: true,
+        lease_at: 0x21a2_a3a4_a5a6_a7a8,
     };
     let bytes = header.encode();
     golden("intent-header", &bytes);
@@ -410,6 +414,15 @@ fn timeline_table() {
             DiskGeneration { disk: disk(0), generation: 2, timeline: TimelineId(id(0x31)), member: true },
             DiskGeneration { disk: disk(7), generation: 1, timeline: TimelineId(id(0x30)), member: false },
         ],
+        fences: vec![Fence {
+            generation: 2,
+            seq: 0x3132_3334_3536_3738,
+            incarnation: IncarnationId(id(0x40)),
+            wall_ns: 0x4142_4344_4546_4748,
+            zero_loss: true,
+            disks: vec![DiskId(id(0x10)), DiskId(id(0x17))],
+            reason: "failover".into(),
+        }],
     };
     let bytes = table.encode();
     golden("timeline-table", &bytes);
@@ -467,7 +480,8 @@ fn damage_list() {
         first_seq: 100.into(),
         last_seq: 102.into(),
         mono_ns: 0x3132_3334_3536_3738.into(),
-        reserved: [0; 8],
+        sync_ms: 0.into(),
+        reserved: [0; 4],
     };
     let record = |seq, kind, len, payload_len| Record {
         seq,

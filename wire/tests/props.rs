@@ -13,7 +13,7 @@ use afterimage_wire::record::{
 };
 use afterimage_wire::segment::{Predecessor, Sealed48, SegmentHead, WrappedKey};
 use afterimage_wire::stream_state::{DeltaView, DiskLife, OpenSync, StreamStateFile, UnreadableRange};
-use afterimage_wire::timeline::{DiskGeneration, Timeline, TimelineKind, TimelineTable};
+use afterimage_wire::timeline::{DiskGeneration, Fence, Timeline, TimelineKind, TimelineTable};
 use afterimage_wire::{ALIGN, MAX_NAME, MAX_NUMBER, WIRE_VERSION};
 use proptest::prelude::*;
 use zerocopy::{FromBytes, IntoBytes};
@@ -150,9 +150,10 @@ fn control() -> impl Strategy<Value = Control> {
 }
 
 prop_compose! {
-    fn intent()(numbers in prop::array::uniform15(number()), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
-        whole_owed in any::<bool>(), clean in any::<bool>(), sync_owed in any::<bool>(), mapped in any::<bool>()) -> IntentHeader {
-        let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq, last, last_seq, complete_wall_ns, identity] = numbers;
+    fn intent()(numbers in prop::array::uniform16(number()), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
+        whole_owed in any::<bool>(), clean in any::<bool>(), sync_owed in any::<bool>(), mapped in any::<bool>(),
+        fenced in any::<bool>(), left in any::<bool>()) -> IntentHeader {
+        let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq, last, last_seq, complete_wall_ns, identity, lease_at] = numbers;
         IntentHeader {
             serial, disk: DiskId(disk), size, stream: StreamId(stream), incarnation: IncarnationId(incarnation), boot,
             acked_frame, acked_seq, reserved_seq, cut, sync, generation, whole_owed, clean, sync_owed, mapped, mtime_ns,
@@ -160,6 +161,9 @@ prop_compose! {
             spilled: Predecessor { incarnation: IncarnationId(end), frame: last, seq: last_seq },
             complete_wall_ns,
             identity,
+            fenced,
+            left,
+            lease_at,
         }
     }
 }
@@ -184,14 +188,25 @@ fn timeline() -> impl Strategy<Value = Timeline> {
 }
 
 prop_compose! {
+    fn fence()(numbers in prop::array::uniform3(number()), incarnation in id(), zero_loss in any::<bool>(),
+        disks in prop::collection::vec(id(), 0..6), reason in name()) -> Fence {
+        let [generation, seq, wall_ns] = numbers;
+        let disks = disks.into_iter().map(DiskId).collect();
+        Fence { generation, seq, incarnation: IncarnationId(incarnation), wall_ns, zero_loss, disks, reason }
+    }
+}
+
+prop_compose! {
     fn table()(stream in id(), current in id(), fold_floor in number(),
         timelines in prop::collection::vec(timeline(), 0..12),
-        disks in prop::collection::vec((disk(), number(), id(), any::<bool>()), 0..12)) -> TimelineTable {
+        disks in prop::collection::vec((disk(), number(), id(), any::<bool>()), 0..12),
+        fences in prop::collection::vec(fence(), 0..6)) -> TimelineTable {
         TimelineTable {
             stream: StreamId(stream), current: TimelineId(current), fold_floor, timelines,
             disks: disks.into_iter().map(|(disk, generation, t, member)| {
                 DiskGeneration { disk, generation, timeline: TimelineId(t), member }
             }).collect(),
+            fences,
         }
     }
 }

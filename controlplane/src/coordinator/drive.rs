@@ -90,7 +90,14 @@ impl Coordinator {
                     actor: wanted.actor.clone(),
                     created_ns: now,
                     ended_ns: 0,
-                    work: Failover::new(spec.clone(), &disks, rpo.unwrap_or_default(), checked, now),
+                    work: Failover::new(
+                        spec.clone(),
+                        &disks,
+                        rpo.unwrap_or_default(),
+                        self.lease_of(model, group),
+                        checked,
+                        now,
+                    ),
                 };
                 if wanted.validate_only {
                     return Ok((operation, false));
@@ -124,7 +131,17 @@ impl Coordinator {
         let group = model.group(name)?;
         let connected = |p: Option<&crate::objects::Proxy>| p.is_some_and(|p| self.sessions.connected(&p.uid));
         let (source, target) = (connected(model.source_of(group)), connected(model.target_of(group)));
-        failover::check(spec, confirm, group, model.disks_of(group).count(), source, target)
+        let lease = self.lease_of(model, group);
+        failover::check(spec, confirm, group, model.disks_of(group).count(), source, target, lease)
+    }
+
+    /// The lease that the group's source keeps to for certain, milliseconds; 0 if none: it has reported so since it was
+    /// last told anything, and the policy has not changed its mind.
+    fn lease_of(&self, model: &Model, group: &Group) -> u64 {
+        let wanted = model.policy_of(group).map_or(0, |p| p.promises.lease_ms);
+        let live = self.live.lock().expect("nothing panics while it holds this");
+        let kept = live.streams.get(&group.uid).map_or(0, |stream| stream.lease_ms);
+        if wanted == 0 || kept == 0 { 0 } else { wanted.max(kept) }
     }
 
     /// Goes on with what an earlier life of the coordinator had begun.
@@ -201,6 +218,10 @@ impl Coordinator {
     async fn carry_out(&self, name: &Name, group: &Group, action: Action) -> Reply {
         match action {
             Action::Record | Action::Ended => Reply::Nothing,
+            Action::Wait { ms } => {
+                sleep(Duration::from_millis(ms)).await;
+                Reply::Nothing
+            }
             Action::Drain { seq, within_ms } => self.drain(group, seq, Duration::from_millis(within_ms)).await,
             Action::Tell { side, command, connect_ms, answer_ms } => {
                 let model = self.model();

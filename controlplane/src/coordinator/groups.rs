@@ -315,6 +315,35 @@ impl Coordinator {
         .await
     }
 
+    /// What the source's disks hold that the target may not; written to files there if `export_to` names a folder.
+    ///
+    /// # Errors
+    /// There is none of that name; its source is not there, is not held, or cannot read or write what it has to.
+    pub async fn inspect_branch(&self, name: &Name, export_to: &str) -> Result<v1::Branch, Problem> {
+        let model = self.model();
+        let group = model.group(name)?;
+        let plain = !export_to.split('/').any(|part| part == "..") && !export_to.chars().any(char::is_control);
+        if !export_to.is_empty() && (!export_to.starts_with('/') || export_to.len() > 1024 || !plain) {
+            let allowed = "an absolute path of up to 1024 bytes without \"..\"";
+            return Err(Problem::invalid("export_to", export_to, allowed));
+        }
+        if !export_to.is_empty() && !group.hold {
+            let remedy = "its disks change while they are copied; take a view of a restore point instead";
+            return Err(Problem::state(name, "not held", remedy));
+        }
+        let source = model.source_of(group).ok_or_else(|| Problem::not_found("proxy", &group.source))?;
+        let tell =
+            Tell::InspectBranch(v1::InspectBranch { stream_uid: group.uid.clone(), export_to: export_to.to_owned() });
+        // A copy takes as long as its disks are large.
+        let wait = if export_to.is_empty() { Duration::from_secs(30) } else { Duration::from_secs(3600) };
+        match self.command(source, "", "", tell, Duration::ZERO, wait).await {
+            Ok(Outcome::Branch(branch)) => Ok(branch),
+            Ok(Outcome::Error(e)) => Err(refusal(source, &e)),
+            Ok(_) => Err(misfit(source)),
+            Err(e) => Err(unreachable(source, &e)),
+        }
+    }
+
     async fn mark_leaving(self: &Arc<Self>, disk: &Disk, leaving: bool) -> Result<(), Problem> {
         self.change(|_, txn| {
             txn.put(Object::Disk(Disk { leaving, ..disk.clone() }));

@@ -305,7 +305,11 @@ impl Coordinator {
             let message = format!("its policy key does not open: {}", self.settings.data_dir.display());
             self.tell(Severity::Error, "key", &group, &message);
         }
-        self.sessions.converge(&proxy.uid, state, first);
+        let streams: Vec<String> = state.sources.iter().map(|s| s.stream_uid.clone()).collect();
+        if self.sessions.converge(&proxy.uid, state, first) {
+            let mut live = self.live.lock().expect("nothing panics while it holds this");
+            live.told(streams.iter().map(String::as_str));
+        }
     }
 }
 

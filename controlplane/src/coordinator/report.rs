@@ -105,6 +105,24 @@ impl Coordinator {
         }
     }
 
+    /// Tells a source which streams are its own: its leases go on from when it asked. Once a failover has begun, they
+    /// do not.
+    fn answer_report(&self, who: &Identity, uid: &str, model: &crate::model::Model, report: &v1::Report) {
+        if report.number == 0 {
+            return;
+        }
+        let own = |g: &&crate::objects::Group| {
+            g.tenant == who.tenant
+                && g.source == who.name
+                && g.phase == crate::objects::GroupPhase::Protecting
+                && !g.hold
+                && g.generation == g.writer_generation
+        };
+        let streams = report.sources.iter().filter_map(|s| model.group_by_uid(&s.stream_uid));
+        let stream_uids = streams.filter(own).map(|g| g.uid.clone()).collect();
+        self.sessions.say(uid, Message::Heard(v1::Heard { report: report.number, stream_uids }));
+    }
+
     /// A report has come.
     pub fn report(&self, who: &Identity, uid: &str, mut report: v1::Report) {
         let model = self.model();
@@ -113,6 +131,7 @@ impl Coordinator {
             Some(g) if g.source == who.name || g.target == who.name => g.name().to_string(),
             _ => Name::new(&who.tenant, Kind::Proxy, &who.name).to_string(),
         };
+        self.answer_report(who, uid, &model, &report);
         let events: Vec<v1::ProxyEvent> = std::mem::take(&mut report.events);
         for event in events.iter().take(MAX_REPORT_EVENTS) {
             let kind = if is_word(&event.kind) { event.kind.as_str() } else { "proxy" };
@@ -123,7 +142,9 @@ impl Coordinator {
         let now = self.clock.mono_ns();
         let remarks = {
             let mut live = self.live.lock().expect("nothing panics while it holds this");
-            live.report(now, uid, report, is_source, is_target)
+            // Read inside: what is sent after it resets the lease afterwards.
+            let told = self.sessions.desired_version(uid);
+            live.report(now, uid, report, told, is_source, is_target)
         };
         for remark in remarks {
             self.tell(Severity::Warning, "report", &subject(&remark.stream_uid), &remark.message);

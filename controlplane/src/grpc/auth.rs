@@ -54,7 +54,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Views", "GetView" | "ListViews")
         | ("Status", "GetStatus" | "Watch" | "ListEvents") => Needs::Viewer,
         ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
-        | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk")
+        | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
         | ("Points", "CreateCut")
         | ("Failovers", "StartFailover")
         | ("Views", "CreateView" | "DeleteView") => Needs::Operator,

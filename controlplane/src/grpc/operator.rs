@@ -143,6 +143,11 @@ impl groups_server::Groups for Operator {
         self.0.delete_disk(&group, &id).await?;
         ok(DeleteDiskResponse {})
     }
+
+    async fn inspect_branch(&self, request: Request<InspectBranchRequest>) -> Answer<Branch> {
+        let group = Scope::of(&request)?.name("group", Kind::Group, &request.get_ref().group)?;
+        ok(self.0.inspect_branch(&group, &request.get_ref().export_to).await?)
+    }
 }
 
 impl Operator {

@@ -335,7 +335,7 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
         }
         Tell::RaiseGeneration(r) => {
             journal.generation = journal.generation.max(r.at_least);
-            Outcome::Generation(GenerationRaised { generation: journal.generation })
+            Outcome::Generation(GenerationRaised { generation: journal.generation, zero_loss: false })
         }
         Tell::ResolvePoint(r) => match r.at.and_then(|a| a.at) {
             Some(point_choice::At::Latest(_)) => Outcome::Point(point(state, &r.stream_uid, 100)),
@@ -376,6 +376,7 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
             Outcome::Point(v1::Point { label: c.label.clone(), cut: Some(11), ..point(state, &c.stream_uid, 101) })
         }
         Tell::Unprotect(_) | Tell::DropStream(_) | Tell::LeaveDisk(_) => Outcome::Done(Done {}),
+        Tell::InspectBranch(_) => Outcome::Branch(Branch::default()),
     }
 }
 
@@ -389,6 +390,7 @@ fn report(script: &Script, state: &DesiredState) -> Report {
         captured_seq: 100,
         acked_seq: 100,
         rpo_now_us: script.rpo_us,
+        lease_ms: g.lease_ms,
         ..SourceGroupReport::default()
     };
     let target = |t: &TargetStream| TargetStreamReport {

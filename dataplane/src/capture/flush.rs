@@ -11,8 +11,9 @@ use crate::io::{Done, Errno, Io, Op};
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Flush {
-    waiting: Vec<u64>,
-    running: Vec<u64>,
+    /// Who waits: cookie, and the record that must be acknowledged as well (0 for none).
+    waiting: Vec<(u64, u64)>,
+    running: Vec<(u64, u64)>,
     busy: bool,
     /// A sync is wanted although no host waits.
     own: bool,
@@ -73,15 +74,15 @@ impl Flush {
 }
 
 impl Disk {
-    /// Flushes for a host.
-    pub(super) fn flush_for<I: Io>(&mut self, f: &mut Flow<'_, I>, cookie: u64) {
+    /// Flushes for a host. `seq` is the record of what is flushed, if that must be acknowledged before the answer.
+    pub(super) fn flush_for<I: Io>(&mut self, f: &mut Flow<'_, I>, cookie: u64, seq: u64) {
         if self.flush.failed {
-            return self.answer(cookie, Err(Errno::IO));
+            return self.answer(f, cookie, Err(Errno::IO));
         }
         if mutant!(FlushNotForwarded) {
-            return self.answer(cookie, Ok(None));
+            return self.answer(f, cookie, Ok(None));
         }
-        self.flush.waiting.push(cookie);
+        self.flush.waiting.push((cookie, seq));
         self.start_flush(f);
     }
 
@@ -126,13 +127,16 @@ impl Disk {
             }
         };
         let mut answered = std::mem::take(&mut self.flush.running);
-        for cookie in answered.drain(..) {
-            self.answer(cookie, result.map(|()| None));
+        for (cookie, seq) in answered.drain(..) {
+            match result {
+                Ok(()) => self.written_answer(f, cookie, seq),
+                Err(errno) => self.answer(f, cookie, Err(errno)),
+            }
         }
         self.flush.running = answered;
         if self.flush.failed {
-            while let Some(cookie) = self.flush.waiting.pop() {
-                self.answer(cookie, Err(Errno::IO));
+            while let Some((cookie, _)) = self.flush.waiting.pop() {
+                self.answer(f, cookie, Err(Errno::IO));
             }
         }
         self.start_flush(f);

@@ -2,7 +2,7 @@
 
 use afterimage_wire::record::RecordKind;
 
-use super::{Active, Disk, Flow, Kind, Piece, Stage, kind};
+use super::{Active, Disk, Flow, Kind, NEVER, Piece, Stage, kind};
 use crate::host::HEADROOM;
 use crate::intent::Outcome;
 use crate::io::{Done, Errno, Io, Op, Part};
@@ -271,6 +271,7 @@ impl Disk {
         let mut seq = None;
         if op.captured
             && !(mutant!(DiscardNotRecorded) && op.kind == Kind::Discard)
+            && self.out.is_none()
             && let Some(queue) = f.queue.as_deref_mut()
         {
             let taken = std::mem::take(&mut op.room);
@@ -282,6 +283,14 @@ impl Disk {
             let event = event(kind, self.config.slot, op);
             seq = Some(queue.push(event, payload, taken, cost, f.io.now(), f.io.wall()));
         }
+        if op.captured
+            && self.out.is_some()
+            && let Some(log) = &mut self.log
+        {
+            // The disk was taken out of the stream meanwhile: what it holds more than the replica is in the log.
+            log.mark_dirty(op.start, op.stop);
+        }
+        op.seq = if f.queue.is_some() { op.seq.max(seq.unwrap_or(NEVER)) } else { 0 };
         op.at = op.to;
         let finished = op.at == op.end;
         self.let_go(f, slot, Outcome { seq, epoch, stuck: false });
@@ -298,6 +307,7 @@ impl Disk {
         let op = &mut self.active[slot as usize];
         let mut seq = None;
         if op.captured
+            && self.out.is_none()
             && let Some(queue) = f.queue.as_deref_mut()
         {
             let event = event(RecordKind::Unreadable, self.config.slot, op);

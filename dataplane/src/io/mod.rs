@@ -229,6 +229,12 @@ pub trait Io {
     /// Monotonic clock, as of the last poll or later.
     fn now(&self) -> Nanos;
 
+    /// Time since the host's boot, with the time that it was asleep: what another host may rely on (leases). Never
+    /// compared with another host's.
+    fn since_boot(&self) -> Nanos {
+        self.now()
+    }
+
     /// Wall clock, nanoseconds since the Unix epoch. For people and for cuts: nothing is ordered by it.
     fn wall(&self) -> u64;
 

@@ -404,6 +404,11 @@ impl Io for Ring {
         time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
     }
 
+    fn since_boot(&self) -> Nanos {
+        let time = clock_gettime(ClockId::Boottime);
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    }
+
     fn wall(&self) -> u64 {
         let time = clock_gettime(ClockId::Realtime);
         time.tv_sec.max(0) as u64 * 1_000_000_000 + time.tv_nsec as u64

@@ -143,6 +143,7 @@ impl Segment {
             len: known.header.length.get(),
             first_chunk: first_chunk as u32,
             chunks: known.header.chunk_count.get(),
+            sync_ms: known.header.sync_ms.get(),
             number: known.header.number.get(),
             acked: known.header.acked.get(),
             first_seq,

@@ -41,6 +41,8 @@ pub struct FrameEntry {
     pub first_chunk: u32,
     /// Chunks.
     pub chunks: u16,
+    /// As its header says: needed to open its chunks.
+    pub sync_ms: u32,
     /// Frame number.
     pub number: u64,
     /// Highest acknowledged frame as its header says.
@@ -163,7 +165,8 @@ impl Segment {
             first_seq: frame.first_seq.into(),
             last_seq: frame.last_seq.into(),
             mono_ns: frame.mono_ns.into(),
-            reserved: [0; 8],
+            sync_ms: frame.sync_ms.into(),
+            reserved: [0; 4],
         }
     }
 
@@ -236,6 +239,7 @@ impl Segment {
             len: header.length.get(),
             first_chunk: first_chunk as u32,
             chunks: count as u16,
+            sync_ms: header.sync_ms.get(),
             number: header.number.get(),
             acked: header.acked.get(),
             first_seq,

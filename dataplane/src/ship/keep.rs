@@ -48,6 +48,8 @@ pub(super) struct Frame {
     pub last_seq: u64,
     /// When its first record was numbered.
     pub oldest: Nanos,
+    /// When it was last handed to the network, since boot.
+    pub sent_at: Option<Nanos>,
     /// It has been given to the spill …
     given: bool,
     /// … which holds it, and everything before it.
@@ -56,7 +58,17 @@ pub(super) struct Frame {
 
 impl Frame {
     pub fn sealing(cost: usize, last_seq: u64, oldest: Nanos) -> Self {
-        Self { state: FrameState::Sealing, buf: None, len: 0, cost, last_seq, oldest, given: false, on_disk: false }
+        Self {
+            state: FrameState::Sealing,
+            buf: None,
+            len: 0,
+            cost,
+            last_seq,
+            oldest,
+            sent_at: None,
+            given: false,
+            on_disk: false,
+        }
     }
 }
 
@@ -233,6 +245,10 @@ impl Shipper {
             (None, Some(seq)) if seq > self.acked_seq => seq,
             (None, _) => return false,
         };
+        if frame >= self.word_from {
+            let sent_at = self.keep.frame(self.acked_frame, frame).and_then(|frame| frame.sent_at);
+            self.word_at = self.word_at.max(sent_at);
+        }
         let (room, bytes) = self.keep.drop_to(self.acked_frame, frame);
         self.queue.frames -= room;
         self.drained_bytes += bytes;
@@ -377,7 +393,17 @@ impl Shipper {
         self.keep.head_bytes += cost;
         let (state, buf) = (FrameState::Ready, Some(loaded.buf));
         let (len, last_seq) = (loaded.len, loaded.last_seq);
-        self.keep.head.push_back(Frame { state, buf, len, cost, last_seq, oldest, given: true, on_disk: true });
+        self.keep.head.push_back(Frame {
+            state,
+            buf,
+            len,
+            cost,
+            last_seq,
+            oldest,
+            sent_at: None,
+            given: true,
+            on_disk: true,
+        });
         Ok(())
     }
 

@@ -75,6 +75,8 @@ pub struct Queue {
     pub healthy: bool,
     /// Nothing is captured any more (fenced).
     pub closed: bool,
+    /// Hosts' writes are answered when they are acknowledged: see `source::synchronous`.
+    pub holds_answers: bool,
     /// Room ran out; everything passes until the queue is half empty.
     pub overflow: bool,
     /// The pool is short of buffers: as good as no room.
@@ -112,6 +114,7 @@ impl Queue {
             waiters: VecDeque::with_capacity(1024),
             healthy: false,
             closed: false,
+            holds_answers: false,
             overflow: false,
             pressed: false,
             incomplete_since: None,

@@ -5,6 +5,8 @@ use std::fmt;
 use afterimage_wire::MAX_NAME;
 use afterimage_wire::ids::{DiskId, StreamId};
 
+use super::lease::{MAX_LEASE, MIN_LEASE};
+use super::synchronous::{MAX_SYNC_DEADLINE, MIN_SYNC_DEADLINE};
 use crate::io::{Class, Errno, Nanos};
 use crate::seal::PolicyKey;
 
@@ -101,6 +103,12 @@ pub struct GroupConfig {
     pub cut_interval: Nanos,
     /// Compress where it shrinks.
     pub compress: bool,
+    /// Without a word from target or coordinator for this long, all I/O is held. 0: it goes on; else 3 s to an hour.
+    pub lease: Nanos,
+    /// A write is answered when the target has acknowledged it, or this long after. 0: at once; else 200 ms to a minute.
+    pub sync_deadline: Nanos,
+    /// Slots of disks that have left the group: each incarnation says so again.
+    pub left: Vec<u16>,
 }
 
 /// A disk.
@@ -182,6 +190,20 @@ pub(super) fn check_cut_interval(interval: Nanos) -> Result<(), ProtectError> {
     Ok(())
 }
 
+pub(super) fn check_lease(lease: Nanos) -> Result<(), ProtectError> {
+    if lease != 0 && !(MIN_LEASE..=MAX_LEASE).contains(&lease) {
+        return refuse("lease", lease, "0 (none), or 3 s to an hour, in nanoseconds");
+    }
+    Ok(())
+}
+
+pub(super) fn check_sync_deadline(deadline: Nanos) -> Result<(), ProtectError> {
+    if deadline != 0 && !(MIN_SYNC_DEADLINE..=MAX_SYNC_DEADLINE).contains(&deadline) {
+        return refuse("sync_deadline", deadline, "0 (asynchronous), or 200 ms to a minute, in nanoseconds");
+    }
+    Ok(())
+}
+
 impl SourceLimits {
     /// Checks every bound.
     ///
@@ -231,6 +253,11 @@ impl GroupConfig {
             return refuse("disks", self.disks.len(), "1 to 1024 disks");
         }
         check_cut_interval(self.cut_interval)?;
+        check_lease(self.lease)?;
+        check_sync_deadline(self.sync_deadline)?;
+        if let Some(slot) = self.left.iter().find(|slot| self.disks.iter().any(|disk| disk.slot == **slot)) {
+            return refuse("left", slot, "slots of none of the disks");
+        }
         for (index, disk) in self.disks.iter().enumerate() {
             disk.check()?;
             if disk.id.is_none() {

@@ -9,8 +9,11 @@ use afterimage_wire::record::{Cut, RecordKind};
 use afterimage_wire::segment::{Predecessor, WrappedKey};
 
 use super::config::{GroupConfig, SourceLimits};
-use super::status::{GroupState, Rung, SourceEvent};
+use super::lease::Lease;
+use super::membership::Leaving;
+use super::status::{GroupState, HoldReason, Rung, SourceEvent};
 use super::stop::StopStage;
+use super::synchronous::Synchronous;
 use crate::capture::{Disk, Flow, Gate};
 use crate::intent::{Covered, IntentLog};
 use crate::io::{Done, Io, Nanos, Token};
@@ -79,7 +82,20 @@ pub(super) struct Group {
     next_tick: Nanos,
     /// Monotonic and wall clock at the last cut.
     clock: Option<(Nanos, u64)>,
+    /// The owner holds it.
     pub held: bool,
+    /// The target has said that some disk was fenced, and not yet which.
+    pub doubted: bool,
+    /// Why I/O is held, as last told.
+    pub hold_told: Option<HoldReason>,
+    pub lease: Lease,
+    /// When it runs out, on the monotonic clock.
+    pub lease_due: Option<Nanos>,
+    /// When the hello of the last attempt was made, since boot.
+    pub asked_at: Nanos,
+    pub synchronous: Synchronous,
+    pub together_told: bool,
+    pub leaving: Vec<Leaving>,
     pub stop_at: Nanos,
     pub clean: bool,
     /// A clean stop rests on the spill's holding everything up to here.
@@ -119,10 +135,13 @@ impl Group {
         predecessor: Predecessor,
         alternative: Option<Predecessor>,
         tokens: (Token, Token),
+        word_at: Option<Nanos>,
         now: Nanos,
     ) -> Self {
         Self {
             next_cut: now + config.cut_interval,
+            lease: Lease::new(config.lease, word_at),
+            synchronous: Synchronous::new(config.sync_deadline),
             config,
             limits,
             disks,
@@ -151,6 +170,12 @@ impl Group {
             next_tick: now + TICK,
             clock: None,
             held: false,
+            doubted: false,
+            hold_told: None,
+            lease_due: None,
+            asked_at: 0,
+            together_told: false,
+            leaving: Vec::new(),
             stop_at: 0,
             clean: false,
             spilled: None,
@@ -194,6 +219,7 @@ impl Group {
         let now = w.io.now();
         self.now = now;
         self.rpo.sample(now, self.ship.oldest());
+        self.hold_turn(w);
         self.logs(w, now);
         if self.phase == Phase::Opening && self.all_logs(w.disks, IntentLog::is_settled) {
             self.open(w);
@@ -202,13 +228,14 @@ impl Group {
         self.pressure(w);
         self.room(w, now);
         if self.phase == Phase::Open {
+            self.next_cut = self.next_cut.min(now + self.cut_interval());
             while now >= self.next_cut {
                 if mutant!(CutsByWallClock) && self.clock.is_some_and(|(_, before)| w.io.wall() < before) {
                     self.next_cut += self.config.cut_interval;
                     continue;
                 }
                 self.cut(w, String::new(), false);
-                self.next_cut = (self.next_cut + self.config.cut_interval).max(now.saturating_sub(TICK));
+                self.next_cut = (self.next_cut + self.cut_interval()).max(now.saturating_sub(TICK));
             }
         }
         let share = self.ship.queue.limit() / 100 * self.limits.sync_share;
@@ -224,6 +251,8 @@ impl Group {
             self.rpo.incomplete(since);
         }
         self.sync_ends(w);
+        self.leave_turn(w, now);
+        self.sync_mode_turn(w, now);
         self.compose_and_send(w);
         self.spill_turn(w);
         self.link_turn(w, now);
@@ -231,6 +260,12 @@ impl Group {
             self.stop_turn(w, stage);
         }
         self.report(w);
+    }
+
+    /// Time between two cuts. A cut is also a question to the target: leases and promises need one now and then.
+    fn cut_interval(&self) -> Nanos {
+        let waits = [self.lease.span(), self.synchronous.deadline()].into_iter().filter(|span| *span > 0);
+        waits.map(|span| span / 4).fold(self.config.cut_interval, Nanos::min)
     }
 
     /// Seals and sends what is due; again after frames came back sealed.
@@ -536,6 +571,9 @@ impl Group {
             self.ship.deadline().map(|at| at.max(soon)),
             self.ship.link.deadline().filter(|_| self.phase == Phase::Open || self.ship.link.is_up()),
             self.ship.queue.waiters.front().map(|w| w.since + self.limits.max_wait),
+            self.lease_due.filter(|at| *at > self.now),
+            self.synchronous.due(self.awaits_since(disks)).map(|at| at.max(soon)),
+            self.leave_due().map(|at| at.max(soon)),
             (self.phase == Phase::Open).then_some(self.next_cut),
             matches!(self.phase, Phase::Stopping(_)).then_some(self.stop_at.max(soon)),
         ]);

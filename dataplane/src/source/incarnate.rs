@@ -8,7 +8,7 @@
 use afterimage_wire::WIRE_VERSION;
 use afterimage_wire::control::StopReason;
 use afterimage_wire::handshake::{DiskClaim, Hello, Position, Refusal};
-use afterimage_wire::ids::{DiskId, IncarnationId};
+use afterimage_wire::ids::IncarnationId;
 use afterimage_wire::record::RecordKind;
 use afterimage_wire::segment::{Predecessor, WrappedKey};
 
@@ -43,14 +43,30 @@ impl Group {
     /// The logs are ready: the stream begins, and host I/O with it.
     pub fn open<I: Io>(&mut self, w: &mut Around<'_, I>) {
         self.phase = Phase::Open;
-        self.draw_head(w);
+        let fenced = |disk: &Disk| disk.out.filter(|generation| *generation > 0);
+        let newest = self.disks.iter().filter_map(|index| fenced(w.disks[*index as usize].as_ref()?)).max();
+        if self.all_disks(w.disks, |disk| fenced(disk).is_some()) {
+            // As the process before has found out: the logs say so.
+            self.ship.queue.closed = true;
+            self.ship.link.state = LinkState::Off;
+            self.fenced = newest;
+        } else if self.ship.past().is_some() && !self.all_disks(w.disks, |disk| disk.out.is_none()) {
+            // What earlier lives left in the spill has records of a disk that is not in the stream any more.
+            self.reincarnate(w, false, 0);
+        } else {
+            self.draw_head(w);
+        }
         self.set_gates(w, Gate::Open);
     }
 
     /// The first records of an incarnation: every disk joins, every disk that owes a synchronisation begins it.
     fn draw_head<I: Io>(&mut self, w: &mut Around<'_, I>) {
         let (now, wall) = (w.io.now(), w.io.wall());
+        self.draw_leaves(w);
         self.each_disk(w, |disk, f| {
+            if disk.out.is_some() {
+                return;
+            }
             let mut body = Vec::with_capacity(128);
             disk.describe().encode(&mut body);
             let event = Event { kind: RecordKind::Join, disk: disk.config.slot, offset: 0, len: 0 };
@@ -60,6 +76,9 @@ impl Group {
         });
         let mut whole = true;
         self.each_disk(w, |disk, f| {
+            if disk.out.is_some() {
+                return;
+            }
             let everything = disk.log.as_ref().is_none_or(|log| log.dirty() == log.extents_of_disk());
             whole &= disk.sync.whole_owed && everything;
             if disk.sync.whole_owed {
@@ -109,7 +128,8 @@ impl Group {
         self.ship.link.again(w.io.now());
     }
 
-    fn forget_queue<I: Io>(&mut self, w: &mut Around<'_, I>, least: u64) {
+    pub fn forget_queue<I: Io>(&mut self, w: &mut Around<'_, I>, least: u64) {
+        self.part_and_strand(w);
         let (frame, seq) = (self.ship.acked_frame, self.ship.acked_seq);
         if let Some(past) = self.ship.past() {
             // This life has sent nothing. What the target may hold is the earlier one, if a log names it.
@@ -155,7 +175,7 @@ impl Group {
 
     fn hello(&self, disks: &[Option<Disk>]) -> Hello {
         let claim = |index: &u32| {
-            let disk = disks[*index as usize].as_ref()?;
+            let disk = disks[*index as usize].as_ref().filter(|disk| disk.out.is_none())?;
             Some(DiskClaim { disk: disk.describe(), generation: disk.config.generation })
         };
         let (predecessor, key, first_seq) = match self.ship.past() {
@@ -187,6 +207,7 @@ impl Group {
         };
         if wanted && self.fenced.is_none() && self.ship.link.is_due(now) {
             self.ship.link.state = LinkState::Asked;
+            self.asked_at = w.io.since_boot();
             let hello = Box::new(self.hello(w.disks));
             w.events.push_back(SourceEvent::Connect { stream: self.config.stream, hello });
         }
@@ -212,7 +233,10 @@ impl Group {
             return w.io.close_sock(sock);
         }
         self.refused = None;
+        self.doubted = false;
+        self.lease.word(self.asked_at);
         let now = w.io.now();
+        self.synchronous.heard(now);
         let acked = if mutant!(PlaceNotCompared) { 0 } else { self.ship.acked_frame };
         let ours = position.incarnation == self.ship.shipped_incarnation();
         if let Some(past) = self.ship.past() {
@@ -311,7 +335,7 @@ impl Group {
         let now = w.io.now();
         match failure {
             LinkFailure::Unreachable(reason) => self.ship.link.fail(now, &reason),
-            LinkFailure::Refused(Refusal::Fenced { disk, generation }, _) => self.fence_off(w, Some(disk), generation),
+            LinkFailure::Refused(Refusal::Fenced { disk, generation }, _) => self.step_down(w, Some(disk), generation),
             // The target is past what an earlier life has to say: see `linked`.
             LinkFailure::Refused(Refusal::Branch, _) if self.ship.past().is_some() => self.reincarnate(w, false, 0),
             LinkFailure::Refused(Refusal::SeqBehind { newest }, _) if self.ship.past().is_some() => {
@@ -326,15 +350,6 @@ impl Group {
         }
     }
 
-    /// The target holds a newer generation: nothing of this stream counts any more. Host I/O goes on, uncaptured.
-    fn fence_off<I: Io>(&mut self, w: &mut Around<'_, I>, disk: Option<DiskId>, generation: u64) {
-        self.forget_queue(w, 0);
-        self.ship.queue.closed = true;
-        self.ship.link.state = LinkState::Off;
-        self.fenced = Some(generation);
-        w.events.push_back(SourceEvent::Fenced { stream: self.config.stream, disk, generation });
-    }
-
     /// Takes a completed receive.
     pub fn received<I: Io>(&mut self, w: &mut Around<'_, I>, epoch: u32, done: Done) {
         let mut heard = std::mem::take(&mut self.heard);
@@ -347,6 +362,7 @@ impl Group {
                         break;
                     }
                     self.bad_frames = 0;
+                    self.synchronous.heard(w.io.now());
                     if self.ship.is_life_over() {
                         self.next_life(w);
                         break;
@@ -377,7 +393,7 @@ impl Group {
 
     fn stopped_by_target<I: Io>(&mut self, w: &mut Around<'_, I>, reason: StopReason, value: u64) {
         match reason {
-            StopReason::Fenced => self.fence_off(w, None, value),
+            StopReason::Fenced => self.fenced_somewhere(w, value),
             StopReason::BadFrame => {
                 self.bad_frames += 1;
                 if self.bad_frames >= MAX_BAD_FRAMES {

@@ -18,7 +18,7 @@ pub enum SourceEvent {
         /// What to say.
         hello: Box<Hello>,
     },
-    /// The target holds a newer generation: the stream has ended here; host I/O goes on uncaptured.
+    /// The target holds a newer generation: the disk (or all of the group) has left the stream, and its I/O is held.
     Fenced {
         /// The stream.
         stream: StreamId,
@@ -26,6 +26,31 @@ pub enum SourceEvent {
         disk: Option<DiskId>,
         /// The generation that the target holds.
         generation: u64,
+    },
+    /// All I/O of a group is held from now on, or (none) is not any more.
+    Held {
+        /// The stream.
+        stream: StreamId,
+        /// Why.
+        reason: Option<HoldReason>,
+    },
+    /// Synchronous mode has begun or ended for the time being.
+    Synchronous {
+        /// The stream.
+        stream: StreamId,
+        /// No answered write is missing at the target.
+        together: bool,
+        /// Why writes are answered without waiting, or soon will be.
+        why: Option<String>,
+    },
+    /// A disk has left its stream and is closed.
+    Left {
+        /// The stream.
+        stream: StreamId,
+        /// The disk.
+        disk: DiskId,
+        /// The target holds the record that says so.
+        acknowledged: bool,
     },
     /// The state of a group is another.
     State {
@@ -98,6 +123,28 @@ pub enum SourceEvent {
         /// Everything was acknowledged, or is whole in the spill; the next start owes no synchronisation.
         clean: bool,
     },
+}
+
+/// Why all I/O of a group is held.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum HoldReason {
+    /// Its owner said so: a failover is taking it from here.
+    Told,
+    /// The target holds a newer generation (or says that some disk was fenced): the machine may run elsewhere.
+    SteppedDown,
+    /// No word from target or coordinator for longer than the policy's lease.
+    Lease,
+}
+
+/// Synchronous mode now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyncModeStatus {
+    /// How long a write waits for its acknowledgement at most.
+    pub deadline: Nanos,
+    /// No answered write is missing at the target.
+    pub together: bool,
+    /// Why writes are answered without waiting, or soon will be.
+    pub why: Option<String>,
 }
 
 /// Why a connection attempt ended.
@@ -177,6 +224,10 @@ pub struct DiskStatus {
     pub name: String,
     /// Bytes.
     pub size: u64,
+    /// Generation under which it is written.
+    pub generation: u64,
+    /// It is not in the stream any more: fenced by this generation, or leaving (0).
+    pub out: Option<u64>,
     /// Requests under way.
     pub in_flight: usize,
     /// Intent bits set.
@@ -202,8 +253,14 @@ pub struct GroupStatus {
     pub state: GroupState,
     /// Ladder.
     pub rung: Rung,
-    /// I/O is held by a fence.
-    pub held: bool,
+    /// All I/O is held, and why.
+    pub held: Option<HoldReason>,
+    /// Length of its lease; 0 if it needs none.
+    pub lease: Nanos,
+    /// What is left of it.
+    pub lease_left: Nanos,
+    /// Synchronous mode, if the policy wants it.
+    pub synchronous: Option<SyncModeStatus>,
     /// This life.
     pub incarnation: IncarnationId,
     /// Newest number drawn.

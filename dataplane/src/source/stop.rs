@@ -72,7 +72,7 @@ impl Group {
                 }
                 StopStage::Ship
             }
-            StopStage::Ship if self.should_spill(now) => {
+            StopStage::Ship if self.fenced.is_none() && self.should_spill(now) => {
                 // What is on its way comes back; what arrives nevertheless is passed over when it is sent again.
                 self.ship.link.close(w.io);
                 StopStage::Spill
@@ -81,7 +81,9 @@ impl Group {
                 Some(next) => next,
                 None => stage,
             },
-            StopStage::Ship if late || (self.ship.is_drained() && self.ship.link.announced) => {
+            StopStage::Ship
+                if late || self.fenced.is_some() || (self.ship.is_drained() && self.ship.link.announced) =>
+            {
                 self.clean = self.ship.is_drained() && self.ship.link.announced && self.is_complete(w.disks);
                 self.clean |= mutant!(CleanStopUnsent);
                 self.ship.link.close(w.io);

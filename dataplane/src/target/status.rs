@@ -2,7 +2,7 @@
 
 use afterimage_wire::ids::{DiskId, IncarnationId, StreamId, TimelineId};
 use afterimage_wire::record::Cut;
-use afterimage_wire::timeline::TimelineKind;
+use afterimage_wire::timeline::{Fence, TimelineKind};
 
 use crate::io::Nanos;
 
@@ -139,6 +139,12 @@ pub struct StreamStatus {
     pub last_heard: Option<Nanos>,
     /// Branch that the source writes.
     pub timeline: TimelineId,
+    /// The newest frame was sealed while its source held answers until they were acknowledged.
+    pub synchronous: bool,
+    /// No answered write is missing here before this moment, this host's clock since boot. Past it nobody knows.
+    pub zero_loss_until: Option<Nanos>,
+    /// Fences, oldest first.
+    pub fences: Vec<Fence>,
     /// Newest writer.
     pub incarnation: IncarnationId,
     /// Its newest frame received.

@@ -11,6 +11,7 @@ use afterimage_wire::{ALIGN, align_up};
 
 use super::config::{StreamConfig, TargetConfig, TargetError, ViewConfig};
 use super::ops::{Ctx, JournalId, Purpose};
+use super::promise::Promise;
 use super::reopen::Reopen;
 use super::seed::Seeds;
 use super::status::{Damage, TargetEvent};
@@ -18,6 +19,7 @@ use crate::compare::Compare;
 use crate::damage::Ledger;
 use crate::delta::Delta;
 use crate::fold::Fold;
+use crate::index::points::complete;
 use crate::index::{DiskLife, Points};
 use crate::io::{Errno, File, Io, Nanos, OpenHow};
 use crate::journal::recover::{Progress, Recovery};
@@ -111,6 +113,8 @@ pub(crate) struct Stream {
     pub connection: Option<u32>,
     pub last_heard: Option<Nanos>,
     pub welcomed: Option<Welcomed>,
+    /// What a synchronous source has promised.
+    pub promise: Promise,
     /// Durable, not yet in the index.
     pub to_index: VecDeque<Written>,
     /// Images that replicas begin with.
@@ -173,6 +177,7 @@ impl Stream {
             connection: None,
             last_heard: None,
             welcomed: None,
+            promise: Promise::default(),
             to_index: VecDeque::new(),
             seeds: Seeds::default(),
             compare: Compare::default(),
@@ -234,7 +239,7 @@ impl Stream {
     /// Reads the tables.
     fn load<I: Io>(&mut self, io: &mut I) -> Result<(), TargetError> {
         let mut history = History::open(io, &self.dir, self.config.stream, &self.config.name)?;
-        history.configure(io, &self.config.disks)?;
+        history.configure(io, &self.config.disks, Place::default())?;
         history.drop_orphans(io)?;
         let state = history.state();
         let lives = state.disks.iter().map(|life| (life.info.slot, life.clone())).collect();
@@ -264,7 +269,8 @@ impl Stream {
             self.config = config;
             return Ok(());
         }
-        self.history.configure(io, &config.disks)?;
+        let place = self.position();
+        self.history.configure(io, &config.disks, place)?;
         self.config = config;
         self.bound_journal();
         Ok(())
@@ -657,6 +663,11 @@ impl Stream {
         let begun = |life: &DiskLife| life.open.iter().any(|open| open.whole && !open.tainted);
         let owes = |life: &DiskLife| life.member && life.owes_whole && !begun(life);
         self.damage.all().any(|damage| !damage.known) && self.points.now().values().any(owes)
+    }
+
+    /// The newest record is a point that holds every disk.
+    pub fn is_current(&self) -> bool {
+        complete(self.points.now()) && self.damage.is_empty()
     }
 
     /// Where the stream stands: newest writer, frame and record on stable storage.

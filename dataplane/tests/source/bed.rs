@@ -35,6 +35,8 @@ pub struct Held {
     key: Option<DataKey>,
     bytes: Vec<u8>,
     pub hellos: Vec<Hello>,
+    /// What each frame promised, milliseconds.
+    pub promises: Vec<u32>,
     /// Frames are received and not acknowledged.
     pub mute: bool,
     /// Hashes are compared and nobody is told.
@@ -78,6 +80,7 @@ impl Held {
     fn apply(&mut self, frame: &[u8], incarnation: IncarnationId) {
         let (header, directory) = check_frame(frame).expect("a valid frame");
         assert_eq!(header.incarnation, incarnation);
+        self.promises.push(header.sync_ms.get());
         let next = if self.position.incarnation == incarnation { self.position.frame + 1 } else { 1 };
         assert_eq!(header.number.get(), next, "frames come in order");
         assert!(header.first_seq.get() > self.position.seq, "numbers rise");
@@ -141,6 +144,13 @@ pub struct Bed {
     pub disks: usize,
     pub limits: SourceLimits,
     pub trust_reboot: bool,
+    pub lease: Nanos,
+    pub sync_deadline: Nanos,
+    pub generation: u64,
+    /// Slots of disks that have left.
+    pub left: Vec<u16>,
+    /// A hello that claims this disk below this generation is refused.
+    pub refuse_claims: Option<(DiskId, u64)>,
     /// No connection can be made.
     pub unreachable: bool,
     /// What the target says to a hello instead of welcoming it.
@@ -176,6 +186,11 @@ impl Bed {
             disks,
             limits,
             trust_reboot: true,
+            lease: 0,
+            sync_deadline: 0,
+            generation: 1,
+            left: Vec::new(),
+            refuse_claims: None,
             unreachable: false,
             refusal: None,
             link: None,
@@ -203,7 +218,7 @@ impl Bed {
                     path: path(disk),
                     log_path: log_path(disk),
                     serial: format!("serial{disk}"),
-                    generation: 1,
+                    generation: self.generation,
                     read_only: false,
                     trust_reboot: self.trust_reboot,
                     ..DiskConfig::default()
@@ -212,6 +227,9 @@ impl Bed {
             policy_key: policy(),
             cut_interval: 1000 * MS,
             compress: true,
+            lease: self.lease,
+            sync_deadline: self.sync_deadline,
+            left: self.left.clone(),
         }
     }
 
@@ -291,6 +309,12 @@ impl Bed {
         }
         if let Some(refusal) = self.refusal.clone() {
             let failure = LinkFailure::Refused(refusal, "no".into());
+            return self.source.link_failed(&mut self.io, STREAM, failure);
+        }
+        if let Some((disk, generation)) = self.refuse_claims
+            && hello.disks.iter().any(|claim| claim.disk.id == disk && claim.generation < generation)
+        {
+            let failure = LinkFailure::Refused(Refusal::Fenced { disk, generation }, "no".into());
             return self.source.link_failed(&mut self.io, STREAM, failure);
         }
         let position = self.held.position;

@@ -77,6 +77,8 @@ pub struct Feeder {
     pub frames: Vec<(Vec<u8>, u64)>,
     pub acked: (u64, u64),
     pub mono: u64,
+    /// What the frames sealed from now on promise.
+    pub sync_ms: u32,
     pub records: Vec<(Record, Vec<u8>)>,
     scratch: Scratch,
 }
@@ -96,6 +98,7 @@ impl Feeder {
             frames: Vec::new(),
             acked: (0, 0),
             mono: SECOND,
+            sync_ms: 0,
             records: Vec::new(),
             scratch: Scratch::default(),
         }
@@ -178,6 +181,7 @@ impl Feeder {
                 number: self.frames.len() as u64 + 1,
                 acked: self.acked.0,
                 mono_ns: self.mono,
+                sync_ms: self.sync_ms,
             };
             let mut out = vec![0; plan.frame_bound()];
             let len = seal_frame(&self.key, &meta, &plan, &items, true, &mut self.scratch, &mut out);

@@ -78,7 +78,8 @@ pub fn frame(key: [u8; 32], head: &Head, chunks: &[Vec<u8>]) -> Vec<u8> {
         first_seq: head.seqs.0.into(),
         last_seq: head.seqs.1.into(),
         mono_ns: head.mono_ns.into(),
-        reserved: [0; 8],
+        sync_ms: 0.into(),
+        reserved: [0; 4],
     };
     let mut out = vec![0; FRAME_HEADER_LEN + chunks.len() * DIRECTORY_ENTRY_LEN];
     for (index, chunk) in chunks.iter().enumerate() {

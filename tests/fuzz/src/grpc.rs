@@ -189,8 +189,8 @@ pub fn messages(data: &[u8]) {
 fn take_in(report: v1::Report) {
     const SECOND: u64 = 1_000_000_000;
     let mut live = Live::default();
-    let _ = live.report(SECOND, "proxy", report.clone(), |_| true, |_| true);
-    let _ = live.report(3 * SECOND, "proxy", report, |_| true, |_| true);
+    let _ = live.report(SECOND, "proxy", report.clone(), 0, |_| true, |_| true);
+    let _ = live.report(3 * SECOND, "proxy", report, 0, |_| true, |_| true);
     for stream in live.streams.values_mut() {
         stream.rpo.silence(60 * SECOND);
         let _ = stream.rpo.shown(60 * SECOND, 1000);

@@ -8,7 +8,9 @@ use afterimage_dataplane::io::sim::{NodeId, SimIo, World, WorldConfig};
 use afterimage_dataplane::io::{Class, Done, Io, Op, Part, Pool, Sock};
 use afterimage_dataplane::seal::{ControlKey, PolicyKey};
 use afterimage_dataplane::sealers::Sealer;
-use afterimage_dataplane::source::{DiskConfig, GroupConfig, LinkFailure, Source, SourceEvent, SourceLimits};
+use afterimage_dataplane::source::{
+    DiskConfig, GroupConfig, HoldReason, LinkFailure, Source, SourceEvent, SourceLimits,
+};
 use afterimage_wire::control::{CONTROL_PLAIN_LEN, Control, StopReason};
 use afterimage_wire::handshake::{Handshake, Hello, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
@@ -90,6 +92,9 @@ impl Machine {
             policy_key: PolicyKey::new(PolicyKeyId([1; 16]), [2; 32]),
             cut_interval: 1000 * MS,
             compress: true,
+            lease: 0,
+            sync_deadline: 0,
+            left: Vec::new(),
         }
     }
 
@@ -246,6 +251,11 @@ impl Machine {
 
     /// The host is answered, and the state can be told.
     pub fn well(&mut self) {
+        let status = self.source.status(self.io.now());
+        if status.first().is_some_and(|group| group.held == Some(HoldReason::SteppedDown)) {
+            // It was told, under the target's seal, that another may run in its place.
+            return;
+        }
         assert!(self.write(4096, 8192), "a write of the host is not answered: {:?}", self.source.status(self.io.now()));
         let _ = self.source.status(self.io.now());
     }

@@ -79,12 +79,30 @@ pub fn step_word(state: v1::StepState) -> &'static str {
     }
 }
 
+/// What a source's disks hold that the target may not.
+pub fn branch(branch: &v1::Branch) -> Value {
+    let disk = |disk: &v1::BranchDisk| {
+        json!({
+            "disk": disk.name,
+            "uid": disk.disk_uid,
+            "generation": disk.generation,
+            "fenced": disk.fenced,
+            "whole": disk.whole,
+            "size_bytes": disk.size_bytes,
+            "ranges": disk.ranges.iter().map(|range| json!([range.offset, range.length])).collect::<Vec<_>>(),
+            "file": disk.file,
+        })
+    };
+    json!({"disks": branch.disks.iter().map(disk).collect::<Vec<_>>()})
+}
+
 /// Word for a way in which the source was kept from writing on.
 pub fn fence_word(fence: v1::FenceKind) -> &'static str {
     match fence {
         v1::FenceKind::Unspecified => "unknown",
         v1::FenceKind::Confirmed => "confirmed",
         v1::FenceKind::Unconfirmed => "unconfirmed",
+        v1::FenceKind::SelfFenced => "self-fenced",
     }
 }
 
@@ -119,6 +137,8 @@ pub fn policy(policy: &v1::Policy) -> Value {
         "journal_budget_bytes": policy.journal_budget_bytes,
         "compression": compression_word(policy.compression()),
         "warn_after_ms": policy.warn_after_ms,
+        "lease_ms": policy.lease_ms,
+        "sync_deadline_ms": policy.sync_deadline_ms,
         "created": json_time(policy.create_time_ns),
         "updated": json_time(policy.update_time_ns),
     })
@@ -264,6 +284,7 @@ pub fn operation(operation: &v1::Operation) -> Value {
             "fence": fence_word(result.fence()),
             "generation": result.generation,
             "rpo_at_start_ms": millis(result.rpo_at_start_us.saturating_mul(1000)),
+            "zero_loss": result.zero_loss,
         })),
     })
 }
@@ -336,6 +357,9 @@ pub fn group_status(status: &v1::GroupStatus) -> Value {
         "spill_bytes": status.spill_bytes,
         "spill_limit_bytes": status.spill_limit_bytes,
         "catch_up_ms": status.catch_up_ms,
+        "lease_ms": status.lease_ms,
+        "synchronous": null_if_empty_text(&status.synchronous),
+        "zero_loss": status.zero_loss,
         "captured_seq": status.captured_seq,
         "sent_seq": status.sent_seq,
         "durable_seq": status.durable_seq,
@@ -421,6 +445,7 @@ mod tests {
                 "group",
                 "journal_budget_bytes",
                 "journal_bytes",
+                "lease_ms",
                 "operation",
                 "phase",
                 "points",
@@ -436,6 +461,7 @@ mod tests {
                 "spill_bytes",
                 "spill_limit_bytes",
                 "sync",
+                "synchronous",
                 "target",
                 "uid",
                 "views",
@@ -443,6 +469,7 @@ mod tests {
                 "wire_bytes_per_s",
                 "writes",
                 "writes_per_s",
+                "zero_loss",
             ]
         );
         assert_eq!(status["phase"], "protected");
@@ -493,9 +520,11 @@ mod tests {
                 "cut_interval_ms",
                 "description",
                 "journal_budget_bytes",
+                "lease_ms",
                 "policy",
                 "retention_s",
                 "rpo_target_ms",
+                "sync_deadline_ms",
                 "uid",
                 "updated",
                 "version",

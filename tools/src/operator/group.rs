@@ -64,6 +64,18 @@ pub enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Show what the source's disks hold that the target may not: after a failover, the losing branch.
+    #[command(after_help = "Examples:\n  \
+        afterimage group branch shop\n  \
+        afterimage group branch shop --export /var/tmp/shop-branch    sparse images, on the source's host")]
+    Branch {
+        /// The group's name.
+        group: String,
+        /// Write it to this folder on the source's host: one sparse image for each disk, and branch.json. Only while
+        /// the source is held.
+        #[arg(long, value_name = "FOLDER")]
+        export: Option<String>,
+    },
     /// End the protection of a group. Its source disks stay as they are.
     #[command(after_help = "Examples:\n  \
         afterimage group delete shop                    the target keeps the journal\n  \
@@ -130,6 +142,12 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let request = v1::UpdateGroupRequest { group: Some(wanted), validate_only: dry_run };
             let made = session.ask(object(&group), session.groups().update_group(request)).await?;
             out.show(&documents::group(&made), || shown(&made));
+        }
+        Verb::Branch { group, export } => {
+            let request =
+                v1::InspectBranchRequest { group: session.group(&group), export_to: export.unwrap_or_default() };
+            let branch = session.ask(object(&group), session.groups().inspect_branch(request)).await?;
+            out.show(&documents::branch(&branch), || branched(&branch));
         }
         Verb::Delete { group, delete_points, force } => {
             let found = get(session, &group).await?;
@@ -201,6 +219,27 @@ fn listed(groups: &[v1::Group]) -> String {
             ]
         }),
     )
+}
+
+/// What of each disk the target may not hold.
+fn branched(branch: &v1::Branch) -> String {
+    let row = |disk: &v1::BranchDisk| {
+        let length = disk.ranges.iter().map(|range| range.length).sum();
+        let what = match (disk.fenced, disk.whole) {
+            (true, _) => "fenced",
+            (false, true) => "all in doubt",
+            (false, false) => "in doubt",
+        };
+        vec![
+            text(disk.name.as_str()),
+            text(what),
+            text(disk.generation.to_string()),
+            text(disk.ranges.len().to_string()),
+            text(show_size(length)),
+            text(disk.file.as_str()),
+        ]
+    };
+    table(&["DISK", "STATE", ">GENERATION", ">RANGES", ">SIZE", "FILE"], branch.disks.iter().map(row))
 }
 
 fn shown(group: &v1::Group) -> String {

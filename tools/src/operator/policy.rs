@@ -71,6 +71,14 @@ pub struct Promise {
     /// Warn when the RPO has been above its target for this long [default: 5s].
     #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
     warn_after: Option<u64>,
+    /// The source holds all I/O after this long without a word from target or coordinator, so that a failover needs no
+    /// confirmation; at least 3s; 0s for none [default: 0s].
+    #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
+    lease: Option<u64>,
+    /// Synchronous: a write is answered when the target has it, or after this long (200ms to 1m); 0s for asynchronous
+    /// [default: 0s].
+    #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
+    sync_deadline: Option<u64>,
     /// For people.
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
@@ -99,6 +107,12 @@ impl Promise {
         if let Some(ns) = self.warn_after {
             policy.warn_after_ms = Some(whole(ns, 1_000_000, "--warn-after", "milliseconds")?);
         }
+        if let Some(ns) = self.lease {
+            policy.lease_ms = Some(whole(ns, 1_000_000, "--lease", "milliseconds")?);
+        }
+        if let Some(ns) = self.sync_deadline {
+            policy.sync_deadline_ms = Some(whole(ns, 1_000_000, "--sync-deadline", "milliseconds")?);
+        }
         if self.journal_budget.is_some() {
             policy.journal_budget_bytes = self.journal_budget;
         }
@@ -120,6 +134,8 @@ impl Promise {
             && self.journal_budget.is_none()
             && self.compression.is_none()
             && self.warn_after.is_none()
+            && self.lease.is_none()
+            && self.sync_deadline.is_none()
             && self.description.is_none()
     }
 }
@@ -193,6 +209,13 @@ fn ms(value: Option<u64>) -> String {
     value.map_or_else(String::new, |ms| show_duration(ms.saturating_mul(1_000_000)))
 }
 
+fn or_none(value: Option<u64>) -> String {
+    match value {
+        None | Some(0) => "no".to_owned(),
+        some => ms(some),
+    }
+}
+
 fn budget(value: Option<u64>) -> String {
     match value {
         None | Some(0) => "what the target allows".to_owned(),
@@ -237,6 +260,8 @@ fn shown(policy: &v1::Policy) -> String {
         ("retention", retention(policy)),
         ("journal budget", budget(policy.journal_budget_bytes)),
         ("compression", compression_word(policy.compression()).to_owned()),
+        ("lease", or_none(policy.lease_ms)),
+        ("synchronous", or_none(policy.sync_deadline_ms)),
         ("uid", policy.uid.clone()),
         ("version", policy.version.to_string()),
         ("created", show_time(policy.create_time_ns)),

@@ -181,6 +181,19 @@ fn one(group: &v1::GroupStatus) -> String {
             },
         ),
         ("caught up in", group.catch_up_ms.map_or_else(String::new, |ms| show_duration(ms.saturating_mul(1_000_000)))),
+        (
+            "lease",
+            if group.lease_ms == 0 { String::new() } else { show_duration(group.lease_ms.saturating_mul(1_000_000)) },
+        ),
+        (
+            "synchronous",
+            match (group.synchronous.as_str(), group.zero_loss) {
+                ("", _) => String::new(),
+                ("together", true) => "yes; zero loss".to_owned(),
+                ("together", false) => "yes; loss unknown".to_owned(),
+                _ => "not for the time being; loss unknown".to_owned(),
+            },
+        ),
         ("last write", show_count(group.captured_seq)),
         ("last sent", show_count(group.sent_seq)),
         ("last durable", show_count(group.durable_seq)),

@@ -1,15 +1,18 @@
 //! The proxy's side of the coordinator: joins once with a token, then keeps a session open for as long as it runs.
 //! Without the coordinator everything goes on as it was last told.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use afterimage_controlplane::bundle::{Bundle, BundleError};
 use afterimage_controlplane::client::{self, ClientError};
+use afterimage_wire::ids::StreamId;
 use afterimage_wire::v1::proxy_control_client::ProxyControlClient;
 use afterimage_wire::v1::{
-    CommandResult, CoordinatorMessage, ProxyMessage, Register, Registered, Severity, coordinator_message, proxy_message,
+    CommandResult, CoordinatorMessage, Heard, ProxyMessage, Register, Registered, Report, Severity,
+    coordinator_message, proxy_message,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::MissedTickBehavior;
@@ -30,6 +33,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// Messages to the coordinator that may wait.
 const OUTGOING: usize = 32;
+/// Reports whose answer may still come; an older one would be of no use to a lease.
+const UNANSWERED: usize = 64;
 /// Commands that are done at the same time; the next is read when one has ended.
 const COMMANDS: usize = 16;
 /// Bounds of the time between two reports: what the coordinator asks for is kept within them.
@@ -134,7 +139,8 @@ enum SessionEnd {
 
 /// Keeps a session open until the data threads have ended.
 pub async fn run(proxy: Rc<Proxy>, mut bundle: Bundle) -> Gone {
-    let mut agent = Agent { proxy, answered: Rc::default(), reporter: Reporter::default() };
+    let mut agent =
+        Agent { proxy, asked: std::cell::RefCell::default(), answered: Rc::default(), reporter: Reporter::default() };
     let mut pause = FIRST_PAUSE;
     let mut told = String::new();
     loop {
@@ -161,6 +167,8 @@ pub async fn run(proxy: Rc<Proxy>, mut bundle: Bundle) -> Gone {
 
 struct Agent {
     proxy: Rc<Proxy>,
+    /// Reports that are not answered yet, and when they were begun, since boot.
+    asked: std::cell::RefCell<VecDeque<(u64, u64)>>,
     answered: Rc<std::cell::RefCell<Answered>>,
     reporter: Reporter,
 }
@@ -222,6 +230,8 @@ impl Agent {
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let room = std::sync::Arc::new(Semaphore::new(COMMANDS));
+        self.asked.borrow_mut().clear();
+        let mut number = 0;
         loop {
             // Both are safe to drop: gRPC's reader keeps its place, and neither is a read of tokio-uring's.
             tokio::select! {
@@ -232,12 +242,42 @@ impl Agent {
                 _ = ticks.tick() => {
                     // A coordinator that does not read gets no report; what has happened waits for the next.
                     if let Ok(permit) = out.try_reserve() {
+                        let asked = since_boot();
                         let report = self.reporter.report(&self.proxy).await?;
+                        number += 1;
+                        self.asking(number, asked);
+                        let report = Report { number, ..report };
                         permit.send(ProxyMessage { message: Some(proxy_message::Message::Report(report)) });
                     }
                 }
             }
         }
+    }
+
+    /// A report with this number is about to be sent; what it says was asked for at `at`.
+    fn asking(&self, number: u64, at: u64) {
+        let mut asked = self.asked.borrow_mut();
+        if asked.len() == UNANSWERED {
+            asked.pop_front();
+        }
+        asked.push_back((number, at));
+    }
+
+    /// The coordinator says which streams are still ours: leases go on from when that was asked.
+    async fn heard(&self, heard: &Heard) -> Result<(), SessionEnd> {
+        let Some(source) = &self.proxy.source else { return Ok(()) };
+        let asked = {
+            let mut asked = self.asked.borrow_mut();
+            let at = asked.iter().find(|(number, _)| *number == heard.report).map(|(_, at)| *at);
+            asked.retain(|(number, _)| *number > heard.report);
+            at
+        };
+        let Some(asked) = asked else { return Ok(()) };
+        let streams: Vec<StreamId> = heard.stream_uids.iter().filter_map(|uid| uid.parse().ok()).collect();
+        source
+            .call(move |desk| streams.into_iter().for_each(|stream| desk.core.confirm(desk.io, stream, asked)))
+            .await?;
+        Ok(())
     }
 
     async fn message(
@@ -269,6 +309,7 @@ impl Agent {
                     let _ = send(&out, proxy_message::Message::Result(result)).await;
                 });
             }
+            Some(coordinator_message::Message::Heard(heard)) => self.heard(&heard).await?,
             Some(coordinator_message::Message::Registered(_)) => {
                 return Err(SessionEnd::Protocol("`registered` came twice"));
             }
@@ -276,6 +317,12 @@ impl Agent {
         }
         Ok(())
     }
+}
+
+/// As the source core has it: the time since boot, with the time asleep.
+fn since_boot() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 async fn send(out: &mpsc::Sender<ProxyMessage>, message: proxy_message::Message) -> Result<(), SessionEnd> {

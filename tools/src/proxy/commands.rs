@@ -11,11 +11,12 @@ use afterimage_wire::v1::command::Command as Verb;
 use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::{
     CloseView, Command, CommandError, CommandErrorKind as Kind, CommandResult, DiskFound, Done, Fence, Fenced,
-    GenerationRaised, InspectDisk, LabelCut, ListStreamPoints, OpenView, Point, PointList, RaiseGeneration,
-    ResolvePoint, ViewOpened,
+    GenerationRaised, InspectDisk, LabelCut, LeaveDisk, ListStreamPoints, OpenView, Point, PointList, RaiseGeneration,
+    ResolvePoint, SourceGroup, ViewOpened,
 };
 use tokio::sync::oneshot;
 
+use super::branch;
 use super::converge::{self, ViewError};
 use super::convert::{self, Senseless};
 use super::cores::{SourceCore, TargetCore};
@@ -27,6 +28,8 @@ use super::state::{CutWaiter, Proxy, StateError};
 const KEPT_RESULTS: usize = 128;
 /// Longest wait for a cut.
 const CUT_WAIT: Duration = Duration::from_secs(5);
+/// Longest wait for a disk to leave its stream.
+const LEAVE_WAIT: Duration = Duration::from_secs(12);
 /// Most points in one answer.
 const MAX_POINTS: u32 = 1000;
 /// How long a stream that is still being recovered is waited for.
@@ -34,9 +37,9 @@ const RECOVERY_WAIT: Duration = Duration::from_secs(20);
 
 /// Why a command is not done.
 #[derive(Debug)]
-struct Refused(Kind, String);
+pub(super) struct Refused(pub Kind, pub String);
 
-fn refused<T>(kind: Kind, message: impl std::fmt::Display) -> Result<T, Refused> {
+pub(super) fn refused<T>(kind: Kind, message: impl std::fmt::Display) -> Result<T, Refused> {
     Err(Refused(kind, message.to_string()))
 }
 
@@ -141,6 +144,7 @@ fn name(verb: &Verb) -> &'static str {
         Verb::Unprotect(_) => "unprotect",
         Verb::DropStream(_) => "drop stream",
         Verb::LeaveDisk(_) => "leave disk",
+        Verb::InspectBranch(_) => "inspect branch",
     }
 }
 
@@ -156,7 +160,8 @@ async fn verb(proxy: &Proxy, verb: Option<Verb>) -> Result<Outcome, Refused> {
         Some(Verb::InspectDisk(said)) => inspect_disk(proxy, said).await,
         Some(Verb::Unprotect(said)) => unprotect(proxy, &said.stream_uid).await,
         Some(Verb::DropStream(said)) => drop_stream(proxy, &said.stream_uid).await,
-        Some(Verb::LeaveDisk(_)) => refused(Kind::Unsupported, "a disk cannot leave its stream in this version"),
+        Some(Verb::LeaveDisk(said)) => leave_disk(proxy, &said).await,
+        Some(Verb::InspectBranch(said)) => branch::inspect(proxy, &said).await.map(Outcome::Branch),
         None => refused(Kind::Unsupported, "the command is not known in this version"),
     }
 }
@@ -190,7 +195,7 @@ async fn raise_generation(proxy: &Proxy, said: RaiseGeneration) -> Result<Outcom
     let stream: StreamId = convert::id("stream_uid", &said.stream_uid)?;
     let disks: Vec<DiskId> =
         said.disk_uids.iter().map(|uid| convert::id("disk_uids", uid)).collect::<Result<_, _>>()?;
-    let generation = target(proxy)?
+    let (generation, zero_loss) = target(proxy)?
         .call(move |desk| {
             let status = desk.core.status();
             let held = status.iter().find(|s| s.stream == stream).and_then(|s| {
@@ -199,17 +204,22 @@ async fn raise_generation(proxy: &Proxy, said: RaiseGeneration) -> Result<Outcom
             });
             match held {
                 // Raised already by the same step.
-                Some(held) if said.at_least > 0 && held >= said.at_least => Ok(held),
+                Some(held) if said.at_least > 0 && held >= said.at_least => {
+                    let fences = status.iter().find(|s| s.stream == stream).map(|s| s.fences.clone());
+                    let zero_loss = fences.unwrap_or_default().iter().any(|f| f.generation == held && f.zero_loss);
+                    Ok((held, zero_loss))
+                }
                 _ => loop {
+                    let zero_loss = desk.core.zero_loss(stream, desk.io.since_boot());
                     let raised = desk.core.raise_generation(desk.io, stream, &disks, &said.reason)?;
                     if raised >= said.at_least {
-                        break Ok::<_, TargetError>(raised);
+                        break Ok::<_, TargetError>((raised, zero_loss));
                     }
                 },
             }
         })
         .await??;
-    Ok(Outcome::Generation(GenerationRaised { generation }))
+    Ok(Outcome::Generation(GenerationRaised { generation, zero_loss }))
 }
 
 async fn resolve_point(proxy: &Proxy, said: &ResolvePoint) -> Result<Outcome, Refused> {
@@ -374,6 +384,44 @@ async fn inspect_disk(proxy: &Proxy, said: InspectDisk) -> Result<Outcome, Refus
         Err(Errno::NOENT) => refused(Kind::NotFound, format!("`{}` does not exist on the source's host", said.path)),
         Err(errno) => refused(Kind::Io, format!("`{}`: {errno}", said.path)),
     }
+}
+
+/// Takes a disk out of its stream, and out of what should be: a restart does not bring it back.
+async fn leave_disk(proxy: &Proxy, said: &LeaveDisk) -> Result<Outcome, Refused> {
+    let stream: StreamId = convert::id("stream_uid", &said.stream_uid)?;
+    let disk: DiskId = convert::id("disk_uid", &said.disk_uid)?;
+    let source = source(proxy)?;
+    let running = proxy.applied.borrow().groups.get(&stream).cloned();
+    let Some(group) = running else {
+        return refused(Kind::NotFound, format!("stream {stream} is not protected from here"));
+    };
+    let Some(leaving) = group.disks.iter().find(|d| d.uid == said.disk_uid).cloned() else {
+        return Ok(Outcome::Done(Done {})); // Gone already.
+    };
+    let (left, gone) = oneshot::channel();
+    proxy.waiters.borrow_mut().leaves.push((stream, disk, left));
+    if !source.call(move |desk| desk.core.leave(desk.io, stream, disk)).await? {
+        proxy.waiters.borrow_mut().leaves.retain(|(s, d, _)| (*s, *d) != (stream, disk));
+        return refused(Kind::WrongState, "it is the last disk of its group");
+    }
+    // From here on the stream says that it has left: so does what is kept for the next start.
+    let without = |group: &mut SourceGroup| {
+        group.disks.retain(|d| d.uid != said.disk_uid);
+        if !group.left_slots.contains(&leaving.slot) {
+            group.left_slots.push(leaving.slot);
+        }
+    };
+    let of = |group: &&mut SourceGroup| group.stream_uid == said.stream_uid;
+    forget(proxy, |desired| desired.sources.iter_mut().filter(of).for_each(without))?;
+    proxy.applied.borrow_mut().groups.values_mut().filter(of).for_each(without);
+    if tokio::time::timeout(LEAVE_WAIT, gone).await.is_err() {
+        return refused(Kind::Io, "the disk does not come to rest: it may hang");
+    }
+    let only = SourceGroup { disks: vec![leaving], ..group };
+    for disk in convert::group(&only, proxy.intent_dir().as_deref(), false)?.disks {
+        let _ = std::fs::remove_file(disk.log_path);
+    }
+    Ok(Outcome::Done(Done {}))
 }
 
 async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {

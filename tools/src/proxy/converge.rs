@@ -7,7 +7,7 @@ use std::time::Duration;
 use afterimage_dataplane::source::{DiskConfig, ProtectError};
 use afterimage_dataplane::target::{Choice, PointError, TargetError};
 use afterimage_wire::ids::{DiskId, StreamId};
-use afterimage_wire::v1::{OpenView, Problem, Severity, SourceGroup, TargetStream};
+use afterimage_wire::v1::{OpenView, Problem, Severity, SourceDisk, SourceGroup, TargetStream};
 
 use super::config::Serve;
 use super::convert;
@@ -149,7 +149,17 @@ pub async fn serve(source: &Handle<SourceCore>, disk: &Serve) -> Result<(), Serv
 
 /// What of a group cannot be changed while it runs.
 fn disks_differ(a: &SourceGroup, b: &SourceGroup) -> bool {
-    a.disks != b.disks || a.key != b.key
+    let without_generations = |group: &SourceGroup| {
+        group.disks.iter().map(|disk| SourceDisk { generation: 0, ..disk.clone() }).collect::<Vec<_>>()
+    };
+    without_generations(a) != without_generations(b) || a.key != b.key
+}
+
+/// Generations that have risen.
+fn raised(was: &SourceGroup, group: &SourceGroup) -> Vec<(DiskId, u64)> {
+    let before = |uid: &str| was.disks.iter().find(|disk| disk.uid == uid).map_or(0, |disk| disk.generation);
+    let risen = group.disks.iter().filter(|disk| disk.generation > before(&disk.uid));
+    risen.filter_map(|disk| Some((disk.uid.parse().ok()?, disk.generation))).collect()
 }
 
 async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone> {
@@ -182,7 +192,7 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
             Ok(())
         }
         Some(was) if disks_differ(&was, group) && !group.hold => {
-            // The core takes disks and generations at a start only; a clean stop before it costs no whole compare.
+            // The core takes disks at a start only; a clean stop before it costs no whole compare.
             stop_group(proxy, stream).await?;
             proxy.event(Severity::Info, Some(stream), "group", format!("group `{}` starts anew, changed", group.name));
             proxy.changed.notify_one();
@@ -193,13 +203,23 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
                 let hold = group.hold;
                 source.call(move |desk| desk.core.fence(desk.io, stream, hold)).await?;
             }
+            let generations = raised(&was, group);
+            if !generations.is_empty() && !group.hold {
+                source.call(move |desk| desk.core.set_generations(desk.io, stream, &generations)).await?;
+            }
+            if was.lease_ms != group.lease_ms || was.sync_deadline_ms != group.sync_deadline_ms {
+                let (lease, deadline) = (config.lease, config.sync_deadline);
+                let changed = source.call(move |desk| desk.core.set_waiting(desk.io, stream, lease, deadline));
+                changed.await?.map_err(problem)?;
+            }
             if was.cut_interval_ms != group.cut_interval_ms || was.compression != group.compression {
                 let (interval, compress) = (config.cut_interval, config.compress);
                 let changed = source.call(move |desk| desk.core.set_policy(desk.io, stream, interval, compress));
                 changed.await?.map_err(problem)?;
             }
             // Disks and key stay as they were given, so that a change is seen again when the hold ends.
-            let kept = SourceGroup { disks: was.disks, key: was.key, ..group.clone() };
+            let disks = if group.hold { was.disks } else { group.disks.clone() };
+            let kept = SourceGroup { disks, key: was.key, ..group.clone() };
             proxy.applied.borrow_mut().groups.insert(stream, kept);
             Ok(())
         }

@@ -68,6 +68,9 @@ pub fn group(group: &SourceGroup, intent_dir: Option<&Path>, trust_reboot: bool)
         policy_key: policy_key(group.key.as_ref())?,
         cut_interval: group.cut_interval_ms.saturating_mul(1_000_000),
         compress: group.compression() != Compression::Off,
+        lease: group.lease_ms.saturating_mul(1_000_000),
+        sync_deadline: group.sync_deadline_ms.saturating_mul(1_000_000),
+        left: group.left_slots.iter().map(|s| slot(*s)).collect::<Result<_, _>>()?,
     })
 }
 

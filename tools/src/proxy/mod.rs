@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 mod agent;
+mod branch;
 mod commands;
 pub mod config;
 mod converge;

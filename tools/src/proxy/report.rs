@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use afterimage_dataplane::host::DiskKey;
 use afterimage_dataplane::io::Io;
 use afterimage_dataplane::nbd::ExportStatus;
-use afterimage_dataplane::source::{DiskStatus, GroupState, GroupStatus, Rung};
+use afterimage_dataplane::source::{DiskStatus, GroupState, GroupStatus, HoldReason, Rung};
 use afterimage_dataplane::target::{Choice, StreamState, StreamStatus};
 use afterimage_wire::ids::StreamId;
 use afterimage_wire::v1;
 use afterimage_wire::v1::{
-    DiskGeneration, LinkState, PointSummary, Report, ScrubProgress, SourceDiskReport, SourceGroupReport, SyncProgress,
-    TargetStreamReport, ViewExport, ViewReport,
+    DiskGeneration, FenceRecord, LinkState, PointSummary, Report, ScrubProgress, SourceDiskReport, SourceGroupReport,
+    SyncProgress, TargetStreamReport, ViewExport, ViewReport,
 };
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Serializer, V2Serializer};
@@ -27,6 +27,8 @@ const RPO_HIGHEST_US: u64 = 86_400_000_000;
 const RPO_DIGITS: u8 = 3;
 /// Damages named in a report; there may be more.
 const MAX_DAMAGE: usize = 16;
+/// Fences named in a report.
+const MAX_FENCES: usize = 16;
 
 /// Makes reports. Keeps what the last one said of the RPO, since each tells only what is new.
 #[derive(Default)]
@@ -40,10 +42,14 @@ impl Reporter {
     /// # Errors
     /// [`Gone`].
     pub async fn report(&mut self, proxy: &Proxy) -> Result<Report, Gone> {
+        // Read first: what the cores say is not older than what the report claims to have seen.
+        let observed_version = proxy.desired.borrow().version;
         let sources = self.sources(proxy).await?;
         let (targets, views) = targets(proxy).await?;
         Ok(Report {
-            observed_version: proxy.desired.borrow().version,
+            observed_version,
+            // Whoever wants an answer numbers it.
+            number: 0,
             sources,
             targets,
             views,
@@ -67,15 +73,17 @@ impl Reporter {
         let clients = by_export(&clients);
         self.rpo.retain(|stream, _| groups.iter().any(|(group, _)| group.stream == *stream));
         let listens = proxy.config.source.as_ref().map(|role| role.nbd.clone()).unwrap_or_default();
-        let generations = generations(proxy);
         let mut reports = Vec::with_capacity(groups.len());
         for (group, rpo) in groups {
             let histogram = rpo.map(|rpo| self.new_samples(group.stream, rpo)).unwrap_or_default();
-            let state = disk_state(&group);
             let disks = group.disks.iter().map(|disk| SourceDiskReport {
                 disk_uid: disk.id.to_string(),
-                state: if disk.sync_failed { "failed: a flush failed".to_owned() } else { state.to_owned() },
-                generation: generations.get(&disk.id.to_string()).copied().unwrap_or_default(),
+                state: if disk.sync_failed {
+                    "failed: a flush failed".to_owned()
+                } else {
+                    disk_state(&group, disk).to_owned()
+                },
+                generation: disk.generation,
                 uris: convert::uris(&listens, &disk.name),
                 clients: clients.get(&disk.key).copied().unwrap_or_default(),
                 sync: sync(disk),
@@ -86,7 +94,13 @@ impl Reporter {
                 link: link.into(),
                 link_detail,
                 rung: rung(group.rung, link).into(),
-                held: group.held,
+                held: group.held.is_some(),
+                held_reason: group.held.map(held_word).unwrap_or_default().to_owned(),
+                lease_ms: lease(proxy, &group),
+                lease_left_ms: group.lease_left / 1_000_000,
+                synchronous: group.synchronous.is_some(),
+                synchronous_now: group.synchronous.as_ref().is_some_and(|s| s.together),
+                synchronous_detail: group.synchronous.as_ref().and_then(|s| s.why.clone()).unwrap_or_default(),
                 fenced: matches!(group.state, GroupState::Fenced { .. }),
                 captured_seq: group.captured_seq,
                 sealed_seq: group.sealed_seq,
@@ -145,17 +159,30 @@ fn by_export(status: &[ExportStatus]) -> HashMap<DiskKey, u32> {
     status.iter().map(|s| (s.key, u32::try_from(s.clients).unwrap_or(u32::MAX))).collect()
 }
 
-/// Generations under which the groups run, by disk.
-fn generations(proxy: &Proxy) -> HashMap<String, u64> {
-    let applied = proxy.applied.borrow();
-    applied.groups.values().flat_map(|g| g.disks.iter().map(|d| (d.uid.clone(), d.generation))).collect()
+/// The lease that a group keeps to, milliseconds. Nothing while it is about to become another: the coordinator relies
+/// on it.
+fn lease(proxy: &Proxy, group: &GroupStatus) -> u64 {
+    let kept = group.lease / 1_000_000;
+    let uid = group.stream.to_string();
+    let desired = proxy.desired.borrow();
+    let wanted = desired.sources.iter().find(|source| source.stream_uid == uid).map_or(0, |source| source.lease_ms);
+    if wanted == kept { kept } else { 0 }
 }
 
-fn disk_state(group: &GroupStatus) -> &'static str {
-    match (&group.state, group.held) {
-        (GroupState::Fenced { .. }, _) => "fenced",
-        (_, true) => "held",
-        _ => "serving",
+fn held_word(reason: HoldReason) -> &'static str {
+    match reason {
+        HoldReason::Told => "told",
+        HoldReason::SteppedDown => "stepped down",
+        HoldReason::Lease => "lease",
+    }
+}
+
+fn disk_state(group: &GroupStatus, disk: &DiskStatus) -> &'static str {
+    match (&group.state, disk.out, group.held) {
+        (GroupState::Fenced { .. }, ..) | (_, Some(1..), _) => "fenced",
+        (_, Some(0), _) => "leaving",
+        (_, None, Some(_)) => "held",
+        (_, None, None) => "serving",
     }
 }
 
@@ -209,11 +236,11 @@ async fn targets(proxy: &Proxy) -> Result<(Vec<TargetStreamReport>, Vec<ViewRepo
     let Some(target) = &proxy.target else { return Ok((Vec::new(), Vec::new())) };
     let (streams, clients) = target
         .call(|desk| {
-            let now = desk.io.now();
+            let (now, boot) = (desk.io.now(), desk.io.since_boot());
             let streams = desk.core.status();
             let reports = streams.into_iter().map(|stream| {
                 let points = summary(desk, &stream);
-                (stream_report(&stream, now, points), stream)
+                (stream_report(&stream, now, boot, points), stream)
             });
             (reports.collect::<Vec<_>>(), desk.nbd.status())
         })
@@ -265,7 +292,7 @@ pub fn view_export(proxy: &Proxy, disk_uid: String, disk: &str, export_name: &st
     }
 }
 
-fn stream_report(stream: &StreamStatus, now: u64, points: PointSummary) -> TargetStreamReport {
+fn stream_report(stream: &StreamStatus, now: u64, boot: u64, points: PointSummary) -> TargetStreamReport {
     let damage = stream.damage.iter().map(|damage| {
         let mended = if damage.is_mended() { " (newer points are good again)" } else { "" };
         format!("{}{mended}", damage.what)
@@ -298,12 +325,28 @@ fn stream_report(stream: &StreamStatus, now: u64, points: PointSummary) -> Targe
             StreamState::Recovering => "recovering".to_owned(),
             StreamState::NoSpace(why) | StreamState::Failed(why) => why.clone(),
         },
+        synchronous: stream.synchronous,
+        zero_loss: stream.zero_loss_until.is_some_and(|until| boot < until),
+        fences: fences(stream),
         disks: stream
             .disks
             .iter()
             .map(|disk| DiskGeneration { disk_uid: disk.id.to_string(), generation: disk.generation })
             .collect(),
     }
+}
+
+fn fences(stream: &StreamStatus) -> Vec<FenceRecord> {
+    let newest = stream.fences.len().saturating_sub(MAX_FENCES);
+    let told = stream.fences[newest..].iter().map(|fence| FenceRecord {
+        generation: fence.generation,
+        seq: fence.seq,
+        time_ns: fence.wall_ns,
+        zero_loss: fence.zero_loss,
+        disk_uids: fence.disks.iter().map(ToString::to_string).collect(),
+        reason: fence.reason.clone(),
+    });
+    told.collect()
 }
 
 /// What a stream can be brought back to.

@@ -56,6 +56,12 @@ pub struct Group {
     /// LZ4 where it pays.
     #[serde(default = "Group::compress")]
     pub compress: bool,
+    /// Without a word from the target for this long the source holds all I/O, milliseconds; 0: never.
+    #[serde(default)]
+    pub lease_ms: u64,
+    /// A write is answered when the target has it, or after so many milliseconds; 0: at once.
+    #[serde(default)]
+    pub sync_deadline_ms: u64,
     /// Uid of the source.
     pub source_uid: String,
     /// Uid of the target.
@@ -186,6 +192,9 @@ fn source_group(group: &Group) -> Result<SourceGroup, ConfigError> {
         target_uid: group.target_uid.clone(),
         hold: false,
         rpo_target_us: 1_000_000,
+        lease_ms: group.lease_ms,
+        sync_deadline_ms: group.sync_deadline_ms,
+        left_slots: Vec::new(),
     })
 }
 
@@ -248,6 +257,8 @@ pub fn pair(target_address: &str, disks: &[(&str, &str, u64)]) -> Result<(Standa
         cut_interval_ms: Group::cut_interval_ms(),
         retention_s: Group::retention_s(),
         compress: true,
+        lease_ms: 0,
+        sync_deadline_ms: 0,
         source_uid: source_uid.clone(),
         target_uid: target_uid.clone(),
         target_address: target_address.to_owned(),

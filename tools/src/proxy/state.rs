@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use afterimage_dataplane::host::DiskKey;
-use afterimage_wire::ids::StreamId;
+use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::v1::{DesiredState, OpenView, Problem, ProxyEvent, Severity, SourceGroup, TargetStream};
 use prost::Message;
 use tokio::sync::{Notify, oneshot};
@@ -77,6 +77,8 @@ pub struct Waiters {
     pub cuts: Vec<CutWaiter>,
     /// The end of a group: was it clean?
     pub stops: Vec<(StreamId, oneshot::Sender<bool>)>,
+    /// A disk that leaves its stream.
+    pub leaves: Vec<(StreamId, DiskId, oneshot::Sender<()>)>,
 }
 
 /// Who waits for a cut.

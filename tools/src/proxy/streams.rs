@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use afterimage_controlplane::ca::Identity as Peer;
-use afterimage_dataplane::source::{GroupState, LinkFailure, Rung, SourceEvent};
+use afterimage_dataplane::source::{GroupState, HoldReason, LinkFailure, Rung, SourceEvent};
 use afterimage_dataplane::target::TargetEvent;
 use afterimage_wire::handshake::{Hello, Refusal, Welcome};
 use afterimage_wire::ids::StreamId;
@@ -43,6 +43,33 @@ fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
             let disk = disk.map(|d| format!(" of disk {d}")).unwrap_or_default();
             let message = format!("the target holds generation {generation}{disk}: this source has been fenced");
             proxy.event(Severity::Error, Some(stream), "fence", message);
+        }
+        SourceEvent::Held { stream, reason } => {
+            let (severity, message) = match reason {
+                Some(HoldReason::Told) => (Severity::Warning, "all I/O is held, as it was told"),
+                Some(HoldReason::SteppedDown) => (Severity::Error, "all I/O is held: another may run in its place"),
+                Some(HoldReason::Lease) => {
+                    (Severity::Error, "all I/O is held: no word from target or coordinator within the lease")
+                }
+                None => (Severity::Info, "I/O goes on"),
+            };
+            proxy.event(severity, Some(stream), "fence", message.to_owned());
+        }
+        SourceEvent::Synchronous { stream, together, why } => {
+            let (severity, message) = match (together, why) {
+                (true, _) => (Severity::Info, "synchronous: writes are answered when the target has them".to_owned()),
+                (false, Some(why)) => (Severity::Warning, format!("asynchronous for the time being: {why}")),
+                (false, None) => return,
+            };
+            proxy.event(severity, Some(stream), "synchronous", message);
+        }
+        SourceEvent::Left { stream, disk, acknowledged } => {
+            let late = if acknowledged { "" } else { "; the target has not acknowledged it yet" };
+            proxy.event(Severity::Info, Some(stream), "disk", format!("disk {disk} has left the stream{late}"));
+            let mut waiters = proxy.waiters.borrow_mut();
+            while let Some(at) = waiters.leaves.iter().position(|(s, d, _)| (*s, *d) == (stream, disk)) {
+                let _ = waiters.leaves.swap_remove(at).2.send(());
+            }
         }
         SourceEvent::State { stream, state } => {
             let (severity, message) = match state {

@@ -65,7 +65,7 @@ pub async fn run(bundle: Bundle, target: bool) {
             message = inbox.message() => {
                 let Ok(Some(v1::CoordinatorMessage { message: Some(message) })) = message else { return };
                 match message {
-                    coordinator_message::Message::Registered(_) => {}
+                    coordinator_message::Message::Registered(_) | coordinator_message::Message::Heard(_) => {}
                     coordinator_message::Message::Desired(state) => desired = state,
                     coordinator_message::Message::Command(command) => {
                         let outcome = command.command.map(|c| answer(c, &desired, &mut views, &mut held));
@@ -171,7 +171,7 @@ fn answer(
             if fence.hold { Outcome::Fenced(v1::Fenced { last_seq: NEWEST }) } else { Outcome::Done(v1::Done {}) }
         }
         Command::RaiseGeneration(raise) => {
-            Outcome::Generation(v1::GenerationRaised { generation: raise.at_least.max(2) })
+            Outcome::Generation(v1::GenerationRaised { generation: raise.at_least.max(2), zero_loss: false })
         }
         Command::ResolvePoint(resolve) => {
             let seq = match resolve.at.and_then(|choice| choice.at) {
@@ -236,5 +236,6 @@ fn answer(
             error(v1::CommandErrorKind::NotFound, &format!("{}: no such file or directory", inspect.path))
         }
         Command::Unprotect(_) | Command::DropStream(_) | Command::LeaveDisk(_) => Outcome::Done(v1::Done {}),
+        Command::InspectBranch(_) => Outcome::Branch(v1::Branch::default()),
     }
 }

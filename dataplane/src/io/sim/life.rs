@@ -99,6 +99,11 @@ impl Io for SimIo {
         self.world.0.borrow().mono(self.node.0 as usize)
     }
 
+    fn since_boot(&self) -> Nanos {
+        // Of no boot in particular: it goes on while the machine sleeps, as the world does.
+        self.world.0.borrow().now
+    }
+
     fn wall(&self) -> u64 {
         self.world.0.borrow().wall(self.node.0 as usize)
     }
