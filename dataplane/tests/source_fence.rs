@@ -99,6 +99,7 @@ fn the_other_disks_of_a_group_go_on_without_the_fenced_one() {
     bed.acked();
     bed.pass(1000 * MS);
     assert!(!bed.has_answer(held));
+    assert!(bed.status().rpo_now >= 1000 * MS, "what the fenced disk holds more is in no point");
     let _ = late;
     let new = &bed.held.records[before..];
     assert!(new.iter().any(|r| r.kind == RecordKind::Leave && r.disk == 1));

@@ -481,6 +481,11 @@ impl Group {
                 w.events.push_back(SourceEvent::SyncBegun { stream, disk: disk.config.id, whole });
             }
             open |= disk.sync.is_open();
+            if disk.out.is_some_and(|generation| generation > 0) {
+                // What it held more than the target is in no point, and nothing of it is on its way.
+                self.rpo.incomplete(self.now);
+                open = true;
+            }
             while let Some(message) = disk.faults.pop_front() {
                 w.events.push_back(SourceEvent::DiskFault { disk: disk.config.id, message });
             }
