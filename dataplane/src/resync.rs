@@ -52,7 +52,7 @@ const MAX_STRETCHES: usize = 64;
 const MAX_ASKED: usize = 256;
 /// Questions of a stream that wait for their answer. The target keeps more than this.
 const MAX_ASKED_IN_STREAM: usize = 1024;
-/// An answer that has not come after this time is taken for "all of it".
+/// If no answer comes for this long although the oldest question is at the target, it is taken for "all of it".
 const PATIENCE: Nanos = 60_000_000_000;
 /// Of a run of pieces that differ altogether, one more in so many is sent without asking: what that sends in vain at the
 /// end of the run stays within this part of it.
@@ -88,7 +88,6 @@ struct Asked {
     start: u64,
     end: u64,
     stretch: usize,
-    at: Nanos,
 }
 
 /// A range of a stretch that is to be read again.
@@ -126,6 +125,10 @@ pub(crate) struct Resync {
     again: VecDeque<Again>,
     /// By rising number.
     asked: VecDeque<Asked>,
+    /// When the last answer came, or the oldest question was not known to be at the target yet.
+    patient_since: Nanos,
+    /// Newest record that is acknowledged.
+    acked: u64,
     pieces: [PieceRead; DEPTH],
     /// Pieces in a row that differed altogether, and how many were sent unasked since the last question.
     run: u32,
@@ -157,6 +160,8 @@ impl Resync {
             current: None,
             again: VecDeque::new(),
             asked: VecDeque::new(),
+            patient_since: 0,
+            acked: 0,
             pieces: Default::default(),
             run: 0,
             unasked: 0,
@@ -379,6 +384,7 @@ impl Disk {
         if let Some(queue) = f.queue.as_deref_mut() {
             queue.asked = queue.asked.saturating_sub(1);
         }
+        self.sync.patient_since = f.io.now();
         let steps = hashes((asked.end - asked.start) as u32) as u32;
         let all = u64::MAX >> (MAX_HASHES as u32 - steps);
         self.sync.run = if differs & all == all { self.sync.run.saturating_add(1) } else { 0 };
@@ -403,8 +409,15 @@ impl Disk {
 
     /// An answer that never comes (an older target, a fault of it) must not keep the synchronisation from its end.
     fn lose_patience<I: Io>(&mut self, f: &mut Flow<'_, I>) {
-        let now = f.io.now();
-        while let Some(asked) = self.sync.asked.front().filter(|asked| now >= asked.at + PATIENCE).copied() {
+        let (now, acked) = (f.io.now(), self.sync.acked);
+        if self.sync.asked.front().is_none_or(|oldest| oldest.seq > acked) {
+            // Nothing is asked, or it is still on its way: behind a slow link or a full spill that may take long.
+            self.sync.patient_since = now;
+        }
+        if now < self.sync.patient_since + PATIENCE {
+            return;
+        }
+        while let Some(asked) = self.sync.asked.front().filter(|asked| asked.seq <= acked).copied() {
             self.sync.asked.pop_front();
             if let Some(queue) = f.queue.as_deref_mut() {
                 queue.asked = queue.asked.saturating_sub(1);
@@ -424,8 +437,7 @@ impl Disk {
             let Asked { start, end, stretch, .. } = asked;
             self.sync.again.push_back(Again { start, end, stretch, mode: Mode::Hash });
         }
-        let now = f.io.now();
-        self.sync.asked.iter_mut().for_each(|asked| asked.at = now);
+        self.sync.patient_since = f.io.now();
     }
 
     /// The target asks for a range to be read again.
@@ -452,6 +464,7 @@ impl Disk {
 
     /// Takes the acknowledged place; says whether a synchronisation has ended by it (and whether it was a whole one).
     pub fn sync_acked(&mut self, acked_seq: u64) -> Option<bool> {
+        self.sync.acked = acked_seq;
         if let Some((seq, epoch)) = self.sync.whole_end
             && (seq <= acked_seq && self.flush.flushed() >= epoch || mutant!(WholeOwedForgotten))
         {

@@ -204,8 +204,7 @@ impl Disk {
         drop(part);
         let cost = SMALL_COST + body.len();
         let seq = self.record(f, RecordKind::SyncHash, start, end, Payload::Mark(body), room, cost);
-        let at = f.io.now();
-        self.sync.asked.push_back(Asked { seq, start, end, stretch, at });
+        self.sync.asked.push_back(Asked { seq, start, end, stretch });
         if let Some(queue) = f.queue.as_deref_mut() {
             queue.asked += 1;
         }
