@@ -25,6 +25,8 @@ from continuity import Writers, protected_again, through_qemu
 
 SIZE = 64 * MIB
 POINTS = 12
+# No write may take longer while the replica is slow or gone, in seconds; the machine that tests may be busy, too.
+STALL = 5
 
 
 class Relay:
@@ -188,7 +190,7 @@ def stopped(scene, seconds):
                 writers.progress()
                 time.sleep(0.2)
             stall = writers.stall()
-            expect(stall < 2, f"a write took {stall:.1f} s while the target stood still")
+            expect(stall < STALL, f"a write took {stall:.1f} s while the target stood still")
         finally:
             os.kill(scene.cluster.target.process.pid, 18)  # SIGCONT
     scene.check()
@@ -206,7 +208,7 @@ def slow_then_cut(scene, seconds):
             time.sleep(seconds)
             writers.progress()
             stall = writers.stall()
-            expect(stall < 2, f"a write took {stall:.1f} s without a link")
+            expect(stall < STALL, f"a write took {stall:.1f} s without a link")
         finally:
             scene.relay.rate = None
             scene.relay.mend()
@@ -226,7 +228,7 @@ def full_journal(scene, mount):
                 writers.progress()
                 time.sleep(0.25)
             stall = writers.stall()
-            expect(stall < 2, f"a write took {stall:.1f} s while the journal was full")
+            expect(stall < STALL, f"a write took {stall:.1f} s while the journal was full")
             scene.cluster.target.check()
         finally:
             filler.unlink()

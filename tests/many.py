@@ -1,12 +1,16 @@
 #!/usr/bin/python3
 """Two hundred disks in one proxy, one target behind a slow link: memory stays bounded, every disk goes on, none starves.
+Then many groups of which half have a link that stands still: the others keep theirs.
 
-A pair without a coordinator. Each disk has a client with writes under way all the time; one client takes no replies.
+Pairs without a coordinator. Each disk has a client with writes under way all the time.
 """
 
+import json
 import sys
 import threading
 import time
+import tomllib
+import uuid
 
 import nbd
 
@@ -24,11 +28,13 @@ BUFFERS = 256 * MIB
 class Pair:
     """Source and target with a relay between them."""
 
-    def __init__(self, folder, disks):
+    def __init__(self, folder, disks, groups=1):
         self.folder = folder
         self.socket = folder / "source.sock"
         port = free_port()
         self.relay = Relay(port)
+        # Every second group has this one, if there are several.
+        self.other = Relay(port)
         serve = []
         for name in disks:
             image = folder / f"{name}.img"
@@ -36,6 +42,8 @@ class Pair:
                 file.truncate(SIZE)
             serve += ["--serve", f"{name}={image}"]
         run(AFTERIMAGE, "proxy", "--new-pair", folder / "pair", *serve, "--listen", f"127.0.0.1:{self.relay.port}")
+        for end in ("source", "target"):
+            split(folder / "pair" / f"{end}.toml", end, groups, f"127.0.0.1:{self.other.port}", folder)
         self.target = Process(folder, "target", "proxy", "--standalone", folder / "pair/target.toml", "--journal",
                               folder / "journal", "--listen", f"127.0.0.1:{port}")
         self.source = Process(folder, "source", "proxy", "--standalone", folder / "pair/source.toml", "--nbd",
@@ -54,6 +62,28 @@ class Pair:
         self.source.stop()
         self.target.stop()
         self.relay.close()
+        self.other.close()
+
+
+def split(path, end, groups, other, folder):
+    """Makes several groups of the one in a stand-alone file, every second one by another way."""
+    if groups == 1:
+        return
+    content = tomllib.loads(path.read_text())
+    [group] = content[end]
+    ids = folder / "streams.json"
+    if not ids.exists():
+        ids.write_text(json.dumps([str(uuid.uuid4()) for _ in range(groups)]))
+    lines = ["[identity]", *(f"{key} = {json.dumps(value)}" for key, value in content["identity"].items())]
+    disks = group.pop("disks")
+    for number, stream in enumerate(json.loads(ids.read_text())):
+        mine = {**group, "stream": stream, "name": f"group{number}"}
+        if number % 2:
+            mine["target_address"] = other
+        lines += [f"[[{end}]]", *(f"{key} = {json.dumps(value)}" for key, value in mine.items())]
+        for disk in disks[number::groups]:
+            lines += [f"[[{end}.disks]]", *(f"{key} = {json.dumps(value)}" for key, value in disk.items())]
+    path.write_text("\n".join(lines) + "\n")
 
 
 class Load:
@@ -120,6 +150,18 @@ def go_on(pair, disks, what):
     expect(memory < BUFFERS + OTHER_MEMORY, f"the source has {memory // MIB} MiB")
 
 
+def half_stands_still(folder):
+    """Of twenty groups ten have a link on which nothing moves: they fill what they may, and no disk of any is held up."""
+    disks = [f"disk{number:03}" for number in range(40)]
+    pair = Pair(folder, disks, groups=20)
+    try:
+        go_on(pair, disks, "twenty groups")
+        pair.other.rate = 1
+        go_on(pair, disks, "ten of them stand still")
+    finally:
+        pair.close()
+
+
 def main():
     tests = Tests()
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
@@ -137,6 +179,8 @@ def main():
             tests.run("the target is back", go_on, pair, disks, "back")
         finally:
             pair.close()
+    with workspace("groups") as folder:
+        tests.run("half of the groups stand still", half_stands_still, folder)
     tests.end()
 
 

@@ -17,7 +17,7 @@ use afterimage_wire::segment::Predecessor;
 use crate::capture::{Disk, Flow, Gate, kind};
 use crate::host::{Answer, DiskKey, Disks, Export, Geometry, HostDisk, Request};
 use crate::intent::{IntentLog, Verdict};
-use crate::io::{Allocation, Done, Errno, Io, Nanos, Sock, Token};
+use crate::io::{Allocation, Done, Errno, Io, Nanos, Pool, Sock, Token};
 use crate::seal::ControlKey;
 use crate::sealers::{Sealer, Sealing};
 use crate::ship::{Queue, ShipLimits, Shipper};
@@ -48,6 +48,8 @@ pub use synchronous::{MAX_SYNC_DEADLINE, MIN_SYNC_DEADLINE};
 
 /// Most disks and groups over the life of a source: their indexes are in tokens and are never used again.
 const MAX_INDEX: usize = 1 << 16;
+/// Buffers of at least so many bytes are counted by themselves when they run short.
+const LONG_BUFFER: usize = 64 << 10;
 
 /// All source disks of one data thread.
 ///
@@ -375,10 +377,11 @@ impl<I: Io> Source<I> {
     /// Moves what can be moved: composes and sends frames, cuts, clears intent bits, synchronises. Call it after each
     /// batch of completions and when [`Self::deadline`] has come.
     pub fn turn(&mut self, io: &mut I) {
+        let shortage = self.shortage(io.pool());
         let mut w = Around { io, disks: &mut self.disks, sealing: &mut self.sealing, events: &mut self.events };
         for slot in &mut self.groups {
             if let Some(group) = slot {
-                group.turn(&mut w);
+                group.turn(&mut w, shortage);
                 if group.phase == Phase::Closed {
                     *slot = None;
                 }
@@ -408,6 +411,16 @@ impl<I: Io> Source<I> {
             }
         }
         self.close_unserved(io);
+    }
+
+    /// If buffers are short: what the queue of each group may hold of them, bytes. However many groups have a target that
+    /// takes nothing, buffers are left for hosts and for the other groups. Long buffers run out by themselves: what most
+    /// writes need fits into no shorter one.
+    fn shortage(&self, pool: &Pool) -> Option<usize> {
+        let (free, all) = (pool.free_bytes(), pool.total_bytes());
+        let (long_free, long) = pool.bytes_from(LONG_BUFFER);
+        let groups = self.groups.iter().flatten().count().max(1);
+        (free < all / 8 || long_free < long / 8).then_some(all / 4 / groups)
     }
 
     /// When [`Self::turn`] is due at the latest although nothing completes.

@@ -122,6 +122,15 @@ impl Pool {
             .sum()
     }
 
+    /// Of the buffers with at least `capacity` bytes, those that are free now, and all of them; bytes.
+    pub fn bytes_from(&self, capacity: usize) -> (usize, usize) {
+        let long = self.0.classes.iter().filter(|s| s.class.capacity >= capacity);
+        long.fold((0, 0), |(free, all), state| {
+            let count = state.free.lock().unwrap_or_else(PoisonError::into_inner).len();
+            (free + count * state.class.capacity, all + state.class.count * state.class.capacity)
+        })
+    }
+
     /// Bytes of the whole pool.
     pub fn total_bytes(&self) -> usize {
         self.0.region.len

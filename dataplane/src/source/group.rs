@@ -102,6 +102,8 @@ pub(super) struct Group {
     pub spilled: Option<Predecessor>,
     reported: u8,
     rung_reported: Rung,
+    /// The pool is short of buffers: a queue that holds more bytes than this gets no more.
+    shortage: Option<usize>,
     pub heard: Vec<Heard>,
     now: Nanos,
 }
@@ -181,6 +183,7 @@ impl Group {
             spilled: None,
             reported: u8::MAX,
             rung_reported: Rung::Normal,
+            shortage: None,
             heard: Vec::with_capacity(64),
             now,
         }
@@ -214,8 +217,10 @@ impl Group {
         self.disks.iter().map(ticket).collect()
     }
 
-    /// Everything that is due. See the source's `turn`.
-    pub fn turn<I: Io>(&mut self, w: &mut Around<'_, I>) {
+    /// Everything that is due. See the source's `turn`. If the pool is short of buffers, `shortage` is what a queue may
+    /// hold of it in bytes.
+    pub fn turn<I: Io>(&mut self, w: &mut Around<'_, I>, shortage: Option<usize>) {
+        self.shortage = shortage;
         let now = w.io.now();
         self.now = now;
         self.rpo.sample(now, self.ship.oldest());
@@ -401,8 +406,7 @@ impl Group {
     fn pressure<I: Io>(&mut self, w: &mut Around<'_, I>) {
         let queue = &mut self.ship.queue;
         queue.healthy = self.ship.link.is_ready();
-        let pool = w.io.pool();
-        queue.pressed = queue.used() > queue.limit() / 8 && pool.free_bytes() < pool.total_bytes() / 8;
+        queue.pressed = self.shortage.is_some_and(|share| queue.used() > share.min(queue.limit() / 8));
         let stuck = self.ship.blocked_since.is_some_and(|since| self.now >= since + STUCK);
         let hopeless = match &self.spill {
             // What it holds is not given up while anything can still come of it.
