@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use afterimage_dataplane::mutant::{self, Mutant};
 
-use crate::plan::Plan;
+use crate::plan::{Plan, Theme};
 use crate::play::play;
 
 /// What became of one.
@@ -21,12 +21,13 @@ pub struct Verdict {
 }
 
 /// Plays `within` seeds from `from` on for each of `which` until one fails; with `harm` as [`Plan::with_harm`] has them.
-/// `tell` is called as they end.
+/// Only seeds of this theme, if one is named. `tell` is called as they end.
 pub fn hunt(
     which: &[Option<Mutant>],
     from: u64,
     within: u64,
     harm: bool,
+    theme: Option<Theme>,
     jobs: usize,
     tell: impl Fn(&Verdict) + Sync,
 ) -> Vec<Verdict> {
@@ -37,8 +38,11 @@ pub fn hunt(
                 while let Some(mutant) = which.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
                     let begun = Instant::now();
                     let found = (from..from.saturating_add(within)).find_map(|seed| {
-                        mutant::set(mutant);
                         let plan = Plan::roll(seed);
+                        if theme.is_some_and(|theme| theme != plan.theme) {
+                            return None;
+                        }
+                        mutant::set(mutant);
                         let result = play(if harm { plan.with_harm() } else { plan }, false);
                         result.err().map(|what| (seed, what))
                     });

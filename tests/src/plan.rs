@@ -156,6 +156,17 @@ pub enum Theme {
     Clocks,
 }
 
+impl std::str::FromStr for Theme {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        use Theme::*;
+        let all = [Mixed, Cycles, Outage, BadTarget, BadSource, Clocks];
+        let found = all.into_iter().find(|theme| format!("{theme:?}").eq_ignore_ascii_case(name));
+        found.ok_or_else(|| format!("`{name}` is none of mixed, cycles, outage, badtarget, badsource, clocks"))
+    }
+}
+
 /// A whole run.
 #[derive(Clone, Debug)]
 pub struct Plan {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use afterimage_dataplane::io::Nanos;
-use afterimage_tests::plan::Plan;
+use afterimage_tests::plan::{Plan, Theme};
 use afterimage_tests::play::play;
 use afterimage_tests::run::Report;
 use afterimage_tests::shrink::shrink;
@@ -45,6 +45,9 @@ struct Args {
     /// Frames of the target's journal rot or go astray, too.
     #[arg(long)]
     harm: bool,
+    /// Only seeds of this theme: mixed, cycles, outage, badtarget, badsource or clocks.
+    #[arg(long)]
+    theme: Option<Theme>,
     /// Report a failure as it is, without looking for a smaller one.
     #[arg(long)]
     no_shrink: bool,
@@ -106,6 +109,9 @@ fn seeds(args: &Args) -> ExitCode {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= end || (!args.keep_going && !failed.lock().expect("not poisoned").is_empty()) {
                         return;
+                    }
+                    if args.theme.is_some_and(|theme| theme != Plan::roll(seed).theme) {
+                        continue;
                     }
                     match one(args, seed) {
                         Ok(report) => {
@@ -217,7 +223,9 @@ fn mutants(args: &Args) -> ExitCode {
         }
     };
     println!("{:<26} {:>6} {:>9}  what it looked like", "deliberate bug", "seed", "time");
-    let verdicts = hunt(&which, args.from, args.seeds, args.harm, args.jobs(), |verdict| println!("{}", line(verdict)));
+    let verdicts = hunt(&which, args.from, args.seeds, args.harm, args.theme, args.jobs(), |verdict| {
+        println!("{}", line(verdict))
+    });
     let missed: Vec<_> = verdicts.iter().filter(|v| v.mutant.is_some() == v.found.is_none()).collect();
     println!("in the order of a write's path:");
     for verdict in &verdicts {
