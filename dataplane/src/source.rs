@@ -598,7 +598,7 @@ impl<I: Io> Source<I> {
             spill_bytes: group.spill.as_ref().map_or(0, Spill::bytes),
             spill_limit: group.spill.as_ref().map_or(0, Spill::limit),
             spill_trouble: group.spill.as_ref().and_then(Spill::trouble).map(str::to_owned),
-            catch_up: ship.catch_up(group.spill.as_ref().map_or(0, Spill::held)),
+            catch_up: ship.catch_up(group.spill.as_ref().map_or(0, Spill::unread)),
             rpo_now: group.rpo_now(now),
             rpo: group.rpo.summary(),
             disks: disks.map(|disk| disk_status(disk, now)).collect(),

@@ -15,6 +15,7 @@
 //! The spill is never the only memory of what the replica lacks: every frame in it has its extents' bits set in the
 //! write-intent log. Whatever cannot be read back is compared instead.
 
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 
 use afterimage_wire::ids::{IncarnationId, StreamId};
@@ -155,9 +156,15 @@ impl Spill {
         self.trouble.as_deref()
     }
 
-    /// Bytes of heads and frames in it.
-    pub fn held(&self) -> u64 {
-        self.segments.iter().map(|segment| segment.end).sum()
+    /// Bytes in it that have not been read back.
+    pub fn unread(&self) -> u64 {
+        let (reading, pos) = self.read_place();
+        let unread = |segment: &Segment| match segment.number.cmp(&reading) {
+            Ordering::Less => 0,
+            Ordering::Equal => segment.end.saturating_sub(pos),
+            Ordering::Greater => segment.end,
+        };
+        self.segments.iter().map(unread).sum()
     }
 
     /// Nothing is in it.

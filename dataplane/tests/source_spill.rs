@@ -467,3 +467,20 @@ fn shipping_an_earlier_life_never_lowers_its_acknowledged_place() {
     bed.acked();
     bed.assert_equal();
 }
+
+#[test]
+fn the_time_to_catch_up_is_foretold() {
+    let config = WorldConfig { net_latency: (5 * MS, 6 * MS), net_window: 16 * 1024, ..WorldConfig::default() };
+    let mut bed = Bed::new(18, 2, config, limits(64 * MIB));
+    bed.ready();
+    lose_target(&mut bed);
+    load(&mut bed, &mut Rng::new(18), 24, 8);
+    bed.unreachable = false;
+    bed.until("linked", |bed| bed.status().state == GroupState::CatchingUp);
+    bed.pass(4000 * MS);
+    let foretold = bed.status().catch_up.expect("the backlog shrinks");
+    let begun = bed.world.now();
+    bed.until("caught up", |bed| bed.status().catch_up == Some(0));
+    let took = bed.world.now() - begun;
+    assert!(foretold > took / 3 && foretold < took * 3, "{foretold} ns foretold, {took} ns taken");
+}

@@ -15,7 +15,7 @@ use afterimage_wire::frame::{FrameHeader, MAX_FRAME};
 use afterimage_wire::ids::IncarnationId;
 
 use super::Shipper;
-use crate::io::{Buf, Done, Io, Nanos};
+use crate::io::{Buf, Done, Io, Nanos, Pool};
 use crate::spill::{CLOSED_AFTER, Loaded, Past, Prepared, ReadBack, Returned, Spill};
 
 /// Part of the queue that frames read ahead may fill.
@@ -190,6 +190,11 @@ impl Keep {
     }
 }
 
+/// Less than a quarter of all buffers is free.
+fn is_short(pool: &Pool) -> bool {
+    pool.free_bytes() < pool.total_bytes() / 4
+}
+
 impl Shipper {
     /// Earlier lives are shipped first. `acked` is the place of the first of them that is known to be acknowledged.
     pub fn set_past(&mut self, past: VecDeque<Past>, acked: (u64, u64)) {
@@ -265,9 +270,7 @@ impl Shipper {
         while let Some(returned) = spill.take_returned() {
             self.returned(returned);
         }
-        let pool = io.pool();
-        let short = pool.free_bytes() < pool.total_bytes() / 4;
-        let share = match (short, self.is_flowing()) {
+        let share = match (is_short(io.pool()), self.is_flowing()) {
             (true, _) => SPILL_FROM_SHORT,
             (false, true) => SPILL_FROM_FLOWING,
             (false, false) => SPILL_FROM,
@@ -345,7 +348,12 @@ impl Shipper {
     /// Reads frames back from the spill ahead of the sender.
     pub fn read_ahead(&mut self, io: &mut impl Io, spill: &mut Spill) -> ReadBack {
         let from = self.keep.head_end(self.acked_frame);
-        if !self.link.is_ready() || from >= self.keep.gap_end() || self.keep.head_bytes >= self.keep.head_limit {
+        if !self.link.is_ready() || from >= self.keep.gap_end() {
+            return ReadBack::Fine;
+        }
+        // Where many are behind, each gets a little.
+        let limit = if is_short(io.pool()) { MAX_FRAME } else { self.keep.head_limit };
+        if self.keep.head_bytes >= limit {
             return ReadBack::Fine;
         }
         spill.read(io, self.shipped_incarnation(), from)

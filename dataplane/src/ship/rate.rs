@@ -26,9 +26,10 @@ impl Rate {
         if passed < LOOK {
             return;
         }
+        let first = (self.filled, self.drained) == (0, 0);
         let mix = |average: u64, bytes: u64| {
             let rate = (u128::from(bytes) * u128::from(LOOK) / u128::from(passed)) as u64;
-            (average * (100 - NEWEST) + rate * NEWEST) / 100
+            if first { rate } else { (average * (100 - NEWEST) + rate * NEWEST) / 100 }
         };
         self.filled = mix(self.filled, filled - filled_then);
         self.drained = mix(self.drained, drained - drained_then);

@@ -34,6 +34,8 @@ const RECORD: Nanos = 10_000_000_000;
 const CLOCK_JUMP: i64 = 1_000_000_000;
 /// With no buffer for a frame for this long, and none in sight, the queue is given up.
 const STUCK: Nanos = 1_000_000_000;
+/// … for this long if frames are in the spill, too, and none can be read back.
+const STUCK_SPILLED: Nanos = 30_000_000_000;
 
 /// Phase of a group's life.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -409,8 +411,11 @@ impl Group {
         queue.pressed = self.shortage.is_some_and(|share| queue.used() > share.min(queue.limit() / 8));
         let stuck = self.ship.blocked_since.is_some_and(|since| self.now >= since + STUCK);
         let hopeless = match &self.spill {
-            // What it holds is not given up while anything can still come of it.
-            Some(spill) if !spill.is_empty() => self.ship.is_starved(spill),
+            // What it holds is given up last: others may free what is missing.
+            Some(spill) if !spill.is_empty() => {
+                let long = self.ship.blocked_since.is_some_and(|since| self.now >= since + STUCK_SPILLED);
+                long && self.ship.is_starved(spill)
+            }
             _ => self.ship.unacked() == 0 || !self.ship.link.is_ready(),
         };
         if stuck && hopeless {

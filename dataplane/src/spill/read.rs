@@ -9,6 +9,9 @@ use afterimage_wire::segment::SegmentHead;
 use super::{Spill, kind};
 use crate::io::{Buf, Done, File, Io, Op, OpenHow, Part};
 
+/// Window for which there is memory when there is none for the longest frame, bytes.
+const SMALL_WINDOW: usize = 128 * 1024;
+
 /// A frame that was read back.
 #[derive(Debug)]
 pub(crate) struct Loaded {
@@ -42,6 +45,8 @@ pub(super) struct Read {
     /// The read under way.
     busy: Option<u32>,
     serial: u32,
+    /// The next frame is longer than a small window.
+    long: bool,
     /// Where the read under way was to begin is not where the next one must.
     moved: bool,
 }
@@ -74,8 +79,10 @@ impl Spill {
         if self.read.pos >= end {
             return ReadBack::Broken(format!("frame {from} is missing in {}", segment.path));
         }
-        let Some(buf) = io.pool().take(MAX_FRAME) else { return ReadBack::Fine };
-        let len = (end - self.read.pos).min(MAX_FRAME as u64) as usize;
+        // When large buffers are short a small window does, unless the next frame is longer.
+        let small = || if self.read.long { None } else { io.pool().take(SMALL_WINDOW) };
+        let Some(buf) = io.pool().take(MAX_FRAME).or_else(small) else { return ReadBack::Fine };
+        let len = (end - self.read.pos).min(MAX_FRAME.min(buf.len()) as u64) as usize;
         self.read.serial = (self.read.serial + 1) & 0xff_ffff;
         self.read.busy = Some(self.read.serial);
         let (token, offset) = (self.op(kind::READ, self.read.serial), self.read.pos);
@@ -138,7 +145,11 @@ impl Spill {
             let length = header.length.get() as usize;
             let Some(bytes) = window.get(at..at + length) else {
                 // The next window begins here.
-                return if at > 0 { Ok(()) } else { Err(format!("frame {} is cut off", header.number.get())) };
+                if at > 0 || (!self.read.long && window.len() < length) {
+                    self.read.long = at == 0;
+                    return Ok(());
+                }
+                return Err(format!("frame {} is cut off", header.number.get()));
             };
             let frame = header.number.get();
             if frame > self.read.next {
@@ -149,6 +160,7 @@ impl Spill {
                 let Some(mut buf) = io.pool().take(length) else { return Ok(()) };
                 buf[..length].copy_from_slice(bytes);
                 self.read.next += 1;
+                self.read.long = false;
                 take(Loaded {
                     number: frame,
                     first_seq: header.first_seq.get(),
@@ -162,6 +174,11 @@ impl Spill {
             self.read.pos += length as u64;
         }
         Ok(())
+    }
+
+    /// The segment that is being read, and how far; 0 for none.
+    pub(super) fn read_place(&self) -> (u64, u64) {
+        (self.read.file.map_or(0, |(number, _)| number), self.read.pos)
     }
 
     /// A read is under way.
