@@ -104,7 +104,9 @@ impl Maker {
 
     fn mutate(&mut self, bytes: &mut Vec<u8>) {
         let rng = &mut self.rng;
-        let at = rng.below(bytes.len() as u64 + 1) as usize;
+        // Half of the time where headers are.
+        let within = if rng.below(2) == 0 { bytes.len().min(128) } else { bytes.len() };
+        let at = rng.below(within as u64 + 1) as usize;
         match rng.below(8) {
             0 => bytes.truncate(at),
             1 => {
