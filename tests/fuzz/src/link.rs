@@ -230,7 +230,7 @@ impl Machine {
         }
     }
 
-    /// The host writes; whether that is answered.
+    /// The host writes; whether that is answered, or need not be.
     pub fn write(&mut self, offset: u64, len: usize) -> bool {
         let Some(key) = self.source.disk_key(STREAM, DISK) else { return true };
         let at = HEADROOM + (offset % 4096) as usize;
@@ -246,16 +246,13 @@ impl Machine {
             }
             self.pass(50 * MS);
         }
-        false
+        // Told, under the target's seal, that another may run in its place, it answers nobody.
+        let status = self.source.status(self.io.now());
+        status.first().is_some_and(|group| group.held == Some(HoldReason::SteppedDown))
     }
 
     /// The host is answered, and the state can be told.
     pub fn well(&mut self) {
-        let status = self.source.status(self.io.now());
-        if status.first().is_some_and(|group| group.held == Some(HoldReason::SteppedDown)) {
-            // It was told, under the target's seal, that another may run in its place.
-            return;
-        }
         assert!(self.write(4096, 8192), "a write of the host is not answered: {:?}", self.source.status(self.io.now()));
         let _ = self.source.status(self.io.now());
     }
