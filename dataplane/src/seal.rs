@@ -146,7 +146,7 @@ impl HashKey {
     }
 
     /// Appends the hashes of `data`, which lies at `offset` of the disk in `slot`: one for each
-    /// [`HASH_STEP`](afterimage_wire::record::HASH_STEP) bytes, the last of what is left.
+    /// [`HASH_STEP`] bytes, the last of what is left.
     pub fn hashes(&self, slot: u16, offset: u64, data: &[u8], out: &mut Vec<u8>) {
         for (number, step) in data.chunks(HASH_STEP as usize).enumerate() {
             out.extend_from_slice(&self.hash(slot, offset + number as u64 * u64::from(HASH_STEP), step));
