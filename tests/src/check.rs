@@ -26,6 +26,8 @@ pub(crate) fn ends_as(run: &mut Run, group: Option<&GroupStatus>, stream: Option
     if let Some(group) = group {
         if !group.incarnation.is_none()
             && run.stage.protected
+            // Not before the life's own history has begun: the writer would be taken for the one before.
+            && run.epochs.len() == run.stage.source_lives as usize
             && let Some(life) = run.epochs.len().checked_sub(1)
         {
             run.writers.entry(group.incarnation).or_insert(life);
