@@ -392,7 +392,11 @@ pub(crate) fn read_disk(run: &mut Run, key: DiskKey, size: u64) -> Result<Option
             None => return Ok(None),
             Some(Ok(None)) => return Err(format!("a view's read of {len} bytes at {offset} gives no data")),
             Some(Ok(Some(part))) => image.extend_from_slice(&part.buf[part.at..part.at + part.len]),
-            Some(Err(_)) if whole => whole = false,
+            Some(Err(_)) if whole => {
+                // The same place again, in small pieces.
+                whole = false;
+                continue;
+            }
             Some(Err(_)) => {
                 holes.push(offset);
                 image.resize(offset as usize + len, 0);

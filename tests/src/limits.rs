@@ -55,6 +55,8 @@ impl Run {
             && now > oldest.max(self.watch.calm_at) + STALL
             && !self.stage.still[0]
             && !self.stage.hold
+            // Who has been fenced holds everything, also what it had taken before it learned of it.
+            && group.is_none_or(|group| group.held.is_none())
         {
             let waits = (now - oldest) / MS;
             return Err(format!("a request has waited for {waits} ms; {group:#?}"));
@@ -76,6 +78,11 @@ impl Run {
     /// After a clean stop no disk owes anything.
     fn clean_start(&mut self, group: &GroupStatus) -> Result<(), String> {
         if !self.watch.clean_start || !self.stage.protected {
+            return Ok(());
+        }
+        // Where one disk is fenced the others go on without it, as another writer: for them that is a beginning.
+        if group.disks.iter().any(|disk| disk.out.is_some()) {
+            self.watch.clean_start = false;
             return Ok(());
         }
         if self.stage.syncs_begun > 0 && group.uncaptured == 0 {
