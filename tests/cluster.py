@@ -265,7 +265,8 @@ class Cluster:
         """Waits until everything that was written before is durable at the target; the number of a point that has it.
 
         Reports of the two ends are of different moments: a cut, taken now, is what can be waited for."""
-        cut = self.command("point", "cut", self.GROUP, "--label", "settle")
+        # A coordinator that has just started may not have heard from the source yet.
+        cut = eventually("the source takes a cut", lambda: self.try_command("point", "cut", self.GROUP, "--label", "settle"))
         eventually(f"record {cut['seq']} is durable at the target",
                    lambda: (self.protected() or {}).get("durable_seq", 0) >= cut["seq"], timeout)
         return cut["seq"]
