@@ -4,7 +4,7 @@
 //! feature [`on`] is the constant `false` and nothing of them is left in the code. `tests/sim --mutants` plays them all.
 //!
 //! The same build also watches every seal: a key and a nonce that meet twice over different bytes are reported by
-//! [`reused_nonce`].
+//! `reused_nonce`, which is there only then.
 
 use crate::seal::{ControlKey, DataKey};
 

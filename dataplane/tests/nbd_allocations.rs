@@ -10,7 +10,9 @@ mod counting_allocations;
 
 use std::collections::VecDeque;
 
-use afterimage_dataplane::host::{Answer, DiskKey, Disks, Export, Geometry, HEADROOM, HostDisk, Request};
+use afterimage_dataplane::host::{
+    Answer, DiskKey, Disks, Export, FrontEnd as _, Geometry, HEADROOM, HostDisk, Request,
+};
 use afterimage_dataplane::io::{
     Allocation, Class, Done, Errno, File, FileInfo, Io, Nanos, Op, OpenHow, Part, Pool, Sock, Token,
 };

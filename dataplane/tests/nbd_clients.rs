@@ -12,6 +12,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use afterimage_dataplane::host::FrontEnd as _;
 use afterimage_dataplane::io::ring::{Ring, RingConfig};
 use afterimage_dataplane::io::{Io, Pool};
 use afterimage_dataplane::nbd::{Counters, Limits, Server};

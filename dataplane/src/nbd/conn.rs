@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use crate::host::{DiskKey, HEADROOM, HostDisk, Request};
+use crate::host::{DiskKey, FrontId, HEADROOM, HostDisk, Request};
 use crate::io::{Done, Io, Nanos, Part, Sock, Token};
 
 use super::negotiate::{Entered, Negotiation};
@@ -371,7 +371,7 @@ impl Conn {
     }
 
     pub(super) fn cookie(&self, op: u32) -> u64 {
-        u64::from(self.id) << 32 | u64::from(op)
+        FrontId::Nbd.cookie(u64::from(self.id) << 32 | u64::from(op))
     }
 
     /// Takes the request whose header is at the front. Nothing is used up if there is no room for it.

@@ -19,4 +19,4 @@ pub(crate) mod request;
 pub mod server;
 pub(crate) mod status;
 
-pub use server::{AttachError, Counters, ExportStatus, Limits, Server};
+pub use server::{AttachError, Counters, Limits, Server};

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::host::{Answer, DiskKey, Disks, HostDisk};
+use crate::host::{Answer, DiskKey, Disks, ExportStatus, FrontEnd, FrontId, HostDisk};
 use crate::io::{Done, Io, Nanos, Op, Sock, Token};
 
 use super::conn::{Conn, Phase};
@@ -72,17 +72,6 @@ pub struct Counters {
     pub violations: u64,
 }
 
-/// Who uses an export.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct ExportStatus {
-    /// Which.
-    pub key: DiskKey,
-    /// Connections in transmission.
-    pub clients: usize,
-    /// Requests under way.
-    pub requests: usize,
-}
-
 /// What all connections share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -127,6 +116,8 @@ const REQUESTS_MAX: usize = (OUT_BYTES - STATUS_MAX) / SMALL_MAX - 1;
 const CONNECTION_BYTES: usize = STAGING_BYTES + 2 * OUT_BYTES;
 /// Connections are numbered in 16 bits, and those that are being forgotten count too.
 const CONNECTIONS_MAX: usize = 1 << 15;
+/// Lives of a place that are told apart: cookies have that many bits for it ([`FrontId::BITS`] are not ours).
+const GENERATIONS: u16 = (1 << (u16::BITS - FrontId::BITS)) - 1;
 
 const RECV: u16 = 0;
 const SEND: u16 = 1;
@@ -141,7 +132,7 @@ struct Place {
 
 /// The NBD front end of one data thread.
 ///
-/// The owner gives it each completion that it [`Server::owns`], and calls [`Server::collect`] once per turn of its loop,
+/// The owner gives it each completion that it [`FrontEnd::owns`], and calls [`FrontEnd::collect`] once per turn of its loop,
 /// after the disks had their turn: replies are sent from there only, so that one send carries all replies of a turn.
 #[derive(Debug)]
 pub struct Server<I: Io> {
@@ -149,7 +140,7 @@ pub struct Server<I: Io> {
     shared: Shared,
     places: Vec<Place>,
     vacant: Vec<u16>,
-    /// Connections that need a look in [`Server::collect`].
+    /// Connections that need a look in [`FrontEnd::collect`].
     active: Vec<u16>,
     /// Those being looked at; kept for its memory.
     looking: Vec<u16>,
@@ -204,7 +195,7 @@ impl<I: Io> Server<I> {
             (self.places.len() - 1) as u16
         });
         let place = &mut self.places[usize::from(index)];
-        place.generation = place.generation.wrapping_add(1);
+        place.generation = place.generation.wrapping_add(1) & GENERATIONS;
         let id = u32::from(place.generation) << 16 | u32::from(index);
         let deadline = io.now().saturating_add(self.shared.limits.handshake);
         let mut conn = Box::new(Conn::new(id, sock, rx, tx, deadline));
@@ -242,116 +233,6 @@ impl<I: Io> Server<I> {
         true
     }
 
-    /// True if a completion with this token is for [`Server::done`].
-    pub fn owns(&self, token: Token) -> bool {
-        (token >> 48) as u16 == self.base
-    }
-
-    /// Takes a completion.
-    pub fn done(&mut self, io: &mut I, disks: &mut impl Disks<I>, done: Done) {
-        let (kind, id) = (done.token as u16, (done.token >> 16) as u32);
-        match kind {
-            RETRY_TIMER => {
-                self.retry_timer = false;
-                return;
-            }
-            HANDSHAKE_TIMER => return self.drop_silent(io),
-            _ => {}
-        }
-        let Some((index, conn)) = conn_of(&mut self.places, id) else { return };
-        match kind {
-            RECV if matches!(conn.phase, Phase::Negotiating(_)) => {
-                let ended = !matches!(done.result, Ok(1..));
-                conn.rx.received_plain(done);
-                if ended {
-                    conn.kill(&mut self.shared, io);
-                } else if !conn.dead {
-                    negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
-                }
-            }
-            RECV => {
-                conn.received(&mut self.shared, io, done);
-                self.serve(io, disks, index, false);
-            }
-            SEND => {
-                conn.sent(&mut self.shared, io, done);
-                if !conn.dead && !conn.rx.is_receiving() {
-                    negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
-                }
-            }
-            _ => {}
-        }
-        self.activate(index);
-    }
-
-    /// Takes answers out of the disks in use, goes on with connections that waited for room, sends replies.
-    pub fn collect(&mut self, io: &mut I, disks: &mut impl Disks<I>) {
-        let mut first = true;
-        loop {
-            let answered = self.take_answers(io, disks);
-            if !first && !answered {
-                break;
-            }
-            // A disk may answer at once, so what is asked now may have answers in the next round. A round without any is
-            // the last; each other one has used something up that only a completion brings back.
-            for at in 0..self.active.len() {
-                let index = self.active[at];
-                let Some(conn) = &mut self.places[usize::from(index)].conn else { continue };
-                if conn.wants_disk() {
-                    self.serve(io, disks, index, first);
-                }
-            }
-            first = false;
-        }
-        self.flush(io);
-    }
-
-    /// Drops the connections of an export that is no longer on offer.
-    pub fn close_export(&mut self, io: &mut I, key: DiskKey) {
-        for index in 0..self.places.len() as u16 {
-            if let Some(conn) = &mut self.places[usize::from(index)].conn
-                && conn.key == Some(key)
-            {
-                conn.abandon(&mut self.shared, io);
-                self.activate(index);
-            }
-        }
-        self.flush(io);
-    }
-
-    /// Takes no further clients and requests, answers what is under way, then closes; see [`Server::is_idle`].
-    pub fn shutdown(&mut self, io: &mut I) {
-        self.shutdown = true;
-        for index in 0..self.places.len() as u16 {
-            if let Some(conn) = &mut self.places[usize::from(index)].conn {
-                conn.end();
-                self.activate(index);
-            }
-        }
-        self.flush(io);
-    }
-
-    /// No connections are left.
-    pub fn is_idle(&self) -> bool {
-        self.places.len() == self.vacant.len()
-    }
-
-    /// Clients of each export that has any.
-    pub fn status(&self) -> Vec<ExportStatus> {
-        let mut all: Vec<ExportStatus> = Vec::new();
-        for conn in self.places.iter().filter_map(|p| p.conn.as_deref()).filter(|c| !c.dead) {
-            let Some(key) = conn.key else { continue };
-            match all.iter_mut().find(|e| e.key == key) {
-                Some(export) => {
-                    export.clients += 1;
-                    export.requests += conn.requests();
-                }
-                None => all.push(ExportStatus { key, clients: 1, requests: conn.requests() }),
-            }
-        }
-        all
-    }
-
     /// Counts since the start.
     pub fn counters(&self) -> Counters {
         self.shared.counters
@@ -372,7 +253,7 @@ impl<I: Io> Server<I> {
         for at in 0..self.used.len() {
             let key = self.used[at].0;
             if let Some(mut disk) = disks.disk(key) {
-                self.answers.extend(disk.answers().drain(..));
+                FrontId::Nbd.take(disk.answers(), &mut self.answers);
             } else {
                 self.drop_clients(io, key);
             }
@@ -493,6 +374,107 @@ impl<I: Io> Server<I> {
             );
             conn.kill(&mut self.shared, io);
         }
+    }
+}
+
+impl<I: Io> FrontEnd<I> for Server<I> {
+    fn owns(&self, token: Token) -> bool {
+        (token >> 48) as u16 == self.base
+    }
+
+    fn done(&mut self, io: &mut I, disks: &mut impl Disks<I>, done: Done) {
+        let (kind, id) = (done.token as u16, (done.token >> 16) as u32);
+        match kind {
+            RETRY_TIMER => {
+                self.retry_timer = false;
+                return;
+            }
+            HANDSHAKE_TIMER => return self.drop_silent(io),
+            _ => {}
+        }
+        let Some((index, conn)) = conn_of(&mut self.places, id) else { return };
+        match kind {
+            RECV if matches!(conn.phase, Phase::Negotiating(_)) => {
+                let ended = !matches!(done.result, Ok(1..));
+                conn.rx.received_plain(done);
+                if ended {
+                    conn.kill(&mut self.shared, io);
+                } else if !conn.dead {
+                    negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
+                }
+            }
+            RECV => {
+                conn.received(&mut self.shared, io, done);
+                self.serve(io, disks, index, false);
+            }
+            SEND => {
+                conn.sent(&mut self.shared, io, done);
+                if !conn.dead && !conn.rx.is_receiving() {
+                    negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
+                }
+            }
+            _ => {}
+        }
+        self.activate(index);
+    }
+
+    fn collect(&mut self, io: &mut I, disks: &mut impl Disks<I>) -> bool {
+        let mut first = true;
+        let mut any = false;
+        loop {
+            let answered = self.take_answers(io, disks);
+            any |= answered;
+            if !first && !answered {
+                break;
+            }
+            // A disk may answer at once, so what is asked now may have answers in the next round. A round without any is
+            // the last; each other one has used something up that only a completion brings back.
+            for at in 0..self.active.len() {
+                let index = self.active[at];
+                let Some(conn) = &mut self.places[usize::from(index)].conn else { continue };
+                if conn.wants_disk() {
+                    self.serve(io, disks, index, first);
+                }
+            }
+            first = false;
+        }
+        self.flush(io);
+        any
+    }
+
+    fn close_export(&mut self, io: &mut I, key: DiskKey) {
+        self.drop_clients(io, key);
+        self.flush(io);
+    }
+
+    fn shutdown(&mut self, io: &mut I) {
+        self.shutdown = true;
+        for index in 0..self.places.len() as u16 {
+            if let Some(conn) = &mut self.places[usize::from(index)].conn {
+                conn.end();
+                self.activate(index);
+            }
+        }
+        self.flush(io);
+    }
+
+    fn is_idle(&self) -> bool {
+        self.places.len() == self.vacant.len()
+    }
+
+    fn status(&self) -> Vec<ExportStatus> {
+        let mut all: Vec<ExportStatus> = Vec::new();
+        for conn in self.places.iter().filter_map(|p| p.conn.as_deref()).filter(|c| !c.dead) {
+            let Some(key) = conn.key else { continue };
+            match all.iter_mut().find(|e| e.key == key) {
+                Some(export) => {
+                    export.clients += 1;
+                    export.requests += conn.requests();
+                }
+                None => all.push(ExportStatus { key, clients: 1, requests: conn.requests() }),
+            }
+        }
+        all
     }
 }
 

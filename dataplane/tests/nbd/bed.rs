@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 
-use afterimage_dataplane::host::{Answer, DiskKey, Disks, Export, Geometry, HEADROOM, HostDisk, MAX_PART, Request};
+use afterimage_dataplane::host::{
+    Answer, DiskKey, Disks, Export, FrontEnd as _, Geometry, HEADROOM, HostDisk, MAX_PART, Request,
+};
 use afterimage_dataplane::io::sim::{NodeId, Rng, SimIo, World, WorldConfig};
 use afterimage_dataplane::io::{Allocation, Class, Errno, Io, Nanos, Op, Part, Pool, Sock};
 use afterimage_dataplane::nbd::proto::{self, RequestHeader, be16, be32, be64, cmd, info, option, rep};

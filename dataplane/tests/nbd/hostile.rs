@@ -1,6 +1,7 @@
 //! Bytes that no client of good will sends: errors or the end of that connection, nothing else.
 
 use super::bed::{Bed, go, meta, option_bytes, pattern};
+use afterimage_dataplane::host::FrontEnd as _;
 use afterimage_dataplane::io::sim::Rng;
 use afterimage_dataplane::nbd::proto::{RequestHeader, cmd, option};
 

@@ -1,6 +1,7 @@
 //! Options as clients send them, good and bad.
 
 use super::bed::{Bed, MemDisk, classes, go, meta, option_bytes};
+use afterimage_dataplane::host::FrontEnd as _;
 use afterimage_dataplane::nbd::Limits;
 use afterimage_dataplane::nbd::proto::{self, be16, be32, be64, cmd, error, flag, info, option, rep};
 

@@ -1,7 +1,7 @@
 //! What each request does, and the error each bad one gets.
 
 use super::bed::{Bed, MemDisk, Message, classes, go, pattern};
-use afterimage_dataplane::host::MAX_PART;
+use afterimage_dataplane::host::{FrontEnd as _, MAX_PART};
 use afterimage_dataplane::io::Errno;
 use afterimage_dataplane::nbd::Limits;
 use afterimage_dataplane::nbd::proto::{MAX_PAYLOAD, be32, chunk, cmd, cmd_flag, error, info, option, rep};

@@ -1,6 +1,7 @@
 //! Bounds: requests, budgets, buffers.
 
 use super::bed::{Bed, MemDisk, Message, classes, pattern};
+use afterimage_dataplane::host::FrontEnd as _;
 use afterimage_dataplane::io::Class;
 use afterimage_dataplane::nbd::Limits;
 use afterimage_dataplane::nbd::proto::{cmd, cmd_flag, error};

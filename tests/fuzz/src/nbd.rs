@@ -1,6 +1,7 @@
 //! Bytes of an NBD client, through a server with a disk that asserts what it is asked. Whatever one client sends, the
 //! next one is served, and no buffer is lost.
 
+use afterimage_dataplane::host::FrontEnd as _;
 use afterimage_dataplane::io::Class;
 use afterimage_dataplane::nbd::Limits;
 use afterimage_dataplane::nbd::proto::{RequestHeader, cmd, option};

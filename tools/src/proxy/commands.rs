@@ -324,7 +324,7 @@ async fn close_view(proxy: &Proxy, said: CloseView) -> Result<Outcome, Refused> 
         .call(move |desk| {
             let closed = desk.core.close_view(desk.io, &name, said.keep_delta);
             for key in keys {
-                desk.nbd.close_export(desk.io, key);
+                desk.fronts.close_export(desk.io, key);
             }
             closed
         })

@@ -23,6 +23,7 @@ pub mod config;
 mod converge;
 mod convert;
 mod cores;
+mod fronts;
 mod identity;
 mod keep;
 mod link;

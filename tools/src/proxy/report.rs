@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 
-use afterimage_dataplane::host::DiskKey;
+use afterimage_dataplane::host::{DiskKey, ExportStatus};
 use afterimage_dataplane::io::Io;
-use afterimage_dataplane::nbd::ExportStatus;
 use afterimage_dataplane::source::{DiskStatus, GroupState, GroupStatus, HoldReason, Rung};
 use afterimage_dataplane::target::{Choice, StreamState, StreamStatus};
 use afterimage_wire::ids::StreamId;
@@ -67,7 +66,7 @@ impl Reporter {
                     let rpo = desk.core.rpo_histogram(group.stream).cloned();
                     (group, rpo)
                 };
-                (status.into_iter().map(with_rpo).collect::<Vec<_>>(), desk.nbd.status())
+                (status.into_iter().map(with_rpo).collect::<Vec<_>>(), desk.fronts.status())
             })
             .await?;
         let clients = by_export(&clients);
@@ -156,7 +155,12 @@ fn encode(samples: &Histogram<u64>) -> Vec<u8> {
 }
 
 fn by_export(status: &[ExportStatus]) -> HashMap<DiskKey, u32> {
-    status.iter().map(|s| (s.key, u32::try_from(s.clients).unwrap_or(u32::MAX))).collect()
+    let mut clients: HashMap<_, u32> = HashMap::new();
+    for export in status {
+        let of_export = clients.entry(export.key).or_default();
+        *of_export = of_export.saturating_add(u32::try_from(export.clients).unwrap_or(u32::MAX));
+    }
+    clients
 }
 
 /// The lease that a group keeps to, milliseconds. Nothing while it is about to become another: the coordinator relies
@@ -242,7 +246,7 @@ async fn targets(proxy: &Proxy) -> Result<(Vec<TargetStreamReport>, Vec<ViewRepo
                 let points = summary(desk, &stream);
                 (stream_report(&stream, now, boot, points), stream)
             });
-            (reports.collect::<Vec<_>>(), desk.nbd.status())
+            (reports.collect::<Vec<_>>(), desk.fronts.status())
         })
         .await?;
     let clients = by_export(&clients);

@@ -1,4 +1,4 @@
-//! A data thread: one ring, one core (source or target), one NBD front end, and the loop that drives them.
+//! A data thread: one ring, one core (source or target), its front ends, and the loop that drives them.
 //!
 //! The service thread sends *jobs*: closures that run on the data thread between two turns, with everything that the
 //! thread owns on the [`Desk`] before them. Jobs are rare (a client connects, a stream is linked, a status is asked);
@@ -11,8 +11,9 @@ use std::thread::JoinHandle;
 use afterimage_dataplane::host::Disks;
 use afterimage_dataplane::io::ring::{Ring, RingConfig, RingError, Waker};
 use afterimage_dataplane::io::{Class, Done, Io, Nanos, Pool};
-use afterimage_dataplane::nbd::{Limits, Server};
 use tokio::sync::{mpsc, oneshot};
+
+use super::fronts::Fronts;
 
 /// Jobs that may wait for a data thread. A sender beyond that waits.
 const INBOX: usize = 256;
@@ -24,8 +25,6 @@ const JOBS_PER_TURN: usize = 16;
 const FILES: u64 = 8192;
 /// Completions for which there is room without allocating.
 const COMPLETIONS: usize = 1024;
-/// Machine id of the NBD front end (the upper 16 bits of its tokens).
-const NBD_ID: u16 = 0x4000;
 /// Longest sleep without a deadline: only a guard, wake-ups end it.
 const IDLE: Nanos = 10_000_000_000;
 /// Sleep while the outbox is full: the service thread makes no wake-up when it has taken events out.
@@ -59,8 +58,8 @@ pub struct Desk<'a, C> {
     pub io: &'a mut Ring,
     /// The core.
     pub core: &'a mut C,
-    /// The front end.
-    pub nbd: &'a mut Server<Ring>,
+    /// The front ends.
+    pub fronts: &'a mut Fronts,
 }
 
 type Job<C> = Box<dyn FnOnce(&mut Desk<'_, C>) + Send>;
@@ -170,9 +169,9 @@ pub fn start<C: Core>(
         };
         let waker = io.waker();
         let core = build(&mut io, waker.clone());
-        let nbd = Server::new(NBD_ID, Limits::default());
+        let fronts = Fronts::new();
         if started.send(Ok(waker)).is_ok() {
-            DataLoop { io, core, nbd, orders, outbox, stop: Stop::No, done: Vec::with_capacity(COMPLETIONS) }.run();
+            DataLoop { io, core, fronts, orders, outbox, stop: Stop::No, done: Vec::with_capacity(COMPLETIONS) }.run();
         }
     })?;
     // The thread always answers: with a waker, with an error, or by dropping its end in a panic.
@@ -218,7 +217,7 @@ enum Stop {
 struct DataLoop<C: Core> {
     io: Ring,
     core: C,
-    nbd: Server<Ring>,
+    fronts: Fronts,
     orders: mpsc::Receiver<Order<C>>,
     outbox: mpsc::Sender<C::Event>,
     stop: Stop,
@@ -228,9 +227,9 @@ struct DataLoop<C: Core> {
 impl<C: Core> DataLoop<C> {
     fn run(mut self) {
         loop {
-            let more = self.take_orders();
+            let mut more = self.take_orders();
             self.core.turn(&mut self.io);
-            self.nbd.collect(&mut self.io, &mut self.core);
+            more |= self.fronts.collect(&mut self.io, &mut self.core);
             let full = self.give_events();
             if self.go_on_stopping() {
                 return;
@@ -238,9 +237,7 @@ impl<C: Core> DataLoop<C> {
             let until = if more { None } else { Some(self.until(full)) };
             self.io.poll(until, &mut self.done);
             for done in self.done.drain(..) {
-                if self.nbd.owns(done.token) {
-                    self.nbd.done(&mut self.io, &mut self.core, done);
-                } else {
+                if let Some(done) = self.fronts.done(&mut self.io, &mut self.core, done) {
                     self.core.done(&mut self.io, done);
                 }
             }
@@ -252,7 +249,7 @@ impl<C: Core> DataLoop<C> {
         for _ in 0..JOBS_PER_TURN {
             match self.orders.try_recv() {
                 Ok(Order::Job(job)) => {
-                    job(&mut Desk { io: &mut self.io, core: &mut self.core, nbd: &mut self.nbd });
+                    job(&mut Desk { io: &mut self.io, core: &mut self.core, fronts: &mut self.fronts });
                 }
                 Ok(Order::Stop(within)) => self.begin_stop(within),
                 Err(mpsc::error::TryRecvError::Empty) => return false,
@@ -286,7 +283,7 @@ impl<C: Core> DataLoop<C> {
 
     fn begin_stop(&mut self, within: Nanos) {
         if matches!(self.stop, Stop::No) {
-            self.nbd.shutdown(&mut self.io);
+            self.fronts.shutdown(&mut self.io);
             let now = self.io.now();
             self.stop = Stop::Clients { until: now + CLIENTS_END.min(within / 2), end: now + within };
         }
@@ -296,7 +293,7 @@ impl<C: Core> DataLoop<C> {
     fn go_on_stopping(&mut self) -> bool {
         let now = self.io.now();
         if let Stop::Clients { until, end } = self.stop
-            && (self.nbd.is_idle() || now >= until)
+            && (self.fronts.is_idle() || now >= until)
         {
             self.core.stop(&mut self.io);
             self.core.turn(&mut self.io);

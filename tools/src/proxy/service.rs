@@ -382,7 +382,7 @@ async fn accept_nbd<C: Core>(handle: Handle<C>, accept: impl AsyncFn() -> io::Re
             }
         };
         let attached = handle.call(move |desk| match desk.io.attach(socket) {
-            Ok(sock) => desk.nbd.attach(desk.io, sock, desk.core).map_err(|error| error.to_string()),
+            Ok(sock) => desk.fronts.nbd.attach(desk.io, sock, desk.core).map_err(|error| error.to_string()),
             Err(errno) => Err(errno.to_string()),
         });
         match attached.await {
