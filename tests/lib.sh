@@ -21,15 +21,27 @@ packages() {
         dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
     done
     [ ${#missing[@]} -eq 0 ] && return
-    local as_root=()
-    [ "$(id -u)" -eq 0 ] || as_root=(sudo -n)
-    if ! "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >"$target/apt.log" 2>&1; then
-        # An old list of packages is the usual reason.
-        if ! { "${as_root[@]}" apt-get update && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } >"$target/apt.log" 2>&1; then
+    # An old list of packages is the usual reason for a failure.
+    install_packages "${missing[@]}" >"$target/apt.log" 2>&1 ||
+        { privileged apt-get update && install_packages "${missing[@]}"; } >"$target/apt.log" 2>&1 || {
             skip "needs ${missing[*]} (apt-get says why in $target/apt.log)"
             return 1
-        fi
+        }
+}
+
+privileged() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+install_packages() {
+    local companion=() version
+    # QEMU's parts are of one version: beside a newer qemu-utils, apt-get would rather remove that than go back.
+    if [[ " $* " == *" qemu-system-x86 "* ]] && dpkg-query -W qemu-utils >/dev/null; then
+        version=$(LC_ALL=C apt-cache policy qemu-system-x86 | awk '/Candidate:/ { print $2 }')
+        [ "$version" = "$(dpkg-query -W -f '${Version}' qemu-utils)" ] ||
+            companion=(--allow-downgrades "qemu-utils=$version")
     fi
+    privileged env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" "${companion[@]}"
 }
 
 # wait_for SECONDS COMMAND…: until it succeeds.

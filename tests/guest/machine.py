@@ -1,0 +1,276 @@
+"""One guest: its processor is emulated, its disks are what a test wants to know about.
+
+Time in a guest without KVM runs by the host's clock while everything is some ten times slower: bounds are generous, and
+no test may depend on them.
+"""
+
+import base64
+import json
+import re
+import shlex
+import socket
+import subprocess
+import threading
+import time
+
+from cluster import Failed, eventually, expect
+
+from .image import Archive
+
+BOOT = 120.0  # seconds; some five on an idle machine
+HOST = "10.0.2.2"  # the loopback of the host, seen from a guest
+
+
+class Lost(Failed):
+    """The guest is gone: its power was cut, or it has died."""
+
+
+class Guest:
+    """A machine: describe its disks, then `boot`. Disks are named by the test and found in the guest by `block`."""
+
+    def __init__(self, folder, image, name, memory=384, processors=1, net=False, tools=False):
+        self.folder, self.image, self.name = folder, image, name
+        self.memory, self.processors, self.net = memory, processors, net
+        self.console = folder / f"{name}.console"
+        self.log = folder / f"{name}.qemu.log"
+        self.witnessed = []
+        self.arguments = []
+        self.disks = []
+        self.files = Archive()
+        self.process = None
+        self.number = 0
+        self.turn = threading.Lock()
+        if tools:
+            self.file("tools", image.tools, read_only=True)  # fio, with the many libraries that Debian builds it with
+
+    # Disks. Each is at an address of its own on the bus, by which it is found again in the guest.
+
+    def _disk(self, name, device):
+        self.disks.append(name)
+        self.arguments += ["-device", f"{device},id={name},addr={7 + len(self.disks):#x}"]
+
+    def vhost_user(self, name, path, queues=1, reconnect=1, options=""):
+        """A disk of another process. `config-wce` stays off: with it a guest would not send a flush."""
+        wait = f",reconnect={reconnect}" if reconnect else ""
+        self.arguments += ["-chardev", f"socket,id=chr-{name},path={path}{wait}"]
+        self._disk(name, f"vhost-user-blk-pci,chardev=chr-{name},num-queues={queues},config-wce=off{options}")
+
+    def file(self, name, path, read_only=False, options=""):
+        """A raw file, written to by QEMU itself."""
+        read_only = "on" if read_only else "off"
+        self.arguments += ["-blockdev", f"driver=file,node-name=file-{name},filename={path},read-only={read_only},locking=off",
+                           "-blockdev", f"driver=raw,node-name=raw-{name},file=file-{name},read-only={read_only}"]
+        self._disk(name, f"virtio-blk-pci,drive=raw-{name}{options}")
+
+    def nbd(self, name, socket_path, export, reconnect=60, options=""):
+        """An export of an NBD server on a socket of this host."""
+        self.arguments += ["-blockdev", f"driver=nbd,node-name=nbd-{name},server.type=unix,server.path={socket_path},"
+                                        f"export={export},reconnect-delay={reconnect}"]
+        self._disk(name, f"virtio-blk-pci,drive=nbd-{name}{options}")
+
+    # Life.
+
+    def boot(self, timeout=BOOT):
+        """Starts the machine; returns when its shell answers."""
+        extra = self.folder / f"{self.name}.cpio"
+        extra.write_bytes(self.image.archive.read_bytes() + self.files.bytes())
+        paths = {port: self.folder / f"{self.name}.{port}" for port in ("shell", "witness", "qmp")}
+        command = [
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35,memory-backend=mem", "-cpu", "max",
+            "-smp", str(self.processors), "-m", f"{self.memory}M", "-nodefaults", "-no-user-config", "-display", "none",
+            # Guests share their memory with whoever serves their disks.
+            "-object", f"memory-backend-memfd,id=mem,size={self.memory}M,share=on",
+            "-kernel", str(self.image.kernel), "-initrd", str(extra),
+            "-append", "console=ttyS0 panic=-1 loglevel=6 tsc=reliable mitigations=off nokaslr random.trust_cpu=on",
+            "-no-reboot", "-serial", f"file:{self.console}",
+            "-qmp", f"unix:{paths['qmp']},server=on,wait=off",
+            # Where disks can be plugged in while it runs.
+            "-device", "pcie-root-port,id=hot0,chassis=1,addr=0x3",
+            "-device", "virtio-serial-pci,addr=0x2"]
+        for port in ("shell", "witness"):
+            command += ["-chardev", f"socket,id={port},path={paths[port]},server=on,wait=off",
+                        "-device", f"virtserialport,chardev={port},name={port}"]
+        if self.net:
+            command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=,addr=0x4"]
+        with open(self.log, "ab") as log:
+            log.write((shlex.join([*command, *self.arguments]) + "\n").encode())
+            log.flush()
+            self.process = subprocess.Popen([*command, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        limit = time.monotonic() + timeout
+        try:
+            self.qmp = Monitor(self._connect(paths["qmp"], limit))
+            self.shell = self._connect(paths["shell"], limit)
+            self.unread = b""
+            witness = self._connect(paths["witness"], limit)
+            self.reader = threading.Thread(target=self._witness, args=(witness,), daemon=True)
+            self.reader.start()
+            self.number = 0
+            self._answer(0, limit)
+            if "tools" in self.disks:
+                self.do(f"mount -r {self.block('tools')} /tools")
+        except (Failed, OSError) as error:
+            self.power_cut()
+            raise Failed(f"guest {self.name} does not boot: {error}\n{self.tail()}") from None
+        return self
+
+    def _connect(self, path, limit):
+        link = socket.socket(socket.AF_UNIX)
+
+        def connected():
+            if self.process.poll() is not None:
+                raise Lost(f"QEMU has ended with {self.process.returncode}")
+            try:
+                link.connect(str(path))
+                return True
+            except OSError:
+                return False
+        eventually(f"QEMU listens at {path}", connected, max(1.0, limit - time.monotonic()))
+        return link
+
+    def _witness(self, link):
+        """Notes each line with its time until the power is off."""
+        rest = b""
+        while True:
+            try:
+                got = link.recv(65536)
+            except OSError:
+                got = b""
+            if not got:
+                return
+            *lines, rest = (rest + got).split(b"\n")
+            now = time.monotonic()
+            self.witnessed += [(now, line.decode(errors="replace")) for line in lines]
+
+    def alive(self):
+        return self.process is not None and self.process.poll() is None
+
+    def tail(self, lines=25):
+        def last(path):
+            return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+        return f"{last(self.log)}\n{last(self.console)}"
+
+    def power_cut(self):
+        """What the guest holds in memory is gone at once."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait()
+            if hasattr(self, "reader"):
+                self.reader.join(timeout=10)
+
+    def shutdown(self, timeout=60):
+        """The guest itself switches off, its file systems written."""
+        if not self.alive():
+            return
+        try:
+            self.run("sync; grep -E '^/dev/(vd|ublk|nbd|dm)' /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount",
+                     timeout=timeout)
+        except Failed:
+            pass
+        try:
+            self.shell.sendall(f"999999 {base64.b64encode(b'poweroff -f').decode()}\n".encode())
+            self.process.wait(timeout=timeout)
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+        self.power_cut()
+
+    def close(self):
+        self.power_cut()
+
+    # What it does.
+
+    def _answer(self, number, limit):
+        mark = re.compile(rb"(?:^|\n|(?<=.))=%d= (\d+)\n" % number)
+        while True:
+            found = mark.search(self.unread)
+            if found:
+                output, self.unread = self.unread[:found.start()], self.unread[found.end():]
+                return int(found.group(1)), output.decode(errors="replace").strip("\n")
+            left = limit - time.monotonic()
+            if left <= 0:
+                raise Failed(f"no answer in time; so far: {self.unread[-2000:].decode(errors='replace')}")
+            self.shell.settimeout(left)
+            try:
+                got = self.shell.recv(65536)
+            except TimeoutError:
+                continue
+            except OSError:
+                got = b""
+            if not got:
+                raise Lost(f"guest {self.name} is gone")
+            self.unread += got
+
+    def run(self, script, timeout=120.0):
+        """A shell script in the guest: its exit code and all that it said."""
+        with self.turn:
+            if not self.alive():
+                raise Lost(f"guest {self.name} is off")
+            self.number += 1
+            try:
+                self.shell.settimeout(timeout)
+                self.shell.sendall(f"{self.number} {base64.b64encode(script.encode()).decode()}\n".encode())
+            except OSError as error:
+                raise Lost(f"guest {self.name} is gone: {error}") from error
+            return self._answer(self.number, time.monotonic() + timeout)
+
+    def do(self, script, timeout=120.0):
+        """A script that must succeed; what it said."""
+        code, output = self.run("set -e\n" + script, timeout)
+        expect(code == 0, f"guest {self.name}: exit code {code} of\n{script}\n{output[-3000:]}")
+        return output
+
+    def start(self, name, script):
+        """A script in the background; `finished` waits for it. What it writes to file 9 reaches `witnessed`."""
+        quoted = shlex.quote("set -e\n" + script)
+        self.do(f"(sh -c {quoted} >/tmp/{name}.out 2>&1 </dev/null; echo $? >/tmp/{name}.code.new; "
+                f"mv /tmp/{name}.code.new /tmp/{name}.code) >/dev/null 2>&1 </dev/null &")
+
+    def finished(self, name, timeout=120.0):
+        """Waits for what was started; exit code and output."""
+        code, output = self.run(f"until [ -e /tmp/{name}.code ]; do usleep 100000; done; cat /tmp/{name}.out; "
+                                f"exit $(cat /tmp/{name}.code)", timeout)
+        return code, output
+
+    def load(self, module):
+        self.do(f"load {module}")
+
+    def block(self, name):
+        """The device of a disk in the guest."""
+        address = f"0000:00:{8 + self.disks.index(name):02x}.0"
+        return "/dev/" + self.do(f"for try in $(seq 100); do [ -e /sys/bus/pci/devices/{address}/virtio*/block/* ] && break; "
+                                 f"usleep 50000; done; basename /sys/bus/pci/devices/{address}/virtio*/block/*")
+
+    def queue(self, name, attribute):
+        """What the kernel knows of a disk: `write_cache`, `logical_block_size`, …"""
+        return self.do(f"cat /sys/block/{self.block(name).removeprefix('/dev/')}/queue/{attribute}")
+
+    def complaints(self):
+        """What the kernel has said about errors of disks or file systems."""
+        return self.run("dmesg | grep -iE 'I/O error|blk_update|critical|EXT4-fs (error|warning)|XFS.*(error|corrupt)|"
+                        "Buffer I/O|hung task|blocked for more|JBD2.*(error|abort)|Remounting'")[1]
+
+
+class Monitor:
+    """QEMU's own commands (QMP)."""
+
+    def __init__(self, link):
+        link.settimeout(30)
+        self.file = link.makefile("rw")
+        self.events = []
+        self.file.readline()
+        self("qmp_capabilities")
+
+    def __call__(self, command, **arguments):
+        self.file.write(json.dumps({"execute": command, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}}) + "\n")
+        self.file.flush()
+        while True:
+            line = self.file.readline()
+            if not line:
+                raise Lost("QEMU has closed its monitor")
+            answer = json.loads(line)
+            if "event" in answer:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise Failed(f"{command}: {answer['error']['desc']}")
+            else:
+                return answer["return"]
