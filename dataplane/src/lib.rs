@@ -3,7 +3,7 @@
 //! Every stage is a synchronous machine behind the one [`io::Io`] seam; the same code runs on the ring and under the
 //! simulator.
 
-// The allow-list of `unsafe`: the ring and its buffers, nothing else.
+// The allow-list of `unsafe`: the ring, its buffers and memory shared with guests, nothing else.
 #[allow(unsafe_code)]
 pub mod io;
 
@@ -29,6 +29,7 @@ pub mod sealers;
 pub mod ship;
 pub mod source;
 pub(crate) mod spill;
+pub mod vhost;
 
 // … and on the target.
 pub mod compare;

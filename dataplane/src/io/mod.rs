@@ -16,6 +16,7 @@
 use std::fmt;
 
 pub mod buf;
+pub mod guest;
 pub mod ring;
 pub mod sim;
 
@@ -31,7 +32,8 @@ pub type Token = u64;
 #[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct File(pub u32);
 
-/// A connected stream socket.
+/// A connected stream socket; or an event counter of the kernel ([`ring::Ring::attach_event`]), which is used like one: a
+/// [`Op::Recv`] of 8 bytes completes when it was raised since the last time, an [`Op::Send`] of a native 8-byte 1 raises it.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Sock(pub u32);
 

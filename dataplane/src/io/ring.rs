@@ -86,6 +86,8 @@ pub struct Ring {
     free: Vec<u32>,
     /// Flights whose entry did not fit into the submission queue yet.
     backlog: VecDeque<u32>,
+    /// Slots of closed event counters, on which operations are to be cancelled: nothing else ends them.
+    silent: Vec<u16>,
     /// Headers of vectored operations, for reuse.
     #[expect(clippy::vec_box, reason = "the kernel has their addresses")]
     messages: Vec<Box<Message>>,
@@ -134,6 +136,7 @@ impl Ring {
             flights: Vec::with_capacity(expected),
             free: Vec::with_capacity(expected),
             backlog: VecDeque::with_capacity(expected),
+            silent: Vec::new(),
             messages: Vec::new(),
             held: 0,
             timers: BinaryHeap::new(),
@@ -165,6 +168,17 @@ impl Ring {
         self.table.insert(&self.uring, socket, true, false).map(Sock)
     }
 
+    /// Takes over an event counter (`eventfd`) that is shared with another process; see [`Sock`].
+    ///
+    /// # Errors
+    /// `EINVAL` if it is none, `ENFILE` if [`RingConfig::files`] are open.
+    pub fn attach_event(&mut self, event: OwnedFd) -> Result<Sock, Errno> {
+        if !wake::is_event(&event) {
+            return Err(Errno::INVAL);
+        }
+        self.table.insert_event(&self.uring, event).map(Sock)
+    }
+
     /// Wakes this ring's [`Io::poll`] from other threads.
     pub fn waker(&self) -> Waker {
         self.waker.clone()
@@ -192,7 +206,7 @@ impl Ring {
             }
         }
         if self.backlog.is_empty() {
-            return;
+            return self.silence();
         }
         self.pinning.go_on(&self.uring, &self.pool);
         let mut queue = self.uring.submission();
@@ -208,6 +222,25 @@ impl Ring {
             unsafe { queue.push(&entry) }.expect("the queue is not full");
             self.backlog.pop_front();
             self.held += 1;
+        }
+        drop(queue);
+        self.silence();
+    }
+
+    /// Cancels what is under way on closed event counters, once the kernel has been given all of it.
+    fn silence(&mut self) {
+        if !self.backlog.is_empty() {
+            return;
+        }
+        while let Some(slot) = self.silent.last().copied() {
+            let which = types::CancelBuilder::fd(types::Fixed(u32::from(slot))).all();
+            let entry = opcode::AsyncCancel2::new(which).build().user_data(CANCEL);
+            // SAFETY: a cancellation uses no memory of ours.
+            if unsafe { self.uring.submission().push(&entry) }.is_err() {
+                break;
+            }
+            self.held += 1;
+            self.silent.pop();
         }
     }
 
@@ -265,6 +298,13 @@ impl Ring {
     fn completed(&mut self, index: u32, result: i32, done: &mut Vec<Done>) {
         let slot = &mut self.flights[index as usize];
         let flight = slot.as_mut().expect("a completion belongs to a flight");
+        if flight.kind == flight::Kind::Hear
+            && result >= 0
+            && let Ok(fd) = self.table.fd(flight.number)
+        {
+            // Back to zero, without waiting in case somebody else has read it meanwhile.
+            wake::clear(fd);
+        }
         match flight.outcome(result) {
             Outcome::Continue => self.backlog.push_back(index),
             Outcome::Over(result) => {
@@ -335,6 +375,9 @@ impl Io for Ring {
             let Flight { part, parts, .. } = flight;
             self.ready.push(Done { token, result: Err(Errno::BADF), part, parts });
             return;
+        }
+        if self.table.get(flight.number).is_some_and(|entry| entry.event) {
+            flight.on_event();
         }
         if flight.needs_message() {
             flight.message = Some(self.messages.pop().unwrap_or_else(Message::new));
@@ -449,6 +492,9 @@ impl Io for Ring {
     }
 
     fn close_sock(&mut self, sock: Sock) {
+        if self.table.busy_event(sock.0) {
+            self.silent.push(sock.0 as u16);
+        }
         self.table.close(&self.uring, sock.0);
     }
 

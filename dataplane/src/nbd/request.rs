@@ -147,6 +147,12 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// Takes some entry out.
+    pub fn take_any(&mut self) -> Option<T> {
+        let number = self.entries.iter().position(Option::is_some)?;
+        self.remove(number as u32)
+    }
+
     /// How many entries there are.
     pub fn len(&self) -> usize {
         self.entries.len() - self.free.len()

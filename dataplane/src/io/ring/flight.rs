@@ -16,6 +16,8 @@ pub(super) const REGISTRATION: usize = 64 << 20;
 const MAX_LEN: u32 = 1 << 30;
 /// RWF_DSYNC.
 const DSYNC: i32 = libc::RWF_DSYNC;
+/// Bytes of an event counter.
+const EVENT_LEN: u64 = 8;
 const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
 
 /// Header and vectors of a vectored operation, at an address that stays.
@@ -52,13 +54,21 @@ impl Message {
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
     Read,
-    Write { durable: bool },
+    Write {
+        durable: bool,
+    },
     Sync,
-    Zero { unmap: bool },
+    Zero {
+        unmap: bool,
+    },
     Recv,
     RecvV,
     Send,
     SendV,
+    /// Until an event counter can be read.
+    Hear,
+    /// Adds to an event counter.
+    Raise,
 }
 
 /// An operation and all that the kernel uses of it.
@@ -132,7 +142,17 @@ impl Flight {
     }
 
     pub(super) fn is_net(&self) -> bool {
-        matches!(self.kind, Kind::Recv | Kind::RecvV | Kind::Send | Kind::SendV)
+        matches!(self.kind, Kind::Recv | Kind::RecvV | Kind::Send | Kind::SendV | Kind::Hear | Kind::Raise)
+    }
+
+    /// What is asked of a socket is asked of an event counter, which the kernel has other operations for.
+    pub(super) fn on_event(&mut self) {
+        self.kind = match self.kind {
+            Kind::Recv => Kind::Hear,
+            Kind::Send => Kind::Raise,
+            other => panic!("{other:?} on an event counter"),
+        };
+        assert_eq!(self.total, EVENT_LEN, "an event counter takes and gives 8 bytes");
     }
 
     pub(super) fn needs_message(&self) -> bool {
@@ -150,6 +170,7 @@ impl Flight {
                 let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { mode_zero } | keep;
                 opcode::Fallocate::new(fd, self.total).offset(self.offset).mode(mode).build()
             }
+            Kind::Hear => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
             Kind::RecvV | Kind::SendV => {
                 let message = self.message.as_mut().expect("a vectored operation has its message");
                 let header = message.point(&mut self.parts, self.done as usize);
@@ -159,7 +180,7 @@ impl Flight {
                     opcode::SendMsg::new(fd, header).flags(SEND_FLAGS as u32).build()
                 }
             }
-            Kind::Read | Kind::Write { .. } | Kind::Recv | Kind::Send => {
+            Kind::Read | Kind::Write { .. } | Kind::Recv | Kind::Send | Kind::Raise => {
                 let done = self.done as usize;
                 let part = self.part.as_mut().expect("the operation has its buffer");
                 let fixed = registration(pool, part, done).filter(|piece| usize::from(*piece) < registered);
@@ -168,6 +189,7 @@ impl Flight {
                 let len = u32::try_from(part.len - done).map_or(MAX_LEN, |len| len.min(MAX_LEN));
                 let offset = self.offset + self.done;
                 match (self.kind, fixed) {
+                    (Kind::Raise, _) => opcode::Write::new(fd, address, len).build(),
                     (Kind::Recv, _) => opcode::Recv::new(fd, address, len).build(),
                     (Kind::Send, _) => opcode::Send::new(fd, address, len).flags(SEND_FLAGS).build(),
                     (Kind::Read, Some(index)) => opcode::ReadFixed::new(fd, address, len, index).offset(offset).build(),
@@ -191,12 +213,15 @@ impl Flight {
         if result < 0 {
             return match -result {
                 libc::EINTR => Outcome::Continue,
+                // The counter is as high as it goes: it is raised, then.
+                libc::EAGAIN if self.kind == Kind::Raise => Outcome::Over(Ok(EVENT_LEN)),
                 error => Outcome::Over(Err(Errno(error))),
             };
         }
         match self.kind {
             Kind::Recv | Kind::RecvV => Outcome::Over(Ok(result as u64)),
             Kind::Sync | Kind::Zero { .. } => Outcome::Over(Ok(0)),
+            Kind::Hear | Kind::Raise => Outcome::Over(Ok(EVENT_LEN)),
             Kind::Read | Kind::Write { .. } | Kind::Send | Kind::SendV => {
                 self.done += result as u64;
                 let direct = !self.is_net();

@@ -10,6 +10,8 @@ use crate::io::Errno;
 pub(super) struct Entry {
     pub(super) fd: OwnedFd,
     pub(super) socket: bool,
+    /// An event counter, which counts as a socket.
+    pub(super) event: bool,
     /// [`crate::io::FileInfo::discard`]; found out when it was opened.
     pub(super) discard: bool,
     in_flight: u32,
@@ -41,12 +43,21 @@ impl Table {
 
     /// Registers the descriptor and numbers it.
     pub(super) fn insert(&mut self, ring: &IoUring, fd: OwnedFd, socket: bool, discard: bool) -> Result<u32, Errno> {
+        self.insert_as(ring, Entry { fd, socket, event: false, discard, in_flight: 0, closing: false })
+    }
+
+    /// As [`Table::insert`], of an event counter.
+    pub(super) fn insert_event(&mut self, ring: &IoUring, fd: OwnedFd) -> Result<u32, Errno> {
+        self.insert_as(ring, Entry { fd, socket: true, event: true, discard: false, in_flight: 0, closing: false })
+    }
+
+    fn insert_as(&mut self, ring: &IoUring, entry: Entry) -> Result<u32, Errno> {
         let slot = *self.free.last().ok_or(Errno::NFILE)?;
-        let registered = ring.submitter().register_files_update(u32::from(slot), &[fd.as_raw_fd()]);
+        let registered = ring.submitter().register_files_update(u32::from(slot), &[entry.fd.as_raw_fd()]);
         registered.map_err(|e| super::kernel::errno(&e))?;
         self.free.pop();
         let place = &mut self.slots[usize::from(slot)];
-        place.entry = Some(Entry { fd, socket, discard, in_flight: 0, closing: false });
+        place.entry = Some(entry);
         Ok(u32::from(place.generation) << 16 | u32::from(slot))
     }
 
@@ -54,6 +65,11 @@ impl Table {
     pub(super) fn get(&self, number: u32) -> Option<&Entry> {
         let slot = self.slots.get(usize::from(number as u16))?;
         slot.entry.as_ref().filter(|entry| u32::from(slot.generation) == number >> 16 && !entry.closing)
+    }
+
+    /// Whether it is an event counter, and operations are under way on it.
+    pub(super) fn busy_event(&self, number: u32) -> bool {
+        self.get(number).is_some_and(|entry| entry.event && entry.in_flight > 0)
     }
 
     pub(super) fn fd(&self, number: u32) -> Result<BorrowedFd<'_>, Errno> {
@@ -87,7 +103,7 @@ impl Table {
         }
         if let Some(entry) = &mut self.slots[usize::from(number as u16)].entry {
             entry.closing = true;
-            if entry.socket {
+            if entry.socket && !entry.event {
                 // Ends what is under way, and tells the peer.
                 let _ = rustix::net::shutdown(&entry.fd, rustix::net::Shutdown::Both);
             }
@@ -111,7 +127,9 @@ impl Table {
 
     /// Shuts every socket down, so that what is under way on them ends.
     pub(super) fn shut_sockets(&self) {
-        for entry in self.slots.iter().filter_map(|slot| slot.entry.as_ref()).filter(|entry| entry.socket) {
+        for entry in
+            self.slots.iter().filter_map(|slot| slot.entry.as_ref()).filter(|entry| entry.socket && !entry.event)
+        {
             let _ = rustix::net::shutdown(&entry.fd, rustix::net::Shutdown::Both);
         }
     }

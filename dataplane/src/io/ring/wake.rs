@@ -1,10 +1,11 @@
 //! Waking a ring's thread from another one, by an eventfd that the ring always has a read on.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::ReadWriteFlags;
 
 use super::RingError;
 
@@ -42,4 +43,16 @@ impl Waker {
     pub(super) fn hear(&self) {
         self.0.rung.swap(false, Ordering::AcqRel);
     }
+}
+
+/// Whether this is an `eventfd`: of nothing else is it known that it is ready only when it was raised.
+pub(super) fn is_event(fd: &OwnedFd) -> bool {
+    let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()), Vec::new());
+    link.is_ok_and(|link| link.to_bytes() == b"anon_inode:[eventfd]")
+}
+
+/// Sets an event counter back to zero if it is raised; never waits, even if its descriptor would.
+pub(super) fn clear(fd: BorrowedFd<'_>) {
+    let mut count = [0; 8];
+    let _ = rustix::io::preadv2(fd, &mut [std::io::IoSliceMut::new(&mut count)], u64::MAX, ReadWriteFlags::NOWAIT);
 }

@@ -1,0 +1,768 @@
+//! One disk in one guest: requests from its queues to the disk, and their ends back.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::host::{DiskKey, FrontId, Geometry, HEADROOM, HostDisk, MAX_PART, Request};
+use crate::io::guest::{Fault, GuestMemory, Map};
+use crate::io::{Class, Done, Errno, Io, Nanos, Op, Part, Pool, Sock};
+use crate::nbd::request::Slab;
+
+use super::chain::{Chain, Nonsense};
+use super::proto::{self, feature, status};
+use super::queue::{Addresses, Agreed, Queue};
+use super::request::{self, Ask};
+use super::server::{Shared, token};
+
+/// How often a part is tried again when its disk has no room for it; a try each few milliseconds.
+const TRIES: u16 = 1000;
+/// Buffers for the event counters of a device: two of each queue, and as many that come back late.
+const EVENT_BUFS: usize = 4 * proto::QUEUES_MAX as usize;
+const EVENT_BUF: usize = 4096;
+/// Bytes that go over an event counter.
+const EVENT: usize = 8;
+/// The disk completes partial blocks in place: room before and behind a write's data, bytes.
+const BLOCK: usize = 4096;
+/// A shorter time of looking without being asked to is none, nanoseconds.
+const POLL_MIN: Nanos = 4_000;
+
+/// What a device needs of the front end.
+pub(super) struct Context<'a, I: Io> {
+    pub io: &'a mut I,
+    pub shared: &'a mut Shared,
+    pub base: u16,
+}
+
+/// An event counter, as far as we use it.
+#[derive(Debug)]
+pub(super) struct Event {
+    sock: Sock,
+    epoch: u8,
+    /// An operation is under way on it.
+    busy: bool,
+    /// It is to be raised once more.
+    again: bool,
+}
+
+/// A queue as the messages have described it so far.
+#[derive(Debug, Default)]
+pub(super) struct Vring {
+    pub size: u16,
+    pub addresses: Option<Addresses>,
+    pub base: u16,
+    pub enabled: bool,
+    pub kick: Option<Event>,
+    pub call: Option<Event>,
+    epoch: u8,
+    /// Runs, from the kick on.
+    pub queue: Option<Queue>,
+    /// Takes nothing new, since it is to stop.
+    pub stopping: bool,
+    /// Requests under way.
+    outstanding: u32,
+    /// The driver may have to be called.
+    ended: bool,
+}
+
+impl Vring {
+    /// Nothing is under way, and nothing that a process before us began is left.
+    pub fn is_quiet(&self) -> bool {
+        self.outstanding == 0 && self.queue.as_ref().is_none_or(|q| !q.has_left())
+    }
+}
+
+#[derive(Debug)]
+struct Req {
+    vring: u16,
+    head: u16,
+    chain: Chain,
+    /// As it was when the request came.
+    memory: Arc<GuestMemory>,
+    ask: Ask,
+    /// Bytes, or ranges, that have been asked of the disk.
+    next: u64,
+    /// Parts that the disk has.
+    outstanding: u32,
+    status: u8,
+    fua: bool,
+}
+
+#[derive(Debug)]
+struct PartOp {
+    req: u32,
+    /// Bytes, or ranges, of the request before it.
+    at: u64,
+    len: u64,
+    cost: usize,
+    tries: u16,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Device {
+    pub id: u32,
+    pub key: DiskKey,
+    pub geometry: Geometry,
+    /// The disk has gone: nothing is answered any more, so that the next process answers it.
+    pub silent: bool,
+    /// The connection has ended.
+    pub closing: bool,
+    /// Needs a look.
+    pub active: bool,
+    /// What found no room is to be tried again.
+    pub retry_due: bool,
+    pub features: u64,
+    pub protocol: u64,
+    pub writeback: bool,
+    pub status: u8,
+    pub memory: Arc<GuestMemory>,
+    pub vrings: Vec<Vring>,
+    /// Memory for requests under way, and for how many queues of how many entries.
+    pub inflight: Option<(Arc<Map>, u16, u16)>,
+    reqs: Slab<Req>,
+    ops: Slab<PartOp>,
+    /// Requests with parts that the disk has not been asked for, in order.
+    pending: VecDeque<u32>,
+    /// Parts for which there was no room.
+    retry: VecDeque<u32>,
+    /// Parts that the disk has.
+    outstanding: usize,
+    spare: Vec<Chain>,
+    events: Pool,
+    starved: bool,
+    /// Something came or ended since the last look.
+    stirred: bool,
+    last_stir: Nanos,
+    /// How long to look without being asked to; 0 as long as that did not pay.
+    window: Nanos,
+    polling: bool,
+}
+
+impl Device {
+    pub fn new(id: u32, key: DiskKey, geometry: Geometry) -> Self {
+        Self {
+            id,
+            key,
+            geometry,
+            silent: false,
+            closing: false,
+            active: true,
+            retry_due: false,
+            features: 0,
+            protocol: 0,
+            writeback: true,
+            status: 0,
+            memory: Arc::default(),
+            vrings: Vec::new(),
+            inflight: None,
+            reqs: Slab::default(),
+            ops: Slab::default(),
+            pending: VecDeque::new(),
+            retry: VecDeque::new(),
+            outstanding: 0,
+            spare: Vec::new(),
+            events: Pool::new(&[Class { capacity: EVENT_BUF, count: EVENT_BUFS }]),
+            starved: false,
+            stirred: false,
+            last_stir: 0,
+            window: 0,
+            polling: false,
+        }
+    }
+
+    /// Requests under way.
+    pub fn requests(&self) -> usize {
+        if self.closing || self.silent { self.outstanding } else { self.reqs.len() }
+    }
+
+    /// The disk has parts of it.
+    pub fn is_waiting(&self) -> bool {
+        self.outstanding > 0
+    }
+
+    /// It can be forgotten.
+    pub fn is_finished(&self) -> bool {
+        self.closing && self.outstanding == 0
+    }
+
+    /// It waits for room.
+    pub fn is_starved(&self) -> bool {
+        self.starved
+    }
+
+    /// It wants to be looked at without being asked to.
+    pub fn is_polling(&self) -> bool {
+        self.polling
+    }
+
+    // --- event counters
+
+    /// Takes another event counter in the place of the one there.
+    pub fn set_event<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16, is_call: bool, sock: Option<Sock>) {
+        let vring = &mut self.vrings[usize::from(queue)];
+        vring.epoch = vring.epoch.wrapping_add(1);
+        let epoch = vring.epoch;
+        let slot = if is_call { &mut vring.call } else { &mut vring.kick };
+        if let Some(old) = slot.take() {
+            cx.io.close_sock(old.sock);
+        }
+        *slot = sock.map(|sock| Event { sock, epoch, busy: false, again: false });
+        if is_call {
+            if let Some(queue) = &mut vring.queue {
+                // What the old one was to tell may not have been heard.
+                queue.forget_calls();
+                vring.ended = true;
+            }
+        } else {
+            self.listen(cx, queue);
+        }
+    }
+
+    /// Waits for the next kick.
+    fn listen<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
+        let Some(kick) = &mut self.vrings[usize::from(queue)].kick else { return };
+        if !kick.busy
+            && let Some(buf) = self.events.take(EVENT_BUF)
+        {
+            kick.busy = true;
+            let token = token(cx.base, self.id, u16::from(kick.epoch) << 8 | queue << 1);
+            cx.io.submit(token, Op::Recv { sock: kick.sock, part: Part { buf, at: 0, len: EVENT } });
+        }
+    }
+
+    fn raise<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
+        let Some(call) = &mut self.vrings[usize::from(queue)].call else { return };
+        if call.busy {
+            call.again = true;
+            return;
+        }
+        let Some(mut buf) = self.events.take(EVENT_BUF) else {
+            (call.again, self.active) = (true, true);
+            return;
+        };
+        (call.busy, call.again) = (true, false);
+        buf[..EVENT].copy_from_slice(&1u64.to_ne_bytes());
+        cx.shared.counters.calls += 1;
+        let token = token(cx.base, self.id, u16::from(call.epoch) << 8 | queue << 1 | 1);
+        cx.io.submit(token, Op::Send { sock: call.sock, part: Part { buf, at: 0, len: EVENT } });
+    }
+
+    /// An operation on an event counter has ended.
+    pub fn event<I: Io>(&mut self, cx: &mut Context<'_, I>, kind: u16, done: Done) {
+        let (epoch, queue, is_call) = ((kind >> 8) as u8, (kind & 0xff) >> 1, kind & 1 == 1);
+        let ok = matches!(done.result, Ok(1..));
+        drop(done);
+        let Some(vring) = self.vrings.get_mut(usize::from(queue)) else { return };
+        let slot = if is_call { &mut vring.call } else { &mut vring.kick };
+        let Some(event) = slot.as_mut().filter(|event| event.epoch == epoch) else { return };
+        event.busy = false;
+        if !ok {
+            if let Some(event) = slot.take() {
+                cx.io.close_sock(event.sock);
+            }
+            return;
+        }
+        if is_call {
+            if event.again {
+                self.raise(cx, queue);
+            }
+            return;
+        }
+        cx.shared.counters.kicks += 1;
+        if cx.shared.limits.poll > 0 && cx.io.now().saturating_sub(self.last_stir) < cx.shared.limits.poll {
+            // Had we looked a little longer, it need not have kicked.
+            self.window = cx.shared.limits.poll;
+        }
+        self.active = true;
+        self.listen(cx, queue);
+    }
+
+    /// Calls the driver where requests have ended.
+    pub fn call<I: Io>(&mut self, cx: &mut Context<'_, I>) {
+        for number in 0..self.vrings.len() as u16 {
+            let vring = &mut self.vrings[usize::from(number)];
+            if !std::mem::take(&mut vring.ended) || self.silent || self.closing {
+                continue;
+            }
+            match vring.queue.as_mut().map(Queue::call_due) {
+                Some(Ok(true)) => self.raise(cx, number),
+                Some(Err(fault)) => self.nonsense(cx, number, fault.into()),
+                Some(Ok(false)) | None => {}
+            }
+        }
+    }
+
+    // --- queues
+
+    /// Starts a queue that has all it needs.
+    pub fn start<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u16) {
+        let vring = &mut self.vrings[usize::from(number)];
+        let (Some(addresses), None, Some(_)) = (vring.addresses, &vring.queue, &vring.kick) else { return };
+        if vring.size == 0 || vring.outstanding > 0 {
+            return; // if it was stopped for making no sense, what it had under way ends first
+        }
+        let has = |bit| self.features & bit != 0;
+        let agreed = Agreed { event_idx: has(feature::EVENT_IDX), indirect: has(feature::INDIRECT_DESC) };
+        let inflight = match &self.inflight {
+            Some((_, queues, size)) if number >= *queues || vring.size > *size => {
+                let why = Nonsense::Queue("the memory for requests under way is too small for it");
+                return self.nonsense(cx, number, why);
+            }
+            Some((map, _, size)) => super::inflight::Inflight::new(map, number, *size),
+            None => None,
+        };
+        match Queue::start(&self.memory, addresses, vring.size, vring.base, agreed, inflight) {
+            Ok(queue) => {
+                vring.queue = Some(queue);
+                vring.stopping = false;
+                self.active = true;
+            }
+            Err(why) => self.nonsense(cx, number, why),
+        }
+    }
+
+    /// What a queue says cannot be followed: it stops.
+    fn nonsense<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u16, why: Nonsense) {
+        let vring = &mut self.vrings[usize::from(number)];
+        if let Some(queue) = vring.queue.take() {
+            vring.base = queue.base();
+        }
+        vring.addresses = None;
+        cx.shared.counters.nonsense += 1;
+        tracing::warn!(device = self.id, queue = number, %why, "a vhost-user queue makes no sense and has been stopped");
+    }
+
+    /// The guest's memory is another now.
+    pub fn remember<I: Io>(&mut self, cx: &mut Context<'_, I>, memory: GuestMemory) {
+        self.memory = Arc::new(memory);
+        for number in 0..self.vrings.len() as u16 {
+            let vring = &mut self.vrings[usize::from(number)];
+            let (Some(queue), Some(addresses)) = (&mut vring.queue, vring.addresses) else { continue };
+            if let Err(why) = queue.moved(&self.memory, addresses) {
+                self.nonsense(cx, number, why);
+            }
+        }
+    }
+
+    /// Looks at the queues, and gives to the disk what it can. True if the disk was asked something.
+    pub fn serve<I: Io>(&mut self, cx: &mut Context<'_, I>, disk: &mut impl HostDisk<I>, fetch: bool) -> bool {
+        if self.silent || self.closing {
+            (self.active, self.polling) = (false, false);
+            return false;
+        }
+        for number in 0..self.vrings.len() as u16 {
+            // Those that found no buffer when it was their time.
+            let vring = &self.vrings[usize::from(number)];
+            if vring.call.as_ref().is_some_and(|call| call.again && !call.busy) {
+                self.raise(cx, number);
+            }
+            self.listen(cx, number);
+        }
+        let retry = std::mem::take(&mut self.retry_due);
+        (self.active, self.starved) = (false, !self.retry.is_empty());
+        let mut asked = retry && self.ask_again(cx, disk);
+        loop {
+            let mut taken = false;
+            for number in 0..self.vrings.len() as u16 {
+                taken |= fetch && self.take(cx, number);
+            }
+            self.stirred |= taken;
+            asked |= self.issue(cx, disk);
+            if !self.rest(cx, fetch) {
+                return asked;
+            }
+        }
+    }
+
+    /// Takes requests out of a queue. True if there was one.
+    fn take<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u16) -> bool {
+        let most = cx.shared.limits.requests;
+        let default_on = self.features & feature::PROTOCOL == 0;
+        let mut any = false;
+        while self.reqs.len() < most {
+            let vring = &mut self.vrings[usize::from(number)];
+            let left_only = vring.stopping || !(vring.enabled || default_on);
+            let Some(queue) = &mut vring.queue else { break };
+            let mut chain = self.spare.pop().unwrap_or_default();
+            let again = queue.has_left();
+            match queue.take(&self.memory, &mut chain, left_only) {
+                Ok(Some(head)) => {
+                    any = true;
+                    cx.shared.counters.requests += 1;
+                    cx.shared.counters.again += u64::from(again);
+                    self.begin(cx, number, head, chain);
+                }
+                Ok(None) => {
+                    self.spare.push(chain);
+                    break;
+                }
+                Err(why) => {
+                    self.nonsense(cx, number, why);
+                    break;
+                }
+            }
+        }
+        any
+    }
+
+    fn begin<I: Io>(&mut self, cx: &mut Context<'_, I>, vring: u16, head: u16, chain: Chain) {
+        let Ok(ask) = request::parse(&chain, &self.memory, &self.geometry) else {
+            return self.nonsense(cx, vring, Nonsense::Queue("a request has no room for its status"));
+        };
+        let writeback = if self.features & feature::CONFIG_WCE != 0 {
+            self.writeback
+        } else {
+            // Who was offered flushes and does without them relies on every write.
+            self.features & feature::FLUSH != 0
+        };
+        let memory = Arc::clone(&self.memory);
+        let mut req =
+            Req { vring, head, chain, memory, ask, next: 0, outstanding: 0, status: status::OK, fua: !writeback };
+        self.vrings[usize::from(vring)].outstanding += 1;
+        let at_once = match req.ask {
+            Ask::Answer(answer) => {
+                req.status = answer;
+                true
+            }
+            Ask::Identity(room) => {
+                let identity = proto::identity(&self.geometry.serial);
+                let len = identity.len().min(room as usize);
+                if req.chain.write(&req.memory, 0, &identity[..len]).is_err() {
+                    req.status = status::IOERR;
+                }
+                true
+            }
+            _ => false,
+        };
+        let number = self.reqs.insert(req);
+        if at_once {
+            self.finish(cx, number);
+        } else {
+            self.pending.push_back(number);
+        }
+    }
+
+    /// Nothing more can be taken now: says so to the drivers, or looks on for a while. True if there is more after all.
+    fn rest<I: Io>(&mut self, cx: &mut Context<'_, I>, fetch: bool) -> bool {
+        let limit = cx.shared.limits.poll;
+        if limit > 0 {
+            let now = cx.io.now();
+            if std::mem::take(&mut self.stirred) {
+                self.last_stir = now;
+                if self.polling {
+                    self.window = limit;
+                }
+            } else if self.polling && now.saturating_sub(self.last_stir) >= self.window {
+                // It did not pay.
+                self.window = if self.window / 2 < POLL_MIN { 0 } else { self.window / 2 };
+                self.polling = false;
+            }
+            let due = now.saturating_sub(self.last_stir) < self.window;
+            self.polling = due && fetch && self.vrings.iter().any(|v| v.queue.is_some() && !v.stopping);
+        }
+        if !fetch || self.reqs.len() >= cx.shared.limits.requests {
+            return false; // looked at again when something ends
+        }
+        let mut more = false;
+        for number in 0..self.vrings.len() as u16 {
+            let default_on = self.features & feature::PROTOCOL == 0;
+            let vring = &mut self.vrings[usize::from(number)];
+            if vring.stopping || !(vring.enabled || default_on) {
+                continue;
+            }
+            let Some(queue) = &mut vring.queue else { continue };
+            let told = if self.polling {
+                queue.need_no_kicks().map(|()| false)
+            } else if queue.kicks_wanted() {
+                Ok(false)
+            } else {
+                queue.want_kicks()
+            };
+            match told {
+                Ok(waiting) => more |= waiting,
+                Err(fault) => self.nonsense(cx, number, fault.into()),
+            }
+        }
+        more
+    }
+
+    // --- to the disk
+
+    /// Gives parts to the disk as far as there is room. True if it gave any.
+    fn issue<I: Io>(&mut self, cx: &mut Context<'_, I>, disk: &mut impl HostDisk<I>) -> bool {
+        let mut any = false;
+        while let Some(&number) = self.pending.front() {
+            let req = self.reqs.get(number).expect("a request with parts to come is under way");
+            let end = ask_end(&req.ask);
+            if req.status != status::OK {
+                req.next = end; // no further parts
+            }
+            let at = req.next;
+            if at == end {
+                self.pending.pop_front();
+                if req.outstanding == 0 {
+                    self.finish(cx, number);
+                }
+                continue;
+            }
+            let len = part_len(&req.ask, at);
+            let op = PartOp { req: number, at, len, cost: 0, tries: 0 };
+            match self.ask(cx, disk, op) {
+                Asked::Given => any = true,
+                Asked::NoRoom(_) => {
+                    self.starved = true;
+                    self.active = true;
+                    break;
+                }
+                Asked::Fault => {}
+            }
+            if let Some(req) = self.reqs.get(number) {
+                req.next = at + len;
+            }
+        }
+        any
+    }
+
+    /// Asks the disk for a part.
+    fn ask<I: Io>(&mut self, cx: &mut Context<'_, I>, disk: &mut impl HostDisk<I>, mut op: PartOp) -> Asked {
+        let req = self.reqs.get(op.req).expect("a part's request is under way");
+        let fua = req.fua;
+        let request = match &req.ask {
+            Ask::Read { offset, .. } => {
+                let cost = HEADROOM + op.len as usize + BLOCK;
+                if cx.shared.read_used > 0 && cx.shared.read_used + cost > cx.shared.read_limit() {
+                    return Asked::NoRoom(op);
+                }
+                cx.shared.read_used += cost;
+                op.cost = cost;
+                Request::Read { offset: offset + op.at, len: op.len as usize }
+            }
+            Ask::Write { offset, .. } => {
+                let (offset, len) = (offset + op.at, op.len as usize);
+                let at = HEADROOM + (offset % BLOCK as u64) as usize;
+                let cost = at + len + BLOCK;
+                if cx.shared.write_used > 0 && cx.shared.write_used + cost > cx.shared.write_limit() {
+                    return Asked::NoRoom(op);
+                }
+                let Some(mut buf) = cx.io.pool().take(cost) else { return Asked::NoRoom(op) };
+                // The one copy: what the guest does to its memory from here on does not matter.
+                let copied = req.chain.read(&req.memory, proto::HEADER as u64 + op.at, &mut buf[at..at + len]);
+                if copied.is_err() {
+                    req.status = status::IOERR;
+                    return Asked::Fault;
+                }
+                cx.shared.write_used += cost;
+                op.cost = cost;
+                Request::Write { offset, data: Part { buf, at, len }, fua }
+            }
+            Ask::Flush => Request::Flush,
+            Ask::Discard(ranges) => {
+                let (offset, len) = ranges[op.at as usize];
+                Request::Discard { offset, len, fua }
+            }
+            Ask::Zero(ranges) => {
+                let (offset, len, unmap) = ranges[op.at as usize];
+                Request::Zero { offset, len, unmap, fast_only: false, fua }
+            }
+            Ask::Identity(_) | Ask::Answer(_) => return Asked::Fault,
+        };
+        req.outstanding += 1;
+        self.outstanding += 1;
+        let number = self.ops.insert(op);
+        disk.request(cx.io, FrontId::Vhost.cookie(u64::from(self.id) << 32 | u64::from(number)), request);
+        Asked::Given
+    }
+
+    /// Asks again for what the disk had no room for.
+    fn ask_again<I: Io>(&mut self, cx: &mut Context<'_, I>, disk: &mut impl HostDisk<I>) -> bool {
+        let mut any = false;
+        for _ in 0..self.retry.len() {
+            let Some(number) = self.retry.pop_front() else { break };
+            let Some(op) = self.ops.remove(number) else { continue };
+            let req = op.req;
+            match self.ask(cx, disk, op) {
+                Asked::Given => any = true,
+                Asked::NoRoom(op) => {
+                    let number = self.ops.insert(op);
+                    self.retry.push_back(number);
+                    continue;
+                }
+                Asked::Fault => {}
+            }
+            // It was counted as outstanding while it waited.
+            self.settle(cx, req);
+        }
+        self.starved |= !self.retry.is_empty();
+        any
+    }
+
+    // --- and back
+
+    /// Takes the disk's answer to a part.
+    pub fn answer<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u32, result: Result<Option<Part>, Errno>) {
+        if self.outstanding == 0 {
+            return;
+        }
+        let Some(op) = self.ops.get(number) else { return };
+        self.outstanding -= 1;
+        self.active = true;
+        self.stirred = true;
+        let (req_number, at, len, cost) = (op.req, op.at, op.len, std::mem::take(&mut op.cost));
+        op.tries += 1;
+        let (wait, req) = (op.tries < TRIES, self.reqs.get(req_number).expect("a part's request is under way"));
+        if matches!(req.ask, Ask::Read { .. }) {
+            cx.shared.read_used -= cost;
+        } else {
+            cx.shared.write_used -= cost;
+        }
+        if self.closing || self.silent {
+            self.ops.remove(number);
+            return;
+        }
+        match result {
+            Err(Errno::SHUTDOWN) => {
+                // The disk is being taken away, to be served by another process or with other settings: that one answers.
+                self.silence();
+                return;
+            }
+            // Room comes back: waiting is better than an error that no guest expects.
+            Err(Errno::NOMEM) if wait && req.status == status::OK => {
+                self.starved = true;
+                self.retry.push_back(number);
+                return;
+            }
+            Err(_) => req.status = status::IOERR,
+            Ok(Some(part)) if matches!(req.ask, Ask::Read { .. }) && part.len as u64 == len => {
+                cx.shared.counters.read_bytes += len;
+                if req.chain.write(&req.memory, at, &part.buf[part.at..part.at + part.len]).is_err() {
+                    req.status = status::IOERR;
+                }
+            }
+            Ok(_) if matches!(req.ask, Ask::Read { .. }) => req.status = status::IOERR,
+            Ok(_) => {
+                if matches!(req.ask, Ask::Write { .. }) {
+                    cx.shared.counters.written_bytes += len;
+                }
+            }
+        }
+        self.ops.remove(number);
+        self.settle(cx, req_number);
+    }
+
+    /// One part of a request less is outstanding.
+    fn settle<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u32) {
+        let Some(req) = self.reqs.get(number) else { return };
+        req.outstanding -= 1;
+        let end = ask_end(&req.ask);
+        if req.status != status::OK {
+            req.next = end;
+        }
+        if req.outstanding == 0 && req.next == end {
+            self.pending.retain(|&pending| pending != number);
+            self.finish(cx, number);
+        }
+    }
+
+    /// Tells the guest the end of a request.
+    fn finish<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u32) {
+        let Some(req) = self.reqs.remove(number) else { return };
+        let vring = &mut self.vrings[usize::from(req.vring)];
+        vring.outstanding = vring.outstanding.saturating_sub(1);
+        self.stirred = true;
+        if req.status != status::OK {
+            cx.shared.counters.errors += 1;
+        }
+        let room = req.chain.writable_len() - 1;
+        // As many bytes as were surely written, from the first on.
+        let written = match req.ask {
+            Ask::Read { len, .. } if req.status == status::OK => len + 1,
+            Ask::Identity(room) if room <= proto::ID_BYTES as u64 && req.status == status::OK => room + 1,
+            Ask::Identity(_) if req.status == status::OK => proto::ID_BYTES as u64,
+            _ if room == 0 => 1,
+            _ => 0,
+        };
+        let told = match &mut vring.queue {
+            Some(queue) => req
+                .chain
+                .write(&req.memory, room, &[req.status])
+                .and_then(|()| queue.end(req.head, u32::try_from(written).unwrap_or(u32::MAX))),
+            None => Ok(()), // it was stopped for making no sense
+        };
+        vring.ended = true;
+        if let Err(Fault) = told {
+            self.nonsense(cx, req.vring, Nonsense::Fault);
+        }
+        let mut chain = req.chain;
+        chain.clear();
+        self.spare.push(chain);
+        if self.vrings[usize::from(req.vring)].queue.is_none() {
+            self.start(cx, req.vring);
+        }
+    }
+
+    // --- the end
+
+    /// Answers nothing any more.
+    fn silence(&mut self) {
+        self.silent = true;
+        self.polling = false;
+        self.pending.clear();
+        self.retry.clear();
+    }
+
+    /// The disk has gone, and what it had with it.
+    pub fn abandon<I: Io>(&mut self, cx: &mut Context<'_, I>) {
+        self.silence();
+        while let Some(op) = self.ops.take_any() {
+            let Some(req) = self.reqs.get(op.req) else { continue };
+            if matches!(req.ask, Ask::Read { .. }) {
+                cx.shared.read_used -= op.cost;
+            } else {
+                cx.shared.write_used -= op.cost;
+            }
+        }
+        self.outstanding = 0;
+    }
+
+    /// The connection has ended.
+    pub fn close<I: Io>(&mut self, io: &mut I) {
+        self.closing = true;
+        self.polling = false;
+        self.pending.clear();
+        self.retry.clear();
+        for vring in &mut self.vrings {
+            for event in [vring.kick.take(), vring.call.take()].into_iter().flatten() {
+                io.close_sock(event.sock);
+            }
+            vring.queue = None;
+        }
+    }
+}
+
+enum Asked {
+    Given,
+    NoRoom(PartOp),
+    Fault,
+}
+
+/// Where a request's parts end: bytes, or ranges.
+fn ask_end(ask: &Ask) -> u64 {
+    match ask {
+        Ask::Read { len, .. } | Ask::Write { len, .. } => *len,
+        Ask::Discard(ranges) => ranges.len() as u64,
+        Ask::Zero(ranges) => ranges.len() as u64,
+        Ask::Flush => 1,
+        Ask::Identity(_) | Ask::Answer(_) => 0,
+    }
+}
+
+/// Length of the part that begins there: up to the next multiple of [`MAX_PART`] on the disk.
+fn part_len(ask: &Ask, at: u64) -> u64 {
+    match ask {
+        Ask::Read { offset, len } | Ask::Write { offset, len } => {
+            let room = MAX_PART as u64 - (offset + at) % MAX_PART as u64;
+            (len - at).min(room)
+        }
+        _ => 1,
+    }
+}
