@@ -192,7 +192,7 @@ class Cluster:
     GROUP = "shop"
 
     def __init__(self, folder, disks, retention="4h", cut_interval="200ms", stream_port=None, advertise=None,
-                 journal=None, images=None, source_config=""):
+                 journal=None, images=None, source_config="", source_args=(), target_args=(), options=None):
         self.folder = folder
         self.disks = disks
         self.processes = []
@@ -209,9 +209,10 @@ class Cluster:
         eventually("the coordinator answers", lambda: self.coordinator.check() and self.try_command("status"))
         self.target = self.proxy("target", "--journal", journal or folder / "journal", "--listen",
                                  f"127.0.0.1:{self.stream_port}", "--views", f"unix:{self.views_socket}",
-                                 *(["--advertise", advertise] if advertise else []))
+                                 *(["--advertise", advertise] if advertise else []), *target_args)
         (folder / "source.toml").write_text(f"[source]\n{source_config}\n")
-        self.source = self.proxy("source", "--nbd", f"unix:{self.source_socket}", "--config", folder / "source.toml")
+        self.source = self.proxy("source", "--nbd", f"unix:{self.source_socket}", "--config", folder / "source.toml",
+                                 *source_args)
         eventually("both proxies are connected", self.proxies_connected)
         self.command("policy", "create", "gold", "--retention", retention, "--cut-interval", cut_interval)
         arguments = []
@@ -220,7 +221,7 @@ class Cluster:
             if not image.exists():
                 with open(image, "wb") as out:
                     out.truncate(size)
-            arguments += ["--disk", f"{name}={image}"]
+            arguments += ["--disk", f"{name}={image}{(options or {}).get(name, '')}"]
         self.command("group", "create", self.GROUP, "--policy", "gold", "--source", "source", "--target", "target",
                      *arguments)
         eventually("the group is protected", self.protected, timeout=60)

@@ -16,7 +16,7 @@ import stat
 import struct
 import subprocess
 
-from cluster import Failed, TARGET, expect, run
+from cluster import MIB, TARGET, Failed, expect, run
 
 META = "linux-image-6.12-cloud-amd64"
 # Ready to be loaded in a guest, with all that they depend on; what is built in is passed over.
@@ -25,6 +25,7 @@ MODULES = ["virtio_blk", "virtio_net", "virtio_console", "ublk_drv", "nbd", "nul
 # In the archive, so in each guest; all else on the disk with tools.
 SMALL = ["/sbin/mkfs.ext4", "/sbin/e2fsck", "/sbin/blkdiscard", "/usr/bin/fallocate", "/sbin/dmsetup", "/sbin/blockdev"]
 LARGE = ["/usr/bin/fio"]
+ROOT = 48 * MIB
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -34,6 +35,7 @@ class Archive:
     def __init__(self):
         self.names = set()
         self.parts = []
+        self.entries = []
 
     def _entry(self, name, mode, data=b"", device=(0, 0)):
         name = name.strip("/")
@@ -43,6 +45,7 @@ class Archive:
         if parent:
             self.folder(parent)
         self.names.add(name)
+        self.entries.append((name, mode, data))
         raw = name.encode() + b"\0"
         fields = (len(self.names), mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(raw), 0)
         head = b"070701" + "".join(f"{field:08x}" for field in fields).encode() + raw
@@ -68,12 +71,26 @@ class Archive:
             self.file(name, library.read_bytes())
 
     def bytes(self):
+        """The archive, ended as the kernel wants it; another may follow."""
         parts = list(self.parts)
         raw = b"TRAILER!!!\0"
         head = b"070701" + b"".join(b"%08x" % v for v in (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, len(raw), 0)) + raw
         parts += [head, b"\0" * (-len(head) % 4)]
         whole = b"".join(parts)
         return whole + b"\0" * (-len(whole) % 512)
+
+
+    def unpack(self, folder):
+        """The same as files; devices are left to whoever runs from them."""
+        for name, mode, data in self.entries:
+            path = folder / name
+            if stat.S_ISDIR(mode):
+                path.mkdir(exist_ok=True)
+            elif stat.S_ISLNK(mode):
+                path.symlink_to(data.decode())
+            elif stat.S_ISREG(mode):
+                path.write_bytes(data)
+                path.chmod(mode & 0o777)
 
 
 def libraries(path):
@@ -135,7 +152,9 @@ class Image:
             about = path.read_bytes() if path.parent == HERE else repr((path.stat().st_size, path.stat().st_mtime)).encode()
             inputs.update(str(path).encode() + about)
         self.folder = self.cache / f"{self.release}-{inputs.hexdigest()[:12]}"
-        self.kernel, self.archive, self.tools = (self.folder / n for n in ("vmlinux", "base.cpio", "tools.img"))
+        self.kernel, self.archive = self.folder / "vmlinux", self.folder / "base.cpio"
+        # A disk with programs that need many libraries, and one that a guest runs from: `Guest.boot(root=…)`.
+        self.tools, self.root = self.folder / "tools.img", self.folder / "root.img"
         if self.tools.exists():
             return
         for old in self.cache.glob("*-cloud-*"):
@@ -192,9 +211,16 @@ class Image:
                 shutil.copy(library, large / "lib" / pathlib.Path(name).name)
         size = sum(f.stat().st_size for f in large.rglob("*"))
         with open(work / "tools.img", "wb") as disk:
-            disk.truncate((size * 5 // 4 // (1 << 20) + 16) << 20)
+            disk.truncate((size * 5 // 4 // MIB + 16) * MIB)
         run("mkfs.ext4", "-q", "-O", "^has_journal", "-d", large, work / "tools.img")
         shutil.rmtree(large)
+        system = work / "system"
+        system.mkdir()
+        base.unpack(system)
+        with open(work / "root.img", "wb") as disk:
+            disk.truncate(ROOT)
+        run("mkfs.ext4", "-q", "-d", system, work / "root.img")
+        shutil.rmtree(system)
 
 
 class Modules:

@@ -18,6 +18,7 @@ from cluster import Failed, eventually, expect
 from .image import Archive
 
 BOOT = 120.0  # seconds; some five on an idle machine
+FIRST = 8  # the slot of the first disk on the bus
 HOST = "10.0.2.2"  # the loopback of the host, seen from a guest
 
 
@@ -47,7 +48,7 @@ class Guest:
 
     def _disk(self, name, device):
         self.disks.append(name)
-        self.arguments += ["-device", f"{device},id={name},addr={7 + len(self.disks):#x}"]
+        self.arguments += ["-device", f"{device},id={name},addr={FIRST - 1 + len(self.disks):#x}"]
 
     def vhost_user(self, name, path, queues=1, reconnect=1, options=""):
         """A disk of another process. `config-wce` stays off: with it a guest would not send a flush."""
@@ -70,8 +71,8 @@ class Guest:
 
     # Life.
 
-    def boot(self, timeout=BOOT):
-        """Starts the machine; returns when its shell answers."""
+    def boot(self, root=None, timeout=BOOT):
+        """Starts the machine, from memory or from a disk that holds the image's `root`; returns when its shell answers."""
         extra = self.folder / f"{self.name}.cpio"
         extra.write_bytes(self.image.archive.read_bytes() + self.files.bytes())
         paths = {port: self.folder / f"{self.name}.{port}" for port in ("shell", "witness", "qmp")}
@@ -81,7 +82,8 @@ class Guest:
             # Guests share their memory with whoever serves their disks.
             "-object", f"memory-backend-memfd,id=mem,size={self.memory}M,share=on",
             "-kernel", str(self.image.kernel), "-initrd", str(extra),
-            "-append", "console=ttyS0 panic=-1 loglevel=6 tsc=reliable mitigations=off nokaslr random.trust_cpu=on",
+            "-append", "console=ttyS0 panic=-1 loglevel=6 tsc=reliable mitigations=off nokaslr random.trust_cpu=on"
+            + (f" lab.root={FIRST + self.disks.index(root):02x}" if root else ""),
             "-no-reboot", "-serial", f"file:{self.console}",
             "-qmp", f"unix:{paths['qmp']},server=on,wait=off",
             # Where disks can be plugged in while it runs.
@@ -92,9 +94,8 @@ class Guest:
                         "-device", f"virtserialport,chardev={port},name={port}"]
         if self.net:
             command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=,addr=0x4"]
+        (self.folder / f"{self.name}.command").write_text(shlex.join([*command, *self.arguments]) + "\n")
         with open(self.log, "ab") as log:
-            log.write((shlex.join([*command, *self.arguments]) + "\n").encode())
-            log.flush()
             self.process = subprocess.Popen([*command, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         limit = time.monotonic() + timeout
         try:
@@ -236,7 +237,7 @@ class Guest:
 
     def block(self, name):
         """The device of a disk in the guest."""
-        address = f"0000:00:{8 + self.disks.index(name):02x}.0"
+        address = f"0000:00:{FIRST + self.disks.index(name):02x}.0"
         return "/dev/" + self.do(f"for try in $(seq 100); do [ -e /sys/bus/pci/devices/{address}/virtio*/block/* ] && break; "
                                  f"usleep 50000; done; basename /sys/bus/pci/devices/{address}/virtio*/block/*")
 
