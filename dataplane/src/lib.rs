@@ -29,6 +29,7 @@ pub mod sealers;
 pub mod ship;
 pub mod source;
 pub(crate) mod spill;
+pub mod ublk;
 pub mod vhost;
 
 // … and on the target.

@@ -19,8 +19,10 @@ pub mod buf;
 pub mod guest;
 pub mod ring;
 pub mod sim;
+pub mod ublk;
 
 pub use buf::{Buf, Class, Pool};
+pub use ublk::UblkOp;
 
 /// Nanoseconds on the monotonic clock (of this host, since its boot).
 pub type Nanos = u64;
@@ -43,6 +45,7 @@ pub struct Errno(pub i32);
 
 impl Errno {
     #![allow(missing_docs)]
+    pub const PERM: Self = Self(1);
     pub const NOENT: Self = Self(2);
     pub const IO: Self = Self(5);
     pub const BADF: Self = Self(9);
@@ -50,6 +53,7 @@ impl Errno {
     pub const NOMEM: Self = Self(12);
     pub const BUSY: Self = Self(16);
     pub const EXIST: Self = Self(17);
+    pub const NODEV: Self = Self(19);
     pub const NOTDIR: Self = Self(20);
     pub const ISDIR: Self = Self(21);
     pub const INVAL: Self = Self(22);
@@ -161,6 +165,8 @@ pub enum Op {
         /// On the monotonic clock.
         at: Nanos,
     },
+    /// Something with a ublk device of this host.
+    Ublk(UblkOp),
 }
 
 /// A completed operation.
@@ -291,6 +297,13 @@ pub trait Io {
 
     /// Reads a small file whole (tables, not data); blocking.
     fn read_small(&mut self, path: &str) -> Result<Vec<u8>, Errno>;
+
+    /// The request that a tag of a ublk device holds, as the kernel wrote it: a [`ublk::uapi::Descriptor`]. Valid from the
+    /// completion of the tag's [`UblkOp::Fetch`] to the submission of the next.
+    fn ublk_request(&mut self, device: File, tag: u16) -> Result<[u8; size_of::<ublk::uapi::Descriptor>()], Errno> {
+        let _ = (device, tag);
+        Err(Errno::OPNOTSUPP)
+    }
 
     /// Replaces a small file durably: writes `path.new`, syncs it, renames it, syncs the folder. Blocking.
     fn replace_small(&mut self, path: &str, bytes: &[u8]) -> Result<(), Errno>;

@@ -27,6 +27,7 @@ mod flight;
 mod kernel;
 mod pinning;
 mod table;
+mod ublk;
 mod wake;
 
 pub use kernel::RingError;
@@ -93,6 +94,8 @@ pub struct Ring {
     messages: Vec<Box<Message>>,
     /// Entries that the kernel has, or will have at the next enter, and has not completed.
     held: usize,
+    /// Those of them that wait for requests of ublk devices: see [`Ring::drain`].
+    fetching: usize,
     timers: BinaryHeap<Reverse<(Nanos, u64, Token)>>,
     timer_order: u64,
     /// Completions that needed no kernel.
@@ -139,6 +142,7 @@ impl Ring {
             silent: Vec::new(),
             messages: Vec::new(),
             held: 0,
+            fetching: 0,
             timers: BinaryHeap::new(),
             timer_order: 0,
             ready: Vec::new(),
@@ -222,6 +226,7 @@ impl Ring {
             unsafe { queue.push(&entry) }.expect("the queue is not full");
             self.backlog.pop_front();
             self.held += 1;
+            self.fetching += usize::from(flight.is_fetch());
         }
         drop(queue);
         self.silence();
@@ -305,6 +310,7 @@ impl Ring {
             // Back to zero, without waiting in case somebody else has read it meanwhile.
             wake::clear(fd);
         }
+        self.fetching -= usize::from(flight.is_fetch());
         match flight.outcome(result) {
             Outcome::Continue => self.backlog.push_back(index),
             Outcome::Over(result) => {
@@ -329,7 +335,8 @@ impl Ring {
         }
     }
 
-    /// Ends everything that is under way, and waits for it.
+    /// Ends everything that is under way, and waits for it. But not for fetches of ublk devices: only their device's end
+    /// or that of the ring ends them, and the kernel has no memory of ours for them.
     fn drain(&mut self) {
         // What the kernel has not seen ends here.
         for index in std::mem::take(&mut self.backlog) {
@@ -339,7 +346,7 @@ impl Ring {
         self.waker.wake();
         let mut cancelled = false;
         let mut done = Vec::new();
-        while self.held > 0 {
+        while self.held > self.fetching {
             if !cancelled {
                 let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any().all()).build().user_data(CANCEL);
                 // SAFETY: a cancellation uses no memory of ours.
@@ -533,6 +540,10 @@ impl Io for Ring {
 
     fn read_small(&mut self, path: &str) -> Result<Vec<u8>, Errno> {
         files::read_small(path)
+    }
+
+    fn ublk_request(&mut self, device: File, tag: u16) -> Result<[u8; ublk::DESCRIPTOR], Errno> {
+        self.descriptor(device, tag)
     }
 
     fn replace_small(&mut self, path: &str, bytes: &[u8]) -> Result<(), Errno> {

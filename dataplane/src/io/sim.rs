@@ -4,7 +4,7 @@
 //! that has something to poll. Time passes only there and in [`World::advance`].
 //!
 //! `content` the bytes of a file, visible and durable · `names` folders likewise · `disk` operations on files ·
-//! `net` connections · `state` the queue of events · `life` what a machine sees.
+//! `net` connections · `ublk` block devices whose requests come to a process · `state` the queue of events · `life` what a machine sees.
 //!
 //! A breach of the rules of [`super`] (a range that is no multiple of the block, two receives on a socket, use of what
 //! was closed) panics.
@@ -23,9 +23,11 @@ mod names;
 mod net;
 mod rng;
 mod state;
+mod ublk;
 
 pub use life::SimIo;
 pub use rng::Rng;
+pub use ublk::{UblkAnswer, UblkId};
 
 /// A node of the world: a machine with a disk of its own.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]

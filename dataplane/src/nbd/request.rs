@@ -153,6 +153,11 @@ impl<T> Slab<T> {
         self.remove(number as u32)
     }
 
+    /// The numbers of all entries.
+    pub fn numbers(&self) -> Vec<u32> {
+        (0..self.entries.len() as u32).filter(|number| self.entries[*number as usize].is_some()).collect()
+    }
+
     /// How many entries there are.
     pub fn len(&self) -> usize {
         self.entries.len() - self.free.len()

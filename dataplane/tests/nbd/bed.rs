@@ -23,6 +23,8 @@ pub struct MemDisk {
     /// So many reads find no buffer.
     pub no_buffers: usize,
     pub late: bool,
+    /// It is being taken away, and says so to whatever it is asked.
+    pub shutting: bool,
     pub flushes: usize,
     pub durable_writes: usize,
     pub requests: usize,
@@ -48,12 +50,41 @@ impl MemDisk {
             fail: None,
             no_buffers: 0,
             late: false,
+            shutting: false,
             flushes: 0,
             durable_writes: 0,
             requests: 0,
             ready: VecDeque::new(),
             waiting: Vec::new(),
         }
+    }
+
+    /// Lets some of the answers that are late come, in random order.
+    pub fn ripen(&mut self, rng: &mut Rng) {
+        while !self.waiting.is_empty() && rng.below(3) > 0 {
+            let which = rng.below(self.waiting.len() as u64) as usize;
+            let answer = self.waiting.swap_remove(which);
+            self.ready.push_back(answer);
+        }
+    }
+
+    /// Answers are to come.
+    pub fn is_late(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Nobody is there any more to hear its answers.
+    pub fn forget(&mut self) {
+        self.waiting.clear();
+        self.ready.clear();
+    }
+
+    /// It is being taken away: what it has not answered it will not do.
+    pub fn shut(&mut self) {
+        self.waiting.drain(..).for_each(|answer| {
+            self.ready.push_back(Answer { cookie: answer.cookie, result: Err(Errno::SHUTDOWN) });
+        });
+        self.shutting = true;
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<(), Errno> {
@@ -135,7 +166,7 @@ impl<I: Io> HostDisk<I> for &mut MemDisk {
     }
 
     fn request(&mut self, io: &mut I, cookie: u64, request: Request) {
-        let result = self.execute(&io.pool().clone(), request);
+        let result = if self.shutting { Err(Errno::SHUTDOWN) } else { self.execute(&io.pool().clone(), request) };
         let answer = Answer { cookie, result };
         if self.late { self.waiting.push(answer) } else { self.ready.push_back(answer) }
     }
@@ -346,11 +377,7 @@ impl Bed {
                 self.server.done(&mut self.server_io, &mut self.disks, done);
             }
             for disk in &mut self.disks.0 {
-                while !disk.waiting.is_empty() && self.rng.below(3) > 0 {
-                    let which = self.rng.below(disk.waiting.len() as u64) as usize;
-                    let answer = disk.waiting.swap_remove(which);
-                    disk.ready.push_back(answer);
-                }
+                disk.ripen(&mut self.rng);
             }
             self.server.collect(&mut self.server_io, &mut self.disks);
             if self.disks.0.iter().any(|d| !d.waiting.is_empty()) {

@@ -6,7 +6,8 @@
 
 use io_uring::{opcode, squeue, types};
 
-use crate::io::{Errno, Op, Part, Pool, Token};
+use crate::io::ublk::uapi::data_offset;
+use crate::io::{Errno, Op, Part, Pool, Token, UblkOp};
 
 /// Most parts of one vectored operation.
 pub(super) const MAX_PARTS: usize = 64;
@@ -69,6 +70,13 @@ pub(super) enum Kind {
     Hear,
     /// Adds to an event counter.
     Raise,
+    UblkFetch {
+        tag: u16,
+        commit: Option<i32>,
+    },
+    UblkCopy {
+        out: bool,
+    },
 }
 
 /// An operation and all that the kernel uses of it.
@@ -137,6 +145,17 @@ impl Flight {
             }
             Op::RecvV { sock, parts } => flight(sock.0, Kind::RecvV, 0, parts.iter().map(check).sum(), None, parts),
             Op::SendV { sock, parts } => flight(sock.0, Kind::SendV, 0, parts.iter().map(check).sum(), None, parts),
+            Op::Ublk(UblkOp::Fetch { device, tag, commit }) => {
+                flight(device.0, Kind::UblkFetch { tag, commit }, 0, 0, None, Vec::new())
+            }
+            Op::Ublk(UblkOp::CopyIn { device, tag, at, part }) => {
+                let kind = Kind::UblkCopy { out: false };
+                flight(device.0, kind, data_offset(tag, at), check(&part), Some(part), Vec::new())
+            }
+            Op::Ublk(UblkOp::CopyOut { device, tag, at, part }) => {
+                let kind = Kind::UblkCopy { out: true };
+                flight(device.0, kind, data_offset(tag, at), check(&part), Some(part), Vec::new())
+            }
             Op::Timer { .. } => unreachable!("timers do not go to the kernel"),
         }
     }
@@ -155,6 +174,11 @@ impl Flight {
         assert_eq!(self.total, EVENT_LEN, "an event counter takes and gives 8 bytes");
     }
 
+    /// Waits for a request of a ublk device: nothing but the device's end completes it, and it has no buffer.
+    pub(super) fn is_fetch(&self) -> bool {
+        matches!(self.kind, Kind::UblkFetch { .. })
+    }
+
     pub(super) fn needs_message(&self) -> bool {
         matches!(self.kind, Kind::RecvV | Kind::SendV)
     }
@@ -164,7 +188,11 @@ impl Flight {
     pub(super) fn entry(&mut self, pool: &Pool, registered: usize) -> squeue::Entry {
         let fd = types::Fixed(u32::from(self.number as u16));
         let (mode_zero, keep) = (libc::FALLOC_FL_ZERO_RANGE, libc::FALLOC_FL_KEEP_SIZE);
+        if let Some(entry) = super::ublk::entry(self) {
+            return entry;
+        }
         match self.kind {
+            Kind::UblkFetch { .. } | Kind::UblkCopy { .. } => unreachable!("their entry was made above"),
             Kind::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
             Kind::Zero { unmap } => {
                 let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { mode_zero } | keep;
@@ -220,9 +248,9 @@ impl Flight {
         }
         match self.kind {
             Kind::Recv | Kind::RecvV => Outcome::Over(Ok(result as u64)),
-            Kind::Sync | Kind::Zero { .. } => Outcome::Over(Ok(0)),
+            Kind::Sync | Kind::Zero { .. } | Kind::UblkFetch { .. } => Outcome::Over(Ok(0)),
             Kind::Hear | Kind::Raise => Outcome::Over(Ok(EVENT_LEN)),
-            Kind::Read | Kind::Write { .. } | Kind::Send | Kind::SendV => {
+            Kind::Read | Kind::Write { .. } | Kind::Send | Kind::SendV | Kind::UblkCopy { .. } => {
                 self.done += result as u64;
                 let direct = !self.is_net();
                 if self.done >= self.total {

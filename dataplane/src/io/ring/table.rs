@@ -4,6 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use io_uring::IoUring;
 
+use super::ublk::Descriptors;
 use crate::io::Errno;
 
 /// An open file or socket.
@@ -14,6 +15,8 @@ pub(super) struct Entry {
     pub(super) event: bool,
     /// [`crate::io::FileInfo::discard`]; found out when it was opened.
     pub(super) discard: bool,
+    /// Of a ublk device. They hold the file open, so they go with it.
+    pub(super) descriptors: Option<Descriptors>,
     in_flight: u32,
     closing: bool,
 }
@@ -43,12 +46,18 @@ impl Table {
 
     /// Registers the descriptor and numbers it.
     pub(super) fn insert(&mut self, ring: &IoUring, fd: OwnedFd, socket: bool, discard: bool) -> Result<u32, Errno> {
-        self.insert_as(ring, Entry { fd, socket, event: false, discard, in_flight: 0, closing: false })
+        self.insert_as(
+            ring,
+            Entry { fd, socket, event: false, discard, descriptors: None, in_flight: 0, closing: false },
+        )
     }
 
     /// As [`Table::insert`], of an event counter.
     pub(super) fn insert_event(&mut self, ring: &IoUring, fd: OwnedFd) -> Result<u32, Errno> {
-        self.insert_as(ring, Entry { fd, socket: true, event: true, discard: false, in_flight: 0, closing: false })
+        self.insert_as(
+            ring,
+            Entry { fd, socket: true, event: true, discard: false, descriptors: None, in_flight: 0, closing: false },
+        )
     }
 
     fn insert_as(&mut self, ring: &IoUring, entry: Entry) -> Result<u32, Errno> {
@@ -59,6 +68,13 @@ impl Table {
         let place = &mut self.slots[usize::from(slot)];
         place.entry = Some(entry);
         Ok(u32::from(place.generation) << 16 | u32::from(slot))
+    }
+
+    /// Keeps the descriptors of a ublk device as long as its file.
+    pub(super) fn keep_descriptors(&mut self, number: u32, descriptors: Descriptors) {
+        if let Some(entry) = &mut self.slots[usize::from(number as u16)].entry {
+            entry.descriptors = Some(descriptors);
+        }
     }
 
     /// The entry, unless it was closed.

@@ -77,6 +77,7 @@ impl Io for SimIo {
                 let at = state.world_time(self.node.0 as usize, at);
                 state.complete_at(at, self.life, token, Ok(0));
             }
+            Op::Ublk(op) => state.submit_ublk(self.life, token, op),
             other => state.submit_net(self.life, token, other),
         }
     }
@@ -252,6 +253,10 @@ impl Io for SimIo {
             content.read(0, &mut bytes);
             Ok(bytes)
         })
+    }
+
+    fn ublk_request(&mut self, device: File, tag: u16) -> Result<[u8; 24], Errno> {
+        self.world.0.borrow().ublk_descriptor(self.life, device, tag)
     }
 
     fn replace_small(&mut self, path: &str, bytes: &[u8]) -> Result<(), Errno> {

@@ -6,6 +6,7 @@ use super::content::Content;
 use super::disk::{DiskOp, Flight};
 use super::names::{InodeId, Names, tidy};
 use super::net::Conn;
+use super::ublk::Device;
 use super::{Errors, Fault, NodeId, Rng, WorldConfig};
 use crate::io::{Done, Errno, File, Nanos, OpenHow, Token};
 
@@ -99,6 +100,7 @@ pub(super) struct State {
     pub(super) flights: BTreeMap<u64, Flight>,
     next_id: u64,
     pub(super) conns: Vec<Conn>,
+    pub(super) ublk: Vec<Device>,
     pub(super) partitions: BTreeSet<(usize, usize)>,
     seed: u64,
 }
@@ -118,6 +120,7 @@ impl State {
             flights: BTreeMap::new(),
             next_id: 0,
             conns: Vec::new(),
+            ublk: Vec::new(),
             partitions: BTreeSet::new(),
             seed,
         }
@@ -187,6 +190,7 @@ impl State {
     pub(super) fn crash(&mut self, node: usize) {
         let Some(life) = self.nodes[node].life.take() else { return };
         self.end_life(life);
+        self.requeue_ublk(life);
         self.break_sockets(life);
         self.orphan_flights(life);
     }
@@ -196,6 +200,7 @@ impl State {
             self.end_life(life);
             self.vanish_sockets(life);
         }
+        self.lose_ublk(node);
         self.tear_flights(node);
         let keep = self.config.keep_unsynced;
         let State { nodes, rng, lives, .. } = self;
@@ -210,6 +215,13 @@ impl State {
             life.files.clear();
         }
         self.collect(node);
+    }
+
+    /// A number for a file of this life.
+    pub(super) fn new_file(&mut self, life: LifeId) -> File {
+        let life = &mut self.lives[life];
+        life.next_file += 1;
+        File(life.next_file - 1)
     }
 
     fn end_life(&mut self, life: LifeId) {
@@ -405,7 +417,7 @@ impl State {
     }
 
     pub(super) fn close(&mut self, life: LifeId, file: File) {
-        if !self.lives[life].alive {
+        if !self.lives[life].alive || self.close_ublk(life, file) {
             return;
         }
         self.open_file(life, file).closing = true;

@@ -1,0 +1,508 @@
+//! The ublk front end in the simulated world: every operation, errors, recovery at every step, disks that go and come.
+
+#[path = "nbd/bed.rs"]
+#[allow(dead_code)]
+mod bed;
+
+use std::collections::BTreeMap;
+
+use afterimage_dataplane::host::{DiskKey, FrontEnd as _};
+use afterimage_dataplane::io::sim::{NodeId, Rng, SimIo, UblkAnswer, UblkId, World, WorldConfig};
+use afterimage_dataplane::io::ublk::uapi::{Descriptor, op, op_flag};
+use afterimage_dataplane::io::{Class, Errno, Io, Pool};
+use afterimage_dataplane::ublk::{DeviceId, Limits, MAX_REQUEST, Queue, Server};
+use bed::{MemDisk, MemDisks, classes, pattern};
+use zerocopy::IntoBytes;
+
+const BASE: u16 = 0x5000;
+const SIZE: u64 = 4 << 20;
+const DEPTH: u16 = 16;
+
+struct Rig {
+    world: World,
+    node: NodeId,
+    io: SimIo,
+    server: Server<SimIo>,
+    disks: MemDisks,
+    devices: Vec<UblkId>,
+    ids: Vec<DeviceId>,
+    rng: Rng,
+    classes: Vec<Class>,
+    answers: BTreeMap<u64, UblkAnswer>,
+}
+
+impl Rig {
+    fn new(seed: u64) -> Self {
+        Self::with(seed, vec![MemDisk::new(7, "disk", SIZE as usize)], classes())
+    }
+
+    fn with(seed: u64, disks: Vec<MemDisk>, classes: Vec<Class>) -> Self {
+        let world = World::new(seed, WorldConfig::default());
+        let node = world.node("host");
+        let io = world.io_with_pool(node, Pool::new(&classes));
+        let rng = world.rng();
+        let devices = disks.iter().map(|_| world.ublk_device(node, DEPTH)).collect();
+        let server = Server::new(BASE, Limits::default());
+        let (disks, answers) = (MemDisks(disks), BTreeMap::new());
+        let mut rig = Self { world, node, io, server, disks, devices, ids: Vec::new(), rng, classes, answers };
+        rig.attach();
+        rig
+    }
+
+    fn attach(&mut self) {
+        self.ids.clear();
+        for (at, device) in self.devices.clone().into_iter().enumerate() {
+            let file = self.io.attach_ublk(device).expect("nobody else serves it");
+            let geometry = self.disks.0.get(at).map(|disk| disk.export.geometry.clone());
+            let queue = Queue {
+                file,
+                depth: DEPTH,
+                longest: MAX_REQUEST,
+                size: geometry.as_ref().map_or(SIZE, |g| g.size),
+                block: 512,
+                read_only: geometry.is_some_and(|g| g.read_only),
+            };
+            let name = self.disks.0.get(at).map_or_else(|| "disk".to_owned(), |disk| disk.export.name.clone());
+            let id = self.server.attach(&mut self.io, queue, &name, &mut self.disks).expect("there is room");
+            self.ids.push(id);
+        }
+        self.turn();
+    }
+
+    /// The process dies, and another one takes its devices over.
+    fn crash(&mut self) {
+        self.world.crash(self.node);
+        for disk in &mut self.disks.0 {
+            // What the disk had it has done; nobody is there to hear.
+            disk.forget();
+        }
+        self.live();
+    }
+
+    fn live(&mut self) {
+        self.io = self.world.io_with_pool(self.node, Pool::new(&self.classes));
+        self.server = Server::new(BASE, Limits::default());
+        self.attach();
+    }
+
+    fn ask(&mut self, device: usize, op_flags: u32, offset: u64, data: Vec<u8>, len: u64) -> u64 {
+        let descriptor = Descriptor { op_flags, nr_sectors: (len / 512) as u32, start_sector: offset / 512, addr: 0 };
+        self.raw(device, descriptor, data)
+    }
+
+    fn raw(&mut self, device: usize, descriptor: Descriptor, data: Vec<u8>) -> u64 {
+        let mut bytes = [0; 24];
+        bytes.copy_from_slice(descriptor.as_bytes());
+        self.world.ublk_ask(self.devices[device], bytes, data)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> u64 {
+        self.ask(0, u32::from(op::WRITE), offset, data.to_vec(), data.len() as u64)
+    }
+
+    fn read(&mut self, offset: u64, len: usize) -> u64 {
+        self.ask(0, u32::from(op::READ), offset, vec![0xaa; len], len as u64)
+    }
+
+    fn turn(&mut self) {
+        for disk in &mut self.disks.0 {
+            disk.ripen(&mut self.rng);
+        }
+        self.server.collect(&mut self.io, &mut self.disks);
+        if self.disks.0.iter().any(MemDisk::is_late) {
+            self.world.wake(self.node);
+        }
+        self.harvest();
+    }
+
+    /// Takes what hosts have heard.
+    fn harvest(&mut self) {
+        for device in &self.devices {
+            for answer in self.world.ublk_answers(*device) {
+                assert!(self.answers.insert(answer.request, answer).is_none(), "a request is answered twice");
+            }
+        }
+    }
+
+    fn step(&mut self) -> bool {
+        if self.world.step().is_none() {
+            return false;
+        }
+        self.turn();
+        // The poll that finds nothing sets the time to be woken at.
+        for _ in 0..1000 {
+            let mut done = Vec::new();
+            self.io.poll(None, &mut done);
+            if done.is_empty() {
+                return true;
+            }
+            for done in done {
+                assert!(self.server.owns(done.token));
+                self.server.done(&mut self.io, &mut self.disks, done);
+            }
+            self.turn();
+        }
+        panic!("the device never rests")
+    }
+
+    /// Steps until the request is answered.
+    fn answer(&mut self, request: u64) -> UblkAnswer {
+        for _ in 0..100_000 {
+            self.harvest();
+            if let Some(answer) = self.answers.remove(&request) {
+                return answer;
+            }
+            assert!(self.step(), "the world stands still before request {request} is answered");
+        }
+        panic!("request {request} is not answered")
+    }
+
+    fn result(&mut self, request: u64) -> i32 {
+        self.answer(request).result
+    }
+
+    fn pending(&self) -> usize {
+        self.devices.iter().map(|device| self.world.ublk_pending(*device)).sum()
+    }
+
+    fn steps(&mut self, count: usize) {
+        for _ in 0..count {
+            if !self.step() {
+                return;
+            }
+        }
+    }
+
+    fn free(&self) -> bool {
+        self.io.pool().free_bytes() == self.io.pool().total_bytes()
+    }
+}
+
+#[test]
+fn each_operation_does_what_it_says() {
+    let mut rig = Rig::new(1);
+    let data = pattern(1, 12288);
+    let write = rig.write(8192, &data);
+    assert_eq!(rig.result(write), 12288);
+    let read = rig.read(8192 + 512, 4096);
+    let answer = rig.answer(read);
+    assert_eq!((answer.result, &answer.data[..]), (4096, &data[512..4608]));
+    let flush = rig.ask(0, u32::from(op::FLUSH), 0, Vec::new(), 0);
+    assert_eq!((rig.result(flush), rig.disks.0[0].flushes), (0, 1));
+    assert_eq!(rig.disks.0[0].durable_writes, 0);
+    let durable = rig.ask(0, u32::from(op::WRITE) | op_flag::FUA, 0, vec![1; 512], 512);
+    assert_eq!((rig.result(durable), rig.disks.0[0].durable_writes), (512, 1));
+    let kept = rig.ask(0, u32::from(op::WRITE_ZEROES) | op_flag::NOUNMAP, 8192, Vec::new(), 4096);
+    assert_eq!(rig.result(kept), 0);
+    assert!(rig.disks.0[0].data[8192..12288].iter().all(|b| *b == 0) && rig.disks.0[0].written[2]);
+    let zero = rig.ask(0, u32::from(op::WRITE_ZEROES), 8192, Vec::new(), 4096);
+    assert_eq!((rig.result(zero), rig.disks.0[0].written[2]), (0, false));
+    let discard = rig.ask(0, u32::from(op::DISCARD), 12288, Vec::new(), 4096);
+    assert_eq!((rig.result(discard), rig.disks.0[0].written[3]), (0, false));
+    assert_eq!(rig.disks.0[0].data[16384..20480], data[8192..]);
+    assert!(rig.free());
+}
+
+#[test]
+fn a_long_request_is_done_in_pieces_and_answered_once() {
+    let mut rig = Rig::new(2);
+    let data = pattern(2, MAX_REQUEST as usize);
+    // Across a multiple of the longest piece.
+    let write = rig.write(100 * 512, &data);
+    assert_eq!(rig.result(write), MAX_REQUEST as i32);
+    assert_eq!(rig.disks.0[0].requests, 2);
+    let read = rig.read(100 * 512, MAX_REQUEST as usize);
+    assert_eq!(rig.answer(read).data, data);
+    assert!(rig.free());
+}
+
+#[test]
+fn errors_reach_the_host_and_the_device_goes_on() {
+    let mut rig = Rig::new(3);
+    rig.disks.0[0].fail = Some((4096..8192, Errno::NOSPC));
+    let bad = rig.write(4096, &[1; 512]);
+    assert_eq!(rig.result(bad), -28);
+    // Only a part of it fails: so does all of it.
+    rig.disks.0[0].fail = Some((512 * 1024..512 * 1024 + 512, Errno::IO));
+    let half = rig.read(512 * 1024 - 4096, 8192);
+    assert_eq!(rig.result(half), -5);
+    for (op_flags, sectors, start) in
+        [(77, 8, 0), (0, 8, SIZE / 512), (1, 0, 0), (1, u32::MAX, 0), (0, 8, u64::MAX), (3, 2, SIZE / 512 - 1)]
+    {
+        let wrong = rig.raw(0, Descriptor { op_flags, nr_sectors: sectors, start_sector: start, addr: 0 }, Vec::new());
+        assert!(rig.result(wrong) < 0, "{op_flags} {sectors} {start}");
+    }
+    let good = rig.write(0, &[7; 512]);
+    assert_eq!(rig.result(good), 512);
+    assert!(rig.free());
+}
+
+#[test]
+fn a_read_only_disk_is_not_written_to() {
+    let mut disk = MemDisk::new(7, "view", SIZE as usize);
+    disk.export.geometry.read_only = true;
+    let mut rig = Rig::with(4, vec![disk], classes());
+    let write = rig.write(0, &[1; 512]);
+    assert_eq!(rig.result(write), -1);
+    let read = rig.read(0, 512);
+    assert_eq!(rig.result(read), 512);
+    assert!(rig.disks.0[0].data.iter().all(|b| *b == 0));
+}
+
+#[test]
+fn want_of_buffers_is_waited_out() {
+    let mut rig = Rig::new(5);
+    rig.disks.0[0].no_buffers = 40;
+    let reads: Vec<u64> = (0..4).map(|n| rig.read(n * 4096, 4096)).collect();
+    for read in reads {
+        assert_eq!(rig.result(read), 4096);
+    }
+    // One long buffer in all, and requests for ten of them.
+    let few = vec![Class { capacity: 16 * 1024, count: 2 }, Class { capacity: 80 * 1024, count: 2 }];
+    let mut rig = Rig::with(6, vec![MemDisk::new(7, "disk", SIZE as usize)], few);
+    let data = pattern(3, 256 * 1024);
+    let writes: Vec<u64> = (0..10).map(|n| rig.write(n * 256 * 1024, &data)).collect();
+    for write in writes {
+        assert_eq!(rig.result(write), 256 * 1024);
+    }
+    assert!(rig.disks.0[0].data[..10 * 256 * 1024].chunks(256 * 1024).all(|chunk| chunk == data));
+    assert!(rig.free());
+}
+
+/// A model of what a host knows of a disk: each slot is written by one request at a time.
+struct Host {
+    slots: Vec<Vec<u8>>,
+    busy: BTreeMap<u64, (usize, Vec<u8>, u8)>,
+}
+
+const SLOT: usize = 16 * 1024;
+
+impl Host {
+    fn new(slots: usize) -> Self {
+        Self { slots: vec![vec![0; SLOT]; slots], busy: BTreeMap::new() }
+    }
+
+    /// Asks for something in a slot that is free.
+    fn ask(&mut self, rig: &mut Rig, device: usize, n: u64) {
+        let slot = rig.rng.below(self.slots.len() as u64) as usize;
+        if self.busy.values().any(|(busy, ..)| *busy == slot) {
+            return;
+        }
+        let offset = (slot * SLOT) as u64;
+        let (kind, content, data) = match rig.rng.below(6) {
+            0..=2 => (op::WRITE, pattern(n, SLOT), pattern(n, SLOT)),
+            3 => (op::WRITE_ZEROES, vec![0; SLOT], Vec::new()),
+            _ => (op::READ, self.slots[slot].clone(), vec![0x11; SLOT]),
+        };
+        let request = rig.ask(device, u32::from(kind), offset, data, SLOT as u64);
+        self.busy.insert(request, (slot, content, kind));
+    }
+
+    /// Takes the answers that have come.
+    fn hear(&mut self, rig: &mut Rig) {
+        rig.harvest();
+        let known: Vec<u64> = self.busy.keys().copied().filter(|id| rig.answers.contains_key(id)).collect();
+        for id in known {
+            let (Some(answer), Some((slot, content, kind))) = (rig.answers.remove(&id), self.busy.remove(&id)) else {
+                unreachable!("both are there")
+            };
+            let bytes = if kind == op::WRITE_ZEROES { 0 } else { SLOT as i32 };
+            assert_eq!(answer.result, bytes, "a request failed");
+            if kind == op::READ {
+                assert!(answer.data == content, "slot {slot} reads as something else than was written");
+            }
+            self.slots[slot] = content;
+        }
+    }
+
+    fn end(mut self, rig: &mut Rig, device: usize) {
+        for _ in 0..100_000 {
+            self.hear(rig);
+            if self.busy.is_empty() {
+                break;
+            }
+            assert!(rig.step(), "the world stands still, and {} requests are not answered", self.busy.len());
+        }
+        assert!(self.busy.is_empty(), "not all is answered");
+        for (slot, content) in self.slots.iter().enumerate() {
+            assert!(rig.disks.0[device].data[slot * SLOT..][..SLOT] == content[..], "slot {slot} on the disk");
+        }
+    }
+}
+
+#[test]
+fn random_work_is_done_exactly_and_answered_once() {
+    for seed in 0..20 {
+        let mut rig = Rig::new(100 + seed);
+        rig.disks.0[0].late = seed % 2 == 0;
+        let mut host = Host::new(64);
+        for n in 0..300 {
+            host.ask(&mut rig, 0, n);
+            rig.steps((n % 3) as usize);
+            host.hear(&mut rig);
+        }
+        host.end(&mut rig, 0);
+        assert!(rig.free());
+    }
+}
+
+#[test]
+fn after_a_crash_at_any_step_every_request_is_answered_once_and_none_fails() {
+    for crash_at in 0..120 {
+        let mut rig = Rig::new(1000 + crash_at);
+        rig.disks.0[0].late = crash_at % 2 == 0;
+        let mut host = Host::new(24);
+        for n in 0..40 {
+            host.ask(&mut rig, 0, n);
+        }
+        rig.steps(crash_at as usize);
+        host.hear(&mut rig);
+        rig.crash();
+        for n in 40..60 {
+            host.ask(&mut rig, 0, n);
+            rig.steps(1);
+            host.hear(&mut rig);
+        }
+        rig.crash();
+        host.end(&mut rig, 0);
+        assert!(rig.free());
+    }
+}
+
+#[test]
+fn a_clean_stop_answers_what_is_under_way_and_leaves_the_rest_to_the_next_process() {
+    for stop_at in 0..60 {
+        let mut rig = Rig::new(2000 + stop_at);
+        rig.disks.0[0].late = true;
+        let mut host = Host::new(48);
+        for n in 0..60 {
+            host.ask(&mut rig, 0, n);
+        }
+        rig.steps(stop_at as usize);
+        rig.server.shutdown(&mut rig.io);
+        for _ in 0..10_000 {
+            if rig.server.is_idle() {
+                break;
+            }
+            assert!(rig.step(), "it does not come to rest");
+        }
+        assert!(rig.server.is_idle());
+        // The ring sends what was answered last.
+        rig.steps(4);
+        host.hear(&mut rig);
+        let before = rig.disks.0[0].requests;
+        rig.steps(50);
+        assert_eq!(rig.disks.0[0].requests, before, "something is asked of a disk after the end");
+        rig.crash();
+        host.end(&mut rig, 0);
+    }
+}
+
+#[test]
+fn a_disk_that_goes_away_answers_with_no_error_when_it_is_back() {
+    for at in 0..40 {
+        let mut rig = Rig::new(3000 + at);
+        rig.disks.0[0].late = true;
+        let mut host = Host::new(32);
+        for n in 0..40 {
+            host.ask(&mut rig, 0, n);
+        }
+        rig.steps(at as usize);
+        host.hear(&mut rig);
+        rig.disks.0[0].shut();
+        rig.steps(20);
+        host.hear(&mut rig);
+        // Gone; with its answers, or with a word.
+        let mut disk = rig.disks.0.remove(0);
+        if at % 2 == 0 {
+            rig.server.close_export(&mut rig.io, DiskKey(7));
+        }
+        for n in 40..50 {
+            host.ask(&mut rig, 0, n);
+            rig.steps(3);
+        }
+        rig.steps(100);
+        host.hear(&mut rig);
+        assert!(rig.server.list().iter().all(|device| !device.serving));
+        assert!(rig.pending() > 0 && rig.answers.is_empty());
+        // It is back, under another key.
+        disk.forget();
+        disk.shutting = false;
+        disk.export.key = DiskKey(8);
+        rig.disks.0.push(disk);
+        rig.server.rebind(&mut rig.io, &mut rig.disks);
+        rig.turn();
+        host.end(&mut rig, 0);
+        assert!(rig.free());
+    }
+}
+
+#[test]
+fn another_disk_by_the_same_name_is_not_taken_for_it() {
+    let mut rig = Rig::new(7);
+    rig.disks.0.remove(0);
+    let write = rig.write(0, &[1; 512]);
+    rig.steps(50);
+    rig.disks.0.push(MemDisk::new(8, "disk", SIZE as usize / 2));
+    rig.server.rebind(&mut rig.io, &mut rig.disks);
+    rig.steps(50);
+    assert!(rig.answers.is_empty() && !rig.server.list()[0].serving);
+    rig.disks.0[0] = MemDisk::new(9, "disk", SIZE as usize);
+    rig.server.rebind(&mut rig.io, &mut rig.disks);
+    rig.turn();
+    assert_eq!(rig.result(write), 512);
+}
+
+#[test]
+fn many_devices_share_and_none_starves() {
+    let disks = (0..40).map(|n| MemDisk::new(n, &format!("disk{n}"), 2 << 20)).collect();
+    let few = vec![Class { capacity: 32 * 1024, count: 12 }, Class { capacity: 80 * 1024, count: 4 }];
+    let mut rig = Rig::with(8, disks, few);
+    let mut hosts: Vec<Host> = (0..40).map(|_| Host::new(16)).collect();
+    for n in 0..600u64 {
+        let device = (n % 40) as usize;
+        hosts[device].ask(&mut rig, device, n);
+        rig.steps(1);
+        hosts[device].hear(&mut rig);
+    }
+    for (device, host) in hosts.into_iter().enumerate() {
+        host.end(&mut rig, device);
+    }
+    assert_eq!(rig.server.status().len(), 40);
+    assert!(rig.free());
+}
+
+#[test]
+fn a_device_that_is_retired_fails_what_waits_and_is_closed_when_the_kernel_has_ended_it() {
+    let mut rig = Rig::new(9);
+    rig.disks.0.remove(0);
+    let waits = rig.write(0, &[1; 512]);
+    rig.steps(50);
+    let id = rig.ids[0];
+    rig.server.retire(&mut rig.io, id);
+    assert_eq!(rig.result(waits), -5);
+    let late = rig.write(0, &[1; 512]);
+    assert_eq!(rig.result(late), -5);
+    assert!(!rig.server.is_gone(id));
+    rig.world.ublk_stop(rig.devices[0]);
+    rig.steps(100);
+    assert!(rig.server.is_gone(id) && !rig.world.ublk_served(rig.devices[0]));
+}
+
+#[test]
+fn a_device_that_somebody_else_ends_while_it_is_busy_is_let_go() {
+    let mut rig = Rig::new(10);
+    rig.disks.0[0].late = true;
+    for n in 0..8 {
+        rig.write(n * 4096, &[1; 4096]);
+    }
+    rig.steps(6);
+    rig.world.ublk_stop(rig.devices[0]);
+    for _ in 0..10_000 {
+        if rig.server.is_gone(rig.ids[0]) {
+            break;
+        }
+        rig.step();
+    }
+    assert!(rig.server.is_gone(rig.ids[0]) && rig.free());
+}
