@@ -126,6 +126,7 @@ pub async fn execute(proxy: &Proxy, command: Command) -> CommandResult {
         tracing::warn!(id = command.id, ?kind, "command refused: {message}");
         Outcome::Error(CommandError { kind: kind.into(), message })
     });
+    proxy.offers.send_replace(());
     CommandResult { id: command.id, outcome: Some(outcome) }
 }
 

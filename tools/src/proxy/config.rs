@@ -221,6 +221,7 @@ struct FileCoordinator {
 #[serde(deny_unknown_fields)]
 struct FileSource {
     nbd: Option<Vec<Listen>>,
+    vhost_user: Option<PathBuf>,
     memory: Option<Size>,
     queue: Option<Size>,
     seal_threads: Option<usize>,
@@ -240,6 +241,7 @@ struct FileTarget {
     listen: Option<SocketAddr>,
     advertise: Option<String>,
     views: Option<Vec<Listen>>,
+    vhost_user: Option<PathBuf>,
     memory: Option<Size>,
     budget: Option<Size>,
     segment: Option<Size>,
@@ -273,6 +275,9 @@ pub struct Args {
     /// Source role: where hosts reach their disks by NBD (unix:/path or tcp:address:port); may be repeated.
     #[arg(long, value_name = "LISTEN")]
     pub nbd: Vec<Listen>,
+    /// Source role: folder in which each disk has a socket (GROUP-DISK.sock) for guests, by vhost-user-blk.
+    #[arg(long, value_name = "DIR")]
+    pub vhost_user: Option<PathBuf>,
     /// Target role: folder of the journals and replicas.
     #[arg(long, value_name = "DIR")]
     pub journal: Option<PathBuf>,
@@ -285,6 +290,9 @@ pub struct Args {
     /// Target role: where views are reached by NBD (unix:/path or tcp:address:port); may be repeated.
     #[arg(long, value_name = "LISTEN")]
     pub views: Vec<Listen>,
+    /// Target role: folder in which each disk of a view has a socket (VIEW-DISK.sock) for guests, by vhost-user-blk.
+    #[arg(long, value_name = "DIR")]
+    pub view_vhost_user: Option<PathBuf>,
     /// Buffer memory of each role, pinned, e.g. 512MiB.
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
@@ -337,6 +345,7 @@ The file:
   token_file = \"/root/token\"         # needed for the first start only
   [source]                           # only where disks are protected
   nbd = [\"unix:/run/afterimage/nbd.sock\", \"tcp:127.0.0.1:10809\"]
+  vhost_user = \"/run/afterimage/vhost\" # a socket for each disk, for guests; unset: none
   memory = \"512MiB\"
   queue = \"256MiB\"                   # captured, not yet acknowledged
   seal_threads = 2
@@ -352,6 +361,7 @@ The file:
   listen = \"10.0.0.6:7800\"
   advertise = \"backup.example.org:7800\"
   views = [\"unix:/run/afterimage/views.sock\"]
+  vhost_user = \"/run/afterimage/view-vhost\"
   memory = \"512MiB\"
   budget = \"200GiB\"                  # journal bytes of a stream whose policy says nothing; unset: 16GiB
   segment = \"64MiB\"
@@ -380,6 +390,8 @@ pub enum Control {
 pub struct SourceRole {
     /// Where hosts come in.
     pub nbd: Vec<Listen>,
+    /// Folder of the sockets of guests.
+    pub vhost_user: Option<PathBuf>,
     /// Pool, bytes.
     pub memory: u64,
     /// Most bytes captured and not yet acknowledged.
@@ -421,6 +433,8 @@ pub struct TargetRole {
     pub advertise: Option<String>,
     /// Where clients of views come in.
     pub views: Vec<Listen>,
+    /// Folder of the sockets of guests.
+    pub vhost_user: Option<PathBuf>,
     /// Pool, bytes.
     pub memory: u64,
     /// Journal bytes of a stream whose policy sets none; unset: the core's default.
@@ -495,7 +509,8 @@ impl Config {
         if source.is_none() && target.is_none() {
             return Err(ConfigError::Missing {
                 field: "source.nbd",
-                why: "a proxy needs a role: `source.nbd` (--nbd) for a source, `target.journal` (--journal) for a target",
+                why: "a proxy needs a role: `source.nbd` (--nbd) or `source.vhost_user` (--vhost-user) for a source, \
+                      `target.journal` (--journal) for a target",
             });
         }
         if matches!(control, Control::Serve(_)) && source.is_none() {
@@ -595,10 +610,24 @@ fn spill_role(file: &FileSource, state_dir: Option<&Path>) -> Result<Option<Spil
     Ok(Some(SpillRole { dir, budget, segment, reserve }))
 }
 
+/// A folder for sockets of disks: there must be room for a name behind it.
+fn socket_folder(field: &'static str, dir: Option<PathBuf>) -> Result<Option<PathBuf>, ConfigError> {
+    // `sun_path` holds 108 bytes with its final zero: a slash, one letter, `.sock`.
+    const MAX: usize = 107 - 7;
+    match dir {
+        Some(dir) if !dir.is_absolute() || dir.as_os_str().len() > MAX => {
+            let allowed = format!("an absolute path of at most {MAX} bytes");
+            Err(ConfigError::Field { field, value: format!("`{}`", dir.display()), allowed })
+        }
+        dir => Ok(dir),
+    }
+}
+
 fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Result<Option<SourceRole>, ConfigError> {
     let spill = spill_role(&file, state_dir);
     let nbd = if args.nbd.is_empty() { file.nbd.unwrap_or_default() } else { args.nbd.clone() };
-    if nbd.is_empty() {
+    let vhost_user = socket_folder("source.vhost_user", args.vhost_user.clone().or(file.vhost_user))?;
+    if nbd.is_empty() && vhost_user.is_none() {
         return Ok(None);
     }
     let memory = args.memory.or(file.memory).unwrap_or(Size(DEFAULT_POOL)).0;
@@ -616,6 +645,7 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
     };
     Ok(Some(SourceRole {
         nbd,
+        vhost_user,
         memory,
         queue,
         seal_threads,
@@ -653,12 +683,14 @@ fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, Conf
         Some(size) => Some(within("target.budget", size.0, 4 * segment, u64::MAX)?),
         None => None,
     };
+    let vhost_user = socket_folder("target.vhost_user", args.view_vhost_user.clone().or(file.vhost_user))?;
     let views = if args.views.is_empty() { file.views.unwrap_or_default() } else { args.views.clone() };
     Ok(Some(TargetRole {
         journal,
         listen,
         advertise,
         views,
+        vhost_user,
         memory,
         budget,
         segment,

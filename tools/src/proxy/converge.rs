@@ -100,6 +100,7 @@ async fn once(proxy: &Proxy) -> Result<bool, Gone> {
         proxy.event(Severity::Warning, problem.stream_uid.parse().ok(), "converge", problem.message.clone());
     }
     *proxy.problems.borrow_mut() = problems;
+    proxy.offers.send_replace(());
     Ok(locked)
 }
 

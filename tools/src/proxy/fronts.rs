@@ -3,27 +3,38 @@
 use afterimage_dataplane::host::{DiskKey, Disks, ExportStatus, FrontEnd as _};
 use afterimage_dataplane::io::Done;
 use afterimage_dataplane::io::ring::Ring;
-use afterimage_dataplane::nbd::{Limits, Server};
+use afterimage_dataplane::{nbd, vhost};
 
 /// Machine id of the NBD front end (the upper 16 bits of its tokens).
 const NBD_ID: u16 = 0x4000;
+/// Machine id of the vhost-user front end.
+const VHOST_ID: u16 = 0x4001;
 
 /// All of them.
 pub struct Fronts {
     /// NBD.
-    pub nbd: Server<Ring>,
+    pub nbd: nbd::Server<Ring>,
+    /// vhost-user-blk.
+    pub vhost: vhost::Server<Ring>,
 }
 
 impl Fronts {
     /// Without hosts.
     pub fn new() -> Self {
-        Self { nbd: Server::new(NBD_ID, Limits::default()) }
+        Self {
+            nbd: nbd::Server::new(NBD_ID, nbd::Limits::default()),
+            vhost: vhost::Server::new(VHOST_ID, vhost::Limits::default()),
+        }
     }
 
     /// Takes a completion, or gives it back if it is no front end's.
     pub fn done(&mut self, io: &mut Ring, disks: &mut impl Disks<Ring>, done: Done) -> Option<Done> {
         if self.nbd.owns(done.token) {
             self.nbd.done(io, disks, done);
+            return None;
+        }
+        if self.vhost.owns(done.token) {
+            self.vhost.done(io, disks, done);
             return None;
         }
         Some(done)
@@ -33,26 +44,32 @@ impl Fronts {
     /// between: what a later front end asks may let go what an earlier one waits for.
     pub fn collect(&mut self, io: &mut Ring, disks: &mut impl Disks<Ring>) -> bool {
         self.nbd.collect(io, disks);
-        false
+        // What one front end found answered may let another one's requests go on.
+        let more = self.vhost.collect(io, disks);
+        more || self.vhost.is_polling()
     }
 
     /// Drops the hosts of an export that is no longer on offer.
     pub fn close_export(&mut self, io: &mut Ring, key: DiskKey) {
         self.nbd.close_export(io, key);
+        self.vhost.close_export(io, key);
     }
 
     /// Lets all hosts go.
     pub fn shutdown(&mut self, io: &mut Ring) {
         self.nbd.shutdown(io);
+        self.vhost.shutdown(io);
     }
 
     /// No hosts are left.
     pub fn is_idle(&self) -> bool {
-        self.nbd.is_idle()
+        self.nbd.is_idle() && self.vhost.is_idle()
     }
 
     /// Users of each export that has any, by front end: one may be named more than once.
     pub fn status(&self) -> Vec<ExportStatus> {
-        self.nbd.status()
+        let mut all = self.nbd.status();
+        all.extend(self.vhost.status());
+        all
     }
 }

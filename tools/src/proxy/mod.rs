@@ -6,6 +6,7 @@
 //!  converge ── brings the cores there                 │
 //!  streams ─── handshakes (link) both ways            ├─ jobs ────▶ source core + NBD of the machines
 //!  service ─── NBD clients, signals                   │ ◀─ events ─ target core + NBD of the views
+//!  vhost ───── sockets of guests                      │
 //!  commands, report ── steps of operations, status    ┘
 //! ```
 //! The data threads ([`runtime`], [`cores`]) know nothing of TLS, gRPC or certificates; the service thread touches no
@@ -35,6 +36,7 @@ pub mod standalone;
 mod state;
 mod streams;
 mod throwaway;
+mod vhost;
 
 pub use config::Args;
 

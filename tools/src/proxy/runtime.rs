@@ -117,6 +117,23 @@ impl<C: 'static> Handle<C> {
         answer.await.map_err(|_| Gone)
     }
 
+    /// As [`Handle::call`], for a thread of its own; never within a task.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub fn call_blocking<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Desk<'_, C>) -> R + Send + 'static,
+    ) -> Result<R, Gone> {
+        let (reply, answer) = oneshot::channel();
+        let job = Box::new(move |desk: &mut Desk<'_, C>| {
+            let _ = reply.send(job(desk));
+        });
+        self.inbox.blocking_send(Order::Job(job)).map_err(|_| Gone)?;
+        self.waker.0.wake();
+        answer.blocking_recv().map_err(|_| Gone)
+    }
+
     /// Ends the thread: clients are answered, then the core stops cleanly; at the latest after `within`.
     pub async fn stop(&self, within: Nanos) {
         if self.inbox.send(Order::Stop(within)).await.is_ok() {

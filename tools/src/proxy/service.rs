@@ -22,6 +22,7 @@ use super::runtime::{Core, Handle, StartError};
 use super::standalone::Standalone;
 use super::state::{Proxy, StateError};
 use super::streams;
+use super::vhost;
 
 /// How long a clean stop may take: hosts' requests are answered, the queue is shipped.
 const STOP_WITHIN: Duration = Duration::from_secs(12);
@@ -218,6 +219,20 @@ fn let_in(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), ServiceError> 
         let views = std::mem::take(&mut sockets.views);
         sockets.accepting.extend(serve_nbd(views, handle).map_err(failed("target.views"))?);
     }
+    if let (Some(handle), Some(dir)) = (&proxy.source, proxy.config.source.as_ref().and_then(|r| r.vhost_user.clone()))
+    {
+        let follow = vhost::follow(Rc::clone(proxy), handle.clone(), dir);
+        sockets.accepting.push(tokio::task::spawn_local(async {
+            let _ = follow.await;
+        }));
+    }
+    if let (Some(handle), Some(dir)) = (&proxy.target, proxy.config.target.as_ref().and_then(|r| r.vhost_user.clone()))
+    {
+        let follow = vhost::follow(Rc::clone(proxy), handle.clone(), dir);
+        sockets.accepting.push(tokio::task::spawn_local(async {
+            let _ = follow.await;
+        }));
+    }
     if let Some(listener) = sockets.streams.take() {
         let listener = TcpListener::from_std(listener).map_err(failed("target.listen"))?;
         sockets.accepting.push(tokio::task::spawn_local(streams::accept_streams(Rc::clone(proxy), listener)));
@@ -299,7 +314,7 @@ impl Sockets {
         let failed = |source| ServiceError::Listen { field, address: listen.to_string(), source };
         match listen {
             Listen::Unix(path) => {
-                let listener = bind_unix(path).map_err(failed)?;
+                let listener = bind_unix(path, SOCKET_MODE).map_err(failed)?;
                 self.paths.push(path.clone());
                 Ok(Listening::Unix(listener))
             }
@@ -356,7 +371,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 /// Binds a Unix socket; one left over by a process that was killed is replaced, one in use is not.
-fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<std::os::unix::net::UnixListener> {
     if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
             return Err(io::ErrorKind::AddrInUse.into());
@@ -364,7 +379,7 @@ fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
         std::fs::remove_file(path)?;
     }
     let listener = std::os::unix::net::UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }

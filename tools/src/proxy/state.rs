@@ -10,7 +10,7 @@ use afterimage_dataplane::host::DiskKey;
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::v1::{DesiredState, OpenView, Problem, ProxyEvent, Severity, SourceGroup, TargetStream};
 use prost::Message;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::config::Config;
 use super::cores::{SourceCore, TargetCore};
@@ -49,6 +49,8 @@ pub struct Proxy {
     pub waiters: RefCell<Waiters>,
     /// Something in `desired` or in the cores is new: converge.
     pub changed: Notify,
+    /// What is on offer may have changed: sockets of disks follow.
+    pub offers: watch::Sender<()>,
 }
 
 /// What has been done about the desired state.
@@ -106,6 +108,7 @@ impl Proxy {
             events: RefCell::default(),
             waiters: RefCell::default(),
             changed: Notify::new(),
+            offers: watch::Sender::new(()),
         }
     }
 

@@ -27,6 +27,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub async fn source_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<SourceEvent>) {
     while let Some(event) = events.recv().await {
         source_event(&proxy, event);
+        proxy.offers.send_replace(());
     }
 }
 
@@ -278,6 +279,7 @@ fn may_write(proxy: &Proxy, peer: &Peer, hello: &Hello) -> Result<(), Welcome> {
 /// Follows the target core until it ends.
 pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetEvent>) {
     while let Some(event) = events.recv().await {
+        proxy.offers.send_replace(());
         let (severity, stream, kind, message) = match event {
             TargetEvent::Ready { stream } => {
                 // Views wait for this.
