@@ -221,6 +221,9 @@ impl<I: Io> Target<I> {
                     stream.welcomed =
                         Some(Welcomed { incarnation: hello.incarnation, whole_resync: accepted.whole_resync });
                 }
+                let held = accepted.position;
+                let ours = held.incarnation == hello.incarnation;
+                stream.promise.begin(hello.incarnation, if ours { held.frame } else { 0 });
                 let timeline = stream.history.table().current;
                 // From here on the position must not move under the source by frames of an older connection that are
                 // not on their way to the disk yet.

@@ -68,6 +68,9 @@ pub(crate) fn ends_as(run: &mut Run, group: Option<&GroupStatus>, stream: Option
     {
         rpo(run, group.rpo_now, stream.newest)?;
     }
+    if !run.robbed && run.stage.zero_loss() {
+        zero_loss(run, stream.durable_seq)?;
+    }
     Ok(())
 }
 
@@ -180,6 +183,28 @@ fn rpo(run: &mut Run, reported: Nanos, newest: Option<u64>) -> Result<(), String
              RPO is said to be {reported}",
             matched(id)
         ));
+    }
+    Ok(())
+}
+
+/// While the target says so, no host was answered a write that it does not hold.
+fn zero_loss(run: &mut Run, durable: u64) -> Result<(), String> {
+    let Some(epoch) = run.epochs.last() else { return Ok(()) };
+    for disk in 0..run.plan.setup.disks.len() {
+        let synced = run.tap.synced(disk as u16, durable).unwrap_or(0);
+        let settled = epoch.settled.get(disk).copied().unwrap_or(0);
+        for change in &epoch.history.changes(disk)[settled..] {
+            let Some(at) = change.answered_at.filter(|_| change.effect == Effect::Write && !change.failed) else {
+                continue;
+            };
+            if at > synced && epoch.matched.get(&change.id).is_none_or(|seq| *seq > durable) {
+                let id = change.id;
+                return Err(format!(
+                    "the target says that nothing answered is missing; request {id} was answered at {at} ns and is not \
+                     in its records up to {durable}"
+                ));
+            }
+        }
     }
     Ok(())
 }

@@ -49,12 +49,16 @@ impl Run {
     pub(crate) fn coordinate(&mut self) -> Result<(), String> {
         let disks: Vec<(String, String)> =
             (0..self.plan.setup.disks.len()).map(|d| (disk_id(d).to_string(), format!("disk{d}"))).collect();
-        let unconfirmed = self.stage.source.is_none() || self.rng.chance(0.2);
+        let lease = self.plan.setup.lease;
+        if lease > 0 && self.rng.chance(0.5) {
+            self.cut_off(true);
+        }
+        let unconfirmed = lease == 0 && self.stage.source.is_none() || self.rng.chance(0.2);
         let spec = Spec { to: Choice::Latest, unconfirmed, reason: "tested".into() };
-        let mut work = Failover::new(spec, &[], 0, 0, "fits".into(), 1);
+        let mut work = Failover::new(spec, &[], 0, lease / MS, "fits".into(), 1);
         work.facts.disks = disks.iter().map(|(uid, _)| uid.clone()).collect();
         let mut group = self.group_object(self.stage.generation);
-        let mut answered = None;
+        let (mut answered, mut waited) = (None, false);
         for step in 0.. {
             if step == MOST_STEPS {
                 return Err(format!("the failover does not end: {work:#?}"));
@@ -76,6 +80,7 @@ impl Run {
                 Action::Wait { ms } => {
                     let until = self.stage.world.now() + ms * MS;
                     self.until(until)?;
+                    waited = true;
                     Reply::Nothing
                 }
                 Action::Drain { seq, within_ms } => self.drain(seq, within_ms)?,
@@ -84,6 +89,9 @@ impl Run {
                     self.tell(side, command, connect_ms, answer_ms)?
                 }
             };
+            if work.facts.fence == Some(FenceKind::SelfFenced) && waited && self.silent_at.is_none() {
+                return Err("the lease is waited for, and nothing was fenced".into());
+            }
             if after {
                 self.say("the coordinator dies before it has recorded what came of it");
                 (work, group) = serde_json::from_str(&recorded).map_err(|e| e.to_string())?;
@@ -99,6 +107,11 @@ impl Run {
         match work.state {
             State::Done => self.taken_over(&work, answered),
             State::Failed => {
+                self.silent_at = None;
+                self.stage.deposed = false;
+                if self.stage.cut_off {
+                    self.cut_off(false);
+                }
                 // The desired state reaches the source: it goes on, under the generation that it was given back.
                 self.stage.generation = group.writer_generation;
                 if group.writer_generation != 1 && self.stage.source.is_some() {
@@ -129,7 +142,15 @@ impl Run {
             return Err(format!("a source that holds all I/O has given {more} answers"));
         }
         let drained = work.facts.last_seq.is_some_and(|last| point.seq >= last);
-        let floor = if answered.is_some() && drained && !self.robbed { u64::MAX } else { 0 };
+        let floor = match self.claimed {
+            _ if self.robbed => 0,
+            _ if answered.is_some() && drained => u64::MAX,
+            Some(tick) if work.facts.zero_loss => tick,
+            _ => 0,
+        };
+        if self.stage.cut_off {
+            self.cut_off(false);
+        }
         self.mend_without_source()?;
         self.target_ready()?;
         check::point(self, point.seq, floor)?;
@@ -159,7 +180,10 @@ impl Run {
         let limit = self.stage.world.now() + connect_ms * MS;
         loop {
             let lives = match side {
-                Side::Source => self.stage.source.is_some() && self.stage.protected && !self.stage.still[0],
+                Side::Source => {
+                    let stage = &self.stage;
+                    stage.source.is_some() && stage.protected && !stage.still[0] && !stage.cut_off
+                }
                 Side::Target => self.stage.target.is_some() && !self.stage.still[1],
             };
             if lives {
@@ -213,6 +237,7 @@ impl Run {
         };
         let reply = match command {
             Tell::RaiseGeneration(said) => {
+                let zero_loss = life.core.zero_loss(stream, life.io.since_boot());
                 let status = life.core.status();
                 let held = status.first().and_then(|s| s.disks.iter().map(|disk| disk.generation).min());
                 let mut held = held.unwrap_or(0);
@@ -226,7 +251,10 @@ impl Run {
                 match failed {
                     Some(why) => error(why),
                     None => {
-                        Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: held, zero_loss: false }))
+                        self.fenced_now();
+                        let tick = self.epochs.last().map_or(0, |epoch| epoch.history.tick() + 1);
+                        self.claimed = zero_loss.then_some(tick);
+                        Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: held, zero_loss }))
                     }
                 }
             }

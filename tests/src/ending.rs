@@ -14,6 +14,8 @@ use crate::trouble::Mend;
 
 /// How long everything may take to come to rest once nothing is wrong any more.
 const REST: Nanos = 120_000 * MS;
+/// What a disk had under way when its source stopped has ended.
+const SETTLES: Nanos = 100 * MS;
 
 impl Run {
     /// The end.
@@ -180,8 +182,38 @@ impl Run {
         let raised = life.core.raise_generation(&mut life.io, stream, &[], reason);
         let generation = raised.map_err(|e| format!("cannot raise the generation: {e}"))?;
         self.stage.world.wake(self.stage.target_node);
+        self.fenced_now();
         if generation <= self.stage.generation {
             return Err(format!("the generation was raised to {generation}"));
+        }
+        Ok(())
+    }
+
+    /// The disks belong to somebody else from now on: a source that keeps to a lease has stopped when it is over.
+    pub(crate) fn fenced_now(&mut self) {
+        self.stage.deposed = true;
+        if self.plan.setup.lease > 0 {
+            self.silent_at.get_or_insert(self.stage.world.now() + self.plan.setup.lease);
+        }
+    }
+
+    /// Nobody but its hosts reaches the source, or everybody does again.
+    pub(crate) fn cut_off(&mut self, on: bool) {
+        self.say(if on { "the source is cut off" } else { "the source can be reached again" });
+        (self.stage.cut_off, self.stage.severed) = (on, on);
+        self.stage.world.partition(self.stage.source_node, self.stage.target_node, on);
+    }
+
+    /// The lease of a source that is cut off runs out: it does no I/O any more.
+    fn source_is_silent(&mut self) -> Result<(), String> {
+        let over = self.silent_at.unwrap_or(0).max(self.stage.world.now()) + SETTLES;
+        self.until(over)?;
+        let images = |run: &Self| (0..run.plan.setup.disks.len()).map(|disk| run.source_disk(disk)).collect::<Vec<_>>();
+        let (before, life) = (images(self), self.stage.source_lives);
+        let until = self.stage.world.now() + self.rng.between(1, 1000) * MS;
+        self.until(until)?;
+        if self.watch.is_calm(over) && life == self.stage.source_lives && images(self) != before {
+            return Err("a source writes to its disks although its lease has run out".into());
         }
         Ok(())
     }
@@ -196,12 +228,20 @@ impl Run {
             return Ok(());
         }
         self.target_ready()?;
+        let cut_off = self.plan.setup.lease > 0 && self.rng.chance(0.7);
+        if cut_off {
+            self.cut_off(true);
+        }
         self.raise("tested")?;
         // What was on its way to the disk may end there, and is not acknowledged.
         let fenced = self.stage.stream().map_or(0, |stream| stream.durable_seq);
         self.say(&format!("the target fences all above record {fenced}"));
         let until = self.stage.world.now() + self.rng.between(1, 1500) * MS;
         self.until(until)?;
+        if cut_off {
+            self.source_is_silent()?;
+            self.cut_off(false);
+        }
         self.mend_all()?;
         if let Some(acked) = self.stage.acked().filter(|acked| *acked > fenced) {
             return Err(format!("record {acked} of a fenced source was acknowledged; {fenced} was the newest before"));
@@ -220,8 +260,11 @@ impl Run {
         if self.robbed {
             return None;
         }
-        let group = self.stage.group()?;
         let epoch = self.epochs.last()?;
+        if self.stage.zero_loss() {
+            return Some(epoch.history.tick() + 1);
+        }
+        let group = self.stage.group()?;
         (self.stage.protected && self.complete_in(self.epochs.len() - 1))
             .then(|| epoch.history.tick_at(self.now().saturating_sub(group.rpo_now + 1)))
     }

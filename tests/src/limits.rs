@@ -4,7 +4,9 @@ use afterimage_dataplane::io::Nanos;
 use afterimage_dataplane::source::{GroupState, GroupStatus, Rung};
 use afterimage_dataplane::target::{StreamState, StreamStatus};
 
+use crate::plan::{Fault, Moment};
 use crate::run::{MS, Run};
+use crate::trouble::Happened;
 
 /// Longest wait of a request while nothing is wrong with the disk below: many that overlap, one behind the other, each
 /// with its reads, its intent bit and its wait for room.
@@ -32,6 +34,10 @@ pub(crate) struct Watch {
     pub(crate) clean_start: bool,
     /// The source is being stopped: how long it stays down, and whether somebody writes to its disks then.
     pub(crate) stop: Option<(Nanos, bool)>,
+    /// What goes wrong after a moment, and how long after it.
+    pub(crate) armed: Vec<(Moment, Nanos, Fault)>,
+    /// As of the last look.
+    pub(crate) happened: Happened,
 }
 
 impl Watch {
@@ -39,6 +45,11 @@ impl Watch {
     pub(crate) fn calm(&mut self, at: Nanos) {
         self.calm_at = self.calm_at.max(at);
         self.cut.2 = self.cut.2.max(at);
+    }
+
+    /// Nothing since has kept what is under way from its end.
+    pub(crate) fn is_calm(&self, since: Nanos) -> bool {
+        self.calm_at < since
     }
 
     /// The target lost what it had: what it says next is new.
@@ -51,8 +62,11 @@ impl Run {
     /// Checks them all.
     pub(crate) fn limits(&mut self, group: Option<&GroupStatus>, stream: Option<&StreamStatus>) -> Result<(), String> {
         let now = self.stage.world.now();
+        if group.is_some_and(|group| group.held.is_some()) {
+            self.watch.calm(now);
+        }
         if let Some(oldest) = self.host.oldest()
-            && now > oldest.max(self.watch.calm_at) + STALL
+            && now > oldest.max(self.watch.calm_at) + STALL + self.plan.setup.sync_deadline
             && !self.stage.still[0]
             && !self.stage.hold
             // Who has been fenced holds everything, also what it had taken before it learned of it.

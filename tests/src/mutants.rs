@@ -20,13 +20,12 @@ pub struct Verdict {
     pub seconds: f64,
 }
 
-/// Plays `within` seeds from `from` on for each of `which` until one fails; with `harm` as [`Plan::with_harm`] has them.
-/// Only seeds of this theme, if one is named. `tell` is called as they end.
+/// Plays `within` seeds from `from` on for each of `which` until one fails; only
+/// seeds of this theme, if one is named. `tell` is called as they end.
 pub fn hunt(
     which: &[Option<Mutant>],
     from: u64,
     within: u64,
-    harm: bool,
     theme: Option<Theme>,
     jobs: usize,
     tell: impl Fn(&Verdict) + Sync,
@@ -43,7 +42,7 @@ pub fn hunt(
                             return None;
                         }
                         mutant::set(mutant);
-                        let result = play(if harm { plan.with_harm() } else { plan }, false);
+                        let result = play(plan, false);
                         result.err().map(|what| (seed, what))
                     });
                     mutant::set(None);

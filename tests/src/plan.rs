@@ -18,6 +18,21 @@ pub enum Side {
     Target,
 }
 
+/// Something that happens by itself, and just after which a fault bites most.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// A connection has been made.
+    Linked,
+    /// A synchronisation has begun.
+    SyncBegun,
+    /// The end of a synchronisation is drawn, and not acknowledged yet.
+    SyncDrawn,
+    /// The floor is being raised: the oldest segment is folded.
+    Folding,
+    /// A folded segment has been dropped.
+    Folded,
+}
+
 /// Something bad.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
@@ -99,7 +114,21 @@ pub enum Fault {
     /// Somebody takes a copy of the target's disk.
     Copy,
     /// The target's machine loses power, and comes back after this time with the copy taken last as its disk.
-    Rollback(Nanos),
+    Rollback {
+        /// Until it is started again.
+        down: Nanos,
+        /// The source's process dies, too, and comes back earlier.
+        both: bool,
+    },
+    /// This goes wrong when that has happened, after at most this time.
+    When {
+        /// After what.
+        moment: Moment,
+        /// How long after it, at most.
+        within: Nanos,
+        /// What.
+        fault: Box<Fault>,
+    },
     /// A restore point is looked at while everything goes on.
     Look,
     /// A restore point is opened, and looked at only after this time.
@@ -109,7 +138,11 @@ pub enum Fault {
 impl Fault {
     /// It may take from the target what it has acknowledged: then the target need not have it, but must not lie.
     pub fn harms_history(&self) -> bool {
-        matches!(self, Self::Rot { .. } | Self::Misdirect { .. } | Self::Rollback(_))
+        match self {
+            Self::When { fault, .. } => fault.harms_history(),
+            Self::Rot { .. } | Self::Misdirect { .. } | Self::Rollback { .. } => true,
+            _ => false,
+        }
     }
 
     /// Requests of the host may fail.
@@ -154,6 +187,10 @@ pub enum Theme {
     BadSource,
     /// Clocks, sleeps, slow disks.
     Clocks,
+    /// Faults just after something has happened.
+    Moments,
+    /// History is short: folding goes on all the time, under views that are held.
+    Folding,
 }
 
 impl std::str::FromStr for Theme {
@@ -161,9 +198,11 @@ impl std::str::FromStr for Theme {
 
     fn from_str(name: &str) -> Result<Self, String> {
         use Theme::*;
-        let all = [Mixed, Cycles, Outage, BadTarget, BadSource, Clocks];
+        let all = [Mixed, Cycles, Outage, BadTarget, BadSource, Clocks, Moments, Folding];
         let found = all.into_iter().find(|theme| format!("{theme:?}").eq_ignore_ascii_case(name));
-        found.ok_or_else(|| format!("`{name}` is none of mixed, cycles, outage, badtarget, badsource, clocks"))
+        found.ok_or_else(|| {
+            format!("`{name}` is none of mixed, cycles, outage, badtarget, badsource, clocks, moments, folding")
+        })
     }
 }
 
@@ -193,17 +232,20 @@ impl Plan {
     pub fn roll(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x005e_ed0f_b1a2);
         let rng = &mut rng;
-        let theme = match rng.below(20) {
-            0..=6 => Theme::Mixed,
-            7..=10 => Theme::Cycles,
+        let theme = match rng.below(24) {
+            0..=5 => Theme::Mixed,
+            6..=10 => Theme::Cycles,
             11..=12 => Theme::Outage,
             13..=15 => Theme::BadTarget,
-            16..=17 => Theme::BadSource,
-            _ => Theme::Clocks,
+            16 => Theme::BadSource,
+            17..=18 => Theme::Clocks,
+            19..=21 => Theme::Moments,
+            _ => Theme::Folding,
         };
         let cycles = theme == Theme::Cycles;
         let disks = (0..rng.between(1, 3)).map(|_| disk_size(rng, cycles)).collect();
         let retention = match rng.below(6) {
+            _ if theme == Theme::Folding => rng.between(300, 1200) * MS,
             0 | 1 => rng.between(300, 1500) * MS,
             2 => 5000 * MS,
             _ => 3600 * 1000 * MS,
@@ -216,15 +258,21 @@ impl Plan {
             compress: rng.chance(0.8),
             segment_bytes: 6 * MIB,
             budget_bytes: if small { 24 * MIB } else { 1 << 30 },
-            trust_reboot: rng.chance(if cycles { 0.8 } else { 0.5 }),
+            trust_reboot: rng.chance(if cycles { 0.65 } else { 0.5 }),
             hot_extents: if cycles { 0 } else { rng.below(3) as usize },
             spill_bytes: [0, 8 * MIB, 256 * MIB][rng.below(3) as usize],
+            lease: 0,
+            confirmed: false,
+            sync_deadline: 0,
         };
         let discard = rng.chance(0.8);
         // Bursts leave time in which extents grow cold.
         let (work, idle) = match theme {
             Theme::Cycles => (rng.between(50, 700) * MS, rng.between(2500, 5500) * MS),
-            _ if rng.chance(0.2) => (rng.between(100, 500) * MS, rng.between(100, 2000) * MS),
+            Theme::Folding => (rng.between(50, 300) * MS, rng.between(300, 1200) * MS),
+            _ if rng.chance(if theme == Theme::BadTarget { 0.5 } else { 0.2 }) => {
+                (rng.between(100, 500) * MS, rng.between(100, 2000) * MS)
+            }
             _ => (Nanos::MAX, 0),
         };
         let habits = Habits {
@@ -260,7 +308,42 @@ impl Plan {
             7..=8 => Ending::Coordinated,
             _ => Ending::Heal,
         };
-        Self { seed, theme, setup, habits, world, length, faults, ending }
+        let mut plan = Self { seed, theme, setup, habits, world, length, faults, ending };
+        plan.wait();
+        plan.harm();
+        plan
+    }
+
+    /// Some policies let hosts wait: for a word (then links are away for longer than a lease), for the acknowledgement.
+    fn wait(&mut self) {
+        let mut rng = Rng::new(self.seed ^ 0x001e_a5e5);
+        let rng = &mut rng;
+        if rng.chance(0.18) {
+            self.setup.sync_deadline = rng.between(200, 2500) * MS;
+        }
+        if !rng.chance(0.12) {
+            return;
+        }
+        self.setup.lease = rng.between(3000, 5000) * MS;
+        self.setup.confirmed = rng.chance(0.4);
+        if self.habits.idle == 0 {
+            (self.habits.work, self.habits.idle) = (rng.between(50, 300) * MS, rng.between(300, 1500) * MS);
+        }
+        self.length = self.length.max(rng.between(4000, 9000) * MS);
+        for _ in 0..rng.between(1, 2) {
+            let side = if rng.chance(0.5) { Side::Source } else { Side::Target };
+            let (time, down) = (rng.between(1000, 7000) * MS, rng.between(1, 600) * MS);
+            let fault = match rng.below(6) {
+                0 => Fault::Sever(time),
+                1 => Fault::Partition(time),
+                2 => Fault::OneWay(side, time),
+                3 => Fault::Suspend { side: Side::Source, time, sleeps: rng.chance(0.6) },
+                4 => Fault::Fall { side: Side::Source, power: rng.chance(0.6), down },
+                _ => Fault::Fall { side: Side::Target, power: rng.chance(0.5), down: time },
+            };
+            self.faults.push((rng.below(self.length), fault));
+        }
+        self.faults.sort_by_key(|(at, _)| *at);
     }
 
     /// Something in it may take from the target what it has acknowledged.
@@ -278,11 +361,10 @@ impl Plan {
         self.faults.iter().any(|(_, fault)| fault.is_of_storage())
     }
 
-    /// Frames of the journal rot or go astray, too, where the seed says so: faults that are not rolled otherwise, until
-    /// every answer to them stands.
-    pub fn with_harm(mut self) -> Self {
+    /// On some bad disks of a target frames of the journal rot, and writes go astray.
+    fn harm(&mut self) {
         let mut rng = Rng::new(self.seed ^ 0x0bad_da7a);
-        if self.theme == Theme::BadTarget {
+        if self.theme == Theme::BadTarget && rng.chance(0.4) {
             for _ in 0..rng.between(1, 3) {
                 let fault = match rng.below(3) {
                     0 => Fault::Misdirect { lost: rng.chance(0.5) },
@@ -292,7 +374,6 @@ impl Plan {
             }
             self.faults.sort_by_key(|(at, _)| *at);
         }
-        self
     }
 
     /// Only the faults of these places in the list, and this length: what a failure needs.
@@ -341,7 +422,8 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
             }
             Theme::Outage => {
                 let time = rng.between(200, 4000) * MS;
-                return match rng.below(5) {
+                return match rng.below(6) {
+                    5 => Fault::Stop { down },
                     0 | 1 => Fault::Sever(time),
                     2 => Fault::Partition(time),
                     3 => Fault::OneWay(side, time),
@@ -353,7 +435,7 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
                     0..=2 => Fault::Errors(Side::Target, errors(rng), rng.between(20, 800) * MS),
                     3 => Fault::Full(rng.between(50, 1500) * MS),
                     4 | 5 => Fault::Copy,
-                    6 | 7 => Fault::Rollback(down),
+                    6 | 7 => Fault::Rollback { down, both: rng.chance(0.5) },
                     _ => Fault::Fall { side: Side::Target, power: rng.chance(0.7), down },
                 };
             }
@@ -362,6 +444,18 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
                     0 | 1 => Fault::Errors(Side::Source, errors(rng), rng.between(20, 800) * MS),
                     _ => Fault::Fall { side: Side::Source, power: rng.chance(0.7), down },
                 };
+            }
+            Theme::Moments => return when(rng, side),
+            Theme::Folding => {
+                let power = rng.chance(0.7);
+                let fall = Fault::Fall { side: Side::Target, power, down: rng.between(1, 300) * MS };
+                let (moment, within) = match rng.below(8) {
+                    0..=2 => (Moment::Folding, rng.between(1, 60) * MS),
+                    3 | 4 => (Moment::Folded, rng.between(1, 30) * MS),
+                    5 => return Fault::Look,
+                    _ => return Fault::Hold(rng.between(500, 5000) * MS),
+                };
+                return Fault::When { moment, within, fault: Box::new(fall) };
             }
             Theme::Clocks => {
                 let hours = rng.between(1, 100) as i64 * 3_600_000_000_000;
@@ -386,6 +480,32 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
         9 | 10 => Fault::Hold(rng.between(50, 3000) * MS),
         _ => Fault::Look,
     }
+}
+
+fn when(rng: &mut Rng, side: Side) -> Fault {
+    let (power, time, down) = (rng.chance(0.5), rng.between(500, 4000) * MS, rng.between(1, 300) * MS);
+    let moment = match rng.below(8) {
+        0 | 1 => Moment::Linked,
+        2 | 3 => Moment::SyncBegun,
+        4 | 5 => Moment::SyncDrawn,
+        6 => Moment::Folding,
+        _ => Moment::Folded,
+    };
+    let side = match moment {
+        Moment::Folding | Moment::Folded => Side::Target,
+        _ if rng.chance(0.6) => Side::Source,
+        _ => side,
+    };
+    let fault = match rng.below(10) {
+        0 => Fault::Sever(time),
+        1 => Fault::Partition(time),
+        2 => Fault::Stall(Side::Target, time),
+        3 => Fault::Cut,
+        4 if side == Side::Source => Fault::Stop { down },
+        _ => Fault::Fall { side, power, down },
+    };
+    let within = [rng.below(1000) * 1000, rng.between(1, 5) * MS, rng.between(5, 60) * MS][rng.below(3) as usize];
+    Fault::When { moment, within, fault: Box::new(fault) }
 }
 
 fn errors(rng: &mut Rng) -> Errors {

@@ -82,6 +82,10 @@ pub(crate) struct Run {
     /// Something was harmed that later frames prove to have been durable: the target must say so.
     pub(crate) proved: bool,
     pub(crate) watch: Watch,
+    /// From this time of the world on no host may be answered: its lease has run out after a fence.
+    pub(crate) silent_at: Option<Nanos>,
+    /// What the target claimed when it was fenced: everything answered before this tick.
+    pub(crate) claimed: Option<u64>,
     next_sample: Nanos,
 }
 
@@ -146,6 +150,8 @@ impl Run {
             robbed: false,
             proved: false,
             watch: Watch::default(),
+            silent_at: None,
+            claimed: None,
             next_sample: 0,
             plan,
         }
@@ -209,6 +215,7 @@ impl Run {
         let host = if self.stage.takes_requests() { self.host.deadline() } else { Nanos::MAX };
         let until = end.min(host).min(self.next_sample);
         let went = self.stage.step(until);
+        self.strike_armed();
         if self.restarts > 0 && self.stage.ready {
             // At once: what the target lost must be forgotten before a newer writer adds to what it kept.
             check::ends(self)?;
@@ -216,7 +223,14 @@ impl Run {
         self.trace_log();
         self.watch_source()?;
         if let Some(epoch) = self.epochs.last_mut() {
+            let before = self.host.answered;
             self.host.answers(&mut self.stage, &mut epoch.history, self.plan.fails_requests())?;
+            if let Some(at) = self.silent_at.filter(|at| self.stage.world.now() > *at)
+                && self.host.answered > before
+                && !self.stage.stopping
+            {
+                return Err(format!("a host is answered, and the lease of its source ran out at {} ms", at / MS));
+            }
             self.host.turn(&mut self.stage, &mut epoch.history);
         }
         if self.stage.stopped.is_some() && self.stage.source.is_some() {
@@ -288,6 +302,7 @@ impl Run {
     /// The target has recovered: what it holds must be all that was acknowledged.
     pub(crate) fn recovered(&mut self, durable: u64, said: bool) -> Result<(), String> {
         self.tap.restart(durable);
+        self.stage.world.accept(self.stage.target_node);
         for epoch in &mut self.epochs {
             epoch.matched.retain(|_, seq| *seq <= durable);
             epoch.searched = epoch.searched.min(durable);

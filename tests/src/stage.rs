@@ -26,6 +26,8 @@ const QUEUE_BYTES: usize = 4 << 20;
 const HALT: Nanos = 1_000_000;
 /// Between two tries to open what a dead process still locks.
 const RETRY: Nanos = 50_000_000;
+/// Between two reports of the source to its coordinator.
+const ASKS: Nanos = 1_000_000_000;
 /// Most polls of a node at one moment of the world: more is a core that spins.
 const MAX_ROUNDS: usize = 20_000;
 
@@ -56,6 +58,12 @@ pub struct Setup {
     pub hot_extents: usize,
     /// Bytes that the source may spill; 0: it has no spill.
     pub spill_bytes: u64,
+    /// How long the source may answer without a word of the target or the coordinator; 0: for ever.
+    pub lease: Nanos,
+    /// The coordinator reaches the source, and gives it words, too.
+    pub confirmed: bool,
+    /// How long an answer may wait for the target's acknowledgement; 0: it does not.
+    pub sync_deadline: Nanos,
 }
 
 /// One life of a process.
@@ -76,6 +84,8 @@ enum Later {
     Unreachable(u64),
     /// Open the source's disks again.
     Protect(u64),
+    /// The coordinator has heard the source and confirms what it was asked at that time since boot (of this life).
+    Confirm(Nanos, u64),
 }
 
 /// Two nodes and what stands between them.
@@ -106,6 +116,13 @@ pub struct Stage {
     pub severed: bool,
     /// The source holds all I/O, also after a restart.
     pub hold: bool,
+    /// The source holds its I/O, as it says.
+    pub held: bool,
+    /// Nobody but its hosts reaches the source.
+    pub cut_off: bool,
+    /// The coordinator has begun to give its disks to others, and confirms nothing.
+    pub deposed: bool,
+    ask_at: Nanos,
     /// The source is being stopped, and takes no requests.
     pub stopping: bool,
     /// The processes stand still: the source's, the target's.
@@ -116,6 +133,10 @@ pub struct Stage {
     pub sick: Option<String>,
     /// A source that was stopped has ended; cleanly?
     pub stopped: Option<bool>,
+    /// Connections made.
+    pub links: u64,
+    /// Synchronisations begun.
+    pub syncs: u64,
     /// Synchronisations that the present source has begun.
     pub syncs_begun: u64,
     /// The stream.
@@ -181,11 +202,17 @@ impl Stage {
             ready: false,
             severed: false,
             hold: false,
+            held: false,
+            cut_off: false,
+            deposed: false,
+            ask_at: 0,
             stopping: false,
             still: [false; 2],
             lenient: false,
             sick: None,
             stopped: None,
+            links: 0,
+            syncs: 0,
             syncs_begun: 0,
             stream: StreamId([0x57; 16]),
             policy: PolicyKey::new(afterimage_wire::ids::PolicyKeyId([0x90; 16]), [0x91; 32]),
@@ -230,7 +257,7 @@ impl Stage {
         };
         self.source = Some(Life { io, core: Source::new(SOURCE_BASE, limits, Sealer::Inline) });
         self.protected = false;
-        (self.stopping, self.stopped) = (false, None);
+        (self.stopping, self.stopped, self.held) = (false, None, false);
         (self.first_seq, self.syncs_begun) = (0, 0);
         self.protect();
     }
@@ -275,8 +302,8 @@ impl Stage {
             policy_key: self.policy.clone(),
             cut_interval: self.setup.cut_interval,
             compress: self.setup.compress,
-            lease: 0,
-            sync_deadline: 0,
+            lease: self.setup.lease,
+            sync_deadline: self.setup.sync_deadline,
             left: Vec::new(),
         };
         let Some(life) = &mut self.source else { return };
@@ -480,7 +507,11 @@ impl Stage {
                 self.at(at, Later::Hello(hello, life));
             }
         } else {
+            self.syncs += u64::from(matches!(event, SourceEvent::SyncBegun { .. }));
             self.syncs_begun += u64::from(matches!(event, SourceEvent::SyncBegun { .. }));
+            if let SourceEvent::Held { reason, .. } = &event {
+                self.held = reason.is_some();
+            }
             if let SourceEvent::Stopped { clean, .. } = event {
                 self.stopped = Some(clean);
             }
@@ -524,7 +555,30 @@ impl Stage {
         }
     }
 
+    /// The source reports to its coordinator once in a while, which confirms what it knows.
+    fn ask_coordinator(&mut self) {
+        let now = self.world.now();
+        if self.setup.lease == 0 || !self.setup.confirmed || now < self.ask_at {
+            return;
+        }
+        self.ask_at = now + ASKS;
+        let Some(life) = self.source.as_ref().filter(|_| self.protected && !self.still[0]) else { return };
+        let asked = life.io.since_boot();
+        if self.cut_off || self.deposed {
+            return;
+        }
+        let (at, life) = (now + self.rng.between(1_000_000, 400_000_000), self.source_lives);
+        self.at(at, Later::Confirm(asked, life));
+    }
+
+    /// The target says that no host was answered a write that it does not hold.
+    pub fn zero_loss(&self) -> bool {
+        let Some(life) = self.target.as_ref().filter(|_| self.ready) else { return false };
+        life.core.zero_loss(self.stream, life.io.since_boot())
+    }
+
     fn run_later(&mut self) {
+        self.ask_coordinator();
         while let Some(entry) = self.later.first_entry() {
             if entry.key().0 > self.world.now() {
                 return;
@@ -537,6 +591,12 @@ impl Stage {
             }
             match entry.remove() {
                 Later::Protect(life) if life == self.source_lives => self.protect(),
+                Later::Confirm(asked, life) if life == self.source_lives && !self.cut_off => {
+                    if let Some(life) = self.source.as_mut().filter(|_| self.protected) {
+                        life.core.confirm(&mut life.io, self.stream, asked);
+                        self.world.wake(self.source_node);
+                    }
+                }
                 Later::Unreachable(life) if life == self.source_lives => {
                     self.refuse(LinkFailure::Unreachable("nobody answers".into()));
                 }
@@ -589,6 +649,7 @@ impl Stage {
                 let control = ControlKey::new(&key);
                 source.core.linked(&mut source.io, self.stream, near, control, timeline, position, whole_resync);
                 self.link = Some(near);
+                self.links += 1;
                 self.world.wake(self.source_node);
                 self.world.wake(self.target_node);
             }

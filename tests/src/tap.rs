@@ -36,6 +36,8 @@ pub struct Tap {
     policy: PolicyKey,
     folder: String,
     segments: BTreeMap<String, Option<Segment>>,
+    /// Heads seen: one that cannot be read any more still says who wrote the segment.
+    heads: BTreeMap<String, (SegmentHead, usize)>,
     /// Every record seen, by number.
     pub entries: BTreeMap<u64, Entry>,
     /// Every frame seen, in the order in which they were.
@@ -77,7 +79,7 @@ impl Tap {
     /// Follows the segments in this folder.
     pub fn new(policy: PolicyKey, folder: String) -> Self {
         let (segments, entries, frames) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
-        Self { policy, folder, segments, entries, frames, harmed: None }
+        Self { policy, folder, segments, heads: BTreeMap::new(), entries, frames, harmed: None }
     }
 
     /// Reads what has come since; `timeline` is the branch that the source writes.
@@ -89,8 +91,15 @@ impl Tap {
             if !path.ends_with(".seg") {
                 continue;
             }
-            let Some(head) = world.file_range(node, &path, 0, ALIGN) else { continue };
-            let Ok((head, length)) = SegmentHead::decode(&head) else { continue };
+            let Some(head) = world.meant_range(node, &path, 0, ALIGN) else { continue };
+            let read = SegmentHead::decode(&head).ok();
+            if let Some(read) = &read
+                && self.heads.get(&path) != Some(read)
+            {
+                self.heads.insert(path.clone(), read.clone());
+            }
+            let known = || self.harmed.and_then(|_| self.heads.get(&path).cloned());
+            let Some((head, length)) = read.or_else(known) else { continue };
             if !path.ends_with(&format!("-{:016x}.seg", head.segment)) {
                 continue; // A file used again, whose new head is not there yet.
             }
@@ -264,15 +273,15 @@ fn read_frames(
 
 /// The frame that begins there, if it is whole.
 fn whole_frame(world: &World, node: NodeId, path: &str, at: u64) -> Option<Vec<u8>> {
-    let front = world.file_range(node, path, at, ALIGN)?;
+    let front = world.meant_range(node, path, at, ALIGN)?;
     let length = FrameHeader::parse(&front).ok()?.length.get() as usize;
-    let frame = world.file_range(node, path, at, length)?;
+    let frame = world.meant_range(node, path, at, length)?;
     check_frame(&frame).is_ok().then_some(frame)
 }
 
 /// The next whole frame of the segment's writer behind one that is not whole: where, and its number.
 fn next_frame(world: &World, node: NodeId, path: &str, segment: &Segment) -> Option<(u64, u64)> {
-    let end = world.file_range(node, path, segment.read_to, usize::MAX)?.len() as u64 + segment.read_to;
+    let end = world.meant_range(node, path, segment.read_to, usize::MAX)?.len() as u64 + segment.read_to;
     let places = (segment.read_to..end).step_by(ALIGN).skip(1);
     places.into_iter().find_map(|at| {
         let frame = whole_frame(world, node, path, at)?;

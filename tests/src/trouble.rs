@@ -4,7 +4,7 @@ use afterimage_dataplane::io::sim::{Errors, Fault as Injected};
 use afterimage_dataplane::io::{Errno, Nanos};
 
 use crate::check;
-use crate::plan::{Fault, Side};
+use crate::plan::{Fault, Moment, Side};
 use crate::run::{MS, Run};
 use crate::stage::disk_path;
 
@@ -31,6 +31,40 @@ pub(crate) enum Mend {
     Read(check::Opened),
 }
 
+/// What moments are told by.
+#[derive(Copy, Clone, Debug, Default)]
+pub(crate) struct Happened {
+    links: u64,
+    syncs: u64,
+    /// Disks whose synchronisation runs.
+    running: usize,
+    floor: u64,
+    folded: u64,
+}
+
+impl Happened {
+    fn of(run: &Run) -> Self {
+        let (group, stream) = (run.stage.group(), run.stage.stream());
+        Self {
+            links: run.stage.links,
+            syncs: run.stage.syncs,
+            running: group.map_or(0, |group| group.disks.iter().filter(|disk| disk.sync.is_some()).count()),
+            floor: stream.as_ref().map_or(0, |stream| stream.floor),
+            folded: stream.as_ref().map_or(0, |stream| stream.folded_segments),
+        }
+    }
+
+    fn has_come(&self, now: &Self, moment: Moment) -> bool {
+        match moment {
+            Moment::Linked => now.links > self.links,
+            Moment::SyncBegun => now.syncs > self.syncs,
+            Moment::SyncDrawn => now.running < self.running,
+            Moment::Folding => now.floor > self.floor,
+            Moment::Folded => now.folded > self.folded,
+        }
+    }
+}
+
 impl Run {
     pub(crate) fn later(&mut self, after: Nanos, mend: Mend) {
         self.order += 1;
@@ -55,8 +89,11 @@ impl Run {
             Fault::FallWhen { wakes, power, down } => {
                 let (rests, wakes_at) = self.host.burst(world.now());
                 let now = world.now();
-                let at =
-                    if wakes { wakes_at + self.rng.below(12 * MS) } else { rests.max(wakes_at.saturating_sub(MS)) };
+                let at = if wakes {
+                    wakes_at + self.rng.below(self.plan.habits.pause + 2 * self.plan.world.disk_latency.1)
+                } else {
+                    rests.max(wakes_at.saturating_sub(MS))
+                };
                 if wakes_at < Nanos::MAX && at > now {
                     self.later(at - now, Mend::Strike(Fault::Fall { side: Side::Source, power, down }));
                 }
@@ -139,13 +176,25 @@ impl Run {
                     self.copy = Some(world.snapshot(target));
                 }
             }
-            Fault::Rollback(down) => {
+            Fault::When { moment, within, fault } => {
+                let within = if within > 0 { self.rng.below(within) } else { 0 };
+                if self.watch.armed.is_empty() {
+                    self.watch.happened = Happened::of(self);
+                }
+                self.watch.armed.push((moment, within, *fault));
+            }
+            Fault::Rollback { down, both } => {
                 if let (Some(_), Some(copy)) = (&self.stage.target, self.copy.clone()) {
                     self.fell_target(true)?;
                     world.restore(target, &copy);
                     self.robbed = true;
                     self.watch.forget_points();
                     self.later(down, Mend::Target);
+                    if both && self.stage.source.is_some() {
+                        self.fell_source(false)?;
+                        let down = self.rng.below(down + 1);
+                        self.later(down, Mend::Source);
+                    }
                 }
             }
             Fault::Look => self.look()?,
@@ -222,8 +271,25 @@ impl Run {
         Ok(())
     }
 
+    /// What was to go wrong at a moment does, if it has come.
+    pub(crate) fn strike_armed(&mut self) {
+        if self.watch.armed.is_empty() {
+            return;
+        }
+        let now = Happened::of(self);
+        let before = std::mem::replace(&mut self.watch.happened, now);
+        for (moment, after, fault) in std::mem::take(&mut self.watch.armed) {
+            if before.has_come(&now, moment) {
+                self.later(after, Mend::Strike(fault));
+            } else {
+                self.watch.armed.push((moment, after, fault));
+            }
+        }
+    }
+
     /// Everything is mended at once.
     pub(crate) fn mend_all(&mut self) -> Result<(), String> {
+        self.watch.armed.clear();
         self.mends.retain(|_, mend| !matches!(mend, Mend::Strike(_)));
         while let Some((_, mend)) = self.mends.pop_first() {
             self.mend(mend)?;
@@ -270,7 +336,8 @@ impl Run {
     pub(crate) fn source_stopped(&mut self) -> Result<(), String> {
         let clean = self.stage.stopped.take() == Some(true);
         self.say(if clean { "the source has stopped cleanly" } else { "the source has stopped, and owes" });
-        if self.host.pending() > 0 {
+        // Who has been fenced, or has no lease, answers nothing any more.
+        if self.host.pending() > 0 && !self.stage.held {
             return Err(format!("the source has stopped, and {} requests are unanswered", self.host.pending()));
         }
         self.sample()?;

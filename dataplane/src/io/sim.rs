@@ -286,6 +286,23 @@ impl World {
         Some(bytes)
     }
 
+    /// As [`World::file_range`], of what would be there had no write gone astray and nothing rotted since
+    /// [`World::accept`], the last loss of power, or the begin.
+    pub fn meant_range(&self, node: NodeId, path: &str, offset: u64, len: usize) -> Option<Vec<u8>> {
+        let mut state = self.0.borrow_mut();
+        let inode = state.nodes[node.0 as usize].names.get(&tidy(path))?;
+        let content = state.content(node.0 as usize, inode);
+        let mut bytes = vec![0; content.size().saturating_sub(offset).min(len as u64) as usize];
+        content.read_meant(offset, &mut bytes);
+        Some(bytes)
+    }
+
+    /// What is on the node's disk is what is meant from now on.
+    pub fn accept(&self, node: NodeId) {
+        let mut state = self.0.borrow_mut();
+        state.nodes[node.0 as usize].inodes.values_mut().for_each(|inode| inode.content.accept());
+    }
+
     /// Puts a file in place, durable, replacing what is there. Makes its folders.
     pub fn put_file(&self, node: NodeId, path: &str, bytes: &[u8]) {
         self.0.borrow_mut().put(node.0 as usize, &tidy(path), bytes, true);
@@ -299,7 +316,7 @@ impl World {
             *byte ^= 1 << state.rng.below(8);
         }
         if let Some(inode) = state.nodes[node.0 as usize].names.get(&tidy(path)) {
-            state.content(node.0 as usize, inode).write(offset, &bytes, true);
+            state.content(node.0 as usize, inode).harm(offset, &bytes, true);
         }
     }
 

@@ -236,6 +236,7 @@ impl Group {
         self.doubted = false;
         self.lease.word(self.asked_at);
         let now = w.io.now();
+        self.synchronous.accepted(now);
         self.synchronous.heard(now);
         let acked = if mutant!(PlaceNotCompared) { 0 } else { self.ship.acked_frame };
         let ours = position.incarnation == self.ship.shipped_incarnation();

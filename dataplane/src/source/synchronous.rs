@@ -12,6 +12,9 @@
 //! decides to part, it lets half of the deadline pass since the last acknowledgement *came*, which is later. Frames
 //! composed after the decision promise nothing, so the claim is not prolonged meanwhile.
 //!
+//! An earlier process may have promised, too. A new one therefore answers nothing before half of the deadline has passed
+//! since its start, or the target has accepted it, which ends every claim made by its predecessor's frames.
+//!
 //! A write thus waits for at most the deadline: half of it until the decision, half of it until the promise is over.
 
 use crate::io::Nanos;
@@ -24,6 +27,8 @@ pub const MAX_SYNC_DEADLINE: Nanos = 60_000_000_000;
 /// Where a synchronous group stands.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 enum Mode {
+    /// Answers wait until then, or until the target has accepted this writer; the time is set in the first turn.
+    Beginning(Option<Nanos>),
     /// Hosts are answered without waiting; to be tried again at this time at the earliest.
     Apart(Nanos),
     /// Answers wait; what was drawn up to this record may have been answered before.
@@ -64,7 +69,8 @@ pub(crate) struct Synchronous {
 impl Synchronous {
     /// With this deadline; 0 for asynchronous.
     pub fn new(deadline: Nanos) -> Self {
-        Self { deadline, mode: Mode::Apart(0), heard: 0, why: "not synchronised yet" }
+        let mode = if deadline > 0 { Mode::Beginning(None) } else { Mode::Apart(0) };
+        Self { deadline, mode, heard: 0, why: "not synchronised yet" }
     }
 
     /// The deadline; 0 if the policy is asynchronous.
@@ -77,6 +83,13 @@ impl Synchronous {
         if deadline != self.deadline {
             self.part(now, "the policy has changed");
             self.deadline = deadline;
+        }
+    }
+
+    /// The target has accepted this writer.
+    pub fn accepted(&mut self, now: Nanos) {
+        if let Mode::Beginning(_) = self.mode {
+            self.mode = Mode::Apart(now);
         }
     }
 
@@ -107,13 +120,13 @@ impl Synchronous {
 
     /// Why hosts are answered without waiting, or are about to be.
     pub fn why_apart(&self) -> Option<&'static str> {
-        matches!(self.mode, Mode::Apart(_) | Mode::Parting(_)).then_some(self.why)
+        matches!(self.mode, Mode::Beginning(_) | Mode::Apart(_) | Mode::Parting(_)).then_some(self.why)
     }
 
     /// Answers do not wait any more once what was promised is over.
     pub fn part(&mut self, now: Nanos, why: &'static str) {
         match self.mode {
-            Mode::Apart(_) | Mode::Parting(_) => {}
+            Mode::Beginning(_) | Mode::Apart(_) | Mode::Parting(_) => {}
             Mode::Joining(_) => {
                 self.why = why;
                 self.mode = Mode::Apart(now + self.deadline);
@@ -137,7 +150,10 @@ impl Synchronous {
             }
         }
         match self.mode {
-            Mode::Parting(until) if now >= until => self.mode = Mode::Apart(now + self.deadline),
+            Mode::Beginning(None) => self.mode = Mode::Beginning(Some(now + self.deadline / 2)),
+            Mode::Beginning(Some(until)) | Mode::Parting(until) if now >= until => {
+                self.mode = Mode::Apart(now + self.deadline)
+            }
             Mode::Apart(from) if self.deadline > 0 && now >= from && seen.ready && seen.complete => {
                 self.mode = Mode::Joining(seen.drawn);
             }
@@ -153,6 +169,7 @@ impl Synchronous {
     /// When a turn is due.
     pub fn due(&self, oldest: Option<Nanos>) -> Option<Nanos> {
         match self.mode {
+            Mode::Beginning(until) => until,
             Mode::Parting(until) => Some(until),
             Mode::Joining(_) | Mode::Together => oldest.map(|since| since + self.deadline / 2),
             Mode::Apart(_) => None,
@@ -172,6 +189,7 @@ mod tests {
 
     fn together() -> Synchronous {
         let mut mode = Synchronous::new(1000 * MS);
+        mode.accepted(0);
         mode.turn(0, &seen(5, 3, None));
         assert!(mode.holds_answers() && mode.promise_ms() == 0, "what was drawn may have been answered");
         mode.heard(10 * MS);
@@ -184,6 +202,24 @@ mod tests {
     fn an_asynchronous_policy_never_waits() {
         let mut mode = Synchronous::new(0);
         mode.turn(0, &seen(5, 5, None));
+        assert!(!mode.holds_answers());
+    }
+
+    #[test]
+    fn what_an_earlier_process_promised_is_kept() {
+        let unlinked = Seen { ready: false, ..seen(5, 3, Some(10 * MS)) };
+        let mut mode = Synchronous::new(1000 * MS);
+        assert!(mode.holds_answers());
+        mode.turn(10 * MS, &unlinked);
+        mode.turn(509 * MS, &unlinked);
+        assert!(mode.holds_answers());
+        assert_eq!((mode.due(None), mode.promise_ms()), (Some(510 * MS), 0));
+        mode.turn(510 * MS, &unlinked);
+        assert!(!mode.holds_answers());
+        // Once the target has accepted this process it claims nothing by what the other one said.
+        let mut mode = Synchronous::new(1000 * MS);
+        mode.turn(10 * MS, &unlinked);
+        mode.accepted(20 * MS);
         assert!(!mode.holds_answers());
     }
 

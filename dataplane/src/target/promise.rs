@@ -20,6 +20,8 @@ const MAX_TOLD: usize = 512;
 #[derive(Debug, Default)]
 pub(crate) struct Promise {
     incarnation: IncarnationId,
+    /// Its frames up to this one were held when this process began: nobody knows when that was said first.
+    begun: u64,
     /// Acknowledged frames, and when that was said.
     told: VecDeque<(u64, Nanos)>,
     until: Option<Nanos>,
@@ -27,11 +29,20 @@ pub(crate) struct Promise {
 }
 
 impl Promise {
+    /// This writer is accepted, and frame `held` of it is the newest here (0 if none is). What its predecessor promised is
+    /// void from now on: the writer may answer by itself. Frames that were held before this process heard of the writer
+    /// were acknowledged by an earlier one. They may come again, with what they promised when they were sealed, and are
+    /// no reason to claim anything.
+    pub fn begin(&mut self, incarnation: IncarnationId, held: u64) {
+        if incarnation != self.incarnation {
+            *self = Self { incarnation, begun: held, ..Self::default() };
+        }
+    }
+
     /// An acknowledgement of this frame is about to be sent.
     pub fn told(&mut self, incarnation: IncarnationId, frame: u64, now: Nanos) {
-        if incarnation != self.incarnation {
-            // Another writer: what its predecessor promised is void once it answers by itself.
-            *self = Self { incarnation, ..Self::default() };
+        if incarnation != self.incarnation || frame <= self.begun {
+            return;
         }
         if self.told.back().is_some_and(|(newest, _)| *newest >= frame) {
             return;
@@ -45,7 +56,7 @@ impl Promise {
     /// A frame has come whose header says this.
     pub fn heard(&mut self, incarnation: IncarnationId, acked: u64, sync_ms: u32) {
         if incarnation != self.incarnation {
-            *self = Self { incarnation, ..Self::default() };
+            return;
         }
         self.synchronous = sync_ms > 0;
         if !self.synchronous {
@@ -78,13 +89,19 @@ mod tests {
     const ONE: IncarnationId = IncarnationId([1; 16]);
     const MS: Nanos = 1_000_000;
 
+    fn promise() -> Promise {
+        let mut promise = Promise::default();
+        promise.begin(ONE, 0);
+        promise
+    }
+
     fn claim(promise: &Promise) -> Option<u64> {
         promise.until().map(|until| until / MS)
     }
 
     #[test]
     fn counts_from_the_acknowledgement_that_the_source_names() {
-        let mut promise = Promise::default();
+        let mut promise = promise();
         promise.told(ONE, 1, 100 * MS);
         promise.told(ONE, 2, 200 * MS);
         promise.told(ONE, 3, 300 * MS);
@@ -95,7 +112,7 @@ mod tests {
 
     #[test]
     fn an_acknowledgement_that_nobody_remembers_claims_nothing() {
-        let mut promise = Promise::default();
+        let mut promise = promise();
         promise.heard(ONE, 7, 1000);
         assert_eq!(claim(&promise), None);
         promise.told(ONE, 9, 100 * MS);
@@ -105,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_frame_that_promises_nothing_ends_the_claim() {
-        let mut promise = Promise::default();
+        let mut promise = promise();
         promise.told(ONE, 1, 100 * MS);
         promise.heard(ONE, 1, 1000);
         assert!(claim(&promise).is_some() && promise.is_synchronous());
@@ -115,15 +132,35 @@ mod tests {
 
     #[test]
     fn another_writer_begins_anew() {
-        let mut promise = Promise::default();
+        let mut promise = promise();
         promise.told(ONE, 5, 100 * MS);
-        promise.heard(IncarnationId([2; 16]), 5, 1000);
+        promise.heard(ONE, 5, 1000);
+        assert!(claim(&promise).is_some());
+        promise.begin(ONE, 5);
+        assert!(claim(&promise).is_some(), "a new connection of the same writer changes nothing");
+        let two = IncarnationId([2; 16]);
+        promise.begin(two, 0);
+        assert_eq!(claim(&promise), None);
+        promise.heard(two, 5, 1000);
+        promise.heard(ONE, 5, 1000);
         assert_eq!(claim(&promise), None);
     }
 
     #[test]
-    fn what_is_remembered_is_bounded() {
+    fn what_an_earlier_process_acknowledged_claims_nothing() {
         let mut promise = Promise::default();
+        promise.begin(ONE, 7);
+        promise.told(ONE, 7, 100 * MS);
+        promise.heard(ONE, 7, 1000);
+        assert_eq!(claim(&promise), None);
+        promise.told(ONE, 8, 200 * MS);
+        promise.heard(ONE, 8, 1280);
+        assert_eq!(claim(&promise), Some(200 + 630));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut promise = promise();
         for frame in 0..2000 {
             promise.told(ONE, frame, frame);
         }

@@ -42,9 +42,6 @@ struct Args {
     /// How long the host works, nanoseconds, instead of what the plan says.
     #[arg(long)]
     length: Option<Nanos>,
-    /// Frames of the target's journal rot or go astray, too.
-    #[arg(long)]
-    harm: bool,
     /// Only seeds of this theme: mixed, cycles, outage, badtarget, badsource or clocks.
     #[arg(long)]
     theme: Option<Theme>,
@@ -72,8 +69,7 @@ fn places(text: &str) -> Result<Places, String> {
 
 impl Args {
     fn plan(&self, seed: u64) -> Plan {
-        let plan = Plan::roll(seed);
-        let mut plan = if self.harm { plan.with_harm() } else { plan };
+        let mut plan = Plan::roll(seed);
         if self.keep.is_some() || self.length.is_some() {
             let all = || (0..plan.faults.len()).collect();
             let kept = self.keep.as_ref().map_or_else(all, |places| places.0.clone());
@@ -169,8 +165,7 @@ fn one(args: &Args, seed: u64) -> Result<Report, String> {
 
 /// A failure as somebody wants to read it: what is left of the plan, the last things that happened, how to see it again.
 fn tell(args: &Args, seed: u64, what: &str) -> String {
-    let harm = if args.harm { " --harm" } else { "" };
-    let again = |options: &str| format!("again: tests/sim --from {seed} --seeds 1 -v{harm}{options}");
+    let again = |options: &str| format!("again: tests/sim --from {seed} --seeds 1 -v{options}");
     if args.verbose || args.no_shrink || args.twice {
         return format!("seed {seed}: {what}\n  {}", again(""));
     }
@@ -223,9 +218,8 @@ fn mutants(args: &Args) -> ExitCode {
         }
     };
     println!("{:<26} {:>6} {:>9}  what it looked like", "deliberate bug", "seed", "time");
-    let verdicts = hunt(&which, args.from, args.seeds, args.harm, args.theme, args.jobs(), |verdict| {
-        println!("{}", line(verdict))
-    });
+    let verdicts =
+        hunt(&which, args.from, args.seeds, args.theme, args.jobs(), |verdict| println!("{}", line(verdict)));
     let missed: Vec<_> = verdicts.iter().filter(|v| v.mutant.is_some() == v.found.is_none()).collect();
     println!("in the order of a write's path:");
     for verdict in &verdicts {

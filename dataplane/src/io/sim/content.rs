@@ -92,6 +92,8 @@ pub(super) struct Content {
     stable_size: u64,
     pages: BTreeMap<u64, Page>,
     unsynced: BTreeMap<u64, Unsynced>,
+    /// What those pages would hold had no write gone astray and nothing rotted.
+    meant: BTreeMap<u64, Page>,
     allocated: Ranges,
     /// Wall clock of the last change, nanoseconds.
     pub(super) mtime_ns: u64,
@@ -107,7 +109,7 @@ impl Content {
 
     /// A copy of what is visible, all of it durable.
     pub(super) fn settled(&self) -> Self {
-        Self { unsynced: BTreeMap::new(), stable_size: self.size, ..self.clone() }
+        Self { unsynced: BTreeMap::new(), meant: BTreeMap::new(), stable_size: self.size, ..self.clone() }
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -135,6 +137,47 @@ impl Content {
         });
     }
 
+    /// As [`Content::read`], of what would be there had no write gone astray and nothing rotted.
+    pub(super) fn read_meant(&self, offset: u64, out: &mut [u8]) {
+        self.read(offset, out);
+        for_pages(offset, out.len() as u64, |page, within, at| {
+            if let Some(bytes) = self.meant.get(&page) {
+                out[at..at + within.len()].copy_from_slice(&bytes[within]);
+            }
+        });
+    }
+
+    /// These bytes should have been written, and were not.
+    pub(super) fn lose(&mut self, offset: u64, bytes: &[u8]) {
+        self.keep_meant(offset, bytes.len() as u64);
+        for_pages(offset, bytes.len() as u64, |page, within, at| {
+            if let Some(meant) = self.meant.get_mut(&page) {
+                meant[within.clone()].copy_from_slice(&bytes[at..at + within.len()]);
+            }
+        });
+    }
+
+    /// These bytes are written, and should not have been.
+    pub(super) fn harm(&mut self, offset: u64, bytes: &[u8], durable: bool) {
+        self.keep_meant(offset, bytes.len() as u64);
+        let meant = std::mem::take(&mut self.meant);
+        self.write(offset, bytes, durable);
+        self.meant = meant;
+    }
+
+    fn keep_meant(&mut self, offset: u64, len: u64) {
+        let (from, to) = page_span(offset, len);
+        for page in from..to {
+            let visible = || self.pages.get(&page).cloned().unwrap_or_else(zero_page);
+            self.meant.entry(page).or_insert_with(visible);
+        }
+    }
+
+    /// What is there is what is meant from now on.
+    pub(super) fn accept(&mut self) {
+        self.meant.clear();
+    }
+
     /// Writes; on stable storage at once if `durable`, including a new length.
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8], durable: bool) {
         let len = bytes.len() as u64;
@@ -149,6 +192,9 @@ impl Content {
             let target = self.pages.entry(page).or_insert_with(zero_page);
             let source = &bytes[at..at + within.len()];
             target[within.clone()].copy_from_slice(source);
+            if let Some(meant) = self.meant.get_mut(&page) {
+                meant[within.clone()].copy_from_slice(source);
+            }
             if durable && let Some(unsynced) = self.unsynced.get_mut(&page) {
                 // A durable write of part of a sector (small files only) makes that part durable.
                 unsynced.stable[within].copy_from_slice(source);
@@ -177,6 +223,11 @@ impl Content {
     pub(super) fn zero(&mut self, offset: u64, len: u64, unmap: bool) {
         // As with KEEP_SIZE: what lies past the end stays past the end.
         let (from, to) = page_span(offset, len);
+        for (page, meant) in self.meant.range_mut(from..to) {
+            let start = offset.max(page * PAGE as u64) - page * PAGE as u64;
+            let end = (offset + len).min((page + 1) * PAGE as u64) - page * PAGE as u64;
+            meant[start as usize..end as usize].fill(0);
+        }
         let touched: Vec<u64> = self.pages.range(from..to).map(|(page, _)| *page).collect();
         for page in touched {
             let start = offset.max(page * PAGE as u64) - page * PAGE as u64;
@@ -265,6 +316,7 @@ impl Content {
 
     /// Each unsynced sector survives with probability `keep`; the others fall back to what was durable.
     pub(super) fn power_loss(&mut self, rng: &mut Rng, keep: f64) {
+        self.accept();
         for (number, unsynced) in std::mem::take(&mut self.unsynced) {
             let page = self.pages.entry(number).or_insert_with(zero_page);
             for sector in 0..SECTORS {
@@ -355,6 +407,27 @@ mod tests {
         let mut out = vec![0xee; len];
         content.read(offset, &mut out);
         out
+    }
+
+    #[test]
+    fn what_was_meant_is_known_beside_what_is_there() {
+        let meant = |content: &Content, offset: u64, len: usize| {
+            let mut out = vec![0xee; len];
+            content.read_meant(offset, &mut out);
+            out
+        };
+        let mut content = Content::from_bytes(&[1; 12288]);
+        content.lose(4000, &[2; 200]);
+        content.harm(8192, &[3; 512], true);
+        assert_eq!(read(&content, 0, 8192), [1; 8192]);
+        assert_eq!(read(&content, 8192, 512), [3; 512]);
+        assert_eq!((meant(&content, 4000, 200), meant(&content, 8192, 512)), (vec![2; 200], vec![1; 512]));
+        content.write(4096, &[4; 8], true);
+        content.zero(8192, 100, false);
+        assert_eq!(meant(&content, 4090, 20), [[2; 6].as_slice(), &[4; 8], &[2; 6]].concat());
+        assert_eq!(meant(&content, 8192, 200), [[0; 100], [1; 100]].concat());
+        content.accept();
+        assert_eq!(meant(&content, 4090, 20), read(&content, 4090, 20));
     }
 
     #[test]

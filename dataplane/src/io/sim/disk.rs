@@ -102,6 +102,7 @@ impl State {
                     return Some(Err(error));
                 }
                 if *from == 0 && self.fault(node, path, Fault::Lose).is_some() {
+                    self.content(node, inode).lose(*offset, &part.buf[part.at..part.at + part.len]);
                     return Some(Ok(part.len as u64));
                 }
                 if *from == 0 && self.fault(node, path, Fault::Misdirect).is_some() {
@@ -109,7 +110,8 @@ impl State {
                     let astray = self.rng.below(blocks.max(1)) * u64::from(self.config.block);
                     let content = self.content(node, inode);
                     let len = (part.len as u64).min(content.size().saturating_sub(astray)) as usize;
-                    content.write(astray, &part.buf[part.at..part.at + len], *durable);
+                    content.harm(astray, &part.buf[part.at..part.at + len], *durable);
+                    content.lose(*offset, &part.buf[part.at..part.at + part.len]);
                     return Some(Ok(part.len as u64));
                 }
                 let first = if std::mem::take(split) && part.len > SECTOR {

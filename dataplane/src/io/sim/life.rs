@@ -101,8 +101,7 @@ impl Io for SimIo {
     }
 
     fn since_boot(&self) -> Nanos {
-        // Of no boot in particular: it goes on while the machine sleeps, as the world does.
-        self.world.0.borrow().now
+        self.world.0.borrow().since_boot(self.node.0 as usize)
     }
 
     fn wall(&self) -> u64 {

@@ -56,6 +56,8 @@ pub(super) struct Node {
     pub(super) inodes: BTreeMap<InodeId, Inode>,
     pub(super) space: u64,
     boots: u64,
+    /// When its machine was started last.
+    booted_at: Nanos,
     pub(super) wall_offset: i64,
     pub(super) wall_synced: bool,
     pub(super) life: Option<LifeId>,
@@ -151,6 +153,7 @@ impl State {
             inodes: BTreeMap::new(),
             space: self.config.space,
             boots: 1,
+            booted_at: 0,
             wall_offset: 0,
             wall_synced: true,
             life: None,
@@ -211,6 +214,7 @@ impl State {
         }
         machine.names.power_loss(rng);
         machine.boots += 1;
+        machine.booted_at = self.now;
         for life in lives.iter_mut().filter(|life| life.node == node) {
             life.files.clear();
         }
@@ -254,6 +258,11 @@ impl State {
         let machine = &self.nodes[node];
         let asleep = machine.suspended.filter(|(_, clock)| *clock).map_or(0, |(since, _)| self.now - since);
         self.now - machine.slept - asleep
+    }
+
+    /// Goes on while the machine sleeps, as the world does.
+    pub(super) fn since_boot(&self, node: usize) -> Nanos {
+        self.now - self.nodes[node].booted_at
     }
 
     /// When the node's monotonic clock will show this, if it does not sleep meanwhile.
