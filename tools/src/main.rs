@@ -11,6 +11,7 @@ mod demo;
 mod nbd_client;
 mod operator;
 mod proxy;
+mod ublk;
 
 /// Continuous data protection for Linux: every write of the last hours is a restore point.
 #[derive(Parser, Debug)]
@@ -26,6 +27,8 @@ enum Command {
     Coordinator(coordinator::Args),
     /// Run a proxy: at the disks, or at the journal.
     Proxy(proxy::Args),
+    /// The block devices of this host that disks have.
+    Ublk(ublk::Args),
     #[command(flatten)]
     Operator(operator::Command),
     /// Protect two disks on this host, lose their source, start from the replica.
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Coordinator(args) => coordinator::run(args),
         Command::Proxy(args) => proxy::run(args),
+        Command::Ublk(args) => ublk::run(args),
         Command::Operator(command) => operator::run(command),
         Command::Demo(args) => demo::run(args),
         Command::Bench(args) => bench::run(args),

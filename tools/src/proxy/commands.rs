@@ -23,6 +23,7 @@ use super::cores::{SourceCore, TargetCore};
 use super::report;
 use super::runtime::{Gone, Handle};
 use super::state::{CutWaiter, Proxy, StateError};
+use super::ublk::{self, Role};
 
 /// Results that are kept for a coordinator that asks again.
 const KEPT_RESULTS: usize = 128;
@@ -318,6 +319,8 @@ async fn disk_uids(proxy: &Proxy, said: &OpenView) -> Result<Vec<(String, String
 }
 
 async fn close_view(proxy: &Proxy, said: CloseView) -> Result<Outcome, Refused> {
+    let devices = proxy.ublk.of_view(&said.view);
+    not_in_use(proxy, Role::Target, &devices)?;
     let open = proxy.applied.borrow_mut().views.remove(&said.view);
     let keys = open.map(|view| view.keys).unwrap_or_default();
     let name = said.view.clone();
@@ -330,6 +333,7 @@ async fn close_view(proxy: &Proxy, said: CloseView) -> Result<Outcome, Refused> 
             closed
         })
         .await?;
+    ublk::end(proxy, Role::Target, &devices).await;
     let mut desired = std::mem::take(&mut *proxy.desired.borrow_mut());
     desired.targets.iter_mut().for_each(|stream| stream.views.retain(|view| view.view != said.view));
     *proxy.desired.borrow_mut() = desired;
@@ -399,6 +403,8 @@ async fn leave_disk(proxy: &Proxy, said: &LeaveDisk) -> Result<Outcome, Refused>
     let Some(leaving) = group.disks.iter().find(|d| d.uid == said.disk_uid).cloned() else {
         return Ok(Outcome::Done(Done {})); // Gone already.
     };
+    let devices = [leaving.export_name.clone()];
+    not_in_use(proxy, Role::Source, &devices)?;
     let (left, gone) = oneshot::channel();
     proxy.waiters.borrow_mut().leaves.push((stream, disk, left));
     if !source.call(move |desk| desk.core.leave(desk.io, stream, disk)).await? {
@@ -418,6 +424,7 @@ async fn leave_disk(proxy: &Proxy, said: &LeaveDisk) -> Result<Outcome, Refused>
     if tokio::time::timeout(LEAVE_WAIT, gone).await.is_err() {
         return refused(Kind::Io, "the disk does not come to rest: it may hang");
     }
+    ublk::end(proxy, Role::Source, &devices).await;
     let only = SourceGroup { disks: vec![leaving], ..group };
     for disk in convert::group(&only, proxy.intent_dir().as_deref(), false)?.disks {
         let _ = std::fs::remove_file(disk.log_path);
@@ -425,15 +432,27 @@ async fn leave_disk(proxy: &Proxy, said: &LeaveDisk) -> Result<Outcome, Refused>
     Ok(Outcome::Done(Done {}))
 }
 
+/// A device that is mounted would fail its file system: it has to be given up first.
+fn not_in_use(proxy: &Proxy, role: Role, exports: &[String]) -> Result<(), Refused> {
+    match proxy.ublk.in_use(role, exports) {
+        Some(device) => refused(Kind::WrongState, format!("{device} is in use on its host: unmount it first")),
+        None => Ok(()),
+    }
+}
+
 async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
     let stream: StreamId = convert::id("stream_uid", uid)?;
     source(proxy)?;
-    forget(proxy, |desired| desired.sources.retain(|group| group.stream_uid != uid))?;
     let running = proxy.applied.borrow().groups.get(&stream).cloned();
+    let disks = running.iter().flat_map(|group| &group.disks);
+    let devices: Vec<String> = disks.map(|disk| disk.export_name.clone()).collect();
+    not_in_use(proxy, Role::Source, &devices)?;
+    forget(proxy, |desired| desired.sources.retain(|group| group.stream_uid != uid))?;
     if let Some(group) = running {
         if converge::unprotect(proxy, stream).await?.is_none() {
             return refused(Kind::Io, "the group does not stop: a disk may hang");
         }
+        ublk::end(proxy, Role::Source, &devices).await;
         // What logs and spill hold is of use to this stream only, and it has ended. What is left does no harm.
         let trust_reboot = false;
         for disk in convert::group(&group, proxy.intent_dir().as_deref(), trust_reboot)?.disks {

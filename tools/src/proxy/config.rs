@@ -222,6 +222,7 @@ struct FileCoordinator {
 struct FileSource {
     nbd: Option<Vec<Listen>>,
     vhost_user: Option<PathBuf>,
+    ublk: Option<bool>,
     memory: Option<Size>,
     queue: Option<Size>,
     seal_threads: Option<usize>,
@@ -242,6 +243,7 @@ struct FileTarget {
     advertise: Option<String>,
     views: Option<Vec<Listen>>,
     vhost_user: Option<PathBuf>,
+    ublk: Option<bool>,
     memory: Option<Size>,
     budget: Option<Size>,
     segment: Option<Size>,
@@ -278,6 +280,9 @@ pub struct Args {
     /// Source role: folder in which each disk has a socket (GROUP-DISK.sock) for guests, by vhost-user-blk.
     #[arg(long, value_name = "DIR")]
     pub vhost_user: Option<PathBuf>,
+    /// Source role: each disk is also a block device of this host (ublk), /dev/afterimage/GROUP/DISK.
+    #[arg(long)]
+    pub ublk: bool,
     /// Target role: folder of the journals and replicas.
     #[arg(long, value_name = "DIR")]
     pub journal: Option<PathBuf>,
@@ -293,6 +298,9 @@ pub struct Args {
     /// Target role: folder in which each disk of a view has a socket (VIEW-DISK.sock) for guests, by vhost-user-blk.
     #[arg(long, value_name = "DIR")]
     pub view_vhost_user: Option<PathBuf>,
+    /// Target role: each disk of a view is also a block device of this host, /dev/afterimage-views/VIEW/DISK.
+    #[arg(long)]
+    pub view_ublk: bool,
     /// Buffer memory of each role, pinned, e.g. 512MiB.
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
@@ -346,6 +354,7 @@ The file:
   [source]                           # only where disks are protected
   nbd = [\"unix:/run/afterimage/nbd.sock\", \"tcp:127.0.0.1:10809\"]
   vhost_user = \"/run/afterimage/vhost\" # a socket for each disk, for guests; unset: none
+  ublk = false                       # true: each disk is also /dev/afterimage/GROUP/DISK (nbd may then be unset)
   memory = \"512MiB\"
   queue = \"256MiB\"                   # captured, not yet acknowledged
   seal_threads = 2
@@ -362,6 +371,7 @@ The file:
   advertise = \"backup.example.org:7800\"
   views = [\"unix:/run/afterimage/views.sock\"]
   vhost_user = \"/run/afterimage/view-vhost\"
+  ublk = false                       # true: each disk of a view is also /dev/afterimage-views/VIEW/DISK
   memory = \"512MiB\"
   budget = \"200GiB\"                  # journal bytes of a stream whose policy says nothing; unset: 16GiB
   segment = \"64MiB\"
@@ -392,6 +402,8 @@ pub struct SourceRole {
     pub nbd: Vec<Listen>,
     /// Folder of the sockets of guests.
     pub vhost_user: Option<PathBuf>,
+    /// Disks are block devices of this host, too.
+    pub ublk: bool,
     /// Pool, bytes.
     pub memory: u64,
     /// Most bytes captured and not yet acknowledged.
@@ -435,6 +447,8 @@ pub struct TargetRole {
     pub views: Vec<Listen>,
     /// Folder of the sockets of guests.
     pub vhost_user: Option<PathBuf>,
+    /// Disks of views are block devices of this host, too.
+    pub ublk: bool,
     /// Pool, bytes.
     pub memory: u64,
     /// Journal bytes of a stream whose policy sets none; unset: the core's default.
@@ -509,8 +523,8 @@ impl Config {
         if source.is_none() && target.is_none() {
             return Err(ConfigError::Missing {
                 field: "source.nbd",
-                why: "a proxy needs a role: `source.nbd` (--nbd) or `source.vhost_user` (--vhost-user) for a source, \
-                      `target.journal` (--journal) for a target",
+                why: "a proxy needs a role: `source.nbd` (--nbd), `source.vhost_user` (--vhost-user) or `source.ublk` (--ublk) for \
+                      a source, `target.journal` (--journal) for a target",
             });
         }
         if matches!(control, Control::Serve(_)) && source.is_none() {
@@ -627,7 +641,8 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
     let spill = spill_role(&file, state_dir);
     let nbd = if args.nbd.is_empty() { file.nbd.unwrap_or_default() } else { args.nbd.clone() };
     let vhost_user = socket_folder("source.vhost_user", args.vhost_user.clone().or(file.vhost_user))?;
-    if nbd.is_empty() && vhost_user.is_none() {
+    let ublk = args.ublk || file.ublk.unwrap_or(false);
+    if nbd.is_empty() && vhost_user.is_none() && !ublk {
         return Ok(None);
     }
     let memory = args.memory.or(file.memory).unwrap_or(Size(DEFAULT_POOL)).0;
@@ -646,6 +661,7 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
     Ok(Some(SourceRole {
         nbd,
         vhost_user,
+        ublk,
         memory,
         queue,
         seal_threads,
@@ -691,6 +707,7 @@ fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, Conf
         advertise,
         views,
         vhost_user,
+        ublk: args.view_ublk || file.ublk.unwrap_or(false),
         memory,
         budget,
         segment,

@@ -47,6 +47,7 @@ pub async fn run(proxy: Rc<Proxy>) -> Gone {
     loop {
         match once(&proxy).await {
             Err(gone) => return gone,
+            Ok(_) if super::ublk::converge(&proxy).await.is_err() => return Gone,
             Ok(_) if proxy.problems.borrow().is_empty() => proxy.changed.notified().await,
             Ok(_) => {
                 let _ = tokio::time::timeout(RETRY, proxy.changed.notified()).await;

@@ -3,12 +3,14 @@
 use afterimage_dataplane::host::{DiskKey, Disks, ExportStatus, FrontEnd as _};
 use afterimage_dataplane::io::Done;
 use afterimage_dataplane::io::ring::Ring;
-use afterimage_dataplane::{nbd, vhost};
+use afterimage_dataplane::{nbd, ublk, vhost};
 
 /// Machine id of the NBD front end (the upper 16 bits of its tokens).
 const NBD_ID: u16 = 0x4000;
 /// Machine id of the vhost-user front end.
 const VHOST_ID: u16 = 0x4001;
+/// Machine id of the ublk front end.
+const UBLK_ID: u16 = 0x5000;
 
 /// All of them.
 pub struct Fronts {
@@ -16,6 +18,8 @@ pub struct Fronts {
     pub nbd: nbd::Server<Ring>,
     /// vhost-user-blk.
     pub vhost: vhost::Server<Ring>,
+    /// ublk.
+    pub ublk: ublk::Server<Ring>,
 }
 
 impl Fronts {
@@ -24,6 +28,7 @@ impl Fronts {
         Self {
             nbd: nbd::Server::new(NBD_ID, nbd::Limits::default()),
             vhost: vhost::Server::new(VHOST_ID, vhost::Limits::default()),
+            ublk: ublk::Server::new(UBLK_ID, ublk::Limits::default()),
         }
     }
 
@@ -37,6 +42,10 @@ impl Fronts {
             self.vhost.done(io, disks, done);
             return None;
         }
+        if self.ublk.owns(done.token) {
+            self.ublk.done(io, disks, done);
+            return None;
+        }
         Some(done)
     }
 
@@ -46,6 +55,7 @@ impl Fronts {
         self.nbd.collect(io, disks);
         // What one front end found answered may let another one's requests go on.
         let more = self.vhost.collect(io, disks);
+        let more = self.ublk.collect(io, disks) || more;
         more || self.vhost.is_polling()
     }
 
@@ -53,23 +63,26 @@ impl Fronts {
     pub fn close_export(&mut self, io: &mut Ring, key: DiskKey) {
         self.nbd.close_export(io, key);
         self.vhost.close_export(io, key);
+        self.ublk.close_export(io, key);
     }
 
     /// Lets all hosts go.
     pub fn shutdown(&mut self, io: &mut Ring) {
         self.nbd.shutdown(io);
         self.vhost.shutdown(io);
+        self.ublk.shutdown(io);
     }
 
     /// No hosts are left.
     pub fn is_idle(&self) -> bool {
-        self.nbd.is_idle() && self.vhost.is_idle()
+        self.nbd.is_idle() && self.vhost.is_idle() && self.ublk.is_idle()
     }
 
     /// Users of each export that has any, by front end: one may be named more than once.
     pub fn status(&self) -> Vec<ExportStatus> {
         let mut all = self.nbd.status();
         all.extend(self.vhost.status());
+        all.extend(self.ublk.status());
         all
     }
 }

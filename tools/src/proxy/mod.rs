@@ -36,6 +36,7 @@ pub mod standalone;
 mod state;
 mod streams;
 mod throwaway;
+pub mod ublk;
 mod vhost;
 
 pub use config::Args;
@@ -67,7 +68,7 @@ pub fn run(args: Args) -> ExitCode {
     log(config.log);
     match service::run(config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error @ ServiceError::Config(_)) => {
+        Err(error @ (ServiceError::Config(_) | ServiceError::NoUblk(_))) => {
             tracing::error!("{error}");
             ExitCode::from(MISCONFIGURED)
         }

@@ -19,6 +19,7 @@ use super::convert;
 use super::cores::TargetCore;
 use super::runtime::{Desk, Gone};
 use super::state::Proxy;
+use super::ublk::Role;
 use super::vhost;
 
 /// Highest RPO that a report tells, microseconds: a day.
@@ -88,6 +89,7 @@ impl Reporter {
                 uris: convert::uris(&listens, &disk.name)
                     .into_iter()
                     .chain(vhost::uri(vhost_user.as_deref(), &disk.name))
+                    .chain(proxy.ublk.uri(Role::Source, &disk.name))
                     .collect(),
                 clients: clients.get(&disk.key).copied().unwrap_or_default(),
                 sync: sync(disk),
@@ -297,7 +299,11 @@ pub fn view_export(proxy: &Proxy, disk_uid: String, disk: &str, export_name: &st
         disk: disk.to_owned(),
         disk_uid,
         export_name: export_name.to_owned(),
-        uris: convert::uris(listens, export_name).into_iter().chain(vhost::uri(vhost_user, export_name)).collect(),
+        uris: convert::uris(listens, export_name)
+            .into_iter()
+            .chain(vhost::uri(vhost_user, export_name))
+            .chain(proxy.ublk.uri(Role::Target, export_name))
+            .collect(),
         size_bytes: size,
     }
 }

@@ -26,6 +26,10 @@ use super::vhost;
 
 /// How long a clean stop may take: hosts' requests are answered, the queue is shipped.
 const STOP_WITHIN: Duration = Duration::from_secs(12);
+/// How long the start waits for block devices that hosts had before, …
+const DEVICES_WAIT: Duration = Duration::from_secs(10);
+/// … looking so often.
+const DEVICES_LOOK: Duration = Duration::from_millis(50);
 /// Pause after a listener failed (no descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Mode of the Unix sockets: whoever may open one reads and writes disks.
@@ -77,6 +81,9 @@ pub enum ServiceError {
     /// The state folder cannot be made.
     #[error("`state_dir`: {0}")]
     StateDir(io::Error),
+    /// ublk is asked for, and not there.
+    #[error(transparent)]
+    NoUblk(#[from] super::ublk::NoUblk),
     /// A disk of `--serve`.
     #[error(transparent)]
     Serve(#[from] converge::ServeError),
@@ -96,6 +103,7 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
     if let Some(dir) = &config.state_dir {
         keep::folder(dir).map_err(ServiceError::StateDir)?;
     }
+    super::ublk::check(&config)?;
     let sockets = Sockets::bind(&config)?;
     allow_files();
     // The rings come before the disks: what the kernel lacks is told before those are touched.
@@ -157,10 +165,27 @@ async fn serve(proxy: &Rc<Proxy>, threads: &mut [Following], mut sockets: Socket
         _ = interrupt.recv() => return Ok(()),
     };
     tracing::info!(name = proxy.config.name, "ready");
+    say_ready();
     tokio::select! {
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
         name = died(threads) => Err(ServiceError::Died(name)),
+    }
+}
+
+/// Tells systemd (`Type=notify`) that disks can be used: mounts of them are ordered after this.
+fn say_ready() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let bytes = path.as_encoded_bytes();
+    let address = match bytes.strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&path),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+    if let Err(error) = sent {
+        tracing::warn!(%error, "systemd does not hear that the proxy is ready");
     }
 }
 
@@ -200,12 +225,27 @@ async fn prepare(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), Service
         return Err(ServiceError::Died("data"));
     }
     let_in(proxy, sockets)?;
+    devices(proxy).await?;
     tokio::task::spawn_local(converge::run(Rc::clone(proxy)));
     if let Control::Coordinator { address, token } = &config.control {
         let bundle = agent::join(config.state_dir()?, &config.name, address, token.as_ref()).await?;
         *proxy.identity.borrow_mut() = Some(agent::identity(&bundle)?);
         tokio::task::spawn_local(agent::run(Rc::clone(proxy), bundle));
     }
+    Ok(())
+}
+
+/// Block devices that hosts had before, and new ones. One that waits for its disk does not hold the start up.
+async fn devices(proxy: &Rc<Proxy>) -> Result<(), ServiceError> {
+    let end = tokio::time::Instant::now() + DEVICES_WAIT;
+    if super::ublk::converge(proxy).await.is_err() {
+        return Err(ServiceError::Died("data"));
+    }
+    while !proxy.ublk.settled() && tokio::time::Instant::now() < end {
+        let _ = tokio::time::timeout(DEVICES_LOOK, proxy.changed.notified()).await;
+    }
+    // Who waits for the same word looks, too.
+    proxy.changed.notify_one();
     Ok(())
 }
 

@@ -47,6 +47,8 @@ pub struct Proxy {
     pub events: RefCell<VecDeque<ProxyEvent>>,
     /// Who waits for an event of the source core.
     pub waiters: RefCell<Waiters>,
+    /// Block devices of this host that disks and views have.
+    pub ublk: super::ublk::Devices,
     /// Something in `desired` or in the cores is new: converge.
     pub changed: Notify,
     /// What is on offer may have changed: sockets of disks follow.
@@ -107,6 +109,7 @@ impl Proxy {
             problems: RefCell::default(),
             events: RefCell::default(),
             waiters: RefCell::default(),
+            ublk: super::ublk::Devices::default(),
             changed: Notify::new(),
             offers: watch::Sender::new(()),
         }
