@@ -6,6 +6,7 @@
 //! | [`formats`] | every structure of `docs/format.md`, as it is and with its checksum set right |
 //! | [`sealed`] | chunks and control messages under the right key, frames and keys under none |
 //! | [`nbd`] | options and requests of NBD, through a server with a disk |
+//! | [`ublk`] | requests of a kernel, through a ublk device with a disk |
 //! | [`stream`] | a target that receives from a source which holds the right keys |
 //! | [`journal`] | a target that finds its files changed |
 //! | [`link`] | a source whose target holds the right keys |
@@ -30,6 +31,7 @@ pub mod sealed;
 pub mod soak;
 pub mod stream;
 pub mod text;
+pub mod ublk;
 
 /// A body and its name, which is also its corpus folder's.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +60,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "sealed_control", body: sealed::control, weight: 1 },
     Target { name: "nbd_options", body: nbd::options, weight: 20 },
     Target { name: "nbd_requests", body: nbd::requests, weight: 20 },
+    Target { name: "ublk", body: ublk::body, weight: 20 },
     Target { name: "stream", body: stream::body, weight: 50 },
     Target { name: "journal", body: journal::body, weight: 50 },
     Target { name: "link", body: link::body, weight: 50 },

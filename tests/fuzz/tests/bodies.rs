@@ -45,7 +45,7 @@ macro_rules! bodies {
 bodies! {
     record chunk frame segment handshake control intent timeline stream_state damage
     sealed_chunk sealed_control
-    nbd_options nbd_requests
+    nbd_options nbd_requests ublk
     stream journal link intent_log orders
     config names objects
     grpc grpc_calls

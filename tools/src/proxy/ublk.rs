@@ -32,6 +32,8 @@ const FILE: &str = "ublk.json";
 pub const LINKS: &str = "/dev/afterimage";
 /// … and of views.
 pub const VIEW_LINKS: &str = "/dev/afterimage-views";
+/// Names of devices, for the udev rule of `tools/systemd`.
+const NAMES: &str = "/run/afterimage/ublk";
 /// How long the process that served a device before is waited for: it ends when its last I/O has.
 const TAKE_OVER: Duration = Duration::from_secs(60);
 /// Time between two looks at it.
@@ -288,6 +290,7 @@ async fn start<C: Core>(proxy: &Proxy, handle: &Handle<C>, wanted: &Wanted) -> R
         desk.fronts.ublk.attach(desk.io, queue(file), &name, desk.core).map_err(|error| error.to_string())
     });
     let id = attached.await.map_err(|gone| gone.to_string())??;
+    name_for_udev(wanted.role, &wanted.name, number);
     blocking(move || {
         let (mut control, _) = Control::open().map_err(|error| error.to_string())?;
         let done = if recovers { control.end_recovery(number) } else { control.start(number) };
@@ -372,7 +375,7 @@ pub async fn end(proxy: &Proxy, role: Role, exports: &[String]) {
         };
         match result {
             Ok(()) => {
-                unlink(role, export);
+                unlink(role, export, number);
                 forget_number(proxy, role, export);
                 proxy.event(Severity::Info, None, "ublk", format!("`{export}`: /dev/ublkb{number} has ended"));
             }
@@ -452,7 +455,20 @@ fn link(role: Role, name: &str, number: u32) -> std::io::Result<()> {
     std::fs::rename(fresh, path)
 }
 
-fn unlink(role: Role, name: &str) {
+/// Says what a device is called before the kernel shows it. Where there is no udev, nobody reads it.
+fn name_for_udev(role: Role, name: &str, number: u32) {
+    let Some(path) = link_path(role, name) else { return };
+    let Ok(name) = path.strip_prefix("/dev") else { return };
+    let written = std::fs::create_dir_all(NAMES).and_then(|()| {
+        std::fs::write(Path::new(NAMES).join(format!("ublkb{number}")), name.as_os_str().as_encoded_bytes())
+    });
+    if let Err(error) = written {
+        tracing::debug!(%error, "udev is not told the name of a ublk device");
+    }
+}
+
+fn unlink(role: Role, name: &str, number: u32) {
+    let _ = std::fs::remove_file(Path::new(NAMES).join(format!("ublkb{number}")));
     let Some(path) = link_path(role, name) else { return };
     let _ = std::fs::remove_file(&path);
     if let Some(folder) = path.parent().filter(|folder| *folder != Path::new(role.links())) {
