@@ -222,7 +222,7 @@ impl Scene<'_> {
                 (true, true) => "together".to_owned(),
                 (true, false) => "apart".to_owned(),
             },
-            zero_loss: target.zero_loss,
+            zero_loss: zero_loss(stream, self.now_ns),
             writes_per_s: rates.writes,
             captured_bytes_per_s: rates.captured,
             wire_bytes_per_s: rates.wire,
@@ -297,6 +297,15 @@ impl Scene<'_> {
     }
 }
 
+/// What the target claimed holds for as long as it said, and not while the source says that it answers by itself.
+fn zero_loss(stream: &StreamLive, now_ns: u64) -> bool {
+    let apart = stream.source.as_ref().is_some_and(|(_, r)| r.synchronous && !r.synchronous_now);
+    let holds = |(at, r): &(u64, v1::TargetStreamReport)| {
+        r.zero_loss && now_ns.saturating_sub(*at) < r.zero_loss_ms.saturating_mul(1_000_000)
+    };
+    !apart && stream.target.as_ref().is_some_and(holds)
+}
+
 fn as_conditions(subject: &str, found: Vec<Finding>, since: &dyn Fn(&str, &str) -> u64) -> Vec<v1::Condition> {
     let one = |f: Finding| v1::Condition {
         kind: f.kind.to_owned(),
@@ -367,6 +376,20 @@ mod tests {
         assert!(tracker.update("other", &[], 9).is_empty());
         assert_eq!(tracker.update("g", &[], 10).len(), 1);
         assert_eq!(tracker.since("g", "link-down"), 0);
+    }
+
+    #[test]
+    fn zero_loss_is_claimed_for_as_long_as_the_target_said() {
+        let mut stream = StreamLive::default();
+        assert!(!zero_loss(&stream, 7));
+        let report = v1::TargetStreamReport { zero_loss: true, zero_loss_ms: 500, ..Default::default() };
+        stream.target = Some((1_000_000_000, report));
+        assert!(zero_loss(&stream, 1_499_000_000));
+        // The target stands still: what it said last has ended.
+        assert!(!zero_loss(&stream, 1_500_000_000));
+        let apart = v1::SourceGroupReport { synchronous: true, ..Default::default() };
+        stream.source = Some((1_100_000_000, apart));
+        assert!(!zero_loss(&stream, 1_200_000_000));
     }
 
     #[test]

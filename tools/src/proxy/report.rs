@@ -343,6 +343,7 @@ fn stream_report(stream: &StreamStatus, now: u64, boot: u64, points: PointSummar
         },
         synchronous: stream.synchronous,
         zero_loss: stream.zero_loss_until.is_some_and(|until| boot < until),
+        zero_loss_ms: stream.zero_loss_until.map_or(0, |until| until.saturating_sub(boot) / 1_000_000),
         fences: fences(stream),
         disks: stream
             .disks
