@@ -35,6 +35,8 @@ const MAX_SEND: usize = 16;
 const MAX_FRAME_RECORDS: usize = 4096;
 /// Without a link, records gather for this long: nothing is gained by small frames.
 const UNLINKED_AGE: Nanos = 500_000_000;
+/// With every so many frames in memory and not acknowledged, the age bound counts once more.
+const MANY_UNACKED: usize = 64;
 /// Frames of an earlier connection that the target may still have on their way to its disk when it takes a new one: its
 /// journal has at most four batches of half a MiB under way, of frames of at least 4 KiB.
 const MAX_UNDER_WAY_THERE: u64 = 1024;
@@ -204,7 +206,7 @@ impl Shipper {
         while let Some(first) = self.queue.entries.front() {
             let oldest = first.record.mono_ns;
             let ready = self.is_flowing();
-            let bound = if ready { self.limits.age_bound } else { UNLINKED_AGE };
+            let bound = self.age_bound();
             let due = all
                 || (ready && self.keep.in_memory() < self.limits.few_unacked)
                 || self.queue.payload >= self.limits.frame_bytes
@@ -356,7 +358,17 @@ impl Shipper {
     /// When the next frame is due by age.
     pub fn deadline(&self) -> Option<Nanos> {
         let first = self.queue.entries.front()?;
-        let bound = if self.is_flowing() { self.limits.age_bound } else { UNLINKED_AGE };
-        Some(first.record.mono_ns + bound)
+        Some(first.record.mono_ns + self.age_bound())
+    }
+
+    /// How old a record may be when its frame is closed. Behind many frames that are not acknowledged it gains nothing by
+    /// leaving early, and each frame costs a buffer here and a write in the spill: a link that stands still would fill both
+    /// with small ones.
+    fn age_bound(&self) -> Nanos {
+        if !self.is_flowing() {
+            return UNLINKED_AGE;
+        }
+        let many = (self.keep.in_memory() / MANY_UNACKED).max(1) as Nanos;
+        (self.limits.age_bound * many).min(UNLINKED_AGE)
     }
 }
