@@ -192,7 +192,10 @@ class Cluster:
     GROUP = "shop"
 
     def __init__(self, folder, disks, retention="4h", cut_interval="200ms", stream_port=None, advertise=None,
-                 journal=None, images=None, source_config="", source_args=(), target_args=(), options=None):
+                 journal=None, images=None, source_config="", source_args=(), target_args=(), options=None,
+                 source_port=None):
+        """`source_port` is where the source finds the coordinator, if something stands between: given the coordinator's
+        port, it says the other."""
         self.folder = folder
         self.disks = disks
         self.processes = []
@@ -212,7 +215,7 @@ class Cluster:
                                  *(["--advertise", advertise] if advertise else []), *target_args)
         (folder / "source.toml").write_text(f"[source]\n{source_config}\n")
         self.source = self.proxy("source", "--nbd", f"unix:{self.source_socket}", "--config", folder / "source.toml",
-                                 *source_args)
+                                 *source_args, port=source_port(self.port) if source_port else None)
         eventually("both proxies are connected", self.proxies_connected)
         self.command("policy", "create", "gold", "--retention", retention, "--cut-interval", cut_interval)
         arguments = []
@@ -231,9 +234,9 @@ class Cluster:
         self.processes.append(process)
         return process
 
-    def proxy(self, name, *args):
+    def proxy(self, name, *args, port=None):
         token = self.command("token", "create", name, "--role", "proxy")["token"]
-        return self.begin(name, "proxy", "--name", name, "--coordinator", f"127.0.0.1:{self.port}", "--state",
+        return self.begin(name, "proxy", "--name", name, "--coordinator", f"127.0.0.1:{port or self.port}", "--state",
                           self.folder / f"{name}-state", *args, env={"AFTERIMAGE_TOKEN": token})
 
     def command(self, *args, timeout=60):

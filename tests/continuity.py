@@ -25,9 +25,11 @@ BLOCKS = 256
 class Writers:
     """Threads that write numbered blocks through a client and remember what was answered, and how long it took."""
 
-    def __init__(self, uri):
+    def __init__(self, uri, begin=None):
+        """Each writer goes on counting behind what `begin` says."""
         self.uri = uri
         self.over = threading.Event()
+        self.number = list(begin or [0] * WRITERS)
         self.answered = [[0] * BLOCKS for _ in range(WRITERS)]
         self.count = [0] * WRITERS
         self.slowest = [0.0] * WRITERS
@@ -49,9 +51,10 @@ class Writers:
         try:
             handle = nbd.NBD()
             handle.connect_uri(self.uri)
-            number = 0
+            number = self.number[writer]
             while not self.over.is_set():
                 number += 1
+                self.number[writer] = number
                 block = number * 7 % BLOCKS
                 begun = time.monotonic()
                 handle.pwrite(self.content(writer, block, number), self.place(writer, block),
@@ -117,14 +120,15 @@ def through_nbdkit(folder, source):
 
 
 @contextlib.contextmanager
-def through_qemu(folder, source):
+def through_qemu(folder, source, patience=60):
     """QEMU's client with `reconnect-delay`, as a machine has it; its own export stands for the machine."""
     socket = folder / "qemu.sock"
     path, name = source.split("socket=")[1], source.split(":///")[1].split("?")[0]
     with open(folder / "qemu.log", "ab") as log:
         client = subprocess.Popen([
             "qemu-storage-daemon",
-            "--blockdev", f"driver=nbd,node-name=disk,server.type=unix,server.path={path},export={name},reconnect-delay=60",
+            "--blockdev", "driver=nbd,node-name=disk,server.type=unix,"
+            f"server.path={path},export={name},reconnect-delay={patience}",
             "--nbd-server", f"addr.type=unix,addr.path={socket}",
             "--export", "type=nbd,id=out,node-name=disk,name=out,writable=on"], stdout=log, stderr=log)
     try:

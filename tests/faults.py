@@ -2,165 +2,30 @@
 """Real faults against real processes, under load. `faults.py [ROUNDS [SEED]]`.
 
 Each round kills a process (or several) at a random moment while clients write through QEMU's reconnecting client, starts
-it again, and ends with the host quiet: every answered write is there, source and replica are the same byte for byte, and
-a random older point, whose content was noted when the host was quiet, still shows that content.
+it again, and ends with the host quiet: every answered write is there, source and replica are the same byte for byte, a
+random older point, whose content was noted when the host was quiet, still shows that content, and a random record in the
+middle of the load is a state that the disk had. The clients are writers that count, long writes with discards, and fio
+with verification; in every fifth round PostgreSQL under pgbench (see `postgres_rounds.py`).
 
-Then, once each: a target that is stopped for a while, a link that is slow and then cut, a full journal disk, and a disk
-that fails writes. Needs root for the full disk.
+Then, once each: a target that stands still, a link of a tenth of the load that is then cut, both also without a spill and
+with one on a slow disk, a full journal disk, and a disk that fails writes. Needs root for file systems of its own.
 """
 
 import contextlib
 import os
 import random
-import socket
-import subprocess
 import sys
-import threading
 import time
 
 import nbd
 
-from cluster import MIB, Cluster, Failed, Tests, connects, digest, eventually, expect, free_port, run, workspace
-from continuity import Writers, protected_again, through_qemu
+from cluster import MIB, Failed, Tests, eventually, expect, run, workspace
+from postgres import able
+from postgres_rounds import PostgresScene
+from scene import LONG, SIZE, STALL, Scene, file_system, filtered_file, scene
 
-SIZE = 64 * MIB
-POINTS = 12
-# No write may take longer while the replica is slow or gone, in seconds; the machine that tests may be busy, too.
-STALL = 5
-
-
-class Relay:
-    """Stands between source and target: passes bytes on, no faster than `rate` a second, or not at all."""
-
-    def __init__(self, to):
-        self.to = to
-        self.rate = None
-        self.open = True
-        self.pairs = []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                ours, _ = self.listener.accept()
-            except OSError:
-                return
-            if not self.open:
-                ours.close()
-                continue
-            try:
-                theirs = socket.create_connection(("127.0.0.1", self.to), timeout=5)
-                theirs.settimeout(None)
-            except OSError:
-                ours.close()
-                continue
-            self.pairs.append((ours, theirs))
-            for one, other in ((ours, theirs), (theirs, ours)):
-                threading.Thread(target=self.carry, args=(one, other), daemon=True).start()
-
-    def carry(self, one, other):
-        with contextlib.suppress(OSError):
-            while data := one.recv(65536):
-                if self.rate:
-                    time.sleep(len(data) / self.rate)
-                other.sendall(data)
-        for end in (one, other):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self):
-        """Ends all connections; new ones are refused until `mend`."""
-        self.open = False
-        for pair in self.pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self.pairs.clear()
-
-    def mend(self):
-        self.open = True
-
-    def close(self):
-        self.cut()
-        self.listener.close()
-
-
-class Scene:
-    """A protected pair whose stream goes through a relay, and the points whose content is known."""
-
-    def __init__(self, folder, rng, journal=None, image=None, source_config=""):
-        self.rng = rng
-        self.folder = folder
-        stream_port = free_port()
-        self.relay = Relay(stream_port)
-        self.cluster = Cluster(folder, {"data": SIZE}, stream_port=stream_port,
-                               advertise=f"127.0.0.1:{self.relay.port}", journal=journal,
-                               images={"data": image} if image else {}, source_config=source_config)
-        self.points = []
-
-    def close(self):
-        self.cluster.close()
-        self.relay.close()
-
-    @contextlib.contextmanager
-    def load(self):
-        """Clients write until the end of the block; then all that was answered is read back."""
-        with through_qemu(self.folder, self.cluster.uri("data")) as uri:
-            writers = Writers(uri)
-            bulk = threading.Event()
-            errors = []
-            large = threading.Thread(target=self.bulk, args=(uri, bulk, errors))
-            large.start()
-            try:
-                writers.progress()
-                yield writers
-                writers.progress()
-            finally:
-                bulk.set()
-                large.join(60)
-                writers.end()
-            expect(not errors, "\n".join(errors))
-            writers.verify(uri)
-
-    def bulk(self, uri, over, errors):
-        """Longer writes, zeroes and discards, behind the blocks of the writers."""
-        rng = random.Random(self.rng.random())
-        try:
-            handle = nbd.NBD()
-            handle.connect_uri(uri)
-            while not over.is_set():
-                at, length = rng.randrange(8 * MIB, SIZE - 2 * MIB), rng.choice([4096, 65536, 300_000, MIB])
-                at -= at % 512
-                length -= length % 512
-                kind = rng.randrange(8)
-                if kind == 0:
-                    handle.zero(length, at)
-                elif kind == 1 and handle.can_trim():
-                    handle.trim(length, at)
-                else:
-                    handle.pwrite(rng.randbytes(512) * (length // 512), at)
-                if rng.randrange(16) == 0:
-                    handle.flush()
-                time.sleep(0.002)
-            handle.shutdown()
-        except Exception as error:  # noqa: BLE001
-            errors.append(f"long writes: {error}")
-
-    def check(self):
-        """The host is quiet: source and replica are the same, a random older point is what it was; notes a new one."""
-        eventually("the group is protected again", lambda: protected_again(self.cluster), timeout=120)
-        self.cluster.replica_is_source()
-        if self.points:
-            seq, wanted = self.rng.choice(self.points)
-            view = self.cluster.open_view("older", f"seq:{seq}")
-            try:
-                expect(digest(view["data"]) == wanted, f"record {seq} no longer shows what it showed")
-            finally:
-                self.cluster.close_view("older")
-        seq = self.cluster.settle()
-        self.points = [*self.points[-POINTS:], (seq, digest(self.cluster.uri("data")))]
+KILLS = [["source"], ["source"], ["target"], ["target"], ["coordinator"], ["source", "target"],
+         ["source", "target", "coordinator"]]
 
 
 def killed(scene, which):
@@ -179,32 +44,41 @@ def killed(scene, which):
     scene.check()
 
 
-def stopped(scene, seconds):
-    """A target that stands still does not hold the hosts up, and is caught up with."""
-    with scene.load() as writers:
+def stopped(scene, seconds, rung=None, gentle=False):
+    """A target that stands still does not hold the hosts up, and is caught up with. `rung` is the lowest one that is
+    reached."""
+    rungs = set()
+    with scene.load(gentle) as writers:
         os.kill(scene.cluster.target.process.pid, 19)  # SIGSTOP
         try:
             writers.stall()
             begun = time.monotonic()
             while time.monotonic() - begun < seconds:
                 writers.progress()
+                rungs.add(scene.cluster.status()["rung"])
                 time.sleep(0.2)
             stall = writers.stall()
             expect(stall < STALL, f"a write took {stall:.1f} s while the target stood still")
         finally:
             os.kill(scene.cluster.target.process.pid, 18)  # SIGCONT
+    print(f"    longest write {stall:.2f} s, rungs {sorted(map(str, rungs))}", flush=True)
+    if rung:
+        expect(rung in rungs and (rung == "dirty" or "dirty" not in rungs), f"rungs were {rungs}; {rung} was to be the lowest")
     scene.check()
 
 
 def slow_then_cut(scene, seconds):
     """A link of a tenth of the load, then none, then the old one again."""
     with scene.load() as writers:
-        scene.relay.rate = MIB
+        time.sleep(2)
+        load = scene.captured_per_second()
+        scene.relay.rate = max(65536, load / 10)
+        print(f"    a load of {load / MIB:.1f} MiB/s, a link of {scene.relay.rate / MIB:.1f}", flush=True)
         try:
+            writers.stall()
             time.sleep(seconds)
             writers.progress()
             scene.relay.cut()
-            writers.stall()
             time.sleep(seconds)
             writers.progress()
             stall = writers.stall()
@@ -224,10 +98,17 @@ def full_journal(scene, mount):
         run("fallocate", "-l", str(max(4096, free - 2 * MIB)), filler)
         try:
             writers.stall()
-            for _ in range(20):
+
+            def told():
+                writers.progress()
+                said = [c["message"] for c in scene.cluster.status()["conditions"]]
+                return [message for message in said if "space" in message or "room" in message]
+            [*_, reason] = eventually("the full disk is told of", told, timeout=40, pause=0.25)
+            for _ in range(8):
                 writers.progress()
                 time.sleep(0.25)
             stall = writers.stall()
+            print(f"    longest write {stall:.2f} s; {reason}", flush=True)
             expect(stall < STALL, f"a write took {stall:.1f} s while the journal was full")
             scene.cluster.target.check()
         finally:
@@ -246,7 +127,7 @@ def failing_disk(scene, trigger):
         if turn == 300:
             trigger.unlink()
         try:
-            handle.pwrite(bytes([turn % 251 + 1]) * 8192, (turn * 37 % 4000) * 8192)
+            handle.pwrite(bytes([turn % 251 + 1]) * 8192, LONG[0] + turn * 37 % 3400 * 8192)
             done += 1
         except nbd.Error as error:
             expect(100 <= turn < 300, f"write {turn}: {error}")
@@ -267,52 +148,16 @@ def failing_disk(scene, trigger):
 
 
 @contextlib.contextmanager
-def small_file_system(folder, size):
-    """A file system of its own for a journal."""
-    image, mount = folder / "small.img", folder / "small"
-    mount.mkdir()
-    with open(image, "wb") as file:
-        file.truncate(size)
-    run("mkfs.ext4", "-q", "-F", image)
-    run("mount", "-o", "loop", image, mount)
-    try:
-        yield mount
-    finally:
-        eventually("the file system is free", lambda: subprocess.run(["umount", mount], check=False).returncode == 0)
-
-
-@contextlib.contextmanager
-def disk_that_can_fail(folder, size):
-    """A file whose writes fail while another file exists."""
-    backing, mount, trigger, path = folder / "backing.img", folder / "fuse", folder / "trigger", folder / "fail.sock"
-    mount.mkdir()
+def slow_file_system(folder):
+    """A file system whose disk moves 4 MiB a second and is 20 ms late with each write."""
+    backing = folder / "slow.img"
     with open(backing, "wb") as file:
-        file.truncate(size)
-    server = subprocess.Popen(["nbdkit", "-f", "-U", path, "--filter=error", "file", backing, "error-pwrite=EIO",
-                               "error-pwrite-rate=50%", f"error-pwrite-file={trigger}"], stderr=subprocess.DEVNULL)
-    fuse = None
-    try:
-        eventually("nbdkit listens", lambda: connects(str(path)))
-        target = mount / "disk.img"
-        target.touch()
-        fuse = subprocess.Popen(["nbdfuse", target, f"nbd+unix:///?socket={path}"], stderr=subprocess.DEVNULL)
-        eventually("nbdfuse serves", lambda: target.stat().st_size == size)
-        yield target, trigger
-    finally:
-        subprocess.run(["fusermount3", "-u", mount / "disk.img"], check=False)
-        for process in (fuse, server):
-            if process:
-                process.terminate()
-                process.wait(20)
-
-
-@contextlib.contextmanager
-def scene(*args, **options):
-    made = Scene(*args, **options)
-    try:
-        yield made
-    finally:
-        made.close()
+        file.truncate(512 * MIB)
+    run("mkfs.ext4", "-q", "-F", backing)
+    filters = ["--filter=delay", "--filter=rate", "wdelay=20ms", "rate=32M"]
+    with filtered_file(folder, "slow-disk", backing, *filters) as image:
+        with file_system(folder, "slow-mount", 0, image) as mount:
+            yield mount
 
 
 def main():
@@ -322,32 +167,66 @@ def main():
     seconds = float(os.environ.get("FAULT_SECONDS", "30"))
     print(f"faults.py {rounds} {seed}", flush=True)
     rng = random.Random(seed)
+
+    def judged(name, scene, function, *args):
+        if not tests.run(name, function, scene, *args):
+            for process in scene.cluster.processes:
+                print(f"--- {process.name}\n{process.tail(40)}", flush=True)
+                if not process.alive():
+                    process.start()
+
+    databases = rounds // 5
     with workspace("faults") as folder, scene(folder, rng) as one:
         tests.run("a protected pair is what its source is", one.check)
-        for turn in range(rounds):
-            which = rng.choice([["source"], ["source"], ["target"], ["target"], ["coordinator"], ["source", "target"],
-                                ["source", "target", "coordinator"]])
-            if not tests.run(f"round {turn + 1}: {' and '.join(which)} killed", killed, one, which):
-                for process in one.cluster.processes:
-                    print(f"--- {process.name}\n{process.tail(40)}", flush=True)
-                    if not process.alive():
-                        process.start()
-        tests.run(f"the target stands still for {seconds:.0f} s", stopped, one, seconds)
-        tests.run("the link is slow, then cut", slow_then_cut, one, seconds / 3)
+        for turn in range(rounds - databases):
+            which = rng.choice(KILLS)
+            judged(f"round {turn + 1}: {' and '.join(which)} killed", one, killed, which)
+        judged(f"the target stands still for {seconds:.0f} s", one, stopped, seconds)
+        judged("the link is slow, then cut", one, slow_then_cut, seconds / 3)
+    reason = able()
+    if reason:
+        print(f"skip - rounds under PostgreSQL: {reason}")
+    elif databases:
+        with workspace("faults-postgres") as folder:
+            os.chmod(folder, 0o755)
+            base = PostgresScene(folder, rng)
+            try:
+                if tests.run("PostgreSQL runs on a protected disk", base.begin):
+                    for turn in range(databases):
+                        which = rng.choice(KILLS)
+                        judged(f"PostgreSQL, round {turn + 1}: {' and '.join(which)} killed", base, PostgresScene.round, which)
+            finally:
+                base.close()
     # Without a spill the dirty map is reached at once, and a resync is what mends.
     with workspace("dirty") as folder, scene(folder, rng, source_config="spill_budget = 0") as one:
-        tests.run("without a spill: the target stands still", stopped, one, 5)
-        tests.run("without a spill: the link is slow, then cut", slow_then_cut, one, 5)
-        tests.run("without a spill: source and target killed", killed, one, ["source", "target"])
+        tests.run("without a spill: a protected pair", one.check)
+        judged("without a spill: the target stands still", one, stopped, 5)
+        judged("without a spill: the link is slow, then cut", one, slow_then_cut, 5)
+        judged("without a spill: source and target killed", one, killed, ["source", "target"])
     if os.geteuid() == 0:
-        with workspace("full") as folder, small_file_system(folder, 512 * MIB) as mount:
+        with workspace("slow") as folder, slow_file_system(folder) as mount:
+            config = f'spill = "{mount}/spill"\nspill_budget = "256MiB"\nspill_reserve = "16MiB"\nqueue = "16MiB"'
+            with scene(folder, rng, source_config=config) as one:
+                tests.run("a slow spill: a protected pair", one.check)
+                judged("a slow spill: the target stands still, and no point is lost", one, stopped, 8, "spilling", True)
+                judged("a slow spill: more than it can take", one, stopped, 5, "dirty")
+                judged("a slow spill: source and target killed", one, killed, ["source", "target"])
+        with workspace("full") as folder, file_system(folder, "small", 512 * MIB) as mount:
             with scene(folder, rng, journal=mount / "journal") as one:
-                tests.run("the journal's disk is full for a while", full_journal, one, mount)
+                tests.run("a small journal: a protected pair", one.check)
+                judged("the journal's disk is full for a while", one, full_journal, mount)
     else:
-        print("skip - the journal's disk is full (needs root)")
-    with workspace("failing") as folder, disk_that_can_fail(folder, SIZE) as (image, trigger):
-        with scene(folder, rng, image=image) as one:
-            tests.run("the source's disk fails writes for a while", failing_disk, one, trigger)
+        print("skip - a spill on a slow disk, and a full journal disk (needs root)")
+    with workspace("failing") as folder:
+        backing, trigger = folder / "backing.img", folder / "trigger"
+        with open(backing, "wb") as file:
+            file.truncate(SIZE)
+        with filtered_file(folder, "failing", backing, "--filter=error", "error-pwrite=EIO", "error-pwrite-rate=50%",
+                           f"error-pwrite-file={trigger}") as image, scene(folder, rng, image=image) as one:
+            tests.run("a disk that can fail: a protected pair", one.check)
+            judged("the source's disk fails writes for a while", one, failing_disk, trigger)
+    print(f"{Scene.looked} records in the middle of a load were looked at; {Scene.none} were no restore point", flush=True)
+    tests.run("records in the middle of a load were looked at", lambda: expect(Scene.looked > 0, "none"))
     tests.end()
 
 

@@ -15,7 +15,7 @@ import uuid
 import nbd
 
 from cluster import AFTERIMAGE, MIB, Process, Tests, connects, eventually, expect, free_port, run, workspace
-from faults import Relay
+from scene import Relay
 
 SIZE = 16 * MIB
 SECONDS = 15

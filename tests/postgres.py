@@ -131,9 +131,11 @@ class Postgres:
 class Witness(threading.Thread):
     """Commits rows one after the other, and notes when each was confirmed."""
 
-    def __init__(self, postgres):
+    def __init__(self, postgres, begin=0):
+        """Counts on behind row `begin`."""
         super().__init__(daemon=True)
         self.postgres = postgres
+        self.begin = begin
         self.confirmed = []
         self.ended = threading.Event()
         self.process = subprocess.Popen(
@@ -141,7 +143,7 @@ class Witness(threading.Thread):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/")
 
     def run(self):
-        number = 0
+        number = self.begin
         try:
             while not self.ended.is_set():
                 number += 1
