@@ -150,6 +150,10 @@ def intent_logs(folder):
         expect(header["disk"] == path.stem and header["size"] in DISKS.values(), f"log {path.stem}: {header}")
         expect(header["bits"] & 2, f"a clean stop is not said: {header}")
         expect(all(extent * 4 * MIB < header["size"] for extent in marked), f"extents past the end: {marked}")
+        expect(header["log_identity"] != 0, f"which file it is is not said: {header}")
+        witness = journal_reader.witness((folder / "source-state" / "witness" / f"{path.stem}.witness").read_bytes())
+        expect((witness["disk"], witness["stream"]) == (header["disk"], header["stream"]), f"witness {path.stem}: {witness}")
+        expect(0 < witness["serial"] <= header["reached"], f"witness {path.stem}: {witness}, log: {header}")
 
 
 def damage_is_seen(stream, keys):

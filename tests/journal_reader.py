@@ -198,7 +198,7 @@ def intent_log(data):
         raw = data[at:at + BLOCK]
         magic, version, zero, crc, zeros, serial = struct.unpack_from("<4sHHIIQ", raw)
         if magic == b"AIIL" and crc_with_hole(raw, 8) == crc and (best is None or serial > best["serial"]):
-            check(version == 1 and zero == 0 and zeros == 0, "header of a write-intent log")
+            check(version == 2 and zero == 0 and zeros == 0, "header of a write-intent log")
             source = Input(raw, 24)
             best = {"serial": serial, "disk": source.id(), "size": source.take("Q"), "stream": source.id(),
                     "incarnation": source.id(), "boot": source.id()}
@@ -206,13 +206,29 @@ def intent_log(data):
             best.update(zip(names, source.take("QQQQQQBQ")))
             best["prior"] = (source.id(), *source.take("QQ"))
             best["spilled"] = (source.id(), *source.take("QQ"))
-            best["complete"], best["identity"], best["lease_at"] = source.take("QQQ")
+            best["complete"], best["identity"], best["lease_at"], best["log_identity"] = source.take("QQQQ")
     check(best is not None, "no header of the log is whole")
     marked = set()
+    best["reached"] = best["serial"]
     for page, at in enumerate(range(2 * BLOCK, len(data), BLOCK)):
         raw = data[at:at + BLOCK]
-        magic, number, crc, zero = struct.unpack_from("<4sIII", raw)
-        check(magic == b"AIIP" and number == page and zero == 0, f"page {page} of the log")
+        magic, number, crc, stamp = struct.unpack_from("<4sIII", raw)
+        check(magic == b"AIIP" and number == page, f"page {page} of the log")
+        if stamp:
+            ahead = (stamp - best["serial"] + (1 << 31)) % (1 << 32) - (1 << 31)
+            best["reached"] = max(best["reached"], best["serial"] + ahead)
         check(crc_with_hole(raw, 8) == crc, f"CRC of page {page}")
         marked |= {(page * 4080 + byte) * 8 + bit for byte, value in enumerate(raw[16:]) for bit in range(8) if value >> bit & 1}
     return best, marked
+
+
+def witness(data):
+    """What a witness of a write-intent log names: disk, stream, serial."""
+    check(len(data) == BLOCK, f"a witness of {len(data)} bytes")
+    magic, version, zero, crc, zeros = struct.unpack_from("<4sHHII", data)
+    check(magic == b"AIIW" and version == 1 and zero == 0 and zeros == 0, "head of a witness")
+    check(crc_with_hole(data, 8) == crc, "CRC of a witness")
+    source = Input(data, 16)
+    found = {"disk": source.id(), "stream": source.id(), "serial": source.take("Q")}
+    check(not any(data[source.at:]), "bytes behind a witness")
+    return found

@@ -496,7 +496,7 @@ impl Disk {
     pub fn log_done<I: Io>(&mut self, f: &mut Flow<'_, I>, done: Done) {
         let Some(log) = &mut self.log else { return };
         let errno = done.result.err();
-        if log.done(f.io.now(), done)
+        if log.done(f.io, done)
             && let Some(errno) = errno
         {
             let message = format!("writing the write-intent log: {errno}");

@@ -19,11 +19,17 @@
 //!
 //! One write of the log is in flight at a time; who waits for a bit waits for a page write that began after the bit
 //! was set, so any number of writers share one.
+//!
+//! Nobody could tell an older copy of the log, put in its place, from the log: both are whole, and the bits of what was
+//! written since are missing. So each write has a serial, and a *witness*, a small file in another place, follows: a write
+//! of the log that says more than before (a header, or a page with a new bit) counts as durable only once the witness
+//! names it. Whatever rests on it comes later. A log behind its witness is an older copy; a witness behind its log was cut
+//! short by a crash, and nothing rests on what it does not name. See decision 14.
 
 use std::collections::VecDeque;
 
 use afterimage_wire::ALIGN;
-use afterimage_wire::intent::{EXTENT, IntentHeader, PAGE_BITS, PAGES_AT, encode_page};
+use afterimage_wire::intent::{EXTENT, IntentHeader, PAGE_BITS, PAGES_AT, Witness, encode_page};
 
 use crate::io::{Buf, Done, Errno, File, Io, Nanos, Op, Part, Token};
 
@@ -34,6 +40,8 @@ pub use load::{Loaded, Verdict, load};
 const RETRY: Nanos = 100_000_000;
 /// After this many failed attempts in a row, writes that wait for a bit are failed: the disk cannot be written safely.
 const MAX_FAILURES: u32 = 20;
+/// A header is written at least every so many writes: a page's stamp is the lower half of its serial.
+const MAX_SINCE_HEADER: u64 = 1 << 30;
 /// A bit is cleared at the earliest after this many ticks without a touch.
 const COLD_TICKS: u32 = 2;
 
@@ -74,14 +82,18 @@ struct Page {
     /// Version that is durable.
     durable: u64,
     queued: bool,
+    /// It has a bit that its last write did not.
+    sets: bool,
     /// Version in which all its bits were set for a whole synchronisation, until that is durable; else 0.
     mapped: u64,
 }
 
-#[derive(Debug)]
+#[derive(Copy, Clone, Debug)]
 enum Writing {
+    /// The header, as of this version.
     Header(u64),
-    Page(u32, u64),
+    /// A page, as of this version; whether it has a bit that is new.
+    Page(u32, u64, bool),
 }
 
 /// How an I/O on extents ended.
@@ -112,6 +124,8 @@ pub struct Covered {
 #[derive(Debug)]
 pub struct IntentLog {
     file: File,
+    /// Follows the log, if there is one.
+    witness: Option<File>,
     token: Token,
     /// Extent → place in `hot`, or none.
     slots: Vec<u32>,
@@ -129,6 +143,12 @@ pub struct IntentLog {
     /// 4 KiB; with the kernel while a write is in flight.
     buf: Option<Buf>,
     writing: Option<Writing>,
+    /// What is in flight is the witness of that write, which has been done.
+    witnessing: bool,
+    /// Serial of the newest write that was begun.
+    serial: u64,
+    /// Where the newest header stands.
+    slot: u8,
     header: IntentHeader,
     header_version: u64,
     header_durable: u64,
@@ -150,6 +170,7 @@ impl IntentLog {
         let pages = (extents as u64).div_ceil(PAGE_BITS) as usize;
         let mut log = Self {
             file,
+            witness: None,
             token,
             slots: vec![NONE; extents],
             hot: Vec::with_capacity(1024),
@@ -162,6 +183,9 @@ impl IntentLog {
             queue: VecDeque::with_capacity(pages),
             buf: Some(buf),
             writing: None,
+            witnessing: false,
+            serial: header.serial,
+            slot: loaded.slot,
             header,
             header_version: 0,
             header_durable: 0,
@@ -180,12 +204,18 @@ impl IntentLog {
         for (page, state) in log.pages.iter_mut().enumerate() {
             state.durable = state.wanted;
             state.queued = loaded.rewrite || loaded.torn.contains(&(page as u32));
+            state.sets = false;
             if state.queued {
                 state.wanted += 1;
                 log.queue.push_back(page as u32);
             }
         }
         log
+    }
+
+    /// From now on the log is followed by a witness in this file, which is behind it.
+    pub(crate) fn witnessed_by(&mut self, file: File) {
+        self.witness = Some(file);
     }
 
     /// After a clean stop that left records up to `seq` in the spill: nothing is in doubt, and the bits are held by those
@@ -233,6 +263,7 @@ impl IntentLog {
         *byte ^= mask;
         if set {
             self.set += 1;
+            self.pages[page as usize].sets = true;
         } else {
             self.set -= 1;
         }
@@ -298,6 +329,7 @@ impl IntentLog {
         for page in first..self.pages.len() as u32 {
             self.want_page(page);
             let state = &mut self.pages[page as usize];
+            state.sets = true;
             self.unmapped += usize::from(state.mapped == 0);
             state.mapped = state.wanted;
         }
@@ -523,6 +555,9 @@ impl IntentLog {
         if self.writing.is_some() {
             return;
         }
+        if self.serial - self.durable.serial >= MAX_SINCE_HEADER {
+            self.header_version += 1;
+        }
         let header = self.header_durable < self.header_version;
         if !header && self.queue.is_empty() {
             return;
@@ -532,46 +567,79 @@ impl IntentLog {
         }
         self.retry_at = None;
         let Some(mut buf) = self.buf.take() else { return };
+        self.serial += 1;
         let (offset, writing) = if header {
-            self.header.serial = self.durable.serial + 1;
+            self.header.serial = self.serial;
             buf[..ALIGN].copy_from_slice(&self.header.encode());
             self.pending = self.header;
-            (self.header.serial % 2 * ALIGN as u64, Writing::Header(self.header_version))
+            (u64::from(1 - self.slot) * ALIGN as u64, Writing::Header(self.header_version))
         } else {
             let page = self.queue.pop_front().expect("not empty");
             let state = &mut self.pages[page as usize];
             state.queued = false;
+            let sets = std::mem::take(&mut state.sets);
             let bits = &self.bits[page as usize * PAGE_BYTES..][..PAGE_BYTES];
-            encode_page(page, bits, &mut buf[..ALIGN]);
-            (PAGES_AT + u64::from(page) * ALIGN as u64, Writing::Page(page, state.wanted))
+            encode_page(page, self.serial, bits, &mut buf[..ALIGN]);
+            (PAGES_AT + u64::from(page) * ALIGN as u64, Writing::Page(page, state.wanted, sets))
         };
         self.writing = Some(writing);
         let part = Part { buf, at: 0, len: ALIGN };
         io.submit(self.token, Op::Write { file: self.file, offset, part, durable: true });
     }
 
-    /// Takes the completion of a write of the log. True if it failed.
-    pub fn done(&mut self, now: Nanos, done: Done) -> bool {
+    /// Takes the completion of a write of the log, or of its witness. True if a write of the log failed.
+    pub fn done(&mut self, io: &mut impl Io, done: Done) -> bool {
         self.buf = done.part.map(|part| part.buf);
-        let Some(writing) = self.writing.take() else { return false };
+        let Some(writing) = self.writing else { return false };
+        if std::mem::take(&mut self.witnessing) {
+            if let Err(errno) = done.result {
+                // It names an older write for good: true, and of less use.
+                tracing::warn!(disk = %self.header.disk, %errno, "an older copy of the write-intent log would not be noticed");
+                self.witness.take().into_iter().for_each(|file| io.close(file));
+            }
+            self.settled(writing);
+            return false;
+        }
         if done.result.is_err() {
+            self.writing = None;
             self.failures += 1;
-            self.retry_at = Some(now + RETRY);
-            if let Writing::Page(page, _) = writing
-                && !self.pages[page as usize].queued
-            {
-                self.pages[page as usize].queued = true;
-                self.queue.push_back(page);
+            self.retry_at = Some(io.now() + RETRY);
+            if let Writing::Page(page, _, sets) = writing {
+                let state = &mut self.pages[page as usize];
+                state.sets |= sets;
+                if !state.queued {
+                    state.queued = true;
+                    self.queue.push_back(page);
+                }
             }
             return true;
         }
         self.failures = 0;
+        let says_more = matches!(writing, Writing::Header(_) | Writing::Page(_, _, true));
+        if let Some(file) = self.witness.filter(|_| says_more)
+            && let Some(mut buf) = self.buf.take()
+        {
+            let witness = Witness { disk: self.header.disk, stream: self.header.stream, serial: self.serial };
+            buf[..ALIGN].copy_from_slice(&witness.encode());
+            self.witnessing = true;
+            let part = Part { buf, at: 0, len: ALIGN };
+            io.submit(self.token, Op::Write { file, offset: 0, part, durable: false });
+        } else {
+            self.settled(writing);
+        }
+        false
+    }
+
+    /// A write of the log is durable, and its witness says so: what waits for it may go on.
+    fn settled(&mut self, writing: Writing) {
+        self.writing = None;
         match writing {
             Writing::Header(version) => {
                 self.header_durable = version;
                 self.durable = self.pending;
+                self.slot = 1 - self.slot;
             }
-            Writing::Page(page, version) => {
+            Writing::Page(page, version, _) => {
                 let state = &mut self.pages[page as usize];
                 state.durable = version;
                 if state.mapped != 0 && state.mapped <= version {
@@ -580,7 +648,6 @@ impl IntentLog {
                 }
             }
         }
-        false
     }
 
     fn clearable(&self, hot: &Hot, covered: &Covered) -> bool {
@@ -660,9 +727,10 @@ impl IntentLog {
         self.clear_after.is_some()
     }
 
-    /// Gives the file back; nothing may be in flight.
-    pub fn into_file(self) -> File {
-        self.file
+    /// Closes its files; nothing may be in flight.
+    pub fn close(self, io: &mut impl Io) {
+        io.close(self.file);
+        self.witness.into_iter().for_each(|file| io.close(file));
     }
 }
 
@@ -675,8 +743,14 @@ mod tests {
     fn what_was_being_read_when_an_incarnation_ends_is_read_again() {
         let pool = Pool::new(&[Class { capacity: 4096, count: 1 }]);
         let buf = pool.take(4096).expect("it has one");
-        let loaded =
-            Loaded { verdict: Verdict::Missing, serial: 0, extents: vec![1, 3, 5], torn: Vec::new(), rewrite: false };
+        let loaded = Loaded {
+            verdict: Verdict::Missing,
+            serial: 0,
+            slot: 0,
+            extents: vec![1, 3, 5],
+            torn: Vec::new(),
+            rewrite: false,
+        };
         let mut log = IntentLog::new(File(0), 0, 8 * EXTENT, IntentHeader::default(), &loaded, buf);
         log.sync_begin(EXTENT, 2 * EXTENT);
         log.sync_begin(3 * EXTENT, 4 * EXTENT);

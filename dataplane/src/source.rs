@@ -121,8 +121,10 @@ impl<I: Io> Source<I> {
         };
         let headers: Vec<Option<IntentHeader>> = opened.iter().map(|o| header_of(o).copied()).collect();
         let lineage = open::lineage(&headers);
-        let first_seq = headers.iter().flatten().map(|h| h.reserved_seq).max().unwrap_or(0) + 1;
-        let cut = headers.iter().flatten().map(|h| h.cut).max().unwrap_or(0);
+        // An older copy may not know of all numbers that were drawn, but those it knows are not drawn again.
+        let known = || headers.iter().flatten().chain(opened.iter().filter_map(|one| one.older.as_ref()));
+        let first_seq = known().map(|h| h.reserved_seq).max().unwrap_or(0) + 1;
+        let cut = known().map(|h| h.cut).max().unwrap_or(0);
         let (incarnation, key, wrapped) = incarnate::fresh_writer(io, &config.policy_key);
         let index = self.groups.len() as u32;
         let boot = io.boot_id();
@@ -157,7 +159,9 @@ impl<I: Io> Source<I> {
         for ((one, config_of), odd) in opened.drain(..).zip(&config.disks).zip(&lineage.odd) {
             let number = self.disks.len() as u32;
             let token = self.base | u64::from(number) << 24;
-            let fenced = header_of(&one).filter(|h| h.fenced && config_of.generation <= h.generation);
+            // That it was fenced stays true, whoever says so.
+            let said = header_of(&one).or(one.older.as_ref());
+            let fenced = said.filter(|h| h.fenced && config_of.generation <= h.generation);
             let fenced = fenced.map(|h| h.generation + 1);
             let left = header_of(&one).is_some_and(|h| h.left);
             let mut owed = open::owed(&one.loaded, config_of, &one.info, boot);
@@ -190,6 +194,7 @@ impl<I: Io> Source<I> {
                 fenced: fenced.is_some(),
                 left: left && fenced.is_some(),
                 lease_at: word_at.unwrap_or(0),
+                log_identity: one.log_identity,
             };
             let mut disk = Disk::new(config_of.clone(), DiskKey(number), Some(index), one.file, one.info, token);
             let Some(buf) = bufs.pop() else { break };
@@ -198,6 +203,9 @@ impl<I: Io> Source<I> {
                 None => log.mark_all(),
                 Some(before) if before < one.info.size => log.enlarge(before, one.info.size),
                 Some(_) => {}
+            }
+            if let Some(witness) = one.witness {
+                log.witnessed_by(witness);
             }
             log.set_header(|_| {});
             // A synchronisation that was not over, or a disk that has grown, is in doubt whatever the spill holds.

@@ -3,9 +3,15 @@
 //! ```text
 //! 0      header slot A (4096 bytes)
 //! 4096   header slot B (4096 bytes)      the valid slot with the higher `serial` counts
-//! 8192   pages of 4096 bytes: magic "AIIP", page u32, crc u32, reserved u32, then 4080 bytes of bits, one per
+//! 8192   pages of 4096 bytes: magic "AIIP", page u32, crc u32, stamp u32, then 4080 bytes of bits, one per
 //!        extent, lowest bit first
 //! ```
+//! Each write of the log, of a header or of a page, has a serial, one more than the write before: the whole of it stands in
+//! a header, its lower half as the stamp of a page. How far they go tells an older copy of the log from the newest, against
+//! the [`Witness`] in another file.
+//!
+//! Version 1 had no stamps (0), and no identity of the log's file; it is read, and written anew as version 2.
+//!
 //! A page that fails its CRC (torn) counts as all set. A bit is durable before the first write into its extent is
 //! issued, and is cleared only after the header that names the acknowledged place covering it is durable.
 
@@ -13,12 +19,21 @@ use bytes::{Buf, BufMut};
 
 use crate::ids::{DiskId, IncarnationId, StreamId};
 use crate::segment::Predecessor;
-use crate::{ALIGN, FormatError, WIRE_VERSION, get_id, get_number, need};
+use crate::{ALIGN, FormatError, MAX_NUMBER, get_id, get_number, need};
+
+/// Version of the log that is written.
+pub const INTENT_VERSION: u16 = 2;
+/// Oldest version that is read.
+const OLDEST_VERSION: u16 = 1;
+/// Version of a witness.
+const WITNESS_VERSION: u16 = 1;
 
 /// First bytes of a header slot.
 pub const INTENT_MAGIC: [u8; 4] = *b"AIIL";
 /// First bytes of a page.
 pub const PAGE_MAGIC: [u8; 4] = *b"AIIP";
+/// First bytes of a witness.
+pub const WITNESS_MAGIC: [u8; 4] = *b"AIIW";
 /// Bytes of disk that one bit stands for.
 pub const EXTENT: u64 = 4 * 1024 * 1024;
 /// Bits in one page.
@@ -29,7 +44,7 @@ pub const PAGES_AT: u64 = 2 * ALIGN as u64;
 /// A header slot, taken apart.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
 pub struct IntentHeader {
-    /// Rises with each write of a header.
+    /// Rises with each write of a header or page.
     pub serial: u64,
     /// The disk.
     pub disk: DiskId,
@@ -86,6 +101,8 @@ pub struct IntentHeader {
     /// When the newest word of target or coordinator was asked for that confirmed the generation, nanoseconds since
     /// `boot` (time asleep counts); 0 for never. Kept for groups with a lease only.
     pub lease_at: u64,
+    /// Which file this log is, as the system tells files apart; 0 if it does not, or in version 1. A copy differs.
+    pub log_identity: u64,
 }
 
 impl IntentHeader {
@@ -94,7 +111,7 @@ impl IntentHeader {
         let mut page = [0; ALIGN];
         let mut out = &mut page[..];
         out.put_slice(&INTENT_MAGIC);
-        out.put_u16_le(WIRE_VERSION);
+        out.put_u16_le(INTENT_VERSION);
         out.put_u16_le(0);
         out.put_u32_le(0); // CRC, below
         out.put_u32_le(0);
@@ -124,6 +141,7 @@ impl IntentHeader {
         out.put_u64_le(self.complete_wall_ns);
         out.put_u64_le(self.identity);
         out.put_u64_le(self.lease_at);
+        out.put_u64_le(self.log_identity);
         let crc = crc32c::crc32c(&page);
         page[8..12].copy_from_slice(&crc.to_le_bytes());
         page
@@ -143,8 +161,8 @@ impl IntentHeader {
         check_crc(page, WHAT)?;
         let mut input = &page[4..];
         let version = input.get_u16_le();
-        if version != WIRE_VERSION {
-            return Err(FormatError::Version { what: WHAT, found: version, known: WIRE_VERSION });
+        if !(OLDEST_VERSION..=INTENT_VERSION).contains(&version) {
+            return Err(FormatError::Version { what: WHAT, found: version, known: INTENT_VERSION });
         }
         input.advance(10);
         let serial = get_number(&mut input, WHAT)?;
@@ -188,6 +206,7 @@ impl IntentHeader {
             complete_wall_ns: input.get_u64_le(),
             identity: input.get_u64_le(),
             lease_at: get_number(&mut input, WHAT)?,
+            log_identity: if version == 1 { 0 } else { input.get_u64_le() },
         })
     }
 }
@@ -196,14 +215,16 @@ fn check_crc(page: &[u8], what: &'static str) -> Result<(), FormatError> {
     if crate::crc_without(page, 8).to_le_bytes() == page[8..12] { Ok(()) } else { Err(FormatError::Checksum { what }) }
 }
 
-/// Fills `page` (4096 bytes) with page `number` of the bitmap; `bits` are its 4080 bytes.
+/// Fills `page` (4096 bytes) with page `number` of the bitmap, written as write `serial` of the log; `bits` are its 4080
+/// bytes.
 ///
 /// # Panics
 /// If a slice has another length.
-pub fn encode_page(number: u32, bits: &[u8], page: &mut [u8]) {
+pub fn encode_page(number: u32, serial: u64, bits: &[u8], page: &mut [u8]) {
     page[..4].copy_from_slice(&PAGE_MAGIC);
     page[4..8].copy_from_slice(&number.to_le_bytes());
-    page[8..16].fill(0);
+    page[8..12].fill(0);
+    page[12..16].copy_from_slice(&(serial as u32).to_le_bytes());
     page[16..].copy_from_slice(bits);
     let crc = crc32c::crc32c(page);
     page[8..12].copy_from_slice(&crc.to_le_bytes());
@@ -225,4 +246,66 @@ pub fn decode_page(number: u32, page: &[u8]) -> Result<&[u8], FormatError> {
         return Err(FormatError::Malformed { what: WHAT, detail: "another page" });
     }
     Ok(&page[16..])
+}
+
+/// The serial of the write that a valid page is of, given that of the log's newest header, from which it is less than 2^31
+/// away; none in a page of version 1.
+pub fn page_serial(page: &[u8], header: u64) -> Option<u64> {
+    let stamp = u32::from_le_bytes(page.get(12..16)?.try_into().ok()?);
+    let ahead = stamp.wrapping_sub(header as u32) as i32;
+    (stamp != 0).then(|| header.saturating_add_signed(ahead.into()).min(MAX_NUMBER))
+}
+
+/// What a log has been seen to have reached: kept in another file than the log, and never ahead of it. A log that has not
+/// come as far is an older copy.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
+pub struct Witness {
+    /// The disk.
+    pub disk: DiskId,
+    /// Stream that the disk is in.
+    pub stream: StreamId,
+    /// Serial of a write of the log that is durable.
+    pub serial: u64,
+}
+
+impl Witness {
+    /// The file.
+    pub fn encode(&self) -> [u8; ALIGN] {
+        let mut page = [0; ALIGN];
+        let mut out = &mut page[..];
+        out.put_slice(&WITNESS_MAGIC);
+        out.put_u16_le(WITNESS_VERSION);
+        out.put_u16_le(0);
+        out.put_u32_le(0); // CRC, below
+        out.put_u32_le(0);
+        out.put_slice(&self.disk.0);
+        out.put_slice(&self.stream.0);
+        out.put_u64_le(self.serial);
+        let crc = crc32c::crc32c(&page);
+        page[8..12].copy_from_slice(&crc.to_le_bytes());
+        page
+    }
+
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// Foreign, torn, of another version: it says nothing.
+    pub fn decode(page: &[u8]) -> Result<Self, FormatError> {
+        const WHAT: &str = "witness of a write-intent log";
+        need(&page, ALIGN, WHAT)?;
+        let page = &page[..ALIGN];
+        if page[..4] != WITNESS_MAGIC {
+            return Err(FormatError::Magic { what: WHAT });
+        }
+        check_crc(page, WHAT)?;
+        let mut input = &page[4..];
+        let version = input.get_u16_le();
+        if version != WITNESS_VERSION {
+            return Err(FormatError::Version { what: WHAT, found: version, known: WITNESS_VERSION });
+        }
+        input.advance(10);
+        let disk = DiskId(get_id(&mut input, WHAT)?);
+        let stream = StreamId(get_id(&mut input, WHAT)?);
+        Ok(Self { disk, stream, serial: get_number(&mut input, WHAT)? })
+    }
 }

@@ -13,7 +13,7 @@ use afterimage_wire::damage::{DamageFile, LostFrame};
 use afterimage_wire::frame::{DirectoryEntry, FRAME_MAGIC, FrameHeader, check_frame, frame_crc};
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
-use afterimage_wire::intent::{IntentHeader, decode_page, encode_page};
+use afterimage_wire::intent::{IntentHeader, Witness, decode_page, encode_page, page_serial};
 use afterimage_wire::record::{Cut, DiskInfo, RawRecord, Record, RecordKind, SyncMark};
 use afterimage_wire::segment::{Predecessor, Sealed48, SegmentHead, WrappedKey};
 use afterimage_wire::stream_state::{DeltaView, DiskLife, OpenSync, StreamStateFile, UnreadableRange};
@@ -51,6 +51,22 @@ fn to_hex(bytes: &[u8]) -> String {
     }
     if zeros > 0 {
         writeln!(out, "zeros {zeros}").expect("a string takes it");
+    }
+    out
+}
+
+/// The bytes that a file of the golden folder pins.
+fn from_hex(name: &str) -> Vec<u8> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.hex"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut out = Vec::new();
+    for line in text.lines() {
+        match line.strip_prefix("zeros ") {
+            Some(count) => out.resize(out.len() + count.parse::<usize>().expect("a number"), 0),
+            None => {
+                out.extend((0..line.len()).step_by(2).map(|at| u8::from_str_radix(&line[at..at + 2], 16).expect("hex")))
+            }
+        }
     }
     out
 }
@@ -373,10 +389,22 @@ fn intent_header() {
         fenced: true,
         left: true,
         lease_at: 0x21a2_a3a4_a5a6_a7a8,
+        log_identity: 0xb1b2_b3b4_b5b6_b7b8,
     };
     let bytes = header.encode();
-    golden("intent-header", &bytes);
+    golden("intent-header-2", &bytes);
     assert_eq!(IntentHeader::decode(&bytes), Ok(header));
+    // As the version before wrote it.
+    let old = from_hex("intent-header");
+    assert_eq!(IntentHeader::decode(&old), Ok(IntentHeader { log_identity: 0, ..header }));
+}
+
+#[test]
+fn witness() {
+    let witness = Witness { disk: DiskId(id(0x10)), stream: StreamId(id(0x20)), serial: 0x0102_0304_0506_0708 };
+    let bytes = witness.encode();
+    golden("intent-witness", &bytes);
+    assert_eq!(Witness::decode(&bytes), Ok(witness));
 }
 
 #[test]
@@ -385,9 +413,16 @@ fn intent_page() {
     bits[..8].copy_from_slice(&[1, 2, 4, 8, 16, 32, 64, 128]);
     bits[4079] = 0x80;
     let mut page = vec![0; ALIGN];
-    encode_page(0x0102_0304, &bits, &mut page);
-    golden("intent-page", &page);
+    encode_page(0x0102_0304, 0x3132_3334_4142_4344, &bits, &mut page);
+    golden("intent-page-2", &page);
     assert_eq!(decode_page(0x0102_0304, &page), Ok(&bits[..]));
+    for header in [0x3132_3334_4142_4344, 0x3132_3334_4142_0000, 0x3132_3334_7142_4344] {
+        assert_eq!(page_serial(&page, header), Some(0x3132_3334_4142_4344));
+    }
+    // As version 1 wrote it.
+    let old = from_hex("intent-page");
+    assert_eq!(decode_page(0x0102_0304, &old), Ok(&bits[..]));
+    assert_eq!(page_serial(&old, 7), None);
 }
 
 #[test]

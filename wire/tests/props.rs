@@ -7,7 +7,7 @@ use afterimage_wire::damage::DamageFile;
 use afterimage_wire::frame::{FrameHeader, check_frame, frame_crc};
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
-use afterimage_wire::intent::{IntentHeader, decode_page, encode_page};
+use afterimage_wire::intent::{IntentHeader, Witness, decode_page, encode_page, page_serial};
 use afterimage_wire::record::{
     Cut, DiskInfo, HASH_LEN, HASH_STEP, MAX_HASHES, RECORD_LEN, RawRecord, Record, RecordKind, SyncMark, hashes,
 };
@@ -150,7 +150,7 @@ fn control() -> impl Strategy<Value = Control> {
 }
 
 prop_compose! {
-    fn intent()(numbers in prop::array::uniform16(number()), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
+    fn intent()(numbers in prop::array::uniform16(number()), log_identity in any::<u64>(), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
         whole_owed in any::<bool>(), clean in any::<bool>(), sync_owed in any::<bool>(), mapped in any::<bool>(),
         fenced in any::<bool>(), left in any::<bool>()) -> IntentHeader {
         let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq, last, last_seq, complete_wall_ns, identity, lease_at] = numbers;
@@ -164,6 +164,7 @@ prop_compose! {
             fenced,
             left,
             lease_at,
+            log_identity,
         }
     }
 }
@@ -318,11 +319,22 @@ proptest! {
     }
 
     #[test]
-    fn intent_pages_come_back(number in any::<u32>(), other in any::<u32>(), bits in prop::collection::vec(any::<u8>(), ALIGN - 16)) {
+    fn intent_pages_come_back(number in any::<u32>(), other in any::<u32>(), serial in 1..1_u64 << 62, near in -(1_i64 << 31)..1 << 31,
+        bits in prop::collection::vec(any::<u8>(), ALIGN - 16)) {
         let mut page = vec![0xee; ALIGN];
-        encode_page(number, &bits, &mut page);
+        encode_page(number, serial, &bits, &mut page);
+        let header = serial.saturating_add_signed(near);
+        if serial as u32 != 0 && header < serial + (1 << 31) {
+            prop_assert_eq!(page_serial(&page, header), Some(serial));
+        }
         prop_assert_eq!(decode_page(number, &page), Ok(&bits[..]));
         prop_assert!(other == number || decode_page(other, &page).is_err());
+    }
+
+    #[test]
+    fn witnesses_come_back(disk in id(), stream in id(), serial in number()) {
+        let witness = Witness { disk: DiskId(disk), stream: StreamId(stream), serial };
+        prop_assert_eq!(Witness::decode(&witness.encode()), Ok(witness));
     }
 
     #[test]

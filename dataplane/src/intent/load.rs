@@ -2,7 +2,7 @@
 
 use afterimage_wire::ALIGN;
 use afterimage_wire::ids::{DiskId, StreamId};
-use afterimage_wire::intent::{EXTENT, IntentHeader, PAGE_BITS, PAGES_AT, decode_page};
+use afterimage_wire::intent::{EXTENT, IntentHeader, PAGE_BITS, PAGES_AT, decode_page, page_serial};
 
 use super::log_len;
 
@@ -13,7 +13,7 @@ pub enum Verdict {
     Good(Box<IntentHeader>),
     /// There is none, or an empty file.
     Missing,
-    /// Of another disk, size or stream, or no valid header: nothing in it counts.
+    /// Of another disk, size or stream, no valid header, or an older copy: nothing in it counts.
     Foreign(&'static str),
 }
 
@@ -22,8 +22,10 @@ pub enum Verdict {
 pub struct Loaded {
     /// What it is worth.
     pub verdict: Verdict,
-    /// Highest serial of any valid header: a new one must be above it.
+    /// Highest serial of any write: of a valid header, or of a page behind it. A new one must be above it.
     pub serial: u64,
+    /// The header slot that counts; a new header goes to the other one.
+    pub slot: u8,
     /// Extents that are set.
     pub extents: Vec<u32>,
     /// Pages that do not read: all their extents are among `extents`.
@@ -34,11 +36,12 @@ pub struct Loaded {
 
 /// Reads the bytes of a log file, for the disk that is expected.
 pub fn load(bytes: &[u8], disk: DiskId, size: u64, stream: StreamId) -> Loaded {
-    let slots = bytes.chunks_exact(ALIGN).take(2).filter_map(|slot| IntentHeader::decode(slot).ok());
-    let newest = slots.max_by_key(|header| header.serial);
-    let serial = newest.map_or(0, |header| header.serial);
-    let useless = |verdict| Loaded { verdict, serial, extents: Vec::new(), torn: Vec::new(), rewrite: true };
-    let Some(header) = newest else {
+    let slots = bytes.chunks_exact(ALIGN).take(2).enumerate();
+    let slots = slots.filter_map(|(at, slot)| Some((at as u8, IntentHeader::decode(slot).ok()?)));
+    let newest = slots.max_by_key(|(_, header)| header.serial);
+    let (slot, mut serial) = newest.map_or((0, 0), |(slot, header)| (slot, header.serial));
+    let useless = |verdict| Loaded { verdict, serial, slot, extents: Vec::new(), torn: Vec::new(), rewrite: true };
+    let Some((_, header)) = newest else {
         let blank = bytes.iter().all(|b| *b == 0);
         return useless(if blank { Verdict::Missing } else { Verdict::Foreign("no valid header") });
     };
@@ -61,10 +64,13 @@ pub fn load(bytes: &[u8], disk: DiskId, size: u64, stream: StreamId) -> Loaded {
         let first = page as u64 * PAGE_BITS;
         let last = (first + PAGE_BITS).min(total);
         match decode_page(page as u32, content) {
-            Ok(bits) => extents.extend((first..last).map(|e| e as u32).filter(|e| {
-                let bit = (u64::from(*e) - first) as usize;
-                bits[bit / 8] >> (bit % 8) & 1 == 1
-            })),
+            Ok(bits) => {
+                serial = serial.max(page_serial(content, header.serial).unwrap_or(0));
+                extents.extend((first..last).map(|e| e as u32).filter(|e| {
+                    let bit = (u64::from(*e) - first) as usize;
+                    bits[bit / 8] >> (bit % 8) & 1 == 1
+                }));
+            }
             Err(_) if first < last => {
                 torn.push(page as u32);
                 extents.extend((first..last).map(|e| e as u32));
@@ -79,7 +85,7 @@ pub fn load(bytes: &[u8], disk: DiskId, size: u64, stream: StreamId) -> Loaded {
         let pages = |size: u64| size.div_ceil(EXTENT).div_ceil(PAGE_BITS) as u32;
         torn.extend(pages(header.size)..pages(size));
     }
-    Loaded { verdict: Verdict::Good(Box::new(header)), serial, extents, torn, rewrite: false }
+    Loaded { verdict: Verdict::Good(Box::new(header)), serial, slot, extents, torn, rewrite: false }
 }
 
 #[cfg(test)]
@@ -103,7 +109,7 @@ mod tests {
         for bit in set {
             bits[bit / 8] |= 1 << (bit % 8);
         }
-        encode_page(0, &bits, &mut bytes[PAGES_AT as usize..][..ALIGN]);
+        encode_page(0, 0, &bits, &mut bytes[PAGES_AT as usize..][..ALIGN]);
         bytes
     }
 

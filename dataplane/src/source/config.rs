@@ -126,6 +126,9 @@ pub struct DiskConfig {
     pub path: String,
     /// Write-intent log: a file beside it, made if missing. Ignored by `serve`.
     pub log_path: String,
+    /// Witness of that log: a file in a place that is not copied and put back with it, made if missing. By it an older copy
+    /// of the log is found out; empty: there is none, and it is not. Ignored by `serve`.
+    pub witness_path: String,
     /// Serial that the host sees.
     pub serial: String,
     /// Generation under which this source writes. Ignored by `serve`.

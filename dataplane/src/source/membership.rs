@@ -81,7 +81,7 @@ impl Group {
         self.config.left.push(slot);
         w.io.close(disk.file);
         if let Some(log) = disk.log {
-            w.io.close(log.into_file());
+            log.close(w.io);
         }
         w.events.push_back(SourceEvent::Left { stream, disk: id, acknowledged });
     }

@@ -1,7 +1,8 @@
 //! Opening the files of a group: all of them or none; and what their write-intent logs say together.
 
+use afterimage_wire::ALIGN;
 use afterimage_wire::ids::{DiskId, StreamId};
-use afterimage_wire::intent::{INTENT_MAGIC, IntentHeader, PAGE_MAGIC, PAGES_AT};
+use afterimage_wire::intent::{INTENT_MAGIC, IntentHeader, PAGE_MAGIC, PAGES_AT, Witness};
 use afterimage_wire::segment::Predecessor;
 
 use super::config::{DiskConfig, ProtectError};
@@ -18,6 +19,12 @@ pub(super) struct Opened {
     pub info: FileInfo,
     pub log: File,
     pub loaded: Loaded,
+    /// Which file the log is; 0 if the system does not tell.
+    pub log_identity: u64,
+    /// Witness of the log.
+    pub witness: Option<File>,
+    /// What an older copy of the log says, which counts for nothing else.
+    pub older: Option<IntentHeader>,
     /// The log was made just now.
     made: bool,
 }
@@ -119,17 +126,72 @@ fn prepare_log<I: Io>(
     Ok(loaded)
 }
 
+/// Opens the witness of a log, made if it is missing; and what it says, if it is of this disk. Without it the disk is
+/// protected all the same.
+fn open_witness<I: Io>(io: &mut I, config: &DiskConfig, stream: StreamId) -> Option<(File, u64)> {
+    let path = &config.witness_path;
+    let how = OpenHow { write: true, create_new: false, lock: true };
+    let opened = match io.open(path, how) {
+        Err(Errno::NOENT) => {
+            let made = io.open(path, OpenHow { create_new: true, ..how });
+            made.and_then(|file| {
+                io.set_len(file, ALIGN as u64, true).map(|()| (file, 0)).inspect_err(|_| io.close(file))
+            })
+        }
+        Ok(file) => {
+            let read = io.read_small(path).inspect_err(|_| io.close(file));
+            // Torn by a power loss, or of another disk: it says nothing.
+            let said = |bytes: Vec<u8>| Witness::decode(&bytes).ok();
+            let ours = |w: &Witness| w.disk == config.id && w.stream == stream;
+            read.map(|bytes| (file, said(bytes).filter(ours).map_or(0, |w| w.serial)))
+        }
+        Err(errno) => Err(errno),
+    };
+    let failed = |errno: &Errno| {
+        let disk = &config.name;
+        tracing::warn!(disk, path, %errno, "an older copy of the write-intent log would not be noticed: no witness");
+    };
+    opened.inspect_err(failed).ok()
+}
+
+/// Finds out an older copy of a log: nothing that it says of the disk counts.
+fn judge_age(one: &mut Opened, seen: u64) {
+    let Verdict::Good(header) = &one.loaded.verdict else {
+        one.loaded.serial = one.loaded.serial.max(seen);
+        return;
+    };
+    // A copy by way of another file is told by that alone.
+    let other = header.log_identity != 0 && one.log_identity != 0 && header.log_identity != one.log_identity;
+    if one.loaded.serial >= seen && !other {
+        return;
+    }
+    let why = if other { "a copy in another file" } else { "an older copy" };
+    let serial = one.loaded.serial.max(seen);
+    one.older = Some(**header);
+    let verdict = Verdict::Foreign(why);
+    one.loaded = Loaded { verdict, serial, extents: Vec::new(), torn: Vec::new(), rewrite: true, ..one.loaded };
+}
+
 /// Opens every disk of a group with its log. On an error nothing stays open, and no log stays that was made.
 pub(super) fn open_all<I: Io>(io: &mut I, stream: StreamId, disks: &[DiskConfig]) -> Result<Vec<Opened>, ProtectError> {
     let mut opened = Vec::with_capacity(disks.len());
     for config in disks {
         let one = open_disk(io, config).and_then(|(file, info)| {
             open_log(io, &config.log_path, config.id, info.size, stream)
-                .map(|(log, loaded, made)| Opened { file, info, log, loaded, made })
+                .map(|(log, loaded, made)| {
+                    let log_identity = io.info(log).map_or(0, |info| info.identity);
+                    Opened { file, info, log, loaded, log_identity, witness: None, older: None, made }
+                })
                 .inspect_err(|_| io.close(file))
         });
         match one {
-            Ok(one) => opened.push(one),
+            Ok(mut one) => {
+                let found = Some(config).filter(|c| !c.witness_path.is_empty());
+                let found = found.and_then(|config| open_witness(io, config, stream));
+                one.witness = found.map(|(file, _)| file);
+                judge_age(&mut one, found.map_or(0, |(_, seen)| seen));
+                opened.push(one);
+            }
             Err(error) => {
                 close_all(io, disks, opened);
                 return Err(error);
@@ -144,6 +206,7 @@ pub(super) fn close_all<I: Io>(io: &mut I, disks: &[DiskConfig], opened: Vec<Ope
     for (one, config) in opened.into_iter().zip(disks) {
         io.close(one.file);
         io.close(one.log);
+        one.witness.into_iter().for_each(|file| io.close(file));
         if one.made {
             let _ = io.remove(&config.log_path);
         }
@@ -317,6 +380,7 @@ mod tests {
             let loaded = Loaded {
                 verdict: Verdict::Good(Box::new(header)),
                 serial: 1,
+                slot: 0,
                 extents: Vec::new(),
                 torn: Vec::new(),
                 rewrite: false,

@@ -215,7 +215,7 @@ impl Group {
             if let Some(disk) = w.disks[*index as usize].take() {
                 w.io.close(disk.file);
                 if let Some(log) = disk.log {
-                    w.io.close(log.into_file());
+                    log.close(w.io);
                 }
             }
         }

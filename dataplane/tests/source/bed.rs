@@ -144,6 +144,8 @@ pub struct Bed {
     pub disks: usize,
     pub limits: SourceLimits,
     pub trust_reboot: bool,
+    /// The logs have witnesses.
+    pub witnessed: bool,
     pub lease: Nanos,
     pub sync_deadline: Nanos,
     pub generation: u64,
@@ -186,6 +188,7 @@ impl Bed {
             disks,
             limits,
             trust_reboot: true,
+            witnessed: false,
             lease: 0,
             sync_deadline: 0,
             generation: 1,
@@ -212,11 +215,12 @@ impl Bed {
             name: "group".into(),
             disks: (0..self.disks)
                 .map(|disk| DiskConfig {
-                    id: DiskId([disk as u8 + 1; 16]),
+                    id: disk_id(disk),
                     slot: disk as u16,
                     name: format!("disk{disk}"),
                     path: path(disk),
                     log_path: log_path(disk),
+                    witness_path: if self.witnessed { witness_path(disk) } else { String::new() },
                     serial: format!("serial{disk}"),
                     generation: self.generation,
                     read_only: false,
@@ -494,4 +498,12 @@ pub fn path(disk: usize) -> String {
 
 pub fn log_path(disk: usize) -> String {
     format!("/disks/disk{disk}.log")
+}
+
+pub fn witness_path(disk: usize) -> String {
+    format!("/disks/disk{disk}.witness")
+}
+
+pub fn disk_id(disk: usize) -> DiskId {
+    DiskId([disk as u8 + 1; 16])
 }

@@ -7,7 +7,9 @@ use afterimage_wire::control::Control;
 use afterimage_wire::damage::{DAMAGE_MAGIC, DamageFile};
 use afterimage_wire::frame::{FRAME_MAGIC, FrameHeader, MAX_FRAME, check_frame};
 use afterimage_wire::handshake::Handshake;
-use afterimage_wire::intent::{INTENT_MAGIC, IntentHeader, PAGE_MAGIC, decode_page};
+use afterimage_wire::intent::{
+    INTENT_MAGIC, IntentHeader, PAGE_MAGIC, WITNESS_MAGIC, Witness, decode_page, page_serial,
+};
 use afterimage_wire::record::{Cut, DiskInfo, RECORD_LEN, RawRecord, Record, SyncMark};
 use afterimage_wire::segment::{SEGMENT_MAGIC, SegmentHead, WrappedKey};
 use afterimage_wire::stream_state::{STATE_MAGIC, StreamStateFile};
@@ -132,8 +134,13 @@ pub fn control(data: &[u8]) {
 pub fn intent(data: &[u8]) {
     for bytes in [data.to_vec(), signed_page(data, INTENT_MAGIC)] {
         if let Ok(header) = IntentHeader::decode(&bytes) {
+            // What is written is the newest version, whatever was read.
             assert_eq!(IntentHeader::decode(&header.encode()), Ok(header));
+            let _ = page_serial(data, header.serial);
         }
+    }
+    if let Ok(witness) = Witness::decode(&signed_page(data, WITNESS_MAGIC)) {
+        assert_eq!(Witness::decode(&witness.encode()), Ok(witness));
     }
     let number = data.get(4..8).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
     let _ = decode_page(number, data);

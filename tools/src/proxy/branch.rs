@@ -36,7 +36,7 @@ pub async fn inspect(proxy: &Proxy, said: &InspectBranch) -> Result<Branch, Refu
     let Some(group) = running.or(wanted) else {
         return refused(Kind::NotFound, format!("stream {stream} is not protected from here"));
     };
-    let disks = convert::group(&group, proxy.intent_dir().as_deref(), false)?.disks;
+    let disks = convert::group(&group, &proxy.places(), false)?.disks;
     let folder = said.export_to.clone();
     if !folder.is_empty() && !folder.starts_with('/') {
         return refused(Kind::Invalid, format!("export_to `{folder}`: allowed is an absolute path"));
@@ -185,7 +185,7 @@ mod tests {
         bytes[..ALIGN].copy_from_slice(&header.encode());
         let mut bits = vec![0; (PAGE_BITS / 8) as usize];
         set.iter().for_each(|bit| bits[bit / 8] |= 1 << (bit % 8));
-        encode_page(0, &bits, &mut bytes[PAGES_AT as usize..][..ALIGN]);
+        encode_page(0, 1, &bits, &mut bytes[PAGES_AT as usize..][..ALIGN]);
         bytes
     }
 

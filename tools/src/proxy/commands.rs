@@ -426,8 +426,9 @@ async fn leave_disk(proxy: &Proxy, said: &LeaveDisk) -> Result<Outcome, Refused>
     }
     ublk::end(proxy, Role::Source, &devices).await;
     let only = SourceGroup { disks: vec![leaving], ..group };
-    for disk in convert::group(&only, proxy.intent_dir().as_deref(), false)?.disks {
+    for disk in convert::group(&only, &proxy.places(), false)?.disks {
         let _ = std::fs::remove_file(disk.log_path);
+        let _ = std::fs::remove_file(disk.witness_path);
     }
     Ok(Outcome::Done(Done {}))
 }
@@ -455,8 +456,9 @@ async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
         ublk::end(proxy, Role::Source, &devices).await;
         // What logs and spill hold is of use to this stream only, and it has ended. What is left does no harm.
         let trust_reboot = false;
-        for disk in convert::group(&group, proxy.intent_dir().as_deref(), trust_reboot)?.disks {
+        for disk in convert::group(&group, &proxy.places(), trust_reboot)?.disks {
             let _ = std::fs::remove_file(disk.log_path);
+            let _ = std::fs::remove_file(disk.witness_path);
         }
         if let Some(spill) = proxy.config.source.as_ref().and_then(|role| role.spill.as_ref()) {
             let _ = std::fs::remove_dir_all(spill.dir.join(stream.to_string()));

@@ -229,6 +229,7 @@ struct FileSource {
     max_wait_ms: Option<u64>,
     sync_rate: Option<Size>,
     trust_reboot: Option<bool>,
+    witness: Option<PathBuf>,
     spill: Option<PathBuf>,
     spill_budget: Option<Size>,
     spill_segment: Option<Size>,
@@ -361,6 +362,7 @@ The file:
   max_wait_ms = 20                   # longest a write waits for room in the queue
   sync_rate = \"100MiB\"               # most that a synchronisation of one group reads in a second; unset: no bound
   trust_reboot = false               # true: nobody else uses the disks while this host is down
+  witness = \"/run/afterimage\"       # by which an older copy of the state folder is found out; unset: in state_dir
   spill = \"/var/lib/afterimage/proxy/spill\" # where frames queue when memory is short; unset: in state_dir
   spill_budget = \"8GiB\"              # most of it for each group; 0: no spill, outages end in a resync
   spill_segment = \"64MiB\"
@@ -417,6 +419,9 @@ pub struct SourceRole {
     /// After a reboot of this host nobody else has used its disks: what the write-intent log says is enough. Without it,
     /// a disk that was not stopped cleanly is compared in full after a reboot.
     pub trust_reboot: bool,
+    /// Folder of the witnesses of the write-intent logs, if not in the state folder: one that is not copied and put back
+    /// with it.
+    pub witness: Option<PathBuf>,
     /// The spill, unless there is none.
     pub spill: Option<SpillRole>,
 }
@@ -605,6 +610,17 @@ fn within(field: &'static str, value: u64, min: u64, max: u64) -> Result<u64, Co
     Err(ConfigError::Field { field, value: value.to_string(), allowed: format!("{min} to {max}") })
 }
 
+/// Checks a folder that must not depend on where the program was started.
+fn absolute(field: &'static str, dir: Option<PathBuf>) -> Result<Option<PathBuf>, ConfigError> {
+    match dir {
+        Some(dir) if !dir.is_absolute() => {
+            let (value, allowed) = (format!("`{}`", dir.display()), "an absolute path".to_owned());
+            Err(ConfigError::Field { field, value, allowed })
+        }
+        dir => Ok(dir),
+    }
+}
+
 fn spill_role(file: &FileSource, state_dir: Option<&Path>) -> Result<Option<SpillRole>, ConfigError> {
     let budget = file.spill_budget.map_or(DEFAULT_SPILL, |size| size.0);
     let beside = || state_dir.map(|dir| std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned()).join("spill"));
@@ -668,6 +684,7 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
         max_wait_ms,
         sync_rate,
         trust_reboot: file.trust_reboot.unwrap_or(false),
+        witness: absolute("source.witness", file.witness.clone())?,
         spill: spill?,
     }))
 }

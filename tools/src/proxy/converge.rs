@@ -168,16 +168,16 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
     let Some(source) = &proxy.source else {
         return Err(problem("this proxy has no source role: `source.nbd` is not set"));
     };
-    let intent_dir = proxy.intent_dir();
+    let places = proxy.places();
     let trust_reboot = proxy.config.source.as_ref().is_some_and(|role| role.trust_reboot);
-    let config = convert::group(group, intent_dir.as_deref(), trust_reboot).map_err(problem)?;
+    let config = convert::group(group, &places, trust_reboot).map_err(problem)?;
     let stream = config.stream;
     let running = proxy.applied.borrow().groups.get(&stream).cloned();
     match running {
         // A failover has taken it from here: it is not started.
         None if group.hold => Ok(()),
         None => {
-            if let Some(dir) = &intent_dir {
+            for dir in [&places.intent, &places.witness].into_iter().flatten() {
                 keep::folder(dir).map_err(|e| problem(format!("{}: {e}", dir.display())))?;
             }
             source.call(move |desk| desk.core.protect(desk.io, config)).await?.map_err(|error| match error {

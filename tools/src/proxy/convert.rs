@@ -1,7 +1,7 @@
 //! Between what the coordinator says (protobuf) and what the cores take, and back.
 
 use std::fmt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use afterimage_dataplane::seal;
@@ -51,13 +51,22 @@ fn slot(slot: u32) -> Result<u16, Senseless> {
     u16::try_from(slot).or_else(|_| senseless("slot", slot, "0 to 65535"))
 }
 
-/// A group as the source core takes it. Write-intent logs stand in `intent_dir`, or beside a disk without it.
+/// Where a source keeps what it remembers of its disks; without a folder it stands beside the disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Places {
+    /// Folder of the write-intent logs.
+    pub intent: Option<PathBuf>,
+    /// Folder of their witnesses.
+    pub witness: Option<PathBuf>,
+}
+
+/// A group as the source core takes it.
 ///
 /// # Errors
 /// Names the field.
-pub fn group(group: &SourceGroup, intent_dir: Option<&Path>, trust_reboot: bool) -> Result<GroupConfig, Senseless> {
+pub fn group(group: &SourceGroup, places: &Places, trust_reboot: bool) -> Result<GroupConfig, Senseless> {
     let disks = group.disks.iter().map(|disk| {
-        let disk = source_disk(disk, intent_dir)?;
+        let disk = source_disk(disk, places)?;
         Ok(DiskConfig { trust_reboot, ..disk })
     });
     let disks = disks.collect::<Result<_, _>>()?;
@@ -74,14 +83,14 @@ pub fn group(group: &SourceGroup, intent_dir: Option<&Path>, trust_reboot: bool)
     })
 }
 
-fn source_disk(disk: &SourceDisk, intent_dir: Option<&Path>) -> Result<DiskConfig, Senseless> {
+fn source_disk(disk: &SourceDisk, places: &Places) -> Result<DiskConfig, Senseless> {
     let id = id::<DiskId>("disks.uid", &disk.uid)?;
     if !disk.path.starts_with('/') {
         return senseless("disks.path", format!("`{}`", disk.path), "an absolute path");
     }
-    let log_path = match intent_dir {
-        Some(dir) => dir.join(format!("{id}.intent")).to_string_lossy().into_owned(),
-        None => format!("{}.intent", disk.path),
+    let place = |dir: &Option<PathBuf>, kind: &str| match dir {
+        Some(dir) => dir.join(format!("{id}.{kind}")).to_string_lossy().into_owned(),
+        None => format!("{}.{kind}", disk.path),
     };
     Ok(DiskConfig {
         id,
@@ -89,7 +98,8 @@ fn source_disk(disk: &SourceDisk, intent_dir: Option<&Path>) -> Result<DiskConfi
         name: disk.export_name.clone(),
         label: disk.name.clone(),
         path: disk.path.clone(),
-        log_path,
+        log_path: place(&places.intent, "intent"),
+        witness_path: place(&places.witness, "witness"),
         serial: disk.serial.clone(),
         generation: disk.generation,
         read_only: false,
@@ -230,15 +240,18 @@ mod tests {
     #[test]
     fn a_group_without_a_key_is_refused_by_name() {
         let said = SourceGroup { stream_uid: StreamId::random().to_string(), ..SourceGroup::default() };
-        assert_eq!(group(&said, None, false).unwrap_err().field, "key");
+        assert_eq!(group(&said, &Places::default(), false).unwrap_err().field, "key");
     }
 
     #[test]
-    fn intent_logs_stand_in_the_state_folder_or_beside_the_disk() {
+    fn intent_logs_and_witnesses_stand_in_their_folders_or_beside_the_disk() {
         let uid = DiskId::random();
         let disk = SourceDisk { uid: uid.to_string(), path: "/d.raw".into(), ..SourceDisk::default() };
-        assert_eq!(source_disk(&disk, None).unwrap().log_path, "/d.raw.intent");
-        assert_eq!(source_disk(&disk, Some(Path::new("/s"))).unwrap().log_path, format!("/s/{uid}.intent"));
+        assert_eq!(source_disk(&disk, &Places::default()).unwrap().log_path, "/d.raw.intent");
+        assert_eq!(source_disk(&disk, &Places::default()).unwrap().witness_path, "/d.raw.witness");
+        let places = Places { intent: Some("/s".into()), witness: Some("/w".into()) };
+        let told = source_disk(&disk, &places).unwrap();
+        assert_eq!((told.log_path, told.witness_path), (format!("/s/{uid}.intent"), format!("/w/{uid}.witness")));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use prost::Message;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::config::Config;
+use super::convert::Places;
 use super::cores::{SourceCore, TargetCore};
 use super::identity::Identity;
 use super::keep;
@@ -191,9 +192,11 @@ impl Proxy {
         Ok(())
     }
 
-    /// Folder of the write-intent logs; none without a state folder: then they stand beside the disks.
-    pub fn intent_dir(&self) -> Option<PathBuf> {
-        self.config.state_dir.as_ref().map(|dir| dir.join("intent"))
+    /// Where write-intent logs and their witnesses stand; without a state folder beside the disks.
+    pub fn places(&self) -> Places {
+        let within = |name| self.config.state_dir.as_ref().map(|dir| dir.join(name));
+        let told = self.config.source.as_ref().and_then(|role| role.witness.clone());
+        Places { intent: within("intent"), witness: told.or_else(|| within("witness")) }
     }
 
     fn keep(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
