@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::CompareArgs;
 use super::fio::{self, JOBS, Job, Measured};
+use super::protected::Setting;
 use super::servers::{self, Server};
 
 /// One measured run.
@@ -83,7 +84,7 @@ pub fn run(args: &CompareArgs) -> io::Result<()> {
     Ok(())
 }
 
-fn round(value: f64) -> serde_json::Value {
+pub fn round(value: f64) -> serde_json::Value {
     serde_json::json!((value * 1000.0).round() / 1000.0)
 }
 
@@ -100,7 +101,7 @@ fn measure(args: &CompareArgs, dir: &Path, versus: &Versus, job: &Job) -> io::Re
         eprint!("\r{} {} pair {}/{} ", versus.key, job.name, pair + 1, args.pairs);
         let server = match versus.key {
             "nbd" => servers::ours(dir, "ours", &disk_ours)?,
-            _ => super::protected::start(dir, &disk_ours)?,
+            _ => super::protected::start(dir, &disk_ours, Setting::default())?,
         };
         ours.push(one(args, job, server)?);
         let server = match versus.key {
@@ -123,7 +124,7 @@ fn one(args: &CompareArgs, job: &Job, server: Server) -> io::Result<Run> {
 }
 
 /// Writes the disk full of what does not compress to nothing, so that no run meets unwritten extents.
-fn fill(path: &Path, mib: u64) -> io::Result<()> {
+pub fn fill(path: &Path, mib: u64) -> io::Result<()> {
     if path.metadata().is_ok_and(|m| m.len() == mib << 20) {
         return Ok(());
     }
@@ -148,7 +149,7 @@ fn sorted(runs: &[Run], of: impl Fn(&Run) -> f64) -> Vec<f64> {
     values
 }
 
-fn middle(values: &[f64]) -> f64 {
+pub fn middle(values: &[f64]) -> f64 {
     let n = values.len();
     if n % 2 == 1 { values[n / 2] } else { (values[n / 2 - 1] + values[n / 2]) / 2.0 }
 }
@@ -174,7 +175,7 @@ mod tests {
     use super::*;
 
     fn run_of(iops: f64) -> Run {
-        Run { fio: Measured { iops, ios: iops, p99_us: 1.0 }, ios_per_cpu: iops }
+        Run { fio: Measured { iops, ios: iops, mean_us: 1.0, p99_us: 1.0 }, ios_per_cpu: iops }
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Measured {
     pub iops: f64,
     /// Writes done in all.
     pub ios: f64,
+    /// Mean of the completion latency, µs.
+    pub mean_us: f64,
     /// 99th percentile of the completion latency, µs.
     pub p99_us: f64,
 }
@@ -65,6 +67,7 @@ pub fn run(job: &Job, socket: &Path, export: &str, seconds: u32, size_mib: u64) 
     let measured = Measured {
         iops: number(&write["iops"]),
         ios: number(&write["total_ios"]),
+        mean_us: number(&write["clat_ns"]["mean"]) / 1000.0,
         p99_us: number(&write["clat_ns"]["percentile"]["99.000000"]) / 1000.0,
     };
     if measured.ios < 1.0 || parsed["jobs"][0]["error"].as_i64() != Some(0) {

@@ -5,6 +5,9 @@ use std::process::ExitCode;
 
 mod compare;
 mod fio;
+mod intent;
+mod outage;
+mod paired;
 mod protected;
 mod servers;
 
@@ -19,6 +22,68 @@ pub struct Args {
 enum What {
     /// Drive our NBD front end and qemu-storage-daemon's with the same fio job, in turn.
     Compare(CompareArgs),
+    /// Latency of a protected disk's writes while its target is gone, against those while it is there.
+    Outage(OutageArgs),
+    /// What the write-intent log costs under random writes all over a large sparse disk.
+    Intent(IntentArgs),
+}
+
+/// Options of `afterimage bench outage`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Needs fio (with its nbd engine). For each pair the same job runs with the target there and, right after, with the target
+killed: once with room for all of it in memory, once with so little that frames queue in the spill.
+
+Examples:
+  afterimage bench outage
+  afterimage bench outage --pairs 9 --dir /var/tmp --json")]
+pub struct OutageArgs {
+    /// Measured pairs of each rung and job.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pairs: u32,
+    /// Seconds of each run.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=60))]
+    seconds: u32,
+    /// Size of the disk in MiB.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(16..=1_048_576))]
+    disk_mib: u64,
+    /// Folder for the disks and sockets; must be on a real disk (default: the system's temporary folder).
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// End with one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Options of `afterimage bench intent`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Needs fio (with its nbd engine). Both sides are protected pairs on sparse files of the same size, written at random; one has
+its write-intent log (and the log's witness) beside the disk, the other in a folder in memory, where writing it costs next to
+nothing.
+
+Examples:
+  afterimage bench intent
+  afterimage bench intent --disk-gib 64 --pairs 3 --dir /var/tmp --json")]
+pub struct IntentArgs {
+    /// Measured pairs.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pairs: u32,
+    /// Seconds of each run.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=600))]
+    seconds: u32,
+    /// Size of each disk in GiB.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=16_384))]
+    disk_gib: u64,
+    /// Folder for the disks and sockets; must be on a real disk (default: the system's temporary folder).
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Folder in memory that takes direct I/O.
+    #[arg(long, default_value = "/dev/shm")]
+    memory: PathBuf,
+    /// End with one line of JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Options of `afterimage bench compare`.
@@ -54,13 +119,16 @@ pub struct CompareArgs {
 
 /// Runs the benchmark.
 pub fn run(args: Args) -> ExitCode {
-    match args.what {
-        What::Compare(args) => match compare::run(&args) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("afterimage bench compare: {error}");
-                ExitCode::FAILURE
-            }
-        },
+    let (name, done) = match args.what {
+        What::Compare(args) => ("compare", compare::run(&args)),
+        What::Outage(args) => ("outage", outage::run(&args)),
+        What::Intent(args) => ("intent", intent::run(&args)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("afterimage bench {name}: {error}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -15,11 +15,21 @@ const SYNCHRONISED: &str = "INFO protected ";
 /// Longest wait for the first synchronisation.
 const SYNC_WAIT: Duration = Duration::from_secs(180);
 
-/// Starts the pair; the files of an earlier run in `dir` are taken up again, so only the first one synchronises.
+/// What a source is told beside its disk.
+#[derive(Copy, Clone, Debug, Default)]
+pub struct Setting<'a> {
+    /// Most bytes that wait in memory, MiB.
+    pub queue_mib: Option<u64>,
+    /// Its state folder, with the write-intent log, if not in the folder of the run.
+    pub state: Option<&'a Path>,
+}
+
+/// Starts the pair; the files of an earlier run in `dir` are taken up again, so only the first one synchronises. The
+/// target is the first of the server's processes.
 ///
 /// # Errors
 /// A process does not come up, or the synchronisation does not end.
-pub fn start(dir: &Path, disk: &Path) -> io::Result<Server> {
+pub fn start(dir: &Path, disk: &Path, setting: Setting<'_>) -> io::Result<Server> {
     let (source_file, target_file) = (dir.join("source.toml"), dir.join("target.toml"));
     let address_file = dir.join("stream-address");
     if !source_file.exists() {
@@ -50,7 +60,12 @@ pub fn start(dir: &Path, disk: &Path) -> io::Result<Server> {
     source
         .args(["proxy", "--name", "source", "--nbd", &format!("unix:{}", socket.display())])
         .args(["--standalone".as_ref(), source_file.as_os_str()])
-        .args(["--state".as_ref(), dir.join("source.state").as_os_str()]);
+        .args(["--state".as_ref(), setting.state.unwrap_or(&dir.join("source.state")).as_os_str()]);
+    if let Some(queue) = setting.queue_mib {
+        let config = dir.join("source.config");
+        std::fs::write(&config, format!("[source]\nqueue = \"{queue}MiB\"\n"))?;
+        source.args(["--config".as_ref(), config.as_os_str()]);
+    }
     server.children.push(spawn(source, &source_log)?);
     wait_for_socket(&mut server.children[1], &socket, &source_log)?;
 

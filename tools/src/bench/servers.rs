@@ -34,6 +34,18 @@ impl Server {
     }
 }
 
+impl Server {
+    /// Ends one of its processes, as a lost machine does.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn kill(&mut self, number: usize) -> io::Result<()> {
+        let child = self.children.get_mut(number).ok_or_else(|| io::Error::other("there is no such process"))?;
+        child.kill()?;
+        child.wait().map(drop)
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         for child in self.children.iter_mut().rev() {
