@@ -328,6 +328,9 @@ impl<I: Io> FrontEnd<I> for Server<I> {
         for index in 0..self.places.len() {
             if self.places[index].device.as_ref().is_some_and(|d| d.key == key) {
                 self.abandon(io, index);
+                if let Some(device) = &mut self.places[index].device {
+                    device.close(io);
+                }
             }
         }
         self.forget();
