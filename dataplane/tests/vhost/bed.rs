@@ -340,13 +340,18 @@ impl Bed {
         self.ok(Command::VringNum { queue, size });
         self.ok(Command::VringBase { queue, base: seen });
         self.ok(Command::VringAddr { queue, at });
-        let (kick, theirs) = self.world.connect(self.guest_node, self.node);
+        let (kick, theirs) = self.event();
         self.rings[number].kick = kick;
         self.ok(Command::VringKick { queue, event: Some(theirs) });
-        let (call, theirs) = self.world.connect(self.guest_node, self.node);
+        let (call, theirs) = self.event();
         self.listen(number, call);
         self.ok(Command::VringCall { queue, event: Some(theirs) });
         self.ok(Command::VringEnable { queue, on: true });
+    }
+
+    /// An event counter: the guest's end and ours.
+    pub fn event(&mut self) -> (Sock, Sock) {
+        self.world.connect(self.guest_node, self.node)
     }
 
     fn listen(&mut self, number: usize, call: Sock) {

@@ -7,6 +7,7 @@
 //! | [`sealed`] | chunks and control messages under the right key, frames and keys under none |
 //! | [`nbd`] | options and requests of NBD, through a server with a disk |
 //! | [`ublk`] | requests of a kernel, through a ublk device with a disk |
+//! | [`vhost`] | messages of vhost-user, and a guest's memory, through a front end with a disk |
 //! | [`stream`] | a target that receives from a source which holds the right keys |
 //! | [`journal`] | a target that finds its files changed |
 //! | [`link`] | a source whose target holds the right keys |
@@ -32,6 +33,7 @@ pub mod soak;
 pub mod stream;
 pub mod text;
 pub mod ublk;
+pub mod vhost;
 
 /// A body and its name, which is also its corpus folder's.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +63,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "nbd_options", body: nbd::options, weight: 20 },
     Target { name: "nbd_requests", body: nbd::requests, weight: 20 },
     Target { name: "ublk", body: ublk::body, weight: 20 },
+    Target { name: "vhost_messages", body: vhost::messages, weight: 20 },
+    Target { name: "vhost_queues", body: vhost::queues, weight: 20 },
     Target { name: "stream", body: stream::body, weight: 50 },
     Target { name: "journal", body: journal::body, weight: 50 },
     Target { name: "link", body: link::body, weight: 50 },

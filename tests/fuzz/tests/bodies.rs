@@ -46,6 +46,7 @@ bodies! {
     record chunk frame segment handshake control intent timeline stream_state damage
     sealed_chunk sealed_control
     nbd_options nbd_requests ublk
+    vhost_messages vhost_queues
     stream journal link intent_log orders
     config names objects
     grpc grpc_calls
