@@ -25,6 +25,10 @@ const EVENT: usize = 8;
 const BLOCK: usize = 4096;
 /// A shorter time of looking without being asked to is none, nanoseconds.
 const POLL_MIN: Nanos = 4_000;
+/// Most requests that one queue gives in one look: a guest that adds them faster than they end must leave time for others.
+const TAKE_MAX: usize = 128;
+/// Most looks at the queues in one turn.
+const LOOKS_MAX: usize = 4;
 
 /// What a device needs of the front end.
 pub(super) struct Context<'a, I: Io> {
@@ -136,6 +140,8 @@ pub(super) struct Device {
     /// How long to look without being asked to; 0 as long as that did not pay.
     window: Nanos,
     polling: bool,
+    /// There is more in the queues than one turn has time for.
+    hurried: bool,
 }
 
 impl Device {
@@ -167,6 +173,7 @@ impl Device {
             last_stir: 0,
             window: 0,
             polling: false,
+            hurried: false,
         }
     }
 
@@ -192,7 +199,7 @@ impl Device {
 
     /// It wants to be looked at without being asked to.
     pub fn is_polling(&self) -> bool {
-        self.polling
+        self.polling || self.hurried
     }
 
     // --- event counters
@@ -347,7 +354,7 @@ impl Device {
     /// Looks at the queues, and gives to the disk what it can. True if the disk was asked something.
     pub fn serve<I: Io>(&mut self, cx: &mut Context<'_, I>, disk: &mut impl HostDisk<I>, fetch: bool) -> bool {
         if self.silent || self.closing {
-            (self.active, self.polling) = (false, false);
+            (self.active, self.polling, self.hurried) = (false, false, false);
             return false;
         }
         for number in 0..self.vrings.len() as u16 {
@@ -361,7 +368,8 @@ impl Device {
         let retry = std::mem::take(&mut self.retry_due);
         (self.active, self.starved) = (false, !self.retry.is_empty());
         let mut asked = retry && self.ask_again(cx, disk);
-        loop {
+        self.hurried = false;
+        for _ in 0..LOOKS_MAX {
             let mut taken = false;
             for number in 0..self.vrings.len() as u16 {
                 taken |= fetch && self.take(cx, number);
@@ -372,6 +380,8 @@ impl Device {
                 return asked;
             }
         }
+        self.hurried = true;
+        asked
     }
 
     /// Takes requests out of a queue. True if there was one.
@@ -379,7 +389,14 @@ impl Device {
         let most = cx.shared.limits.requests;
         let default_on = self.features & feature::PROTOCOL == 0;
         let mut any = false;
-        while self.reqs.len() < most {
+        for taken in 0.. {
+            if self.reqs.len() >= most {
+                break; // looked at again when something ends
+            }
+            if taken == TAKE_MAX {
+                self.hurried = true;
+                break;
+            }
             let vring = &mut self.vrings[usize::from(number)];
             let left_only = vring.stopping || !(vring.enabled || default_on);
             let Some(queue) = &mut vring.queue else { break };

@@ -97,6 +97,8 @@ pub struct DeviceId(u32);
 
 /// How long a device that found no buffer waits before it looks again, if nothing else happens meanwhile.
 const RETRY: Nanos = 5_000_000;
+/// Most rounds of asking and answering in one turn: a guest whose requests are answered at once must leave time for others.
+const ROUNDS_MAX: usize = 8;
 /// Devices are numbered in 16 bits, and those that are being forgotten count too.
 const DEVICES_MAX: usize = 1 << 14;
 /// Lives of a place that are told apart, by as many bits as cookies have for it.
@@ -289,7 +291,9 @@ impl<I: Io> FrontEnd<I> for Server<I> {
 
     fn collect(&mut self, io: &mut I, disks: &mut impl Disks<I>) -> bool {
         let mut any = false;
+        let mut rounds = 0;
         let (starved, polling) = loop {
+            rounds += 1;
             any |= self.take_answers(io, disks);
             let (mut starved, mut polling, mut asked) = (false, false, false);
             for index in 0..self.places.len() {
@@ -309,6 +313,9 @@ impl<I: Io> FrontEnd<I> for Server<I> {
             // A disk may answer at once, so what was asked now may have answers already.
             if !asked {
                 break (starved, polling);
+            }
+            if rounds == ROUNDS_MAX {
+                break (starved, true);
             }
         };
         for device in self.places.iter_mut().filter_map(|p| p.device.as_mut()) {

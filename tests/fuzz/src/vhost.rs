@@ -91,7 +91,7 @@ pub fn messages(data: &[u8]) {
         }
         let request = u32::from(input.byte() % 48);
         let mut bytes = [0; HEADER];
-        let body = if input.byte() % 4 == 0 { input.take(100).to_vec() } else { payload(request, &mut input) };
+        let body = if input.byte().is_multiple_of(4) { input.take(100).to_vec() } else { payload(request, &mut input) };
         let flags = if input.byte() == 0 { input.number(8) as u32 } else { 1 | u32::from(input.byte() & 8) };
         let words = [request, flags, body.len() as u32];
         bytes.copy_from_slice(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>());

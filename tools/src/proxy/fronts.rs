@@ -54,8 +54,8 @@ impl Fronts {
     pub fn collect(&mut self, io: &mut Ring, disks: &mut impl Disks<Ring>) -> bool {
         self.nbd.collect(io, disks);
         // What one front end found answered may let another one's requests go on.
-        let more = self.vhost.collect(io, disks);
-        let more = self.ublk.collect(io, disks) || more;
+        let more = self.vhost.collect(io, disks) && !self.nbd.is_idle();
+        let more = self.ublk.collect(io, disks) && !(self.nbd.is_idle() && self.vhost.is_idle()) || more;
         more || self.vhost.is_polling()
     }
 

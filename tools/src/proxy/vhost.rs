@@ -39,8 +39,8 @@ const PATH_MAX: usize = 107;
 const LOOK: Duration = Duration::from_secs(10);
 /// Pause after a listener failed (no descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Pause before a command is tried again that waits for requests to end.
-const WAIT: Duration = Duration::from_millis(1);
+/// First and longest pause before something is tried again that waits for requests to end.
+const WAIT: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
 
 /// The socket of an export in this folder.
 pub fn socket(dir: &Path, export: &str) -> PathBuf {
@@ -286,10 +286,11 @@ impl<C: Core> Session<C> {
 
     /// A device; that of the connection before may have requests under way for a while.
     fn attach(&self) -> Result<DeviceId, End> {
+        let mut pause = WAIT.0;
         loop {
             let key = self.key;
             match self.handle.call_blocking(move |desk| desk.fronts.vhost.attach(desk.io, desk.core, key))? {
-                Err(AttachError::Busy) => std::thread::sleep(WAIT),
+                Err(AttachError::Busy) => wait(&mut pause),
                 Err(AttachError::NoDisk | AttachError::Stopping) => return Err(End::Gone),
                 other => return Ok(other?),
             }
@@ -314,10 +315,11 @@ impl<C: Core> Session<C> {
             desk.fronts.vhost.command(desk.io, desk.core, device, command)
         })?;
         let mut outcome = first;
+        let mut pause = WAIT.0;
         loop {
             outcome = match outcome {
                 Outcome::Wait(command) => {
-                    std::thread::sleep(WAIT);
+                    wait(&mut pause);
                     self.handle
                         .call_blocking(move |desk| desk.fronts.vhost.command(desk.io, desk.core, device, command))?
                 }
@@ -328,6 +330,12 @@ impl<C: Core> Session<C> {
             };
         }
     }
+}
+
+/// Sleeps, the next time for longer.
+fn wait(pause: &mut Duration) {
+    std::thread::sleep(*pause);
+    *pause = (*pause * 2).min(WAIT.1);
 }
 
 /// The next message, with the descriptors that came along.
