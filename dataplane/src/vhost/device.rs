@@ -134,9 +134,11 @@ pub(super) struct Device {
     spare: Vec<Chain>,
     events: Pool,
     starved: bool,
-    /// Something came or ended since the last look.
-    stirred: bool,
-    last_stir: Nanos,
+    /// Requests came, and requests ended, since the last look.
+    taken: bool,
+    ended: bool,
+    /// When one ended last: its driver may have another one soon.
+    last_end: Nanos,
     /// How long to look without being asked to; 0 as long as that did not pay.
     window: Nanos,
     polling: bool,
@@ -169,8 +171,9 @@ impl Device {
             spare: Vec::new(),
             events: Pool::new(&[Class { capacity: EVENT_BUF, count: EVENT_BUFS }]),
             starved: false,
-            stirred: false,
-            last_stir: 0,
+            taken: false,
+            ended: false,
+            last_end: 0,
             window: 0,
             polling: false,
             hurried: false,
@@ -276,7 +279,7 @@ impl Device {
             return;
         }
         cx.shared.counters.kicks += 1;
-        if cx.shared.limits.poll > 0 && cx.io.now().saturating_sub(self.last_stir) < cx.shared.limits.poll {
+        if cx.shared.limits.poll > 0 && cx.io.now().saturating_sub(self.last_end) < cx.shared.limits.poll {
             // Had we looked a little longer, it need not have kicked.
             self.window = cx.shared.limits.poll;
         }
@@ -374,7 +377,7 @@ impl Device {
             for number in 0..self.vrings.len() as u16 {
                 taken |= fetch && self.take(cx, number);
             }
-            self.stirred |= taken;
+            self.taken |= taken;
             asked |= self.issue(cx, disk);
             if !self.rest(cx, fetch) {
                 return asked;
@@ -464,17 +467,18 @@ impl Device {
         let limit = cx.shared.limits.poll;
         if limit > 0 {
             let now = cx.io.now();
-            if std::mem::take(&mut self.stirred) {
-                self.last_stir = now;
-                if self.polling {
-                    self.window = limit;
-                }
-            } else if self.polling && now.saturating_sub(self.last_stir) >= self.window {
+            let (taken, ended) = (std::mem::take(&mut self.taken), std::mem::take(&mut self.ended));
+            if taken && self.polling {
+                // It paid. What was waited for has come: the disk's answer is not waited for like this.
+                (self.window, self.last_end) = (limit, 0);
+            } else if self.polling && now.saturating_sub(self.last_end) >= self.window {
                 // It did not pay.
                 self.window = if self.window / 2 < POLL_MIN { 0 } else { self.window / 2 };
-                self.polling = false;
             }
-            let due = now.saturating_sub(self.last_stir) < self.window;
+            if ended {
+                self.last_end = now;
+            }
+            let due = now.saturating_sub(self.last_end) < self.window;
             self.polling = due && fetch && self.vrings.iter().any(|v| v.queue.is_some() && !v.stopping);
         }
         if !fetch || self.reqs.len() >= cx.shared.limits.requests {
@@ -623,7 +627,6 @@ impl Device {
         let Some(op) = self.ops.get(number) else { return };
         self.outstanding -= 1;
         self.active = true;
-        self.stirred = true;
         let (req_number, at, len, cost) = (op.req, op.at, op.len, std::mem::take(&mut op.cost));
         op.tries += 1;
         let (wait, req) = (op.tries < TRIES, self.reqs.get(req_number).expect("a part's request is under way"));
@@ -685,7 +688,7 @@ impl Device {
         let Some(req) = self.reqs.remove(number) else { return };
         let vring = &mut self.vrings[usize::from(req.vring)];
         vring.outstanding = vring.outstanding.saturating_sub(1);
-        self.stirred = true;
+        self.ended = true;
         if req.status != status::OK {
             cx.shared.counters.errors += 1;
         }

@@ -20,8 +20,8 @@ pub struct Limits {
     pub read_bytes: usize,
     /// Bytes of writes that disks have, over all devices; not more than a quarter of the pool.
     pub write_bytes: usize,
-    /// How long a device's queues are looked at without being asked to, after there was something in them: a driver that
-    /// answers within that time need not kick. 0: never.
+    /// How long a device's queues are looked at without being asked to, after a request has ended: a driver that has another
+    /// one within that time need not kick. 0: never.
     pub poll: Nanos,
 }
 

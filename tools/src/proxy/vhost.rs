@@ -36,7 +36,7 @@ const SUFFIX: &str = ".sock";
 /// `sun_path` holds 108 bytes with its final zero.
 const PATH_MAX: usize = 107;
 /// A look at what is on offer although nobody said that it has changed.
-const LOOK: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_secs(60);
 /// Pause after a listener failed (no descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// First and longest pause before something is tried again that waits for requests to end.
