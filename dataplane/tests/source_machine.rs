@@ -4,8 +4,8 @@
 #[allow(dead_code)]
 mod bed;
 
-use afterimage_dataplane::host::Request;
-use afterimage_dataplane::io::sim::{Fault, Rng, WorldConfig};
+use afterimage_dataplane::host::{Disks, Request};
+use afterimage_dataplane::io::sim::{Fault, Rng, SimIo, WorldConfig};
 use afterimage_dataplane::io::{Errno, Io};
 use afterimage_dataplane::source::{ProtectError, SourceEvent, SourceLimits};
 use afterimage_wire::intent::EXTENT;
@@ -24,6 +24,27 @@ fn the_first_synchronisation_sends_the_disk() {
     assert_eq!(bed.held.records[0].kind, RecordKind::Join);
     assert_eq!(bed.held.records[2].kind, RecordKind::SyncBegin);
     assert!(bed.held.count(RecordKind::SyncWrite) < 5, "zeros are said, not sent");
+}
+
+#[test]
+fn a_disk_has_the_block_that_it_was_given() {
+    let mut bed = Bed::usual(1);
+    bed.block = 4096;
+    bed.ready();
+    assert_eq!(Disks::<SimIo>::exports(&bed.source)[0].geometry.block, 4096);
+
+    // What is no block at all.
+    for block in [131_072, 3000] {
+        let mut bed = Bed::usual(1);
+        bed.block = block;
+        let refused = bed.protect();
+        assert!(matches!(refused, Err(ProtectError::Value { field: "block size given to the disk", .. })), "{block}");
+    }
+    // Less than the disk's own is its own.
+    let mut bed = Bed::usual(1);
+    bed.block = 1;
+    bed.ready();
+    assert_eq!(Disks::<SimIo>::exports(&bed.source)[0].geometry.block, 512);
 }
 
 #[test]

@@ -131,6 +131,8 @@ pub struct DiskConfig {
     pub witness_path: String,
     /// Serial that the host sees.
     pub serial: String,
+    /// Logical block that the host sees, bytes; no less than the file's own, which it is if this is 0.
+    pub block: u32,
     /// Generation under which this source writes. Ignored by `serve`.
     pub generation: u64,
     /// Refuse writes.

@@ -11,6 +11,8 @@ use crate::io::{Errno, File, FileInfo, Io, OpenHow};
 
 /// Largest block of a disk, bytes: blocks are completed within a page of headroom.
 const MAX_BLOCK: u32 = 4096;
+/// A host may be told of larger blocks than the disk has.
+const MAX_GIVEN_BLOCK: u32 = 65536;
 
 /// A disk with its log, opened.
 #[derive(Debug)]
@@ -49,6 +51,10 @@ pub(super) fn open_disk<I: Io>(io: &mut I, config: &DiskConfig) -> Result<(File,
         };
         if !info.block.is_power_of_two() || info.block < 512 || info.block > MAX_BLOCK {
             return refuse("block size of the disk", info.block.into(), "512, 1024, 2048 or 4096");
+        }
+        let info = FileInfo { block: info.block.max(config.block), ..info };
+        if !info.block.is_power_of_two() || info.block > MAX_GIVEN_BLOCK {
+            return refuse("block size given to the disk", info.block.into(), "a power of two up to 65536");
         }
         if info.size == 0 || !info.size.is_multiple_of(info.block.into()) {
             return refuse("size of the disk", info.size, "a multiple of its block, not 0");

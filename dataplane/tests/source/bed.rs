@@ -146,6 +146,8 @@ pub struct Bed {
     pub trust_reboot: bool,
     /// The logs have witnesses.
     pub witnessed: bool,
+    /// The logical block that disks are given; 0: their own.
+    pub block: u32,
     pub lease: Nanos,
     pub sync_deadline: Nanos,
     pub generation: u64,
@@ -189,6 +191,7 @@ impl Bed {
             limits,
             trust_reboot: true,
             witnessed: false,
+            block: 0,
             lease: 0,
             sync_deadline: 0,
             generation: 1,
@@ -222,6 +225,7 @@ impl Bed {
                     log_path: log_path(disk),
                     witness_path: if self.witnessed { witness_path(disk) } else { String::new() },
                     serial: format!("serial{disk}"),
+                    block: self.block,
                     generation: self.generation,
                     read_only: false,
                     trust_reboot: self.trust_reboot,

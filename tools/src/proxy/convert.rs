@@ -101,6 +101,7 @@ fn source_disk(disk: &SourceDisk, places: &Places) -> Result<DiskConfig, Sensele
         log_path: place(&places.intent, "intent"),
         witness_path: place(&places.witness, "witness"),
         serial: disk.serial.clone(),
+        block: disk.block_bytes,
         generation: disk.generation,
         read_only: false,
         trust_reboot: false,
