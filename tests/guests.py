@@ -1,10 +1,12 @@
 #!/usr/bin/python3
 """Real machines on protected disks: Linux guests in QEMU, as `tests/guest` makes them.
 
-Needs qemu-system-x86, qemu-utils, busybox-static, zstd, e2fsprogs, dmsetup, fio and the libnbd tools; `tests/all guests`
-installs them. Arguments: parts of names of the tests to run.
+Needs qemu-system-x86, qemu-utils, busybox-static, zstd, e2fsprogs, dmsetup, fio, libnbd-bin, python3-cryptography,
+python3-lz4; `tests/all guests` installs them. Arguments: parts of names of the tests to run.
 """
 
+import concurrent.futures
+import hashlib
 import os
 import random
 import shutil
@@ -13,8 +15,8 @@ import sys
 import time
 import urllib.parse
 
-from cluster import MIB, Cluster, Failed, Tests, eventually, expect, workspace
-from guest import Guest, Image
+from cluster import MIB, Cluster, Tests, eventually, expect, run, workspace
+from guest import Guest, Image, flushes
 from guest.load import Work
 
 # A write cache is there, so a guest sends flushes. All that is written is read back and compared.
@@ -168,9 +170,217 @@ def survive(folder, image, kind):
             cluster.close()
 
 
+def view_uris(cluster, name, front, *options):
+    """Opens a view; URIs by disk."""
+    view = cluster.command("view", "open", Cluster.GROUP, name, *options)
+    return {e["disk"]: next(u for u in e["uris"] if u.startswith(front.scheme)) for e in view["exports"]}
+
+
+def sums(guest, device, count):
+    """A sum for each MiB of a disk, past the cache."""
+    return guest.do(f"sync; echo 3 >/proc/sys/vm/drop_caches; for n in $(seq 0 {count - 1}); do "
+                    f"dd if={device} bs=1M skip=$n count=1 2>/dev/null | md5sum | cut -c 1-32; done", timeout=180).split()
+
+
+# What a disk may begin with: reads its second sector by the firmware and sends it to the first serial port up to a zero.
+BOOT_SECTOR = bytes.fromhex("31c0 8ed8 8ec0 bb007e b80102 b90200 b600 cd13 720e be007e ac 84c0 7406 baf803 ee ebf5 f4 ebfd")
+GREETING = "started from a protected disk"
+
+
+def shapes(folder, image):
+    """What a guest sees of a vhost-user disk is what the disk is: blocks of 512 bytes and of 4096, several queues, memory
+    that comes later; what it discards and zeroes; a disk that grows; a view that refuses writes."""
+    front = VhostUser(folder)
+    shutil.copy(image.root, folder / "root.img")
+    zeros = hashlib.md5(bytes(MIB)).hexdigest()
+    (folder / "boot.img").write_bytes((BOOT_SECTOR.ljust(510, b"\0") + b"\x55\xaa" + GREETING.encode()).ljust(4 * MIB, b"\0"))
+    cluster = guest = None
+    try:
+        cluster = Cluster(folder, {"root": 0, "data": 32 * MIB, "boot": 0},
+                          images={name: folder / f"{name}.img" for name in ("root", "boot")},
+                          source_args=front.source_args, target_args=front.target_args,
+                          options={"root": ",block=512", "boot": ",block=512", "data": ",block=4096,serial=lab-data"})
+        first = Guest(folder, image, "firmware")
+        front.attach(first, "boot", uri(cluster, "boot", front), options=",bootindex=1")
+        first.boot_sector(GREETING)
+        guest = Guest(folder, image, "machine", processors=2, more_memory=256)
+        for disk in ("root", "data"):
+            # As hypervisors attach it that say nothing of the cache: the guest may then ask, and set it.
+            guest.vhost_user(disk, uri(cluster, disk, front).removeprefix(front.scheme), queues=2, wce=disk == "data")
+        guest.boot(root="root")
+        for disk, attribute, value in (("root", "logical_block_size", "512"), ("data", "logical_block_size", "4096"),
+                                       ("root", "write_cache", "write back"), ("data", "write_cache", "write back")):
+            found = guest.queue(disk, attribute)
+            expect(found == value, f"{disk}: {attribute} is {found}, not {value}")
+        data = guest.block("data")
+        name = data.removeprefix("/dev/")
+        expect(guest.do(f"cat /sys/block/{name}/serial") == "lab-data", "the serial is another")
+        expect(guest.do(f"ls /sys/block/{name}/mq | wc -l") == "2", "the disk has not two queues")
+        expect(int(guest.queue("data", "discard_max_bytes")) > 0, "no discard")
+        expect(int(guest.queue("data", "write_zeroes_max_bytes")) > 0, "no write zeroes")
+
+        # Discard and zeroes, by each way that the kernel has. What lies beside them stays.
+        guest.do(f"dd if=/dev/urandom of={data} bs=1M count=32 conv=fsync 2>&1", timeout=180)
+        before = sums(guest, data, 32)
+        expect(len(set(before)) == 32, "the disk does not hold what was written")
+        guest.do(f"blkdiscard -o 4M -l 4M {data}; blkdiscard -z -o 12M -l 2M {data}; "
+                 f"fallocate -p -n -o 17M -l 1M {data}; fallocate -z -n -o 20M -l 1M {data}; sync {data}")
+        after = sums(guest, data, 32)
+        gone = {4, 5, 6, 7, 12, 13, 17, 20}
+        wrong = [n for n in range(32) if after[n] != (zeros if n in gone else before[n])]
+        expect(not wrong, f"after discards and zeroes these MiB are wrong: {wrong}")
+        cluster.replica_is_source()
+
+        # A file system that discards.
+        guest.do(f"mkfs.ext4 -q {data}; mkdir /mnt/data; mount -o discard {data} /mnt/data; cd /mnt/data; seq 400000 >a; "
+                 "dd if=/dev/urandom of=b bs=1M count=8 2>&1; sync; rm b; sync; fstrim -v .; cd /; umount /mnt/data; "
+                 f"e2fsck -fn {data}; mount {data} /mnt/data; seq 400000 | cmp - /mnt/data/a", timeout=180)
+        cluster.replica_is_source()
+
+        # Memory that is plugged in is written from and read into: all other memory is full.
+        guest.plug_memory(256 * MIB)
+        guest.do("for m in /sys/devices/system/memory/memory*/state; do [ $(cat $m) = online ] || echo online >$m; done")
+        free = int(guest.do("awk '/MemAvailable/ { print int($2 / 1024) }' /proc/meminfo"))
+        expect(free > 300, f"no more than {free} MiB are free with the memory that was plugged in")
+        guest.do(f"mount -o remount,size=90% /dev/shm; yes filler | dd of=/dev/shm/fill bs=1M iflag=fullblock count={free - 120} 2>&1; "
+                 "seq 900000 >/mnt/data/c; sync; echo 3 >/proc/sys/vm/drop_caches; seq 900000 | cmp - /mnt/data/c; rm /dev/shm/fill",
+                 timeout=180)
+        # The disk grows where it lies; the guest hears of it.
+        with open(folder / "data.img", "r+b") as disk:
+            disk.truncate(48 * MIB)
+        eventually("the guest sees the larger disk", lambda: guest.do(f"blockdev --getsize64 {data}") == str(48 * MIB), 60, 1)
+        guest.do(f"seq 200000 | dd of={data} bs=4096 seek={40 * 256} conv=notrunc,fsync 2>&1")
+        eventually("what is new is protected", cluster.protected, 60)
+        guest.do("umount /mnt/data")
+        expect(guest.complaints() == "", guest.complaints())
+        cluster.replica_is_source()
+
+        # A view that may not be written to, plugged in.
+        view = view_uris(cluster, "look", front, "--to", "latest")
+        guest.plug("look", view["data"].removeprefix(front.scheme))
+        look = guest.block("look")
+        expect(guest.do(f"blockdev --getro {look}") == "1", "the view does not say that it is read-only")
+        expect(guest.do(f"blockdev --getsize64 {look}") == str(48 * MIB), "the view has another size than the disk")
+        expect(guest.run(f"dd if=/dev/zero of={look} bs=4096 count=1 conv=fsync")[0] != 0, "a write to a read-only view is taken")
+        guest.do(f"mkdir /mnt/look; mount -o ro,noload {look} /mnt/look; seq 900000 | cmp - /mnt/look/c; umount /mnt/look")
+        guest.unplug("look")
+        cluster.close_view("look")
+        guest.shutdown()
+    finally:
+        if guest:
+            guest.close()
+        if cluster:
+            cluster.close()
+
+
+def one_prefix(folder, image):
+    """A machine writes to two disks, each through another front end: a number to the one, synced, then to the other. At
+    each point of its history, and after a failover with the source gone in the middle, neither is more than that ahead."""
+    front = VhostUser(folder)
+    cluster = guest = None
+    block = 4096
+    try:
+        cluster = Cluster(folder, {"first": 32 * MIB, "second": 32 * MIB}, source_args=front.source_args,
+                          target_args=front.target_args)
+        guest = Guest(folder, image, "machine")
+        Nbd.attach(guest, "first", uri(cluster, "first", Nbd))
+        front.attach(guest, "second", uri(cluster, "second", front))
+        guest.boot()
+        guest.start("pairs", f"""
+n=0
+while [ $n -lt {32 * MIB // block} ]; do
+    yes "number $n" 2>/dev/null | dd bs={block} count=1 iflag=fullblock of={guest.block('first')} seek=$n conv=notrunc,fsync 2>/dev/null
+    echo "first $n" >&9
+    yes "number $n" 2>/dev/null | dd bs={block} count=1 iflag=fullblock of={guest.block('second')} seek=$n conv=notrunc,fsync 2>/dev/null
+    echo "second $n" >&9
+    n=$((n + 1))
+done""")
+        eventually("some pairs are written", lambda: len(guest.witnessed) > 100, 120)
+        cluster.source.kill()
+        time.sleep(1)
+        cluster.source.start()
+        count = len(guest.witnessed)
+        eventually("the guest goes on", lambda: len(guest.witnessed) > count + 100, 120)
+        least = sum(line.startswith("first") for _, line in list(guest.witnessed))
+        durable = cluster.settle()
+        time.sleep(random.uniform(0.5, 1.5))
+        cluster.source.kill()
+        guest.power_cut()
+
+        def numbers(nbd_uri):
+            """How many blocks from the start hold their number; nothing may lie behind them."""
+            out = folder / "view.img"
+            out.unlink(missing_ok=True)
+            run("nbdcopy", nbd_uri, out)
+            count, data = 0, out.read_bytes()
+            for n in range(len(data) // block):
+                line = b"number %d\n" % n
+                if data[n * block:(n + 1) * block] != (line * (block // len(line) + 1))[:block]:
+                    break
+                count += 1
+            expect(not any(data[count * block:]), f"something lies behind block {count}")
+            return count
+
+        def together(view, what):
+            first, second = numbers(view["first"]), numbers(view["second"])
+            expect(0 <= first - second <= 1, f"{what}: {first} numbers on one disk, {second} on the other")
+            return first
+
+        done = cluster.command("failover", "start", Cluster.GROUP, "--to", "latest", "--unconfirmed", Cluster.GROUP, timeout=180)
+        expect(done["state"] == "done", f"the failover: {done}")
+        found = {e["disk"]: next(u for u in e["uris"] if u.startswith("nbd+unix")) for e in done["result"]["view"]["exports"]}
+        newest = together(found, "after the failover")
+        expect(newest >= least, f"{least} numbers were synced before a point that is durable, {newest} are there")
+        points = cluster.command("point", "list", Cluster.GROUP, "--writes", "--limit", "600")["points"]
+        seen = set()
+        whole = [p["seq"] for p in points if p["seq"] <= durable and len(p["disk_uids"]) == 2]
+        for point in random.sample(whole, 6):
+            view = cluster.open_view(f"past{point}", f"seq:{point}")
+            seen.add(together(view, f"record {point}"))
+            cluster.close_view(f"past{point}")
+        expect(len(seen) > 2 and max(seen) <= newest, f"the points are not of different moments: {seen}")
+        print(f"{least} pairs before the last wait, {newest} after the failover, at points before {sorted(seen)}")
+    finally:
+        if guest:
+            guest.close()
+        if cluster:
+            cluster.close()
+
+
+def flush_points(folder, image, kind):
+    """What the device held at each flush, by the kernel's own log of writes, is a restore point."""
+    front = kind(folder)
+    cluster = guest = None
+    try:
+        cluster = Cluster(folder, {"data": 32 * MIB}, source_args=front.source_args, target_args=front.target_args)
+        guest = Guest(folder, image, "machine", tools=True)
+        front.attach(guest, "data", uri(cluster, "data", front))
+        guest.file("log", blank(folder / "log.img", 64 * MIB))
+        guest.boot()
+        guest.load("dm_log_writes")
+        guest.do(flushes.script(guest.block("data"), guest.block("log")), timeout=240)
+        expect(guest.complaints() == "", guest.complaints())
+        guest.shutdown()
+        cluster.settle()
+        cluster.close()
+        found, writes, records = flushes.compare(folder / "log.img", folder)
+        print(f"{found} flushes among {writes} writes, all found in {records} records")
+        expect(found > 50 and writes > 300, "too little was written")
+    finally:
+        if guest:
+            guest.close()
+        if cluster:
+            cluster.close()
+
+
 TESTS = {
     "laboratory": laboratory,
     "survive by nbd": lambda folder, image: survive(folder, image, Nbd),
+    "survive by vhost-user": lambda folder, image: survive(folder, image, VhostUser),
+    "shapes of disks": shapes,
+    "flush points by nbd": lambda folder, image: flush_points(folder, image, Nbd),
+    "flush points by vhost-user": lambda folder, image: flush_points(folder, image, VhostUser),
+    "one prefix by two front ends": one_prefix,
 }
 
 
@@ -179,9 +389,13 @@ def main():
     chosen = {name: test for name, test in TESTS.items() if not sys.argv[1:] or any(a in name for a in sys.argv[1:])}
     tests = Tests()
     image = Image()
-    for name, test in chosen.items():
-        with workspace(name.replace(" ", "-")) as folder:
-            tests.run(f"guests: {name}", test, folder, image)
+
+    def one(name):
+        with workspace("guest") as folder:
+            tests.run(f"guests: {name}", chosen[name], folder, image)
+    # A guest has one processor to run on, and waits for its disks now and then.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, chosen))
     tests.end()
 
 

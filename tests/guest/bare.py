@@ -83,9 +83,9 @@ class Bare(Cluster):
         super().__init__(folder, disks, stream_port=port, advertise=f"{HOST}:{port}",
                          images={name: Inside(guest.block(name)) for name in disks})
 
-    def proxy(self, name, *args):
+    def proxy(self, name, *args, port=None):
         if name != "source":
-            return super().proxy(name, *args)
+            return super().proxy(name, *args, port=port)
         token = self.command("token", "create", name, "--role", "proxy")["token"]
         process = Proxy(self.guest, name, "--coordinator", f"{HOST}:{self.port}", "--ublk", token=token)
         self.processes.append(process)

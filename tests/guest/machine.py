@@ -29,14 +29,15 @@ class Lost(Failed):
 class Guest:
     """A machine: describe its disks, then `boot`. Disks are named by the test and found in the guest by `block`."""
 
-    def __init__(self, folder, image, name, memory=384, processors=1, net=False, tools=False):
+    def __init__(self, folder, image, name, memory=384, processors=1, net=False, tools=False, more_memory=0):
         self.folder, self.image, self.name = folder, image, name
         self.memory, self.processors, self.net = memory, processors, net
+        self.more_memory = more_memory  # MiB that may be plugged in while it runs
         self.console = folder / f"{name}.console"
         self.log = folder / f"{name}.qemu.log"
         self.witnessed = []
         self.arguments = []
-        self.disks = []
+        self.disks = {}  # where on the bus each is
         self.files = Archive()
         self.process = None
         self.number = 0
@@ -47,14 +48,15 @@ class Guest:
     # Disks. Each is at an address of its own on the bus, by which it is found again in the guest.
 
     def _disk(self, name, device):
-        self.disks.append(name)
-        self.arguments += ["-device", f"{device},id={name},addr={FIRST - 1 + len(self.disks):#x}"]
+        slot = FIRST + len(self.disks)
+        self.disks[name] = f"0000:00:{slot:02x}.0"
+        self.arguments += ["-device", f"{device},id={name},addr={slot:#x}"]
 
-    def vhost_user(self, name, path, queues=1, reconnect=1, options=""):
-        """A disk of another process. `config-wce` stays off: with it a guest would not send a flush."""
+    def vhost_user(self, name, path, queues=1, reconnect=1, wce=False, options=""):
+        """A disk of another process; with `wce` the guest may look up and choose whether there is a write cache."""
         wait = f",reconnect={reconnect}" if reconnect else ""
         self.arguments += ["-chardev", f"socket,id=chr-{name},path={path}{wait}"]
-        self._disk(name, f"vhost-user-blk-pci,chardev=chr-{name},num-queues={queues},config-wce=off{options}")
+        self._disk(name, f"vhost-user-blk-pci,chardev=chr-{name},num-queues={queues},config-wce={'on' if wce else 'off'}{options}")
 
     def file(self, name, path, read_only=False, options=""):
         """A raw file, written to by QEMU itself."""
@@ -66,40 +68,48 @@ class Guest:
     def nbd(self, name, socket_path, export, reconnect=60, options=""):
         """An export of an NBD server on a socket of this host."""
         self.arguments += ["-blockdev", f"driver=nbd,node-name=nbd-{name},server.type=unix,server.path={socket_path},"
-                                        f"export={export},reconnect-delay={reconnect}"]
+                                        f"export={export},reconnect-delay={reconnect},discard=unmap"]
         self._disk(name, f"virtio-blk-pci,drive=nbd-{name}{options}")
+
+    def plug(self, name, path):
+        """A disk of another process, into the machine while it runs: one at a time. `unplug` before the next."""
+        self.qmp("chardev-add", id=f"chr-{name}", backend={"type": "socket", "data": {
+            "addr": {"type": "unix", "data": {"path": str(path)}}, "server": False, "reconnect": 1}})
+        self.qmp("device_add", driver="vhost-user-blk-pci", id=name, chardev=f"chr-{name}", bus="hot0", num_queues=1,
+                 config_wce=False)
+        # The only device behind the only port.
+        bus = self.do("for try in $(seq 200); do ls -d /sys/bus/pci/devices/0000:00:03.0/0000:*/virtio*/block/* 2>/dev/null && break; "
+                      "usleep 50000; done")
+        self.disks[name] = re.search(r"0000:00:03.0/(0000:[0-9a-f:.]+)/", bus).group(1)
+
+    def unplug(self, name):
+        self.qmp("device_del", id=name)
+        eventually(f"{name} is unplugged", lambda: self.run(f"[ -e /sys/bus/pci/devices/{self.disks[name]} ]")[0] != 0, 60)
+        del self.disks[name]
+
+    def plug_memory(self, size):
+        """More memory for a machine that was given `more_memory`."""
+        self.qmp("object-add", qom_type="memory-backend-memfd", id="more", size=size, share=True)
+        self.qmp("device_add", driver="pc-dimm", id="dimm", memdev="more")
 
     # Life.
 
     def boot(self, root=None, timeout=BOOT):
         """Starts the machine, from memory or from a disk that holds the image's `root`; returns when its shell answers."""
+        limit = time.monotonic() + timeout
         extra = self.folder / f"{self.name}.cpio"
         extra.write_bytes(self.image.archive.read_bytes() + self.files.bytes())
-        paths = {port: self.folder / f"{self.name}.{port}" for port in ("shell", "witness", "qmp")}
-        command = [
-            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35,memory-backend=mem", "-cpu", "max",
-            "-smp", str(self.processors), "-m", f"{self.memory}M", "-nodefaults", "-no-user-config", "-display", "none",
-            # Guests share their memory with whoever serves their disks.
-            "-object", f"memory-backend-memfd,id=mem,size={self.memory}M,share=on",
+        paths = {port: self.folder / f"{self.name}.{port}" for port in ("shell", "witness")}
+        kernel = [
             "-kernel", str(self.image.kernel), "-initrd", str(extra),
             "-append", "console=ttyS0 panic=-1 loglevel=6 tsc=reliable mitigations=off nokaslr random.trust_cpu=on"
-            + (f" lab.root={FIRST + self.disks.index(root):02x}" if root else ""),
-            "-no-reboot", "-serial", f"file:{self.console}",
-            "-qmp", f"unix:{paths['qmp']},server=on,wait=off",
-            # Where disks can be plugged in while it runs.
-            "-device", "pcie-root-port,id=hot0,chassis=1,addr=0x3",
+            + (f" lab.root={self.disks[root]}" if root else ""),
             "-device", "virtio-serial-pci,addr=0x2"]
         for port in ("shell", "witness"):
-            command += ["-chardev", f"socket,id={port},path={paths[port]},server=on,wait=off",
-                        "-device", f"virtserialport,chardev={port},name={port}"]
-        if self.net:
-            command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=,addr=0x4"]
-        (self.folder / f"{self.name}.command").write_text(shlex.join([*command, *self.arguments]) + "\n")
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen([*command, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        limit = time.monotonic() + timeout
+            kernel += ["-chardev", f"socket,id={port},path={paths[port]},server=on,wait=off",
+                       "-device", f"virtserialport,chardev={port},name={port}"]
         try:
-            self.qmp = Monitor(self._connect(paths["qmp"], limit))
+            self._start(kernel, limit)
             self.shell = self._connect(paths["shell"], limit)
             self.unread = b""
             witness = self._connect(paths["witness"], limit)
@@ -113,6 +123,35 @@ class Guest:
             self.power_cut()
             raise Failed(f"guest {self.name} does not boot: {error}\n{self.tail()}") from None
         return self
+
+    def boot_sector(self, text, timeout=BOOT):
+        """Starts the machine without a kernel: its firmware runs what the first disk begins with, which says this."""
+        try:
+            self._start([], time.monotonic() + timeout)
+            eventually(f"the console shows `{text}`", lambda: self.alive() and text in self.console.read_text(errors="replace"), timeout)
+        except (Failed, OSError) as error:
+            raise Failed(f"guest {self.name} does not boot: {error}\n{self.tail()}") from None
+        finally:
+            self.power_cut()
+
+    def _start(self, more, limit):
+        command = [
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35,memory-backend=mem", "-cpu", "max",
+            "-smp", str(self.processors), "-m",
+            f"{self.memory}M" + (f",slots=2,maxmem={self.memory + self.more_memory}M" if self.more_memory else ""),
+            "-nodefaults", "-no-user-config", "-display", "none",
+            # Guests share their memory with whoever serves their disks.
+            "-object", f"memory-backend-memfd,id=mem,size={self.memory}M,share=on",
+            "-no-reboot", "-serial", f"file:{self.console}",
+            "-qmp", f"unix:{self.folder / self.name}.qmp,server=on,wait=off",
+            # Where disks can be plugged in while it runs.
+            "-device", "pcie-root-port,id=hot0,chassis=1,addr=0x3", *more]
+        if self.net:
+            command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=,addr=0x4"]
+        (self.folder / f"{self.name}.command").write_text(shlex.join([*command, *self.arguments]) + "\n")
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen([*command, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.qmp = Monitor(self._connect(f"{self.folder / self.name}.qmp", limit))
 
     def _connect(self, path, limit):
         link = socket.socket(socket.AF_UNIX)
@@ -222,7 +261,7 @@ class Guest:
 
     def start(self, name, script):
         """A script in the background; `finished` waits for it. What it writes to file 9 reaches `witnessed`."""
-        quoted = shlex.quote("set -e\n" + script)
+        quoted = shlex.quote("set -e\n. /tmp/prelude\n" + script)
         self.do(f"(sh -c {quoted} >/tmp/{name}.out 2>&1 </dev/null; echo $? >/tmp/{name}.code.new; "
                 f"mv /tmp/{name}.code.new /tmp/{name}.code) >/dev/null 2>&1 </dev/null &")
 
@@ -237,7 +276,7 @@ class Guest:
 
     def block(self, name):
         """The device of a disk in the guest."""
-        address = f"0000:00:{FIRST + self.disks.index(name):02x}.0"
+        address = self.disks[name]
         return "/dev/" + self.do(f"for try in $(seq 100); do [ -e /sys/bus/pci/devices/{address}/virtio*/block/* ] && break; "
                                  f"usleep 50000; done; basename /sys/bus/pci/devices/{address}/virtio*/block/*")
 
