@@ -15,8 +15,9 @@ import sys
 import time
 import urllib.parse
 
-from cluster import MIB, Cluster, Tests, eventually, expect, run, workspace
+from cluster import AFTERIMAGE, MIB, Cluster, Tests, eventually, expect, run, workspace
 from guest import Guest, Image, flushes
+from guest.bare import Bare
 from guest.load import Work
 
 # A write cache is there, so a guest sends flushes. All that is written is read back and compared.
@@ -349,28 +350,39 @@ done""")
 
 def flush_points(folder, image, kind):
     """What the device held at each flush, by the kernel's own log of writes, is a restore point."""
-    front = kind(folder)
     cluster = guest = None
     try:
-        cluster = Cluster(folder, {"data": 32 * MIB}, source_args=front.source_args, target_args=front.target_args)
-        guest = Guest(folder, image, "machine", tools=True)
-        front.attach(guest, "data", uri(cluster, "data", front))
+        guest = Guest(folder, image, "machine", memory=768 if kind is None else 384, net=kind is None, tools=True)
+        if kind is None:
+            # A machine that protects its own disk.
+            guest.files.program(AFTERIMAGE, at="bin/afterimage")
+            guest.file("data", blank(folder / "data.img", 32 * MIB))
+        else:
+            front = kind(folder)
+            cluster = Cluster(folder, {"data": 32 * MIB}, source_args=front.source_args, target_args=front.target_args)
+            front.attach(guest, "data", uri(cluster, "data", front))
         guest.file("log", blank(folder / "log.img", 64 * MIB))
         guest.boot()
         guest.load("dm_log_writes")
-        guest.do(flushes.script(guest.block("data"), guest.block("log")), timeout=240)
+        if kind is None:
+            guest.load("ublk_drv")
+            cluster = Bare(folder, guest, {"data": 0})
+        disk = guest.block("data") if kind else cluster.device()
+        guest.do(flushes.script(disk, guest.block("log")), timeout=240)
         expect(guest.complaints() == "", guest.complaints())
-        guest.shutdown()
+        if kind is not None:
+            guest.shutdown()
         cluster.settle()
+        # A proxy in the guest is stopped by this, too.
         cluster.close()
         found, writes, records = flushes.compare(folder / "log.img", folder)
         print(f"{found} flushes among {writes} writes, all found in {records} records")
         expect(found > 50 and writes > 300, "too little was written")
     finally:
-        if guest:
-            guest.close()
         if cluster:
             cluster.close()
+        if guest:
+            guest.close()
 
 
 TESTS = {
@@ -380,6 +392,7 @@ TESTS = {
     "shapes of disks": shapes,
     "flush points by nbd": lambda folder, image: flush_points(folder, image, Nbd),
     "flush points by vhost-user": lambda folder, image: flush_points(folder, image, VhostUser),
+    "flush points by ublk": lambda folder, image: flush_points(folder, image, None),
     "one prefix by two front ends": one_prefix,
 }
 
