@@ -339,16 +339,24 @@ impl History {
     fn parts(&self, disk: usize, offset: u64, bytes: &[u8], holes: &[u64]) -> Result<Vec<Piece>, Violation> {
         let Disk { base, changes } = &self.disks[disk];
         let end = offset + bytes.len() as u64;
-        let mut edges: Vec<u64> = (offset / SECTOR..=end / SECTOR).map(|s| s * SECTOR).collect();
+        let over = |change: &&Change| change.offset < end && change.end() > offset;
         let mut begins: Vec<(u64, usize)> = Vec::new();
-        for (index, change) in changes.iter().enumerate() {
-            if change.offset < end && change.end() > offset {
-                edges.extend([change.offset, change.end()]);
-                begins.push((change.offset, index));
-            }
+        let mut edges: Vec<u64> = vec![offset, end];
+        let mut covered: Vec<(u64, u64)> = Vec::new();
+        for (index, change) in changes.iter().enumerate().filter(|(_, change)| over(change)) {
+            begins.push((change.offset, index));
+            let range = (change.offset.max(offset), change.end().min(end));
+            edges.extend([range.0, range.1]);
+            covered.push(range);
         }
-        edges.extend([offset, end]);
-        edges.retain(|e| (offset..=end).contains(e));
+        // Sectors matter only where something was written: the rest is compared in one piece.
+        covered.sort_unstable();
+        let mut cut_to = 0;
+        for (from, until) in covered {
+            let first = from.max(cut_to).next_multiple_of(SECTOR);
+            edges.extend((first..until).step_by(SECTOR as usize));
+            cut_to = cut_to.max(until);
+        }
         edges.sort_unstable();
         edges.dedup();
         begins.sort_unstable();
@@ -357,7 +365,6 @@ impl History {
         let mut pieces = Vec::new();
         for pair in edges.windows(2) {
             let (at, until) = (pair[0], pair[1]);
-            let hole = holes.contains(&(at / HOLE * HOLE));
             active.retain(|c| changes[*c].end() > at);
             while let Some((_, index)) = begins.next_if(|(begin, _)| *begin <= at) {
                 if changes[index].end() > at {
@@ -365,15 +372,10 @@ impl History {
                 }
             }
             if active.is_empty() {
-                if hole {
-                    continue;
-                }
-                let range = at as usize..until as usize;
-                if bytes[(at - offset) as usize..(until - offset) as usize] != base[range] {
-                    return Err(Violation::Foreign { disk, at, len: until - at });
-                }
+                untouched(disk, base, offset, bytes, (at, until), holes)?;
                 continue;
             }
+            let hole = holes.contains(&(at / HOLE * HOLE));
             // Newest first: the explanation that asks least.
             active.sort_unstable_by(|a, b| b.cmp(a));
             let content = &bytes[(at - offset) as usize..(until - offset) as usize];
@@ -386,6 +388,31 @@ impl History {
         }
         Ok(pieces)
     }
+}
+
+/// What nobody has written to since the begin is as it was then.
+fn untouched(
+    disk: usize,
+    base: &[u8],
+    offset: u64,
+    bytes: &[u8],
+    range: (u64, u64),
+    holes: &[u64],
+) -> Result<(), Violation> {
+    let part = |from: u64, until: u64| &bytes[(from - offset) as usize..(until - offset) as usize];
+    if part(range.0, range.1) == &base[range.0 as usize..range.1 as usize] {
+        return Ok(());
+    }
+    let mut at = range.0;
+    while at < range.1 {
+        let until = ((at / SECTOR + 1) * SECTOR).min(range.1);
+        let hole = holes.contains(&(at / HOLE * HOLE));
+        if !hole && part(at, until) != &base[at as usize..until as usize] {
+            return Err(Violation::Foreign { disk, at, len: until - at });
+        }
+        at = until;
+    }
+    Ok(())
 }
 
 /// A piece of a disk over which the same requests lie.

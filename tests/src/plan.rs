@@ -59,6 +59,8 @@ pub enum Fault {
     Hang {
         /// The disk.
         disk: usize,
+        /// A write to its write-intent log, not to itself.
+        log: bool,
         /// How much longer.
         time: Nanos,
         /// The process dies over it.
@@ -120,6 +122,10 @@ pub enum Fault {
         /// The source's process dies, too, and comes back earlier.
         both: bool,
     },
+    /// Several things go wrong together.
+    Many(Vec<Fault>),
+    /// This goes wrong so much later.
+    After(Nanos, Box<Fault>),
     /// This goes wrong when that has happened, after at most this time.
     When {
         /// After what.
@@ -139,7 +145,8 @@ impl Fault {
     /// It may take from the target what it has acknowledged: then the target need not have it, but must not lie.
     pub fn harms_history(&self) -> bool {
         match self {
-            Self::When { fault, .. } => fault.harms_history(),
+            Self::When { fault, .. } | Self::After(_, fault) => fault.harms_history(),
+            Self::Many(faults) => faults.iter().any(Self::harms_history),
             Self::Rot { .. } | Self::Misdirect { .. } | Self::Rollback { .. } => true,
             _ => false,
         }
@@ -243,7 +250,8 @@ impl Plan {
             _ => Theme::Folding,
         };
         let cycles = theme == Theme::Cycles;
-        let disks = (0..rng.between(1, 3)).map(|_| disk_size(rng, cycles)).collect();
+        let large = matches!(theme, Theme::Cycles | Theme::BadTarget | Theme::Outage);
+        let disks = (0..rng.between(1, 3)).map(|_| disk_size(rng, large)).collect();
         let retention = match rng.below(6) {
             _ if theme == Theme::Folding => rng.between(300, 1200) * MS,
             0 | 1 => rng.between(300, 1500) * MS,
@@ -278,7 +286,8 @@ impl Plan {
         let habits = Habits {
             discard,
             depth: rng.between(1, 24) as usize,
-            pause: rng.between(1, 20) * MS / 2,
+            pause: rng.between(1, if theme == Theme::Outage { 4 } else { 20 }) * MS / 2,
+            favours: rng.chance(0.3),
             hot: rng.between(2, 60),
             longest: if rng.chance(0.7) { 64 * 1024 } else { 512 * 1024 },
             flushes: if cycles { rng.between(1, 10) } else { 10 },
@@ -301,6 +310,10 @@ impl Plan {
         };
         let length = if idle > 0 { rng.between(3000, 9000) * MS } else { rng.between(500, 3000) * MS };
         let mut faults: Vec<_> = (0..rng.below(7)).map(|_| (rng.between(0, length), fault(rng, theme))).collect();
+        if theme == Theme::Moments {
+            // What is armed at the begin meets the first synchronisation, which is a whole one.
+            faults.iter_mut().for_each(|(at, _)| *at = if rng.chance(0.4) { 0 } else { *at });
+        }
         faults.sort_by_key(|(at, _)| *at);
         let ending = match rng.below(20) {
             0..=4 => Ending::Failover { power: rng.chance(0.5) },
@@ -391,12 +404,11 @@ impl Plan {
 }
 
 fn disk_size(rng: &mut Rng, large: bool) -> u64 {
-    match rng.below(4) {
+    match rng.below(if large { 8 } else { 16 }) {
         // Several extents of the write-intent log, with a part of one at the end.
-        0 => 9 * MIB + rng.below(64) * 4096,
-        1 if large => 13 * MIB,
-        1 => 4 * MIB,
-        _ => rng.between(16, 512) * 4096,
+        0 | 1 => 9 * MIB + rng.below(64) * 4096,
+        2 | 3 => 4 * MIB + rng.below(512) * 4096,
+        _ => rng.between(16, 384) * 4096,
     }
 }
 
@@ -415,15 +427,24 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
                     9 => Fault::Foreign { clean: rng.chance(0.4), down },
                     10 => {
                         let (disk, time) = (rng.below(3) as usize, rng.between(500, 6000) * MS);
-                        Fault::Hang { disk, time, falls: rng.chance(0.8) }
+                        Fault::Hang { disk, log: rng.chance(0.2), time, falls: rng.chance(0.8) }
                     }
                     _ => Fault::Stall(Side::Source, rng.between(500, 4500) * MS),
                 };
             }
             Theme::Outage => {
                 let time = rng.between(200, 4000) * MS;
-                return match rng.below(6) {
+                return match rng.below(8) {
                     5 => Fault::Stop { down },
+                    6 => Fault::Many(vec![Fault::Sever(time), Fault::After(time / 4, Box::new(Fault::Stop { down }))]),
+                    7 => {
+                        // The link is back, and a synchronisation begins to catch up: it goes again.
+                        let again =
+                            [Fault::Partition(time), Fault::Stall(Side::Target, time)][rng.below(2) as usize].clone();
+                        let within = rng.between(1, 40) * MS;
+                        let again = Fault::When { moment: Moment::Linked, within, fault: Box::new(again) };
+                        Fault::Many(vec![Fault::Sever(time), again])
+                    }
                     0 | 1 => Fault::Sever(time),
                     2 => Fault::Partition(time),
                     3 => Fault::OneWay(side, time),
@@ -496,7 +517,15 @@ fn when(rng: &mut Rng, side: Side) -> Fault {
         _ if rng.chance(0.6) => Side::Source,
         _ => side,
     };
-    let fault = match rng.below(10) {
+    let later = |rng: &mut Rng, fault| Fault::After(rng.between(1, 200) * MS, Box::new(fault));
+    let fault = match rng.below(14) {
+        10 | 11 => {
+            // Answers still come, and the source falls over what it makes of them.
+            let fall = Fault::Fall { side: Side::Source, power, down };
+            Fault::Many(vec![Fault::OneWay(Side::Source, rng.between(50, 400) * MS), later(rng, fall)])
+        }
+        12 => Fault::OneWay(Side::Source, time),
+        13 => Fault::Hang { disk: rng.below(3) as usize, log: true, time: time / 4, falls: true },
         0 => Fault::Sever(time),
         1 => Fault::Partition(time),
         2 => Fault::Stall(Side::Target, time),

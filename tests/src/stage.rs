@@ -26,6 +26,8 @@ const QUEUE_BYTES: usize = 4 << 20;
 const HALT: Nanos = 1_000_000;
 /// Between two tries to open what a dead process still locks.
 const RETRY: Nanos = 50_000_000;
+/// How long a stop waits for the target.
+const STOP_WAIT: Nanos = 1_500_000_000;
 /// Between two reports of the source to its coordinator.
 const ASKS: Nanos = 1_000_000_000;
 /// Most polls of a node at one moment of the world: more is a core that spins.
@@ -174,6 +176,11 @@ pub fn disk_path(disk: usize) -> String {
     format!("/disks/disk{disk}.img")
 }
 
+/// Path of its write-intent log.
+pub fn log_path(disk: usize) -> String {
+    format!("/disks/disk{disk}.log")
+}
+
 /// A disk's id.
 pub fn disk_id(disk: usize) -> DiskId {
     DiskId([0xd0 + disk as u8; 16])
@@ -253,6 +260,7 @@ impl Stage {
             spill_dir: if spill { SPILL.into() } else { String::new() },
             spill_bytes: self.setup.spill_bytes,
             spill_segment_bytes: 4 << 20,
+            stop_wait: STOP_WAIT,
             ..SourceLimits::default()
         };
         self.source = Some(Life { io, core: Source::new(SOURCE_BASE, limits, Sealer::Inline) });
@@ -291,7 +299,7 @@ impl Stage {
                     slot: disk as u16,
                     name: format!("disk{disk}"),
                     path: disk_path(disk),
-                    log_path: format!("/disks/disk{disk}.log"),
+                    log_path: log_path(disk),
                     serial: format!("s{disk}"),
                     generation: self.generation,
                     read_only: false,

@@ -6,7 +6,7 @@ use afterimage_dataplane::io::{Errno, Nanos};
 use crate::check;
 use crate::plan::{Fault, Moment, Side};
 use crate::run::{MS, Run};
-use crate::stage::disk_path;
+use crate::stage::{disk_path, log_path};
 
 /// How long nobody notices that a process cannot go on.
 const NOTICED: Nanos = 300 * MS;
@@ -98,9 +98,9 @@ impl Run {
                     self.later(at - now, Mend::Strike(Fault::Fall { side: Side::Source, power, down }));
                 }
             }
-            Fault::Hang { disk, time, falls } => {
+            Fault::Hang { disk, log, time, falls } => {
                 let disk = disk % self.plan.setup.disks.len();
-                world.hang(source, &disk_path(disk), time);
+                world.hang(source, &if log { log_path(disk) } else { disk_path(disk) }, time);
                 // It may be a while until one is written.
                 self.watch.calm(world.now() + 2 * time);
                 if falls {
@@ -176,6 +176,12 @@ impl Run {
                     self.copy = Some(world.snapshot(target));
                 }
             }
+            Fault::Many(faults) => {
+                for fault in faults {
+                    self.strike(fault)?;
+                }
+            }
+            Fault::After(time, fault) => self.later(time, Mend::Strike(*fault)),
             Fault::When { moment, within, fault } => {
                 let within = if within > 0 { self.rng.below(within) } else { 0 };
                 if self.watch.armed.is_empty() {

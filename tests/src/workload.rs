@@ -29,6 +29,8 @@ pub struct Habits {
     pub longest: u64,
     /// The disks take discards.
     pub discard: bool,
+    /// Most requests of a burst go to one of the disks.
+    pub favours: bool,
     /// Flushes, per cent of the requests.
     pub flushes: u64,
     /// It works for so long …
@@ -71,6 +73,8 @@ pub struct Host {
     rest_at: Nanos,
     /// Where its writes go, in parts of a hundred of each disk.
     place: u64,
+    /// The disk that most of its requests go to, if it favours one.
+    favourite: usize,
 }
 
 impl std::fmt::Debug for Host {
@@ -85,8 +89,22 @@ impl Host {
         let flushed = vec![0; sizes.len()];
         let (pending, quiet) = (BTreeMap::new(), false);
         let rest_at = 0;
-        let (cookie, next_at, issued, answered, place) = (0, 0, 0, 0, 0);
-        Self { rng, habits, sizes, pending, cookie, next_at, quiet, flushed, issued, answered, rest_at, place }
+        let (cookie, next_at, issued, answered, place, favourite) = (0, 0, 0, 0, 0, 0);
+        Self {
+            rng,
+            habits,
+            sizes,
+            pending,
+            cookie,
+            next_at,
+            quiet,
+            flushed,
+            issued,
+            answered,
+            rest_at,
+            place,
+            favourite,
+        }
     }
 
     /// When the host next does something by itself.
@@ -143,6 +161,7 @@ impl Host {
             self.next_at = now + self.habits.idle;
             self.rest_at = self.next_at.saturating_add(self.habits.work);
             self.place = self.rng.below(100);
+            self.favourite = self.rng.below(self.sizes.len() as u64) as usize;
         }
         if stage.takes_requests() && self.pending.len() < self.habits.depth {
             self.issue(stage, history);
@@ -159,7 +178,10 @@ impl Host {
 
     fn issue(&mut self, stage: &mut Stage, history: &mut History) {
         let now = stage.source_now();
-        let disk = self.rng.below(self.sizes.len() as u64) as usize;
+        let disk = match self.rng.below(self.sizes.len() as u64) as usize {
+            _ if self.habits.favours && self.rng.chance(0.95) => self.favourite,
+            any => any,
+        };
         self.cookie += 1;
         let cookie = self.cookie;
         let kind = if self.rng.below(100) < self.habits.flushes { 74 } else { self.rng.below(90) };

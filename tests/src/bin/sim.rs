@@ -1,9 +1,9 @@
 //! Plays seeds of the simulator; a seed that fails is printed with what it needs to fail, what happened, and the command
 //! that plays it again.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use afterimage_dataplane::io::Nanos;
@@ -27,6 +27,9 @@ struct Args {
     /// Go on after a failure, and count.
     #[arg(long)]
     keep_going: bool,
+    /// Say how far it is after each so many seeds, with the seed to go on from; 0 for not at all.
+    #[arg(long, default_value_t = 1000)]
+    progress: u64,
     /// Threads; 0 for one per core.
     #[arg(long, default_value_t = 0)]
     jobs: usize,
@@ -42,7 +45,7 @@ struct Args {
     /// How long the host works, nanoseconds, instead of what the plan says.
     #[arg(long)]
     length: Option<Nanos>,
-    /// Only seeds of this theme: mixed, cycles, outage, badtarget, badsource or clocks.
+    /// Only seeds of this theme: mixed, cycles, outage, badtarget, badsource, clocks, moments or folding.
     #[arg(long)]
     theme: Option<Theme>,
     /// Report a failure as it is, without looking for a smaller one.
@@ -96,55 +99,86 @@ fn main() -> ExitCode {
 
 fn seeds(args: &Args) -> ExitCode {
     let begun = Instant::now();
-    let (next, failed, total) = (AtomicU64::new(args.from), Mutex::new(Vec::new()), Mutex::new(Report::default()));
+    let total = Mutex::new(Total { next: args.from, ..Total::default() });
     let end = args.from.saturating_add(args.seeds);
+    let lock = || total.lock().expect("not poisoned");
     std::thread::scope(|scope| {
         for _ in 0..args.jobs() {
             scope.spawn(|| {
                 loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= end || (!args.keep_going && !failed.lock().expect("not poisoned").is_empty()) {
-                        return;
+                    let next = lock().begin(args, end);
+                    let Some(seed) = next else { return };
+                    let result = one(args, seed);
+                    let told = result.as_ref().err().map(|what| tell(args, seed, what));
+                    let mut total = lock();
+                    total.end(seed, result.ok());
+                    if let Some(told) = told {
+                        println!("{told}");
                     }
-                    if args.theme.is_some_and(|theme| theme != Plan::roll(seed).theme) {
-                        continue;
-                    }
-                    match one(args, seed) {
-                        Ok(report) => {
-                            let mut total = total.lock().expect("not poisoned");
-                            total.requests += report.requests;
-                            total.records += report.records;
-                            total.points += report.points;
-                            total.time += report.time;
-                        }
-                        Err(what) => {
-                            let mut failed = failed.lock().expect("not poisoned");
-                            println!("{}", tell(args, seed, &what));
-                            failed.push(seed);
-                        }
+                    if args.progress > 0 && total.played.is_multiple_of(args.progress) {
+                        let from = total.running.first().copied().unwrap_or(total.next);
+                        println!("{}; go on with --from {from}", total.line(begun));
                     }
                 }
             });
         }
     });
-    let mut failed = failed.into_inner().expect("not poisoned");
-    failed.sort_unstable();
-    let total = total.into_inner().expect("not poisoned");
-    let played = next.into_inner().min(end) - args.from;
-    println!(
-        "{played} seeds in {:.1} s ({:.0} s simulated): {} requests, {} records, {} restore points compared; {} failed",
-        begun.elapsed().as_secs_f64(),
-        total.time as f64 / 1e9,
-        total.requests,
-        total.records,
-        total.points,
-        failed.len()
-    );
-    if failed.is_empty() {
+    let mut total = total.into_inner().expect("not poisoned");
+    total.failed.sort_unstable();
+    println!("{}", total.line(begun));
+    if total.failed.is_empty() {
         ExitCode::SUCCESS
     } else {
-        println!("failed: {failed:?}");
+        println!("failed: {:?}", total.failed);
         ExitCode::FAILURE
+    }
+}
+
+/// What all seeds together have come to.
+#[derive(Default)]
+struct Total {
+    sum: Report,
+    played: u64,
+    /// The next to begin.
+    next: u64,
+    running: BTreeSet<u64>,
+    failed: Vec<u64>,
+}
+
+impl Total {
+    /// The next seed to be played, if there is one.
+    fn begin(&mut self, args: &Args, end: u64) -> Option<u64> {
+        let wanted = |seed: &u64| args.theme.is_none_or(|theme| theme == Plan::roll(*seed).theme);
+        let seed = (self.next..end).find(wanted).filter(|_| args.keep_going || self.failed.is_empty())?;
+        self.next = seed + 1;
+        self.running.insert(seed);
+        Some(seed)
+    }
+
+    fn end(&mut self, seed: u64, report: Option<Report>) {
+        self.running.remove(&seed);
+        self.played += 1;
+        if let Some(report) = report {
+            self.sum.requests += report.requests;
+            self.sum.records += report.records;
+            self.sum.points += report.points;
+            self.sum.time += report.time;
+        } else {
+            self.failed.push(seed);
+        }
+    }
+
+    fn line(&self, begun: Instant) -> String {
+        let Self { sum, played, failed, .. } = self;
+        format!(
+            "{played} seeds in {:.1} s ({:.0} s simulated): {} requests, {} records, {} restore points compared; {} failed",
+            begun.elapsed().as_secs_f64(),
+            sum.time as f64 / 1e9,
+            sum.requests,
+            sum.records,
+            sum.points,
+            failed.len()
+        )
     }
 }
 
