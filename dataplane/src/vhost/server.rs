@@ -208,7 +208,7 @@ impl<I: Io> Server<I> {
         }
     }
 
-    /// The disk is another now (it has grown). True if its guest is to be told: see [`super::message::notice`].
+    /// The disk is another now (it has grown). True if its guest is to be told: see [`super::message::notice()`].
     pub fn refresh(&mut self, id: DeviceId, geometry: Geometry) -> bool {
         let Some(device) = device_of(&mut self.places, id.0) else { return false };
         let changed = device.geometry != geometry;
