@@ -25,9 +25,10 @@ BLOCKS = 256
 class Writers:
     """Threads that write numbered blocks through a client and remember what was answered, and how long it took."""
 
-    def __init__(self, uri, begin=None):
-        """Each writer goes on counting behind what `begin` says."""
+    def __init__(self, uri, begin=None, pause=0.0):
+        """Each writer goes on counting behind what `begin` says, and rests for `pause` seconds after each write."""
         self.uri = uri
+        self.pause = pause
         self.over = threading.Event()
         self.number = list(begin or [0] * WRITERS)
         self.answered = [[0] * BLOCKS for _ in range(WRITERS)]
@@ -67,6 +68,8 @@ class Writers:
                     expect(seen == self.content(writer, block, number), f"block {block}: an answered write is not read back")
                 self.slowest[writer] = max(self.slowest[writer], time.monotonic() - begun)
                 self.count[writer] += 1
+                if self.pause:
+                    time.sleep(self.pause)
             handle.shutdown()
         except Exception as error:  # noqa: BLE001: whatever a client sees is a failure
             self.errors.append(f"writer {writer}, write {number}: {error}")

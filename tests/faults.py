@@ -149,12 +149,12 @@ def failing_disk(scene, trigger):
 
 @contextlib.contextmanager
 def slow_file_system(folder):
-    """A file system whose disk moves 4 MiB a second and is 20 ms late with each write."""
+    """A file system whose disk moves 16 MiB a second and is 20 ms late with each write."""
     backing = folder / "slow.img"
     with open(backing, "wb") as file:
         file.truncate(512 * MIB)
     run("mkfs.ext4", "-q", "-F", backing)
-    filters = ["--filter=delay", "--filter=rate", "wdelay=20ms", "rate=32M"]
+    filters = ["--filter=delay", "--filter=rate", "wdelay=20ms", "rate=128M"]
     with filtered_file(folder, "slow-disk", backing, *filters) as image:
         with file_system(folder, "slow-mount", 0, image) as mount:
             yield mount
@@ -208,7 +208,7 @@ def main():
             config = f'spill = "{mount}/spill"\nspill_budget = "256MiB"\nspill_reserve = "16MiB"\nqueue = "16MiB"'
             with scene(folder, rng, source_config=config) as one:
                 tests.run("a slow spill: a protected pair", one.check)
-                judged("a slow spill: the target stands still, and no point is lost", one, stopped, 8, "spilling", True)
+                judged("a slow spill: the target stands still, and no point is lost", one, stopped, 10, "spilling", True)
                 judged("a slow spill: more than it can take", one, stopped, 5, "dirty")
                 judged("a slow spill: source and target killed", one, killed, ["source", "target"])
         with workspace("full") as folder, file_system(folder, "small", 512 * MIB) as mount:

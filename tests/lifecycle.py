@@ -1,7 +1,8 @@
 #!/usr/bin/python3
 """What happens in the life of a protected group, with real processes and clients: it is seeded, its disks grow, come and
 go while the others are written, its policy becomes synchronous and keeps its deadline, its source is cut off under a
-lease, and what a source holds more than its replica is listed and exported after a failover.
+lease, an older copy of its write-intent log is put back, and what a source holds more than its replica is listed and
+exported after a failover.
 """
 
 import json
@@ -388,6 +389,33 @@ def branch(folder):
         pair.close()
 
 
+def older_log(folder):
+    """An older copy of the write-intent log is put in its place while the source is dead: found out, and mended."""
+    pair = Pair(folder, {"data": SIZE})
+    cluster = pair.cluster
+    try:
+        cluster.settle()
+        [log] = (folder / "source-state" / "intent").glob("*.intent")
+        # The bits of the first synchronisation are cleared within seconds.
+        time.sleep(4)
+        old = log.read_bytes()
+        pair.stream.cut()
+        handle = connected(cluster.uri("data"))
+        for extent in (3, 9):
+            handle.pwrite(os.urandom(65536), extent * EXTENT)
+        handle.flush()
+        cluster.source.kill()
+        expect(log.read_bytes() != old, "nothing was marked")
+        with open(log, "r+b") as file:
+            file.write(old)
+        pair.stream.mend()
+        cluster.source.start()
+        eventually("the group is protected again", lambda: protected_again(cluster), timeout=60)
+        cluster.replica_is_source()
+    finally:
+        pair.close()
+
+
 def main():
     tests = Tests()
     with workspace("seeds") as folder:
@@ -416,6 +444,8 @@ def main():
                 live.pair.close()
     with workspace("lease") as folder:
         tests.run("a source cut off holds I/O before its replica is started", lease, folder)
+    with workspace("log") as folder:
+        tests.run("an older copy of a write-intent log is found out", older_log, folder)
     with workspace("branch") as folder:
         tests.run("what a source holds more is listed and exported", branch, folder)
     tests.end()

@@ -363,9 +363,9 @@ impl Shipper {
 
     /// How old a record may be when its frame is closed. Behind many frames that are not acknowledged it gains nothing by
     /// leaving early, and each frame costs a buffer here and a write in the spill: a link that stands still would fill both
-    /// with small ones.
+    /// with small ones. Once half of the queue is in use the spill is near.
     fn age_bound(&self) -> Nanos {
-        if !self.is_flowing() {
+        if !self.is_flowing() || self.queue.used() > self.queue.limit() / 2 {
             return UNLINKED_AGE;
         }
         let many = (self.keep.in_memory() / MANY_UNACKED).max(1) as Nanos;

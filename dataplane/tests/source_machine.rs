@@ -468,3 +468,24 @@ fn any_crash_at_any_step_is_mended() {
         let _ = bed.io.now();
     }
 }
+
+#[test]
+fn frames_grow_behind_many_that_are_not_acknowledged() {
+    let limits = SourceLimits { queue_bytes: 64 << 20, ..SourceLimits::default() };
+    let mut bed = Bed::new(1, 1, WorldConfig::default(), limits);
+    bed.ready();
+    bed.acked();
+    bed.held.mute = true;
+    let before = bed.held.position.frame;
+    for n in 0..1200_u64 {
+        bed.write(0, n % 64 * 4096, &[n as u8; 4096]).expect("written");
+        bed.pass(3 * MS);
+    }
+    let frames = bed.held.position.frame - before;
+    assert!((64..900).contains(&frames), "{frames} frames of 1200 writes");
+    bed.held.mute = false;
+    bed.cut();
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
+}
