@@ -149,6 +149,10 @@ CLIENTS = {"nbdkit": through_nbdkit, "QEMU": through_qemu}
 STALL = 3.5
 
 
+# What a new process may take to answer in the place of the old one, from the first sign of its end, seconds.
+TAKE_OVER = 2.0
+
+
 def ends(source, how):
     if how == "killed":
         source.kill()
@@ -158,20 +162,38 @@ def ends(source, how):
     source.start()
 
 
+def answers(uri):
+    """A new client reads something."""
+    handle = nbd.NBD()
+    try:
+        handle.connect_uri(uri)
+        handle.pread(BLOCK, 0)
+        handle.shutdown()
+        return True
+    except nbd.Error:
+        return False
+
+
 def rides_through(cluster, folder, client, how, rounds):
     uri = cluster.uri("data")
     with client(folder, uri) as through:
         writers = Writers(through)
         try:
             writers.progress()
+            taken = []
             for _ in range(rounds):
                 time.sleep(1)
                 writers.stall()
+                begun = time.monotonic()
                 ends(cluster.source, how)
+                eventually("the new process answers", lambda: answers(uri), pause=0.01)
+                taken.append(time.monotonic() - begun)
                 writers.progress()
                 stall = writers.stall()
                 expect(stall < STALL, f"a write took {stall:.1f} s")
-                print(f"    {how}: longest write {stall:.2f} s", flush=True)
+                print(f"    {how}: answers after {taken[-1]:.2f} s, longest write {stall:.2f} s", flush=True)
+            usual = sorted(taken)[len(taken) // 2]
+            expect(usual < TAKE_OVER, f"a new process took {usual:.2f} s to answer")
         finally:
             writers.end()
         writers.verify(through)
