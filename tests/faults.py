@@ -22,7 +22,7 @@ import nbd
 from cluster import MIB, Failed, Tests, eventually, expect, run, workspace
 from postgres import able
 from postgres_rounds import PostgresScene
-from scene import LONG, SIZE, STALL, Scene, file_system, filtered_file, scene
+from scene import LONG, SIZE, STALL, Fio, Scene, file_system, filtered_file, scene
 
 KILLS = [["source"], ["source"], ["target"], ["target"], ["coordinator"], ["source", "target"],
          ["source", "target", "coordinator"]]
@@ -226,7 +226,9 @@ def main():
             tests.run("a disk that can fail: a protected pair", one.check)
             judged("the source's disk fails writes for a while", one, failing_disk, trigger)
     print(f"{Scene.looked} records in the middle of a load were looked at; {Scene.none} were no restore point", flush=True)
+    print(f"fio verified in {Fio.verified} rounds; in {Fio.early} it had not begun", flush=True)
     tests.run("records in the middle of a load were looked at", lambda: expect(Scene.looked > 0, "none"))
+    tests.run("fio verified what it wrote", lambda: expect(Fio.verified > Fio.early, f"{Fio.verified} of {Fio.early} more"))
     tests.end()
 
 
