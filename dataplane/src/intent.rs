@@ -11,7 +11,9 @@
 //! Bits nobody holds are cleared lazily, above a bound, those first that were not touched lately, and those that only a
 //! synchronisation has touched in any case: a header that names
 //! the acknowledged place is made durable, then every candidate is judged again, then the pages are written. A crash
-//! in between leaves bits set, never the reverse.
+//! in between leaves bits set, never the reverse. A load that meets clean extents all the time, such as random writes all
+//! over a large disk, waits for a write of the log each time: then neighbours are marked ahead, more and more of them, and
+//! bits stay for longer. That costs a longer comparison after a crash, and ends with the load.
 //!
 //! The *dirty map* is what the next synchronisation reads: a bitmap in memory, every extent of which has its bit set in
 //! the file. A whole synchronisation begins with all of it. So what a synchronisation has done is known after a crash:
@@ -42,8 +44,14 @@ const RETRY: Nanos = 100_000_000;
 const MAX_FAILURES: u32 = 20;
 /// A header is written at least every so many writes: a page's stamp is the lower half of its serial.
 const MAX_SINCE_HEADER: u64 = 1 << 30;
-/// A bit is cleared at the earliest after this many ticks without a touch.
+/// A bit is cleared at the earliest after this many ticks without a touch …
 const COLD_TICKS: u32 = 2;
+/// … or at most this many, while writes meet clean extents all the time.
+const MAX_COLD_TICKS: u32 = 64;
+/// So many page writes with a new bit in a tick are many: for each such number twice as many extents are marked at once.
+const MANY_SETS: u32 = 64;
+/// Most extents that one write into a clean one marks.
+const MAX_SPREAD: u32 = 1024;
 
 const PAGE_BYTES: usize = (PAGE_BITS / 8) as usize;
 const NONE: u32 = u32::MAX;
@@ -159,6 +167,12 @@ pub struct IntentLog {
     failures: u32,
     retry_at: Option<Nanos>,
     tick: u32,
+    /// Page writes with a new bit in this tick.
+    sets: u32,
+    /// Extents that a write into a clean one marks, itself among them: its neighbours, aligned.
+    spread: u32,
+    /// Ticks without a touch until a bit may be cleared.
+    cold: u32,
     clear_after: Option<u64>,
 }
 
@@ -194,6 +208,9 @@ impl IntentLog {
             failures: 0,
             retry_at: None,
             tick: COLD_TICKS,
+            sets: 0,
+            spread: 1,
+            cold: COLD_TICKS,
             clear_after: None,
         };
         for extent in &loaded.extents {
@@ -354,6 +371,9 @@ impl IntentLog {
     pub fn hold(&mut self, start: u64, end: u64) -> bool {
         let mut ready = true;
         for extent in Self::extents(start, end) {
+            if self.spread > 1 && self.slots[extent as usize] == NONE {
+                self.mark_around(extent);
+            }
             let at = self.hot_index(extent);
             let hot = &mut self.hot[at];
             hot.in_flight += 1;
@@ -362,6 +382,19 @@ impl IntentLog {
             ready &= self.pages[(extent / PAGE_BITS as u32) as usize].durable >= hot.version;
         }
         ready
+    }
+
+    /// Marks the neighbours of a clean extent, too: one page write serves them all, and under a load that comes everywhere
+    /// they are next. Nothing holds their bits: they are cleared when they have gone cold.
+    fn mark_around(&mut self, extent: u32) {
+        let first = (extent / self.spread * self.spread).max(extent / PAGE_BITS as u32 * PAGE_BITS as u32);
+        let last = (extent / self.spread * self.spread + self.spread).min(self.slots.len() as u32);
+        for other in (first..last).take_while(|other| other / PAGE_BITS as u32 == extent / PAGE_BITS as u32) {
+            if self.slots[other as usize] == NONE && !self.is_dirty(other) {
+                let at = self.hot_index(other);
+                self.hot[at].used = true;
+            }
+        }
     }
 
     /// True if every bit of the range is durable.
@@ -578,6 +611,10 @@ impl IntentLog {
             let state = &mut self.pages[page as usize];
             state.queued = false;
             let sets = std::mem::take(&mut state.sets);
+            self.sets += u32::from(sets);
+            if sets && self.sets.is_multiple_of(MANY_SETS) {
+                self.spread = (self.spread * 2).min(MAX_SPREAD);
+            }
             let bits = &self.bits[page as usize * PAGE_BYTES..][..PAGE_BYTES];
             encode_page(page, self.serial, bits, &mut buf[..ALIGN]);
             (PAGES_AT + u64::from(page) * ALIGN as u64, Writing::Page(page, state.wanted, sets))
@@ -656,13 +693,20 @@ impl IntentLog {
             && !self.is_dirty(hot.extent)
             && !hot.stuck
             && hot.last_seq <= covered.seq
-            && hot.touched + COLD_TICKS <= self.tick
+            && hot.touched + self.cold <= self.tick
     }
 
     /// A tick of about a second: begins to clear bits if there are more than the bound. True if a sync of the disk
     /// would let some be cleared.
     pub fn tick(&mut self, covered: &Covered) -> bool {
         self.tick += 1;
+        if self.sets >= MANY_SETS {
+            self.cold = (self.cold * 2).min(MAX_COLD_TICKS);
+        } else {
+            self.cold = (self.cold - 1).max(COLD_TICKS);
+            self.spread = (self.spread / 2).max(1);
+        }
+        self.sets = 0;
         if self.clear_after.is_some() {
             return false;
         }
@@ -716,6 +760,7 @@ impl IntentLog {
 
     /// At a clean stop: as [`Self::tick`], for everything at once and whenever it was touched.
     pub fn clear_all(&mut self, covered: &Covered) {
+        self.cold = COLD_TICKS;
         for hot in &mut self.hot {
             hot.touched = 0;
         }
@@ -735,34 +780,4 @@ impl IntentLog {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::io::{Class, Pool};
-
-    #[test]
-    fn what_was_being_read_when_an_incarnation_ends_is_read_again() {
-        let pool = Pool::new(&[Class { capacity: 4096, count: 1 }]);
-        let buf = pool.take(4096).expect("it has one");
-        let loaded = Loaded {
-            verdict: Verdict::Missing,
-            serial: 0,
-            slot: 0,
-            extents: vec![1, 3, 5],
-            torn: Vec::new(),
-            rewrite: false,
-        };
-        let mut log = IntentLog::new(File(0), 0, 8 * EXTENT, IntentHeader::default(), &loaded, buf);
-        log.sync_begin(EXTENT, 2 * EXTENT);
-        log.sync_begin(3 * EXTENT, 4 * EXTENT);
-        log.mark_dirty(3 * EXTENT, 4 * EXTENT);
-        log.unacked_to_dirty(0);
-        let mut seen = Vec::new();
-        while let Some(extent) = log.next_dirty(0) {
-            let start = u64::from(extent) * EXTENT;
-            log.sync_begin(start, start + EXTENT);
-            log.sync_done(start, start + EXTENT);
-            seen.push(extent);
-        }
-        assert_eq!(seen, [1, 3, 5]);
-    }
-}
+mod tests;
