@@ -7,10 +7,6 @@ _list:
 build:
     cargo build --release
 
-# The same with the C library inside: one file that runs on any Linux of this architecture, also in an initramfs.
-static:
-    RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target x86_64-unknown-linux-gnu -p afterimage
-
 # Every check, or the parts named: lint docs unit sim clients guests postgres api fuzz demo bench-smoke.
 test *parts:
     tests/all {{ parts }}
