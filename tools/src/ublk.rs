@@ -52,7 +52,7 @@ pub fn run(args: Args) -> ExitCode {
 
 fn show(all: &[Listed], json: bool) -> Result<(), String> {
     if json {
-        let text = serde_json::to_string(all).map_err(|error| error.to_string())?;
+        let text = serde_json::to_string(&serde_json::json!({ "devices": all })).map_err(|error| error.to_string())?;
         println!("{text}");
         return Ok(());
     }
@@ -61,7 +61,7 @@ fn show(all: &[Listed], json: bool) -> Result<(), String> {
         println!(
             "{}\t{} bytes\t{}{used}\tprocess {}\t{}",
             one.device,
-            one.size,
+            one.size_bytes,
             one.state,
             one.pid,
             one.links.join(" ")
@@ -85,7 +85,7 @@ struct Listed {
     /// `live`, `waiting` (nobody serves it; its hosts wait) or `dead`.
     state: &'static str,
     /// Bytes.
-    size: u64,
+    size_bytes: u64,
     /// Process that serves it, or did last.
     pid: i32,
     /// Stable names that lead to it.
@@ -109,7 +109,7 @@ fn list() -> Result<Vec<Listed>, ControlError> {
         };
         let links = [LINKS, VIEW_LINKS].iter().flat_map(|dir| links_to(Path::new(dir), &device, 0)).collect();
         let in_use = info.state == state::LIVE && is_busy(&device);
-        all.push(Listed { device, state, size, pid: info.ublksrv_pid, links, in_use });
+        all.push(Listed { device, state, size_bytes: size, pid: info.ublksrv_pid, links, in_use });
     }
     Ok(all)
 }

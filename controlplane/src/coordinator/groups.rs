@@ -182,8 +182,15 @@ impl Coordinator {
         let model = self.model();
         let stream_uid = group.uid.clone();
         if let Some(source) = model.source_of(&group) {
-            let told = self.ask(source, Tell::Unprotect(v1::Unprotect { stream_uid: stream_uid.clone() })).await;
-            self.forgive(&group, told, force)?;
+            let unprotect = Tell::Unprotect(v1::Unprotect { stream_uid: stream_uid.clone() });
+            let told = self.ask_why(source, unprotect).await;
+            if let Err((_, Some(v1::CommandErrorKind::WrongState))) = &told
+                && !force
+            {
+                // Nothing has been ended there: a disk is in use. So it is protected on.
+                self.keep_protecting(name, &group).await?;
+            }
+            self.forgive(&group, told.map_err(|(problem, _)| problem), force)?;
         }
         if let Some(target) = model.target_of(&group).filter(|_| delete_points) {
             let told = self.ask(target, Tell::DropStream(v1::DropStream { stream_uid })).await;
@@ -204,6 +211,21 @@ impl Coordinator {
         .await?;
         self.tell(Severity::Info, "object", &name.to_string(), "deleted");
         Ok(())
+    }
+
+    /// Takes back that a group is being deleted.
+    async fn keep_protecting(self: &Arc<Self>, name: &Name, marked: &Group) -> Result<(), Problem> {
+        self.change(|model, txn| {
+            match model.group(name) {
+                Ok(group) if group.phase == GroupPhase::Deleting && group.uid == marked.uid => {
+                    let version = group.version + 1;
+                    txn.put(Object::Group(Group { version, phase: GroupPhase::Protecting, ..group.clone() }));
+                }
+                _ => {}
+            }
+            Ok(())
+        })
+        .await
     }
 
     fn check_deletable(&self, model: &Model, group: &Group, points: bool, force: bool) -> Result<(), Problem> {

@@ -273,13 +273,22 @@ impl Coordinator {
     }
 
     /// Asks a proxy something on behalf of a caller who waits: it has to be connected, and to answer soon.
-    pub(crate) async fn ask(&self, proxy: &Proxy, tell: Tell) -> Result<Outcome, Problem> {
+    pub(crate) async fn ask_why(
+        &self,
+        proxy: &Proxy,
+        tell: Tell,
+    ) -> Result<Outcome, (Problem, Option<CommandErrorKind>)> {
         const PATIENCE: Duration = Duration::from_secs(15);
         match self.command(proxy, "", "", tell, Duration::ZERO, PATIENCE).await {
-            Ok(Outcome::Error(e)) => Err(refusal(proxy, &e)),
+            Ok(Outcome::Error(e)) => Err((refusal(proxy, &e), Some(e.kind()))),
             Ok(outcome) => Ok(outcome),
-            Err(e) => Err(unreachable(proxy, &e)),
+            Err(e) => Err((unreachable(proxy, &e), None)),
         }
+    }
+
+    /// As [`Self::ask_why`], for who need not tell one refusal from another.
+    pub(crate) async fn ask(&self, proxy: &Proxy, tell: Tell) -> Result<Outcome, Problem> {
+        self.ask_why(proxy, tell).await.map_err(|(problem, _)| problem)
     }
 
     async fn converge_always(self: Arc<Self>) {

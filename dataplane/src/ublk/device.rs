@@ -10,11 +10,9 @@ use crate::host::{DiskKey, FrontId, HEADROOM, HostDisk, Request};
 use crate::io::{Done, Errno, File, Io, Op, Part, Token, UblkOp};
 use crate::nbd::request::Slab;
 
-use super::request::{Bounds, Kind, Req};
+use super::request::{Bounds, Kind, PIECE_SHORT, Req};
 use super::server::Shared;
 
-/// Pieces of a write where no longer buffer is to be had are cut at multiples of this, bytes.
-const PIECE_SHORT: usize = 64 * 1024;
 /// A write's buffer reaches this far past its data: the disk completes pages in place.
 const SLACK: usize = 4096;
 
@@ -332,6 +330,9 @@ impl Device {
             // Buffers come back: waiting is better than an error that no host expects.
             Err(Errno::NOMEM) => {
                 later = true;
+                if let Some(req) = self.req(tag) {
+                    req.short = true;
+                }
                 self.restart(tag);
             }
             Err(errno) => self.fail(shared, tag, errno),

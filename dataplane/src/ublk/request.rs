@@ -6,6 +6,9 @@ use crate::host::MAX_PART;
 use crate::io::Errno;
 use crate::io::ublk::uapi::{self, Descriptor, SECTOR, op, op_flag};
 
+/// Pieces where no longer buffer is to be had are cut at multiples of this, bytes.
+pub(crate) const PIECE_SHORT: usize = 64 * 1024;
+
 /// What a request does.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -45,6 +48,8 @@ pub(crate) struct Req {
     pub error: i32,
     /// All of it is asked again when nothing of it is under way.
     pub restart: bool,
+    /// A buffer for a longer piece was not to be had: from now on its pieces are short.
+    pub short: bool,
 }
 
 impl Req {
@@ -71,6 +76,7 @@ impl Req {
             outstanding: 0,
             error: 0,
             restart: false,
+            short: false,
         };
         if kind == Kind::Flush {
             // It has no range, whatever its fields say.
@@ -97,9 +103,11 @@ impl Req {
         matches!(self.kind, Kind::Read | Kind::Write { .. })
     }
 
-    /// Length of the piece that begins at `next`: up to the next multiple of [`MAX_PART`] on the disk.
+    /// Length of the piece that begins at `next`: up to the next multiple of [`MAX_PART`] (or of [`PIECE_SHORT`]) on the
+    /// disk.
     pub fn next_len(&self) -> usize {
-        let room = MAX_PART - (self.next % MAX_PART as u64) as usize;
+        let longest = if self.short { PIECE_SHORT } else { MAX_PART };
+        let room = longest - (self.next % longest as u64) as usize;
         (self.end - self.next).min(room as u64) as usize
     }
 
