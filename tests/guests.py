@@ -16,7 +16,7 @@ import time
 import urllib.parse
 
 from cluster import AFTERIMAGE, MIB, Cluster, Tests, eventually, expect, run, workspace
-from guest import Guest, Image, flushes
+from guest import Guest, Image, bare, flushes
 from guest.bare import Bare
 from guest.load import Work
 
@@ -387,6 +387,8 @@ def flush_points(folder, image, kind):
 
 TESTS = {
     "laboratory": laboratory,
+    "bare metal by ublk": bare.bare,
+    "views by ublk": bare.views,
     "survive by nbd": lambda folder, image: survive(folder, image, Nbd),
     "survive by vhost-user": lambda folder, image: survive(folder, image, VhostUser),
     "shapes of disks": shapes,

@@ -120,7 +120,7 @@ def bare(folder, image):
         guest.load("ublk_drv")
         disk = guest.block("data")
         # It has a file system with data already: protection changes nothing of it.
-        guest.do(f"mkfs.ext4 -q {disk}; mount {disk} /mnt; mkdir /mnt/before; seq 100000 >/mnt/before/numbers; umount /mnt")
+        guest.do(f"mkfs.ext4 -q {disk} 80M; mount {disk} /mnt; mkdir /mnt/before; seq 100000 >/mnt/before/numbers; umount /mnt")
         cluster = Bare(folder, guest, {"data": 0})
         expect(cluster.device() == DEVICE, f"the device is {cluster.device()}")
         name = DEVICE.removeprefix("/dev/")
@@ -130,6 +130,11 @@ def bare(folder, image):
         expect(guest.do(f"blockdev --getsize64 {LINK}") == str(96 * MIB), "the size of the device")
         # Nobody else gets at the disk meanwhile.
         expect(guest.run(f"mount {disk} /mnt")[0] != 0, "the disk itself can be mounted beside the proxy")
+        # Behind the file system: zeroes and holes where there was data.
+        guest.do(f"yes | dd of={LINK} bs=1M seek=84 count=8 iflag=fullblock oflag=direct conv=notrunc 2>/dev/null\n"
+                 f"/sbin/blkdiscard -z -o 85M -l 1M {LINK}; /sbin/blkdiscard -o 87M -l 1M {LINK}\n"
+                 f"for at in 85 87; do dd if={LINK} bs=1M skip=$at count=1 iflag=direct 2>/dev/null | tr -d '\\0' | cmp - /dev/null; done\n"
+                 f"yes | head -c 1048576 >/tmp/yes; dd if={LINK} bs=1M skip=86 count=1 iflag=direct 2>/dev/null | cmp - /tmp/yes")
         guest.do(f"mount {LINK} /mnt; seq 100000 | cmp - /mnt/before/numbers")
         guest.do(VERIFY.format("/mnt", "first"), timeout=240)
 
@@ -146,15 +151,13 @@ def bare(folder, image):
         expect(code == 0, f"fio across a death of the proxy: {output[-1500:]}")
         # A clean stop leaves the device to the next process, too.
         cluster.source.stop()
-        waiting = json.loads(guest.do("afterimage ublk list --json"))
+        waiting = json.loads(guest.do("afterimage ublk list --json"))["devices"]
         expect([d["state"] for d in waiting] == ["waiting"] and waiting[0]["links"] == [LINK], f"after a stop: {waiting}")
         cluster.source.start()
         work.progress(timeout=120)
         expect(guest.complaints() == "", f"the guest has seen errors: {guest.complaints()}")
 
-        # Discarded and zeroed blocks reach the replica as such.
-        guest.do("fallocate -l 4M /mnt/hole; sync; fallocate -z -l 4M /mnt/hole; fallocate -p -l 1M /mnt/hole; sync")
-        guest.run("fuser -k -m /mnt; sleep 1")
+        guest.do("for p in /proc/[0-9]*; do case $(readlink $p/cwd || true) in /mnt*) kill -9 ${p#/proc/};; esac; done; sleep 1")
 
         def delete():
             return cluster.command("group", "delete", Cluster.GROUP, timeout=120)
@@ -187,4 +190,61 @@ def bare(folder, image):
     finally:
         if cluster:
             cluster.close()
+        guest.close()
+
+
+PAIR = """
+mkdir -p /var/tmp/j
+afterimage proxy --new-pair /tmp/pair --serve d={disk} --listen 127.0.0.1:7800
+target() {{ afterimage proxy --standalone /tmp/pair/target.toml --journal /var/tmp/j --listen 127.0.0.1:7800 --memory 64MiB "$@"; }}
+source() {{ afterimage proxy --standalone /tmp/pair/source.toml --state /tmp/source-state --memory 64MiB --ublk; }}
+waited() {{ for try in $(seq 1200); do "$@" && return; usleep 50000; done; cat /tmp/*.log; exit 1; }}
+"""
+
+
+def views(folder, image):
+    """A view of a protected disk is a block device, too: read-only it shows the point, and takes no write; over a restart
+    of its proxy it is the same."""
+    guest = Guest(folder, image, "views", memory=1024)
+    guest.files.program(AFTERIMAGE, at="bin/afterimage")
+    raw = folder / "data.img"
+    with open(raw, "wb") as out:
+        out.truncate(48 * MIB)
+    guest.file("data", raw)
+    try:
+        guest.boot()
+        guest.load("ublk_drv")
+        pair = PAIR.format(disk=guest.block("data"))
+        # The newest complete point is of a time when the target knew of no view.
+        guest.do(pair + """
+            target >/tmp/t.log 2>&1 </dev/null & target=$!
+            source >/tmp/s.log 2>&1 </dev/null & source=$!
+            waited [ -e /dev/afterimage/d ]
+            mkfs.ext4 -q /dev/afterimage/d; mount /dev/afterimage/d /mnt; seq 50000 >/mnt/numbers; sync
+            waited grep -q protected /tmp/s.log
+            sync; sleep 4; umount /mnt; sleep 4
+            kill $source; wait $source || true; kill $target; wait $target || true
+            # A device that nobody serves is ended by name.
+            afterimage ublk list --json | grep -q '"state":"waiting"'
+            afterimage ublk remove /dev/afterimage/d
+            [ ! -e /dev/ublkb0 ]""", timeout=240)
+        guest.do(pair.replace("afterimage proxy --new-pair", ": ") + """
+            printf '[[target.views]]\\nname = "v"\\n' >>/tmp/pair/target.toml
+            for life in 1 2; do
+                target --view-ublk >/tmp/t$life.log 2>&1 </dev/null & target=$!
+                waited grep -q "ublkb0 \\(is there\\|goes on\\)" /tmp/t$life.log
+                if [ $life = 1 ]; then
+                    [ $(cat /sys/block/ublkb0/ro) = 1 ]
+                    if dd if=/dev/zero of=/dev/ublkb0 bs=4096 count=1 oflag=direct 2>/dev/null; then exit 1; fi
+                    mount -o ro,noload /dev/afterimage-views/v/d /mnt
+                fi
+                seq 50000 | cmp - /mnt/numbers
+                echo 3 >/proc/sys/vm/drop_caches
+                [ $life = 2 ] || kill -9 $target; [ $life = 2 ] || wait $target || true
+            done
+            seq 50000 | cmp - /mnt/numbers
+            umount /mnt
+            kill $target; wait $target || true""", timeout=240)
+        expect(guest.complaints() == "", f"the guest has seen errors: {guest.complaints()}")
+    finally:
         guest.close()
