@@ -209,15 +209,16 @@ impl<I: Io> Server<I> {
     /// Ties devices whose disk had gone to the disk that is there by their name now; to be called when the owner has taken
     /// disks on. A disk that is smaller, or has another block, is not the one that hosts know: the device waits on.
     pub fn rebind(&mut self, io: &mut I, disks: &mut impl Disks<I>) {
-        if self.devices().all(|device| device.serving) {
-            return;
-        }
         let exports = disks.exports();
         for device in self.places.iter_mut().filter_map(|place| place.device.as_deref_mut()) {
-            let Some(export) = exports.iter().find(|export| export.name == device.name) else { continue };
-            if !device.serving && !device.failing && fits(device, export) {
-                // What it has asked of the one that went is asked anew.
-                device.park(&mut self.shared, io);
+            let same = |export: &&Export| export.name == device.name && Some(export.key) == device.key;
+            if device.failing || (device.serving && exports.iter().any(|export| same(&export))) {
+                continue;
+            }
+            // What it has asked of the one that went is asked anew.
+            device.park(&mut self.shared, io);
+            let found = exports.iter().find(|export| export.name == device.name);
+            if let Some(export) = found.filter(|export| fits(device, export)) {
                 device.key = Some(export.key);
                 device.epoch = device.epoch.wrapping_add(1) & EPOCHS;
                 device.serving = true;

@@ -65,7 +65,8 @@ pub fn body(data: &[u8]) {
                 rig.steps(input.below(10) as usize);
                 away = rig.disks.0.pop();
                 if input.flag() {
-                    rig.server.close_export(&mut rig.io, DiskKey(7));
+                    let key = away.as_ref().map_or(DiskKey(7), |disk: &MemDisk| disk.export.key);
+                    rig.server.close_export(&mut rig.io, key);
                 }
             }
             3 => bring_back(&mut rig, away.take()),
@@ -109,6 +110,8 @@ fn bring_back(rig: &mut Rig, away: Option<MemDisk>) {
     if let Some(mut disk) = away {
         disk.forget();
         disk.shutting = false;
+        // Another life of it has another key.
+        disk.export.key = DiskKey(disk.export.key.0 + 1);
         rig.disks.0.push(disk);
         rig.server.rebind(&mut rig.io, &mut rig.disks);
         rig.turn();
