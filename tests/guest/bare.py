@@ -196,8 +196,8 @@ def bare(folder, image):
 PAIR = """
 mkdir -p /var/tmp/j
 afterimage proxy --new-pair /tmp/pair --serve d={disk} --listen 127.0.0.1:7800
-target() {{ afterimage proxy --standalone /tmp/pair/target.toml --journal /var/tmp/j --listen 127.0.0.1:7800 --memory 64MiB "$@"; }}
-source() {{ afterimage proxy --standalone /tmp/pair/source.toml --state /tmp/source-state --memory 64MiB --ublk; }}
+replica() {{ exec afterimage proxy --standalone /tmp/pair/target.toml --journal /var/tmp/j --listen 127.0.0.1:7800 --memory 64MiB "$@"; }}
+machine() {{ exec afterimage proxy --standalone /tmp/pair/source.toml --state /tmp/source-state --memory 64MiB --ublk; }}
 waited() {{ for try in $(seq 1200); do "$@" && return; usleep 50000; done; cat /tmp/*.log; exit 1; }}
 """
 
@@ -217,8 +217,8 @@ def views(folder, image):
         pair = PAIR.format(disk=guest.block("data"))
         # The newest complete point is of a time when the target knew of no view.
         guest.do(pair + """
-            target >/tmp/t.log 2>&1 </dev/null & target=$!
-            source >/tmp/s.log 2>&1 </dev/null & source=$!
+            replica >/tmp/t.log 2>&1 </dev/null & target=$!
+            machine >/tmp/s.log 2>&1 </dev/null & source=$!
             waited [ -e /dev/afterimage/d ]
             mkfs.ext4 -q /dev/afterimage/d; mount /dev/afterimage/d /mnt; seq 50000 >/mnt/numbers; sync
             waited grep -q protected /tmp/s.log
@@ -231,7 +231,7 @@ def views(folder, image):
         guest.do(pair.replace("afterimage proxy --new-pair", ": ") + """
             printf '[[target.views]]\\nname = "v"\\n' >>/tmp/pair/target.toml
             for life in 1 2; do
-                target --view-ublk >/tmp/t$life.log 2>&1 </dev/null & target=$!
+                replica --view-ublk >/tmp/t$life.log 2>&1 </dev/null & target=$!
                 waited grep -q "ublkb0 \\(is there\\|goes on\\)" /tmp/t$life.log
                 if [ $life = 1 ]; then
                     [ $(cat /sys/block/ublkb0/ro) = 1 ]
