@@ -251,7 +251,14 @@ impl Points {
         while self.cuts.back().is_some_and(|cut| cut.seq >= seq) {
             self.cuts.pop_back();
         }
-        self.change(seq.max(self.floor + 1), 0, Change::Damage);
+        if seq <= self.floor {
+            // The oldest segment was being folded: the image, which is the state at the floor, lacks what is lost.
+            apply(&mut self.base, 0, &Change::Damage);
+            apply(&mut self.now, 0, &Change::Damage);
+            self.newest_complete = self.newest_complete.filter(|newest| *newest > self.floor);
+            return;
+        }
+        self.change(seq, 0, Change::Damage);
     }
 
     fn change(&mut self, seq: u64, slot: u16, change: Change) {
@@ -386,5 +393,29 @@ impl Points {
     /// Memory, roughly, bytes.
     pub fn bytes(&self) -> usize {
         self.cuts.capacity() * size_of::<CutEntry>() + self.events.capacity() * size_of::<Event>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lost_up_to_the_floor_concerns_the_point_there_and_all_behind_it() {
+        let life = DiskLife { info: DiskInfo::default(), member: true, owes_whole: false, open: Vec::new() };
+        let points = || Points::new(224, [(0, life.clone())].into(), 0);
+        let mut lost = points();
+        assert_eq!(lost.newest_complete(), Some(224));
+        lost.damage(197);
+        lost.reached(300);
+        assert_eq!((lost.newest_complete(), lost.oldest_complete()), (None, None));
+        assert!(!complete(lost.base()) && !complete(&lost.at(224)) && !complete(&lost.at(300)));
+        // Behind the floor it concerns only what is behind it.
+        let mut lost = points();
+        lost.reached(250);
+        lost.damage(251);
+        lost.reached(300);
+        assert_eq!(lost.newest_complete(), Some(250));
+        assert!(complete(&lost.at(224)) && !complete(&lost.at(300)));
     }
 }

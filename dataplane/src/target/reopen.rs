@@ -132,6 +132,9 @@ impl Stream {
                 let old = std::mem::replace(&mut self.journal, reopen.journal);
                 self.journal.inherit(io, old);
                 self.points = reopen.points;
+                if let Err(error) = self.keep_base(io) {
+                    return self.fail(error.to_string(), events);
+                }
                 self.after_reopen();
                 events.push_back(TargetEvent::Ready { stream: self.config.stream });
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use afterimage_wire::ids::{DiskId, IncarnationId, TimelineId};
 use afterimage_wire::record::DiskInfo;
-use afterimage_wire::stream_state::DeltaView;
+use afterimage_wire::stream_state::{DeltaView, StreamStateFile};
 use afterimage_wire::timeline::TimelineKind;
 use afterimage_wire::{ALIGN, align_up};
 
@@ -333,7 +333,7 @@ impl Stream {
         [self.again, phase, self.reopen_deadline(), self.seeds.deadline()].into_iter().flatten().min()
     }
 
-    fn fail(&mut self, why: String, events: &mut VecDeque<TargetEvent>) {
+    pub(super) fn fail(&mut self, why: String, events: &mut VecDeque<TargetEvent>) {
         tracing::error!(stream = %self.config.stream, why, "the stream cannot be used");
         events.push_back(TargetEvent::Failed { stream: self.config.stream, why: why.clone() });
         self.phase = Phase::Failed(why);
@@ -414,6 +414,7 @@ impl Stream {
                     let disks: Vec<_> = self.history.table().disks.iter().map(|d| (d.disk.slot, d.disk.id)).collect();
                     let disk_of = |slot| disks.iter().find(|(s, _)| *s == slot).map(|(_, id)| *id).unwrap_or_default();
                     self.damage.restore(&self.journal, &recovery.used, disk_of);
+                    self.keep_base(ctx.io).map_err(|error| error.to_string())?;
                     self.begin_deltas(ctx.io, next_id)?;
                     Ok((Phase::Deltas(0, None), true))
                 }
@@ -444,6 +445,30 @@ impl Stream {
             }
             ready => Ok((ready, false)),
         }
+    }
+
+    /// What was lost below the floor concerns the point at the floor: the table says so before its segment goes, and a
+    /// later start, which finds nothing of it any more, asks for a whole synchronisation as this one does.
+    pub(super) fn keep_base<I: Io>(&mut self, io: &mut I) -> Result<(), TargetError> {
+        let disks: Vec<DiskLife> = self.points.base().values().cloned().collect();
+        if disks != self.history.state().disks {
+            let state = StreamStateFile { disks, ..self.history.state().clone() };
+            self.history.write_state(io, state)?;
+        }
+        let floor = self.points.floor();
+        let lost = |(slot, life): (&u16, &DiskLife)| {
+            let now = self.points.now().get(slot);
+            floor > 0 && life.owes_whole && now.is_some_and(|now| now.member && now.owes_whole && now.open.is_empty())
+        };
+        if self.points.base().iter().any(lost) && self.damage.all().all(|damage| damage.known) {
+            let what = format!("something up to record {floor} was lost before");
+            let (incarnation, blocks) = (self.journal.durable.incarnation, Vec::new());
+            let (segment, first_frame, last_frame, known) = (0, 0, 0, false);
+            let damage =
+                Damage { segment, incarnation, first_frame, last_frame, first_seq: floor, what, known, blocks };
+            self.damage.add(self.journal.config.timeline, damage);
+        }
+        Ok(())
     }
 
     /// A read or sync of recovery has ended.
