@@ -19,6 +19,9 @@
 //! The same bodies run under libFuzzer (`tests/fuzz/cargo-fuzz`), under [`soak`] (`cargo run -p afterimage-fuzz`), and
 //! over the corpus and under proptest in `cargo test`.
 
+// Two front ends are tried with the same disk in memory.
+#![allow(clippy::duplicate_mod)]
+
 pub mod forge;
 pub mod formats;
 pub mod grpc;
