@@ -32,7 +32,8 @@ const DEVICES_WAIT: Duration = Duration::from_secs(10);
 const DEVICES_LOOK: Duration = Duration::from_millis(50);
 /// Pause after a listener failed (no descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Mode of the Unix sockets: whoever may open one reads and writes disks.
+/// Mode of the Unix sockets: whoever may open one reads and writes disks. Their group is the folder's where that has its
+/// group bit (`chmod g+s`), so that a hypervisor's user can be let in.
 const SOCKET_MODE: u32 = 0o660;
 
 /// A client over TCP that is silent for so long is asked whether it is still there, …
@@ -354,7 +355,7 @@ impl Sockets {
         let failed = |source| ServiceError::Listen { field, address: listen.to_string(), source };
         match listen {
             Listen::Unix(path) => {
-                let listener = bind_unix(path, SOCKET_MODE).map_err(failed)?;
+                let listener = bind_unix(path).map_err(failed)?;
                 self.paths.push(path.clone());
                 Ok(Listening::Unix(listener))
             }
@@ -411,7 +412,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 /// Binds a Unix socket; one left over by a process that was killed is replaced, one in use is not.
-pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<std::os::unix::net::UnixListener> {
+pub(super) fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
             return Err(io::ErrorKind::AddrInUse.into());
@@ -419,7 +420,7 @@ pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<std::os::unix::net
         std::fs::remove_file(path)?;
     }
     let listener = std::os::unix::net::UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }

@@ -29,8 +29,6 @@ use tokio::sync::oneshot;
 use super::runtime::{Core, Gone, Handle};
 use super::state::Proxy;
 
-/// Mode of the sockets: whoever may open one reads and writes the disk, and shares memory with us.
-const SOCKET_MODE: u32 = 0o600;
 /// What the socket of a disk is called after its name.
 const SUFFIX: &str = ".sock";
 /// `sun_path` holds 108 bytes with its final zero.
@@ -157,7 +155,7 @@ fn listen<C: Core>(
         return Err(io::Error::other(format!("`{}` is longer than {PATH_MAX} bytes", path.display())));
     }
     super::keep::folder(dir)?;
-    let listener = UnixListener::from_std(super::service::bind_unix(&path, SOCKET_MODE)?)?;
+    let listener = UnixListener::from_std(super::service::bind_unix(&path)?)?;
     let live = Shared::default();
     let accepting = tokio::task::spawn_local(accept(handle.clone(), listener, export.key, Arc::clone(&live)));
     Ok(Offer { key: export.key, geometry: export.geometry.clone(), path, live, accepting })
