@@ -102,7 +102,7 @@ class Guest:
         paths = {port: self.folder / f"{self.name}.{port}" for port in ("shell", "witness")}
         kernel = [
             "-kernel", str(self.image.kernel), "-initrd", str(extra),
-            "-append", "console=ttyS0 panic=-1 loglevel=6 tsc=reliable mitigations=off nokaslr random.trust_cpu=on"
+            "-append", "console=ttyS0 panic=-1 loglevel=6 no_timer_check tsc=reliable mitigations=off nokaslr random.trust_cpu=on"
             + (f" lab.root={self.disks[root]}" if root else ""),
             "-device", "virtio-serial-pci,addr=0x2"]
         for port in ("shell", "witness"):
@@ -237,7 +237,7 @@ class Guest:
             except OSError:
                 got = b""
             if not got:
-                raise Lost(f"guest {self.name} is gone")
+                raise Lost(f"guest {self.name} is gone\n{self.tail()}")
             self.unread += got
 
     def run(self, script, timeout=120.0):
