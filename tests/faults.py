@@ -205,10 +205,10 @@ def main():
         judged("without a spill: source and target killed", one, killed, ["source", "target"])
     if os.geteuid() == 0:
         with workspace("slow") as folder, slow_file_system(folder) as mount:
-            config = f'spill = "{mount}/spill"\nspill_budget = "256MiB"\nspill_reserve = "16MiB"\nqueue = "16MiB"'
+            config = f'spill = "{mount}/spill"\nspill_budget = "256MiB"\nspill_reserve = "16MiB"\nqueue = "32MiB"'
             with scene(folder, rng, source_config=config) as one:
                 tests.run("a slow spill: a protected pair", one.check)
-                judged("a slow spill: the target stands still, and no point is lost", one, stopped, 15, "spilling", True)
+                judged("a slow spill: the target stands still, and no point is lost", one, stopped, 20, "spilling", True)
                 judged("a slow spill: more than it can take", one, stopped, 5, "dirty")
                 judged("a slow spill: source and target killed", one, killed, ["source", "target"])
         with workspace("full") as folder, file_system(folder, "small", 512 * MIB) as mount:
