@@ -2,7 +2,8 @@
 library of Python. Services, reflection and health as their texts say, codes as the protocol defines them, and callers
 who mean ill.
 
-Run by `tests/all api`, with a Python that has grpcio, grpcio-tools, grpcio-health-checking and grpcio-reflection.
+Run by `tests/all api`, with a Python that has grpcio, grpcio-tools, grpcio-health-checking, grpcio-reflection and
+grpcio-status.
 """
 
 import json
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 
-from cluster import ROOT, Process, Tests, eventually, expect, free_port
+from cluster import AFTERIMAGE, ROOT, Process, Tests, eventually, expect, free_port
 
 FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="afterimage-api-"))
 GENERATED = FOLDER / "generated"
@@ -28,7 +29,10 @@ sys.path.insert(0, str(GENERATED))
 import grpc  # noqa: E402
 from afterimage.v1 import coordinator_pb2 as api  # noqa: E402
 from afterimage.v1 import coordinator_pb2_grpc as services  # noqa: E402
+from google.protobuf import field_mask_pb2  # noqa: E402
+from google.rpc import error_details_pb2  # noqa: E402
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
+from grpc_status import rpc_status  # noqa: E402
 
 TENANT = "tenants/default"
 NAME = (("grpc.ssl_target_name_override", "coordinator.afterimage"),)
@@ -99,6 +103,125 @@ def policies(at):
     equal(code(stub.DeletePolicy, stale), grpc.StatusCode.ABORTED, "an old etag")
     other = api.ListPoliciesRequest(parent="tenants/other")
     equal(code(stub.ListPolicies, other), grpc.StatusCode.INVALID_ARGUMENT, "another tenant")
+
+
+def details(call, request):
+    """The code with which a call fails, and the details of the error by their types."""
+    try:
+        call(request, timeout=20)
+    except grpc.RpcError as error:
+        found = {}
+        for packed in rpc_status.from_call(error).details:
+            kind = getattr(error_details_pb2, packed.TypeName().rsplit(".", 1)[1])
+            found[kind.__name__] = kind.FromString(packed.value)
+        return error.code(), found
+    raise AssertionError("it was not refused")
+
+
+def standards(at):
+    """Masks, etags, request ids, checks only, pages, filters: as the API improvement proposals describe them."""
+    stub = services.PoliciesStub(at.channel)
+    create = lambda name, **more: stub.CreatePolicy(api.CreatePolicyRequest(  # noqa: E731
+        parent=TENANT, policy_id=name, policy=api.Policy(description=f"number {name}"), **more), timeout=20)
+    mask = lambda *paths: field_mask_pb2.FieldMask(paths=paths)  # noqa: E731
+    checked = create("s0", validate_only=True)
+    equal(checked.description, "number s0", "a check shows what would be")
+    equal(code(stub.GetPolicy, api.GetPolicyRequest(name=f"{TENANT}/policies/s0")), grpc.StatusCode.NOT_FOUND, "a check")
+    made = [create(f"s{n}", request_id=f"id-{n}") for n in range(7)]
+    equal(create("s3", request_id="id-3"), made[3], "the same request again")
+    status, found = details(stub.CreatePolicy, api.CreatePolicyRequest(
+        parent=TENANT, policy_id="other", policy=api.Policy(), request_id="id-3"))
+    equal(status, grpc.StatusCode.INVALID_ARGUMENT, "the id of another request")
+    equal(found["BadRequest"].field_violations[0].field, "request_id", "the field")
+
+    def update(policy, **more):
+        return stub.UpdatePolicy(api.UpdatePolicyRequest(policy=policy, **more), timeout=20)
+
+    name = made[0].name
+    now = update(api.Policy(name=name, retention_s=60, lease_ms=5000), update_mask=mask("retention_s"))
+    equal((now.retention_s, now.lease_ms, now.description), (60, 0, "number s0"), "a masked update")
+    now = update(api.Policy(name=name, lease_ms=5000))
+    equal((now.retention_s, now.lease_ms), (60, 5000), "an update of what is set")
+    now = update(api.Policy(name=name), update_mask=mask("lease_ms", "description"))
+    equal((now.retention_s, now.lease_ms, now.description), (60, 0, ""), "what is named and not set")
+    now = update(api.Policy(name=name, uid="other", version=99), update_mask=mask("uid", "version"))
+    equal(now.uid, made[0].uid, "an output-only field")
+    status, found = details(stub.UpdatePolicy, api.UpdatePolicyRequest(
+        policy=api.Policy(name=name), update_mask=mask("nonsense")))
+    equal(status, grpc.StatusCode.INVALID_ARGUMENT, "a mask of no field")
+    equal(found["BadRequest"].field_violations[0].field, "update_mask", "the field")
+    equal(found["ErrorInfo"].reason, "INVALID_FIELD", "the reason")
+    expect("retention_s" in found["BadRequest"].field_violations[0].description, "what is allowed is said")
+    status, found = details(stub.UpdatePolicy, api.UpdatePolicyRequest(policy=api.Policy(name=name, rpo_target_us=1)))
+    equal(found["BadRequest"].field_violations[0].field, "policy.rpo_target_us", "the field")
+    stale = api.UpdatePolicyRequest(policy=api.Policy(name=name, etag=made[0].etag, retention_s=70))
+    status, found = details(stub.UpdatePolicy, stale)
+    equal((status, found["ErrorInfo"].reason), (grpc.StatusCode.ABORTED, "ETAG_MISMATCH"), "an old etag")
+    update(api.Policy(name=name, etag=now.etag, retention_s=70))
+
+    listed, token, pages = [], "", 0
+    while True:
+        page = stub.ListPolicies(api.ListPoliciesRequest(
+            parent=TENANT, page_size=3, page_token=token, filter='name = "*/s*"'), timeout=20)
+        expect(len(page.policies) <= 3, "a page is longer than was asked for")
+        listed += [policy.name for policy in page.policies]
+        token, pages = page.next_page_token, pages + 1
+        if not token:
+            break
+        if pages == 1:  # Behind the reader and before it: the rest neither comes twice nor is left out.
+            stub.DeletePolicy(api.DeletePolicyRequest(name=listed[0]), timeout=20)
+            other = token
+    equal((listed, pages), ([policy.name for policy in made], 3), "the pages")
+    for bad in [{"page_size": -1}, {"page_token": "x"}, {"page_token": other}, {"filter": "nonsense = 1"},
+                {"filter": "(("}]:
+        request = api.ListPoliciesRequest(parent=TENANT, **bad)
+        equal(code(stub.ListPolicies, request), grpc.StatusCode.INVALID_ARGUMENT, f"{bad}")
+    by = lambda text: [p.name.rsplit("/", 1)[1] for p in stub.ListPolicies(  # noqa: E731
+        api.ListPoliciesRequest(parent=TENANT, filter=text), timeout=20).policies]
+    equal(by('description:"number s5" OR description:"number s6"'), ["s5", "s6"], "a filter")
+    equal(by('name = "*/s*" AND NOT version = 1'), [], "a filter")
+
+
+def watches(at):
+    """A watch that was cut off goes on where it was."""
+    stub = services.StatusStub(at.channel)
+    watch = lambda token="": stub.Watch(  # noqa: E731
+        api.WatchRequest(parent=TENANT, events_only=True, resume_token=token), timeout=20)
+    tokens = services.EnrolmentStub(at.channel)
+
+    def join(name):
+        made = tokens.CreateJoinToken(api.CreateJoinTokenRequest(parent=TENANT, role=api.ROLE_VIEWER, name=name), timeout=20)
+        subprocess.run([AFTERIMAGE, "join", made.token, "--identity", FOLDER / f"{name}.json"], check=True,
+                       stdout=subprocess.DEVNULL)
+
+    stream = watch()
+    stream.initial_metadata()  # It has begun.
+    join("first")
+    message = next(stream)
+    expect("first" in message.event.message and message.resume_token, f"{message}")
+    stream.cancel()
+    join("second")
+    join("third")
+    stream = watch(message.resume_token)
+    for who in ["second", "third"]:
+        message = next(stream)
+        expect(who in message.event.message and not message.gap, f"{message}")
+    stream.cancel()
+    bad = api.WatchRequest(parent=TENANT, resume_token="nonsense")
+    equal(code(stub.Watch, bad), grpc.StatusCode.INVALID_ARGUMENT, "a token that is none")
+    page = stub.ListEvents(api.ListEventsRequest(parent=TENANT, page_size=1, filter="message:third"), timeout=20)
+    equal(len(page.events), 1, "one event")
+
+
+def operations(at):
+    stub = services.OperationsStub(at.channel)
+    name = f"{TENANT}/operations/none"
+    for call, request in [(stub.GetOperation, api.GetOperationRequest), (stub.CancelOperation, api.CancelOperationRequest),
+                          (stub.WaitOperation, api.WaitOperationRequest), (stub.DeleteOperation, api.DeleteOperationRequest)]:
+        equal(code(call, request(name=name)), grpc.StatusCode.NOT_FOUND, "an operation that is not there")
+        equal(code(call, request(name="x")), grpc.StatusCode.INVALID_ARGUMENT, "no name of an operation")
+    listed = stub.ListOperations(api.ListOperationsRequest(parent=TENANT, filter="done = false"), timeout=20)
+    equal(list(listed.operations), [], "operations that are not done")
 
 
 def who_may(at):
@@ -254,6 +377,9 @@ def main():
     at = Coordinator()
     try:
         tests.run("policies from a generated client, with the codes of the protocol", policies, at)
+        tests.run("masks, etags, request ids, checks only, pages, filters, error details", standards, at)
+        tests.run("a watch resumes where it was", watches, at)
+        tests.run("operations that are not there", operations, at)
         tests.run("a caller without a certificate, a method that is not there", who_may, at)
         tests.run("health as its text says", health, at)
         tests.run("reflection tells the services and messages of the .proto files", reflection, at)

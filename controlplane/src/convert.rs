@@ -183,7 +183,7 @@ pub fn policy_to_proto(model: &Model, policy: &Policy) -> v1::Policy {
 }
 
 /// A disk for the API.
-pub fn disk_to_proto(group: &Group, disk: &Disk) -> v1::Disk {
+pub fn disk_to_proto(model: &Model, group: &Group, disk: &Disk) -> v1::Disk {
     v1::Disk {
         name: child(&group.name(), "disks", &disk.id),
         uid: disk.uid.clone(),
@@ -196,6 +196,7 @@ pub fn disk_to_proto(group: &Group, disk: &Disk) -> v1::Disk {
         export_name: disk.export_name.clone(),
         create_time_ns: disk.created_ns,
         seed_path: disk.seed_path.clone(),
+        etag: model.etag(&Object::Disk(disk.clone()).key()),
     }
 }
 
@@ -223,7 +224,7 @@ pub fn group_to_proto(model: &Model, group: &Group) -> v1::Group {
         policy: Name::new(&group.tenant, Kind::Policy, &group.policy).to_string(),
         source: Name::new(&group.tenant, Kind::Proxy, &group.source).to_string(),
         target: Name::new(&group.tenant, Kind::Proxy, &group.target).to_string(),
-        disks: model.disks_of(group).map(|d| disk_to_proto(group, d)).collect(),
+        disks: model.disks_of(group).map(|d| disk_to_proto(model, group, d)).collect(),
         phase: phase_to_proto(group).into(),
         operation: model.active_operation(group).map(|o| o.name().to_string()).unwrap_or_default(),
         failover_view: match &group.phase {
@@ -261,6 +262,7 @@ pub fn view_to_proto(model: &Model, view: &View) -> v1::View {
         exports: view.exports.iter().map(export_to_proto).collect(),
         reason: view.reason.clone(),
         open: view.open,
+        etag: model.etag(&Object::View(view.clone()).key()),
     }
 }
 
@@ -321,5 +323,9 @@ pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation
         }),
         failover: result,
         validate_only: false,
+        etag: model.etag(&Object::Operation(operation.clone()).key()),
+        done: operation.ended_ns != 0,
+        progress_percent: work.progress_percent(),
+        cancel_requested: !work.cancelled_by.is_empty(),
     }
 }

@@ -39,9 +39,19 @@ impl Events {
         event
     }
 
+    /// The number of the newest; 0 if there has been none.
+    pub fn newest(&self) -> u64 {
+        self.next
+    }
+
+    /// Whether all events after this number are kept.
+    pub fn keeps_after(&self, number: u64) -> bool {
+        self.kept.front().map_or(number >= self.next, |first| first.number <= number.saturating_add(1))
+    }
+
     /// At most `limit` events with `from` or a higher number whose subject `fits`, oldest first.
-    pub fn from(&self, from: u64, limit: usize, fits: impl Fn(&str) -> bool) -> Vec<Event> {
-        self.kept.iter().filter(|e| e.number >= from && fits(&e.subject)).take(limit).cloned().collect()
+    pub fn from(&self, from: u64, limit: usize, fits: impl Fn(&Event) -> bool) -> Vec<Event> {
+        self.kept.iter().filter(|e| e.number >= from && fits(e)).take(limit).cloned().collect()
     }
 }
 
@@ -59,7 +69,7 @@ mod tests {
         assert_eq!(all.len(), MAX_EVENTS);
         assert_eq!((all[0].number, all[MAX_EVENTS - 1].number), (6, MAX_EVENTS as u64 + 5));
         assert_eq!(events.from(10_000, 3, |_| true).len(), 3);
-        assert!(events.from(0, 10, |s| s == "other").is_empty());
+        assert!(events.from(0, 10, |e| e.subject == "other").is_empty());
     }
 
     #[test]

@@ -217,6 +217,9 @@ pub struct Failover {
     pub facts: Facts,
     /// Why it failed.
     pub error: Option<Failure>,
+    /// By whom it is to be given up; empty if by nobody.
+    #[serde(default)]
+    pub cancelled_by: String,
 }
 
 /// Which proxy of the group.
@@ -356,7 +359,7 @@ impl Failover {
         };
         let disks = disks.iter().map(|d| d.uid.clone()).collect();
         let facts = Facts { rpo_at_start_us, lease_ms, disks, ..Facts::default() };
-        Self { spec, state: State::Running, steps, facts, error: None }
+        Self { spec, state: State::Running, steps, facts, error: None, cancelled_by: String::new() }
     }
 
     /// True once nothing is left to do.
@@ -375,6 +378,7 @@ impl Failover {
     /// Records the next step as running, with what it changes in the group; both are to be stored *before* the action is
     /// done. After a restart it is the step that was running (`resumed`).
     pub fn begin(&mut self, group: &mut Group, now_ns: u64) -> Action {
+        self.heed_cancel(group);
         let Some(at) = self.current() else { return Action::Ended };
         let resumed = self.steps[at].state == StepState::Running;
         let step = &mut self.steps[at];
@@ -460,6 +464,9 @@ impl Failover {
         let name = self.steps[at].name;
         let outcome = if self.state == State::Undoing {
             Ok(self.undone(group, name, reply))
+        } else if name == StepName::Lease && !self.cancelled_by.is_empty() {
+            // The wait may have been cut short: nobody knows that the source has stopped.
+            Err(self.given_up())
         } else {
             self.done(group, disks, name, reply)
         };
@@ -476,15 +483,65 @@ impl Failover {
                 self.fail(group, name, message, remedy);
             }
         }
-        if self.current().is_none() {
-            if self.state == State::Undoing {
-                group.phase = GroupPhase::Protecting;
-                self.state = State::Failed;
-            } else {
-                group.phase = GroupPhase::FailedOver { view: FAILOVER_VIEW.to_owned() };
-                self.state = State::Done;
+        self.settle(group);
+    }
+
+    fn settle(&mut self, group: &mut Group) {
+        if self.current().is_some() || self.ended() {
+            return;
+        }
+        if self.state == State::Undoing {
+            group.phase = GroupPhase::Protecting;
+            self.state = State::Failed;
+        } else {
+            group.phase = GroupPhase::FailedOver { view: FAILOVER_VIEW.to_owned() };
+            self.state = State::Done;
+        }
+    }
+
+    /// Asks that it be given up, by whom; between two steps it will be.
+    ///
+    /// # Errors
+    /// It is too late, and why.
+    pub fn cancel(&mut self, by: &str) -> Result<(), &'static str> {
+        match self.state {
+            State::Done | State::Failed => Err("ended"),
+            State::Undoing => Ok(()),
+            State::Running if self.reached(StepName::OpenView) => Err("past the step from which it goes on to its end"),
+            State::Running => {
+                if self.cancelled_by.is_empty() {
+                    by.clone_into(&mut self.cancelled_by);
+                }
+                Ok(())
             }
         }
+    }
+
+    fn given_up(&self) -> (String, String) {
+        (
+            format!("given up by {}", self.cancelled_by),
+            "the source has been let go on; start again when it is wanted".into(),
+        )
+    }
+
+    /// Before the next step: gives it up if that is asked. A step that was being done is done first.
+    fn heed_cancel(&mut self, group: &mut Group) {
+        let next = self.steps.iter().find(|s| matches!(s.state, StepState::Pending | StepState::Running));
+        let Some(next) = next.filter(|s| s.state == StepState::Pending).map(|s| s.name) else { return };
+        if self.state == State::Running && !self.cancelled_by.is_empty() && !self.reached(StepName::OpenView) {
+            let (message, remedy) = self.given_up();
+            self.fail(group, next, message, remedy);
+            self.settle(group);
+        }
+    }
+
+    /// How much is done, as far as the steps tell, 0 to 100.
+    pub fn progress_percent(&self) -> u32 {
+        let left = self.steps.iter().filter(|s| matches!(s.state, StepState::Pending | StepState::Running)).count();
+        if self.ended() || self.steps.is_empty() {
+            return 100;
+        }
+        ((self.steps.len() - left) * 100 / self.steps.len()) as u32
     }
 
     #[allow(clippy::type_complexity)]
@@ -588,7 +645,7 @@ impl Failover {
                 self.steps.push(pending(by));
             }
         }
-        debug_assert!(group.hold, "only steps from the fence on can fail");
+        debug_assert!(group.hold || !self.reached(StepName::Fence), "only steps from the fence on can fail");
     }
 }
 

@@ -312,3 +312,78 @@ fn a_machine_stored_while_undoing_goes_on_undoing() {
         assert_eq!(group.phase, GroupPhase::Protecting);
     }
 }
+
+#[test]
+fn given_up_at_any_step_it_leaves_the_group_protected_or_says_that_it_is_too_late() {
+    // Asked for before the step that comes after `steps` others.
+    for steps in 0..10 {
+        for resumed in [false, true] {
+            let (mut work, mut group) = (failover(Choice::Latest, false), group());
+            let mut asked = None;
+            for now in 10u64.. {
+                if now == 10 + steps {
+                    if resumed {
+                        // The coordinator has begun the step, and is another one now.
+                        let _ = work.begin(&mut group, now);
+                    }
+                    asked = Some(work.cancel("operator/anna"));
+                }
+                let reply = match work.begin(&mut group, now) {
+                    Action::Ended => break,
+                    Action::Tell { command: Tell::Fence(f), .. } if f.hold => {
+                        Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 }))
+                    }
+                    Action::Tell { command: Tell::RaiseGeneration(r), .. } => {
+                        Reply::Answer(Outcome::Generation(v1::GenerationRaised {
+                            generation: r.at_least,
+                            zero_loss: false,
+                        }))
+                    }
+                    Action::Tell { command: Tell::ResolvePoint(_), .. } => Reply::Answer(Outcome::Point(point(90))),
+                    Action::Tell { command: Tell::OpenView(_), .. } => Reply::Answer(opened()),
+                    Action::Tell { .. } => Reply::Answer(Outcome::Done(v1::Done {})),
+                    Action::Drain { seq, .. } => Reply::Drained(seq),
+                    Action::Record | Action::Wait { .. } => Reply::Nothing,
+                };
+                work.apply(&mut group, &disks(), reply, now);
+            }
+            match asked {
+                Some(Ok(())) => {
+                    assert_eq!((work.state, &group.phase), (State::Failed, &GroupPhase::Protecting), "after {steps}");
+                    assert!(!group.hold && group.generation == group.writer_generation, "after {steps}");
+                    assert!(work.error.as_ref().unwrap().message.contains("operator/anna"));
+                }
+                Some(Err(_)) | None => assert_eq!(work.state, State::Done, "after {steps}"),
+            }
+            assert_eq!(work.progress_percent(), 100);
+        }
+    }
+}
+
+#[test]
+fn a_lease_that_was_waited_for_when_it_was_given_up_is_not_taken_for_run_out() {
+    let spec = Spec { to: Choice::Latest, unconfirmed: false, reason: String::new() };
+    let mut work = Failover::new(spec, &[], 0, 60_000, "ok".into(), 5);
+    work.facts.disks = vec!["d1".into()];
+    let mut group = group();
+    for now in 10.. {
+        let reply = match work.begin(&mut group, now) {
+            Action::Ended => break,
+            Action::Tell { command: Tell::Fence(f), .. } if f.hold => Reply::Unreachable("gone".into()),
+            Action::Tell { command: Tell::RaiseGeneration(r), .. } => {
+                Reply::Answer(Outcome::Generation(v1::GenerationRaised { generation: r.at_least, zero_loss: false }))
+            }
+            Action::Wait { .. } => {
+                work.cancel("operator/anna").unwrap();
+                Reply::Nothing
+            }
+            Action::Tell { .. } => Reply::Answer(Outcome::Done(v1::Done {})),
+            _ => Reply::Nothing,
+        };
+        work.apply(&mut group, &disks(), reply, now);
+    }
+    assert_eq!((work.state, &group.phase), (State::Failed, &GroupPhase::Protecting));
+    let lease = work.steps.iter().find(|s| s.name == StepName::Lease).unwrap();
+    assert_eq!(lease.state, StepState::Failed);
+    assert!(!group.hold);
+}

@@ -4,10 +4,12 @@
 //! model: what is read is always what is stored.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use crate::names::Name;
 use crate::objects::{Disk, Group, GroupPhase, KeyRecord, Object, Operation, Policy, Proxy, View};
 use crate::problem::Problem;
+use crate::requests::RequestRecord;
 use crate::store::{Change, Expect, Listing};
 use crate::token::TokenRecord;
 
@@ -44,6 +46,8 @@ pub struct Model {
     pub tokens: BTreeMap<String, TokenRecord>,
     /// Policy keys, by id.
     pub keys: BTreeMap<String, KeyRecord>,
+    /// Requests that have been done, by tenant and key. Many, and copied with each change.
+    pub requests: BTreeMap<Key, Arc<RequestRecord>>,
     revisions: HashMap<String, u64>,
 }
 
@@ -127,6 +131,7 @@ impl Model {
             Object::Operation(o) => drop(self.operations.insert(pair(&o.tenant, &o.uid), o)),
             Object::Token(o) => drop(self.tokens.insert(o.id.clone(), o)),
             Object::Key(o) => drop(self.keys.insert(o.id.clone(), o)),
+            Object::Request(o) => drop(self.requests.insert(pair(&o.tenant, &o.key), Arc::new(o))),
             Object::Term(term) => self.term = term,
         }
     }
@@ -142,6 +147,7 @@ impl Model {
             Object::Operation(o) => drop(self.operations.remove(&pair(&o.tenant, &o.uid))),
             Object::Token(o) => drop(self.tokens.remove(&o.id)),
             Object::Key(o) => drop(self.keys.remove(&o.id)),
+            Object::Request(o) => drop(self.requests.remove(&pair(&o.tenant, &o.key))),
             Object::Term(_) => self.term = 0,
         }
     }
@@ -244,7 +250,7 @@ impl Model {
     ///
     /// # Errors
     /// The object has changed.
-    pub fn check_etag(&self, subject: &Name, object_key: &str, given: &str) -> Result<(), Problem> {
+    pub fn check_etag(&self, subject: impl ToString, object_key: &str, given: &str) -> Result<(), Problem> {
         let found = self.etag(object_key);
         if given.is_empty() || given == found {
             return Ok(());

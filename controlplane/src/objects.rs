@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::failover::Failover;
 use crate::names::{Kind, Name, child};
 use crate::policy::Promises;
+use crate::requests::RequestRecord;
 use crate::token::TokenRecord;
 
 /// A policy.
@@ -348,6 +349,8 @@ pub enum Object {
     Token(TokenRecord),
     /// A policy key.
     Key(KeyRecord),
+    /// A request that has been done.
+    Request(RequestRecord),
     /// The highest term.
     Term(u64),
 }
@@ -364,6 +367,7 @@ impl Object {
             Self::Operation(o) => format!("operations/{}/{}", o.tenant, o.uid),
             Self::Token(o) => format!("tokens/{}", o.id),
             Self::Key(o) => format!("keys/{}", o.id),
+            Self::Request(o) => format!("requests/{}/{}", o.tenant, o.key),
             Self::Term(_) => "term".to_owned(),
         }
     }
@@ -379,6 +383,7 @@ impl Object {
             Self::Operation(o) => serde_json::to_vec(o),
             Self::Token(o) => serde_json::to_vec(o),
             Self::Key(o) => serde_json::to_vec(o),
+            Self::Request(o) => serde_json::to_vec(o),
             Self::Term(o) => serde_json::to_vec(o),
         };
         json.expect("objects are plain data with string keys")
@@ -402,6 +407,7 @@ impl Object {
             "operations" => Self::Operation(read(key, value)?),
             "tokens" => Self::Token(read(key, value)?),
             "keys" => Self::Key(read(key, value)?),
+            "requests" => Self::Request(read(key, value)?),
             "term" => Self::Term(read(key, value)?),
             _ => return Err(format!("{key}: no kind of object that this program knows")),
         })

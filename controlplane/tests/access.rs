@@ -32,15 +32,21 @@ fn policy(id: &str) -> CreatePolicyRequest {
         policy_id: id.into(),
         policy: Some(Policy::default()),
         validate_only: false,
+        ..Default::default()
     }
 }
 
 #[tokio::test]
 async fn each_role_may_what_it_may() {
     let world = World::new().await;
-    let list = || ListPoliciesRequest { parent: TENANT.into() };
-    let token =
-        || CreateJoinTokenRequest { parent: TENANT.into(), role: Role::Admin.into(), name: "x".into(), ttl_s: 0 };
+    let list = || ListPoliciesRequest { parent: TENANT.into(), ..Default::default() };
+    let token = || CreateJoinTokenRequest {
+        parent: TENANT.into(),
+        role: Role::Admin.into(),
+        name: "x".into(),
+        ttl_s: 0,
+        ..Default::default()
+    };
     let denied = Code::PermissionDenied;
 
     let (channel, nobody) = (anonymous(&world).await, Code::Unauthenticated);
@@ -108,7 +114,13 @@ async fn a_token_is_spent_even_if_the_request_is_bad() {
 async fn a_tokens_terms_are_checked() {
     let world = World::new().await;
     let mut enrolment = EnrolmentClient::new(world.channel.clone());
-    let good = CreateJoinTokenRequest { parent: TENANT.into(), role: Role::Proxy.into(), name: "a".into(), ttl_s: 60 };
+    let good = CreateJoinTokenRequest {
+        parent: TENANT.into(),
+        role: Role::Proxy.into(),
+        name: "a".into(),
+        ttl_s: 60,
+        ..Default::default()
+    };
     enrolment.create_join_token(good.clone()).await.unwrap();
     for bad in [
         CreateJoinTokenRequest { ttl_s: 59, ..good.clone() },
@@ -148,7 +160,11 @@ async fn another_coordinators_certificate_is_refused() {
     foreign.ca_pem.clone_from(&world.admin.ca_pem);
     let listed = match client::connect(&foreign).await {
         Err(_) => return,
-        Ok(channel) => PoliciesClient::new(channel).list_policies(ListPoliciesRequest { parent: TENANT.into() }).await,
+        Ok(channel) => {
+            PoliciesClient::new(channel)
+                .list_policies(ListPoliciesRequest { parent: TENANT.into(), ..Default::default() })
+                .await
+        }
     };
     assert!(listed.is_err());
 }
@@ -261,7 +277,7 @@ async fn what_is_no_tls_gets_nothing_and_costs_nothing() {
         let _ = socket.read_to_end(&mut answer).await;
         assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
     }
-    world.policies().list_policies(ListPoliciesRequest { parent: TENANT.into() }).await.unwrap();
+    world.policies().list_policies(ListPoliciesRequest { parent: TENANT.into(), ..Default::default() }).await.unwrap();
 }
 
 #[tokio::test]
@@ -323,7 +339,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
         ("Proxies", "GetProxy ListProxies DeleteProxy"),
         ("Points", "ListPoints ResolvePoint CreateCut"),
         ("Failovers", "StartFailover"),
-        ("Operations", "GetOperation ListOperations WaitOperation"),
+        ("Operations", "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation"),
         ("Views", "CreateView GetView ListViews DeleteView"),
         ("Status", "GetStatus Watch ListEvents"),
         ("Enrolment", "CreateJoinToken Join Renew"),
@@ -348,7 +364,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
             }
         }
     }
-    world.policies().list_policies(ListPoliciesRequest { parent: TENANT.into() }).await.unwrap();
+    world.policies().list_policies(ListPoliciesRequest { parent: TENANT.into(), ..Default::default() }).await.unwrap();
 }
 
 #[tokio::test]

@@ -81,7 +81,7 @@ async fn a_source_with_a_lease_that_is_gone_is_waited_for_and_needs_no_word() {
     let gold = world.policies().get_policy(policy.clone()).await.unwrap().into_inner();
     let update = |gold: &Policy, lease_ms| UpdatePolicyRequest {
         policy: Some(Policy { lease_ms: Some(lease_ms), ..gold.clone() }),
-        validate_only: false,
+        ..Default::default()
     };
     assert_eq!(code(world.policies().update_policy(update(&gold, 2_999)).await), Code::InvalidArgument);
     world.policies().update_policy(update(&gold, 3_000)).await.unwrap();
@@ -109,7 +109,7 @@ async fn a_policy_that_gives_up_its_lease_is_not_relied_on() {
     for lease_ms in [3_000, 0] {
         let gold = world.policies().get_policy(policy.clone()).await.unwrap().into_inner();
         let gold = Policy { lease_ms: Some(lease_ms), ..gold };
-        let update = UpdatePolicyRequest { policy: Some(gold), validate_only: false };
+        let update = UpdatePolicyRequest { policy: Some(gold), ..Default::default() };
         world.policies().update_policy(update).await.unwrap();
         while world.status().await.lease_ms != lease_ms {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -139,7 +139,7 @@ async fn checking_only_stores_nothing_and_says_what_would_be_in_the_way() {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     assert_eq!(code(world.failovers().start_failover(check(At::Latest(true))).await), Code::Unavailable);
-    let list = ListOperationsRequest { parent: TENANT.into(), active_only: false };
+    let list = ListOperationsRequest { parent: TENANT.into(), ..Default::default() };
     assert!(world.operations().list_operations(list).await.unwrap().into_inner().operations.is_empty());
 }
 
@@ -189,7 +189,12 @@ async fn a_failure_lets_the_source_go_on_and_says_at_which_step() {
     assert_eq!(state.sources.len(), 1);
     assert_eq!(target.script.journal.lock().unwrap().generation, 3);
     assert_eq!(world.status().await.phase(), Phase::Protected);
-    let views = world.views().list_views(ListViewsRequest { parent: SHOP.into() }).await.unwrap().into_inner();
+    let views = world
+        .views()
+        .list_views(ListViewsRequest { parent: SHOP.into(), ..Default::default() })
+        .await
+        .unwrap()
+        .into_inner();
     assert!(views.views.is_empty());
 }
 

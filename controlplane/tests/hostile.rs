@@ -17,7 +17,7 @@ use tonic_health::pb::health_client::HealthClient;
 use world::*;
 
 async fn list(world: &World) -> Result<ListPoliciesResponse, tonic::Status> {
-    let request = ListPoliciesRequest { parent: TENANT.into() };
+    let request = ListPoliciesRequest { parent: TENANT.into(), ..Default::default() };
     world.policies().list_policies(request).await.map(tonic::Response::into_inner)
 }
 
@@ -130,7 +130,7 @@ async fn names_of_any_script_and_shape_are_refused_by_field() {
             parent: TENANT.into(),
             policy_id: name.into(),
             policy: Some(Policy::default()),
-            validate_only: false,
+            ..Default::default()
         };
         let status = world.policies().create_policy(request).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{name:?}");

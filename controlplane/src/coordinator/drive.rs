@@ -9,7 +9,6 @@ use afterimage_wire::v1::{self, Severity};
 use tokio::time::{Instant, sleep};
 
 use super::Coordinator;
-use super::groups::check_request_id;
 use crate::convert;
 use crate::failover::{self, Action, Choice, FAILOVER_VIEW, Failover, Reply, Side, Spec, StepName, StepState};
 use crate::model::{Model, Txn};
@@ -17,6 +16,7 @@ use crate::names::Name;
 use crate::objects::{Group, GroupPhase, Object, Operation, View, ViewKind, new_uid};
 use crate::policy::check_text;
 use crate::problem::Problem;
+use crate::requests::{Asked, gone};
 
 /// Before a change that the store refused is tried again.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -51,10 +51,16 @@ impl Coordinator {
         self: &Arc<Self>,
         name: &Name,
         wanted: FailoverWanted,
+        request: &Asked,
     ) -> Result<v1::Operation, Problem> {
-        check_request_id(&wanted.request_id)?;
         check_text("reason", &wanted.reason)?;
         let model = self.model();
+        if let Some(done) = request.done(&model)? {
+            let operation = Name::new(&name.tenant, crate::names::Kind::Operation, &done.uid);
+            let found = model.operation(&operation).map_err(|_| gone("operation", &operation))?;
+            return Ok(convert::operation_to_proto(&model, found));
+        }
+        // As an earlier version of this program recorded it.
         if let Some(same) = same_request(&model, name, &wanted.request_id) {
             return Ok(convert::operation_to_proto(&model, same));
         }
@@ -75,6 +81,11 @@ impl Coordinator {
         let uid = new_uid();
         let begun = self
             .change(|model, txn| {
+                if let Some(done) = request.done(model)? {
+                    let operation = Name::new(&name.tenant, crate::names::Kind::Operation, &done.uid);
+                    let found = model.operation(&operation).map_err(|_| gone("operation", &operation))?;
+                    return Ok((found.clone(), false));
+                }
                 if let Some(same) = same_request(model, name, &wanted.request_id) {
                     return Ok((same.clone(), false));
                 }
@@ -103,6 +114,7 @@ impl Coordinator {
                     return Ok((operation, false));
                 }
                 let phase = GroupPhase::FailingOver { operation: uid.clone() };
+                request.record(model, txn, now, &uid);
                 txn.put(Object::Group(Group { version: group.version + 1, phase, ..group.clone() }));
                 txn.put(Object::Operation(operation.clone()));
                 for old in model.surplus_operations(&name.tenant) {
@@ -219,7 +231,11 @@ impl Coordinator {
         match action {
             Action::Record | Action::Ended => Reply::Nothing,
             Action::Wait { ms } => {
-                sleep(Duration::from_millis(ms)).await;
+                // Cut short when it is given up: see `Failover::apply`.
+                tokio::select! {
+                    () = sleep(Duration::from_millis(ms)) => {}
+                    () = self.cancelled(name) => {}
+                }
                 Reply::Nothing
             }
             Action::Drain { seq, within_ms } => self.drain(group, seq, Duration::from_millis(within_ms)).await,
@@ -238,6 +254,78 @@ impl Coordinator {
                 }
             }
         }
+    }
+
+    /// Until somebody has asked that this operation be given up.
+    async fn cancelled(&self, name: &Name) {
+        let mut changes = self.model_changes();
+        loop {
+            changes.mark_unchanged();
+            if self.model().operation(name).is_ok_and(|o| !o.work.cancelled_by.is_empty()) {
+                return;
+            }
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+
+    /// Asks that an operation be given up.
+    ///
+    /// # Errors
+    /// There is none of that name; it is too late.
+    pub async fn cancel_operation(self: &Arc<Self>, name: &Name, by: &str) -> Result<v1::Operation, Problem> {
+        let (operation, asked) = self
+            .change(|model, txn| {
+                let mut operation = model.operation(name)?.clone();
+                let before = operation.work.cancelled_by.clone();
+                operation
+                    .work
+                    .cancel(by)
+                    .map_err(|state| Problem::state(name, state, "it cannot be given up any more"))?;
+                let asked = operation.work.cancelled_by != before;
+                if asked {
+                    operation.version += 1;
+                    txn.put(Object::Operation(operation.clone()));
+                }
+                Ok((operation, asked))
+            })
+            .await?;
+        if asked {
+            let subject = Name::new(&name.tenant, crate::names::Kind::Group, &operation.group).to_string();
+            self.tell(Severity::Warning, "operation", &subject, &format!("{by} has asked that {name} be given up"));
+        }
+        Ok(convert::operation_to_proto(&self.model(), &operation))
+    }
+
+    /// Forgets an operation that has ended.
+    ///
+    /// # Errors
+    /// There is none of that name; it has changed, or has not ended.
+    pub async fn delete_operation(
+        self: &Arc<Self>,
+        name: &Name,
+        etag: &str,
+        validate_only: bool,
+        request: &Asked,
+    ) -> Result<(), Problem> {
+        let now = self.clock.wall_ns();
+        self.change(|model, txn| {
+            if request.done(model)?.is_some() {
+                return Ok(());
+            }
+            let old = model.operation(name)?;
+            model.check_etag(name, &Object::Operation(old.clone()).key(), etag)?;
+            if old.ended_ns == 0 {
+                return Err(Problem::state(name, "being done", "wait for its end, or cancel it"));
+            }
+            if !validate_only {
+                request.record(model, txn, now, &old.uid);
+                txn.delete(Object::Operation(old.clone()));
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Waits until the target holds what the held source had captured.

@@ -31,6 +31,7 @@ impl Coordinator {
         role: Role,
         name: &str,
         ttl_s: u64,
+        validate_only: bool,
     ) -> Result<(String, u64), Problem> {
         check_id("name", name)?;
         let ttl = match ttl_s {
@@ -53,11 +54,13 @@ impl Coordinator {
             if model.tokens.len() >= MAX_TOKENS {
                 return Err(Problem::Limit { what: "join tokens given out".into(), limit: MAX_TOKENS as u64 });
             }
-            txn.put(Object::Token(record));
+            if !validate_only {
+                txn.put(Object::Token(record));
+            }
             Ok(())
         })
         .await?;
-        Ok((token.encode(), expire))
+        Ok((if validate_only { String::new() } else { token.encode() }, expire))
     }
 
     /// Spends a token: a certificate for the key of the request. The token is gone afterwards, whatever came of it.

@@ -9,27 +9,14 @@ use std::time::Duration;
 
 use super::{Coordinator, misfit, refusal, unreachable};
 use crate::convert;
+use crate::fields::{self, Rules};
 use crate::group::{DiskWanted, Found, check_disks, new_group};
 use crate::model::Model;
 use crate::names::{Kind, Name};
 use crate::objects::{Disk, Group, GroupPhase, Object, Proxy, ViewKind};
 use crate::policy::check_text;
 use crate::problem::Problem;
-
-/// Longest request id, characters.
-const MAX_REQUEST_ID: usize = 64;
-
-/// Checks a request id.
-///
-/// # Errors
-/// Too long, or not printable.
-pub(super) fn check_request_id(id: &str) -> Result<(), Problem> {
-    if id.len() > MAX_REQUEST_ID || !id.chars().all(|c| c.is_ascii_graphic()) {
-        let allowed = format!("up to {MAX_REQUEST_ID} printable ASCII characters without spaces");
-        return Err(Problem::invalid("request_id", id, allowed));
-    }
-    Ok(())
-}
+use crate::requests::{Asked, gone};
 
 impl Coordinator {
     /// Creates a group with its disks. The source proxy looks at each disk first.
@@ -42,9 +29,13 @@ impl Coordinator {
         asked: &v1::Group,
         validate_only: bool,
         request_id: &str,
+        request: &Asked,
     ) -> Result<v1::Group, Problem> {
-        check_request_id(request_id)?;
         let model = self.model();
+        if let Some(done) = request.done(&model)? {
+            return self.group_made(&model, name, &done.uid);
+        }
+        // As an earlier version of this program recorded it.
         if let Ok(old) = model.group(name)
             && !request_id.is_empty()
             && old.request_id == request_id
@@ -68,26 +59,40 @@ impl Coordinator {
         let key = self.keys.generate().map_err(|e| Problem::Internal(e.to_string()))?;
         group.key.clone_from(&key.id);
         let (made, made_disks) = (group.clone(), disks.clone());
-        self.change(|model, txn| {
-            // Looking took a while: what was checked has to hold still.
-            new_group(model, name, asked, now)?;
-            check_disks(model, &group, &wanted)?;
-            if !validate_only {
-                txn.put(Object::Key(key));
-                txn.put(Object::Group(group));
-                disks.into_iter().for_each(|d| txn.put(Object::Disk(d)));
-            }
-            Ok(())
-        })
-        .await?;
+        let twin = self
+            .change(|model, txn| {
+                if let Some(done) = request.done(model)? {
+                    return Ok(Some(done.uid.clone()));
+                }
+                // Looking took a while: what was checked has to hold still.
+                new_group(model, name, asked, now)?;
+                check_disks(model, &group, &wanted)?;
+                if !validate_only {
+                    request.record(model, txn, now, &group.uid);
+                    txn.put(Object::Key(key));
+                    txn.put(Object::Group(group));
+                    disks.into_iter().for_each(|d| txn.put(Object::Disk(d)));
+                }
+                Ok(None)
+            })
+            .await?;
+        if let Some(uid) = twin {
+            return self.group_made(&self.model(), name, &uid);
+        }
         if validate_only {
             let mut shown = convert::group_to_proto(&model, &made);
-            shown.disks = made_disks.iter().map(|d| convert::disk_to_proto(&made, d)).collect();
+            shown.disks = made_disks.iter().map(|d| convert::disk_to_proto(&model, &made, d)).collect();
             return Ok(shown);
         }
         self.tell(Severity::Info, "object", &name.to_string(), "protected from now on");
         let model = self.model();
         Ok(convert::group_to_proto(&model, model.group(name)?))
+    }
+
+    /// The group that a request made or changed, as it is now.
+    fn group_made(&self, model: &Model, name: &Name, uid: &str) -> Result<v1::Group, Problem> {
+        let group = model.group(name).ok().filter(|g| g.uid == uid).ok_or_else(|| gone("group", name))?;
+        Ok(convert::group_to_proto(model, group))
     }
 
     /// What a proxy finds at a path.
@@ -117,35 +122,35 @@ impl Coordinator {
         self: &Arc<Self>,
         name: &Name,
         asked: &v1::Group,
+        mask: Option<&prost_types::FieldMask>,
         validate_only: bool,
+        request: &Asked,
     ) -> Result<v1::Group, Problem> {
-        check_text("group.description", &asked.description)?;
-        let policy = Name::parse("group.policy", Kind::Policy, &asked.policy)?;
         let now = self.clock.wall_ns();
         let made = self
             .change(|model, txn| {
+                if let Some(done) = request.done(model)? {
+                    let group = model.group(name).ok().filter(|g| g.uid == done.uid);
+                    return group.cloned().ok_or_else(|| gone("group", name));
+                }
                 let old = model.group(name)?;
                 model.check_etag(name, &Object::Group(old.clone()).key(), &asked.etag)?;
+                let wanted = fields::update(&convert::group_to_proto(model, old), asked, mask, &UPDATE)?;
+                check_text("group.description", &wanted.description)?;
+                let policy = Name::parse("group.policy", Kind::Policy, &wanted.policy)?;
                 if policy.tenant != name.tenant {
                     return Err(Problem::invalid("group.policy", &policy, "of the group's own tenant"));
                 }
                 model.policy(&policy)?;
-                for (field, given, kept) in
-                    [("group.source", &asked.source, &old.source), ("group.target", &asked.target, &old.target)]
-                {
-                    let kept = Name::new(&name.tenant, Kind::Proxy, kept).to_string();
-                    if !given.is_empty() && *given != kept {
-                        return Err(Problem::invalid(field, given, format!("{kept}: it cannot be changed")));
-                    }
-                }
                 let made = Group {
                     version: old.version + 1,
                     updated_ns: now,
-                    description: asked.description.clone(),
+                    description: wanted.description,
                     policy: policy.id,
                     ..old.clone()
                 };
                 if !validate_only {
+                    request.record(model, txn, now, &made.uid);
                     txn.put(Object::Group(made.clone()));
                 }
                 Ok(made)
@@ -165,20 +170,29 @@ impl Coordinator {
         etag: &str,
         delete_points: bool,
         force: bool,
+        validate_only: bool,
+        request: &Asked,
     ) -> Result<(), Problem> {
         let group = self
             .change(|model, txn| {
+                if request.done(model)?.is_some() {
+                    return Ok(None);
+                }
                 let old = model.group(name)?;
-                if old.phase == GroupPhase::Deleting {
-                    return Ok(old.clone());
+                if old.phase == GroupPhase::Deleting && !validate_only {
+                    return Ok(Some(old.clone()));
                 }
                 model.check_etag(name, &Object::Group(old.clone()).key(), etag)?;
                 self.check_deletable(model, old, delete_points, force)?;
+                if validate_only {
+                    return Ok(None);
+                }
                 let marked = Group { version: old.version + 1, phase: GroupPhase::Deleting, ..old.clone() };
                 txn.put(Object::Group(marked.clone()));
-                Ok(marked)
+                Ok(Some(marked))
             })
             .await?;
+        let Some(group) = group else { return Ok(()) };
         let model = self.model();
         let stream_uid = group.uid.clone();
         if let Some(source) = model.source_of(&group) {
@@ -196,8 +210,10 @@ impl Coordinator {
             let told = self.ask(target, Tell::DropStream(v1::DropStream { stream_uid })).await;
             self.forgive(&group, told, force)?;
         }
+        let now = self.clock.wall_ns();
         self.change(|model, txn| {
             let Ok(old) = model.group(name) else { return Ok(()) };
+            request.record(model, txn, now, &old.uid);
             model.views_of(old).for_each(|v| txn.delete(Object::View(v.clone())));
             let disks = model.disks.values().filter(|d| d.group_uid == old.uid);
             disks.for_each(|d| txn.delete(Object::Disk(d.clone())));
@@ -276,8 +292,18 @@ impl Coordinator {
         id: &str,
         asked: &v1::Disk,
         validate_only: bool,
+        request: &Asked,
     ) -> Result<v1::Disk, Problem> {
         let model = self.model();
+        let made_before = |model: &Model, uid: &str| {
+            let group = model.group(name)?;
+            let disk = model.disks_of(group).find(|d| d.uid == uid).cloned();
+            Ok((group.clone(), disk.ok_or_else(|| gone("disk", crate::names::child(name, "disks", id)))?))
+        };
+        if let Some(done) = request.done(&model)? {
+            let (group, disk) = made_before(&model, &done.uid)?;
+            return Ok(convert::disk_to_proto(&model, &group, &disk));
+        }
         let group = model.group(name)?;
         let wanted = DiskWanted::new("disk", id, asked)?;
         check_protecting(group)?;
@@ -287,6 +313,9 @@ impl Coordinator {
         let now = self.clock.wall_ns();
         let (group, made) = self
             .change(|model, txn| {
+                if let Some(done) = request.done(model)? {
+                    return made_before(model, &done.uid);
+                }
                 let group = model.group(name)?;
                 check_protecting(group)?;
                 check_disks(model, group, std::slice::from_ref(&wanted))?;
@@ -300,13 +329,14 @@ impl Coordinator {
                     ..group.clone()
                 };
                 if !validate_only {
+                    request.record(model, txn, now, &made.uid);
                     txn.put(Object::Group(group.clone()));
                     txn.put(Object::Disk(made.clone()));
                 }
                 Ok((group, made))
             })
             .await?;
-        Ok(convert::disk_to_proto(&group, &made))
+        Ok(convert::disk_to_proto(&self.model(), &group, &made))
     }
 
     /// Takes a disk out of a group.
@@ -314,23 +344,43 @@ impl Coordinator {
     /// # Errors
     /// There is none of that name; the group is not protecting, or this is its last disk; the source proxy is not there,
     /// or cannot.
-    pub async fn delete_disk(self: &Arc<Self>, name: &Name, id: &str) -> Result<(), Problem> {
+    pub async fn delete_disk(
+        self: &Arc<Self>,
+        name: &Name,
+        id: &str,
+        etag: &str,
+        validate_only: bool,
+        request: &Asked,
+    ) -> Result<(), Problem> {
         let model = self.model();
+        if request.done(&model)?.is_some() {
+            return Ok(());
+        }
         let group = model.group(name)?;
         check_protecting(group)?;
         let found = model.disks.values().find(|d| d.group_uid == group.uid && d.id == id);
-        let disk = found.cloned().ok_or_else(|| Problem::not_found("disk", crate::names::child(name, "disks", id)))?;
+        let full = crate::names::child(name, "disks", id);
+        let disk = found.cloned().ok_or_else(|| Problem::not_found("disk", &full))?;
+        model.check_etag(&full, &Object::Disk(disk.clone()).key(), etag)?;
         if model.disks_of(group).all(|d| d.uid == disk.uid) {
             return Err(Problem::state(name, "of this one disk only", "delete the group instead"));
         }
         let source = model.source_of(group).ok_or_else(|| Problem::not_found("proxy", &group.source))?;
+        if validate_only {
+            return Ok(());
+        }
         self.mark_leaving(&disk, true).await?;
         let leave = v1::LeaveDisk { stream_uid: group.uid.clone(), disk_uid: disk.uid.clone() };
         if let Err(e) = self.ask(source, Tell::LeaveDisk(leave)).await {
             self.mark_leaving(&disk, false).await?;
             return Err(e);
         }
-        self.change(|_, txn| {
+        let now = self.clock.wall_ns();
+        self.change(|model, txn| {
+            request.record(model, txn, now, &disk.uid);
+            if let Ok(group) = model.group(name) {
+                txn.put(Object::Group(Group { version: group.version + 1, updated_ns: now, ..group.clone() }));
+            }
             txn.delete(Object::Disk(disk));
             Ok(())
         })
@@ -374,6 +424,17 @@ impl Coordinator {
         .await
     }
 }
+
+/// What an update of a group may change.
+const UPDATE: Rules<'static> = Rules {
+    root: "group",
+    writable: &["description", "policy"],
+    fixed: &[
+        ("source", "what it is: it cannot be changed"),
+        ("target", "what it is: it cannot be changed"),
+        ("disks", "what they are: disks come with CreateDisk and go with DeleteDisk"),
+    ],
+};
 
 fn check_protecting(group: &Group) -> Result<(), Problem> {
     if group.phase == GroupPhase::Protecting {

@@ -232,8 +232,18 @@ impl Coordinator {
         self.event_feed.subscribe()
     }
 
+    /// The number of the newest event.
+    pub fn newest_event(&self) -> u64 {
+        self.events.lock().expect("nothing panics while it holds this").newest()
+    }
+
+    /// Whether all events after this number are kept.
+    pub fn keeps_events_after(&self, number: u64) -> bool {
+        self.events.lock().expect("nothing panics while it holds this").keeps_after(number)
+    }
+
     /// Events that are kept.
-    pub fn events_from(&self, from: u64, limit: usize, fits: impl Fn(&str) -> bool) -> Vec<Event> {
+    pub fn events_from(&self, from: u64, limit: usize, fits: impl Fn(&Event) -> bool) -> Vec<Event> {
         self.events.lock().expect("nothing panics while it holds this").from(from, limit, fits)
     }
 

@@ -6,11 +6,35 @@ use afterimage_wire::v1;
 
 use super::Coordinator;
 use crate::convert;
-use crate::model::MAX_OBJECTS;
+use crate::fields::{self, Rules};
+use crate::model::{MAX_OBJECTS, Model};
 use crate::names::{Kind, Name, check_id};
 use crate::objects::{Object, Policy, new_uid};
 use crate::policy::{Promises, check_text};
 use crate::problem::Problem;
+use crate::requests::{Asked, gone};
+
+/// What an update of a policy may change.
+const UPDATE: Rules<'static> = Rules {
+    root: "policy",
+    writable: &[
+        "description",
+        "rpo_target_us",
+        "cut_interval_ms",
+        "retention_s",
+        "journal_budget_bytes",
+        "compression",
+        "warn_after_ms",
+        "lease_ms",
+        "sync_deadline_ms",
+    ],
+    fixed: &[],
+};
+
+/// The policy that a request made or changed, as it is now.
+fn made_before(model: &Model, name: &Name, uid: &str) -> Result<Policy, Problem> {
+    model.policy(name).ok().filter(|p| p.uid == uid).cloned().ok_or_else(|| gone("policy", name))
+}
 
 impl Coordinator {
     /// Creates a policy.
@@ -23,6 +47,7 @@ impl Coordinator {
         id: &str,
         policy: &v1::Policy,
         validate_only: bool,
+        request: &Asked,
     ) -> Result<v1::Policy, Problem> {
         check_id("policy_id", id)?;
         check_text("policy.description", &policy.description)?;
@@ -39,21 +64,25 @@ impl Coordinator {
             promises,
         };
         let name = Name::new(tenant, Kind::Policy, id);
-        let kept = made.clone();
-        self.change(move |model, txn| {
-            if model.policy(&name).is_ok() {
-                let by = name.to_string();
-                return Err(Problem::Exists { field: "policy_id".into(), value: name.id.clone(), by });
-            }
-            if model.policies.len() >= MAX_OBJECTS {
-                return Err(Problem::Limit { what: "policies".into(), limit: MAX_OBJECTS as u64 });
-            }
-            if !validate_only {
-                txn.put(Object::Policy(kept));
-            }
-            Ok(())
-        })
-        .await?;
+        let made = self
+            .change(move |model, txn| {
+                if let Some(done) = request.done(model)? {
+                    return made_before(model, &name, &done.uid);
+                }
+                if model.policy(&name).is_ok() {
+                    let by = name.to_string();
+                    return Err(Problem::Exists { field: "policy_id".into(), value: name.id.clone(), by });
+                }
+                if model.policies.len() >= MAX_OBJECTS {
+                    return Err(Problem::Limit { what: "policies".into(), limit: MAX_OBJECTS as u64 });
+                }
+                if !validate_only {
+                    request.record(model, txn, now, &made.uid);
+                    txn.put(Object::Policy(made.clone()));
+                }
+                Ok(made)
+            })
+            .await?;
         Ok(convert::policy_to_proto(&self.model(), &made))
     }
 
@@ -65,23 +94,30 @@ impl Coordinator {
         self: &Arc<Self>,
         name: &Name,
         policy: &v1::Policy,
+        mask: Option<&prost_types::FieldMask>,
         validate_only: bool,
+        request: &Asked,
     ) -> Result<v1::Policy, Problem> {
-        check_text("policy.description", &policy.description)?;
-        let promises = Promises::new(&convert::wanted(policy)?)?;
         let now = self.clock.wall_ns();
         let made = self
             .change(|model, txn| {
+                if let Some(done) = request.done(model)? {
+                    return made_before(model, name, &done.uid);
+                }
                 let old = model.policy(name)?;
                 model.check_etag(name, &Object::Policy(old.clone()).key(), &policy.etag)?;
+                let wanted = fields::update(&convert::policy_to_proto(model, old), policy, mask, &UPDATE)?;
+                check_text("policy.description", &wanted.description)?;
+                let promises = Promises::new(&convert::wanted(&wanted)?)?;
                 let made = Policy {
                     version: old.version + 1,
                     updated_ns: now,
-                    description: policy.description.clone(),
+                    description: wanted.description,
                     promises,
                     ..old.clone()
                 };
                 if !validate_only {
+                    request.record(model, txn, now, &made.uid);
                     txn.put(Object::Policy(made.clone()));
                 }
                 Ok(made)
@@ -94,15 +130,28 @@ impl Coordinator {
     ///
     /// # Errors
     /// There is none of that name; it has changed; a group names it.
-    pub async fn delete_policy(self: &Arc<Self>, name: &Name, etag: &str) -> Result<(), Problem> {
+    pub async fn delete_policy(
+        self: &Arc<Self>,
+        name: &Name,
+        etag: &str,
+        validate_only: bool,
+        request: &Asked,
+    ) -> Result<(), Problem> {
+        let now = self.clock.wall_ns();
         self.change(|model, txn| {
+            if request.done(model)?.is_some() {
+                return Ok(());
+            }
             let old = model.policy(name)?;
             model.check_etag(name, &Object::Policy(old.clone()).key(), etag)?;
             if let Some(user) = model.groups.values().find(|g| g.tenant == name.tenant && g.policy == name.id) {
                 let remedy = "give that group another policy first";
                 return Err(Problem::state(name, format!("in use by {}", user.name()), remedy));
             }
-            txn.delete(Object::Policy(old.clone()));
+            if !validate_only {
+                request.record(model, txn, now, &old.uid);
+                txn.delete(Object::Policy(old.clone()));
+            }
             Ok(())
         })
         .await
@@ -112,9 +161,19 @@ impl Coordinator {
     ///
     /// # Errors
     /// There is none of that name; it has changed; a group names it.
-    pub async fn delete_proxy(self: &Arc<Self>, name: &Name, etag: &str) -> Result<(), Problem> {
+    pub async fn delete_proxy(
+        self: &Arc<Self>,
+        name: &Name,
+        etag: &str,
+        validate_only: bool,
+        request: &Asked,
+    ) -> Result<(), Problem> {
+        let now = self.clock.wall_ns();
         let uid = self
             .change(|model, txn| {
+                if request.done(model)?.is_some() {
+                    return Ok(None);
+                }
                 let old = model.proxy(name)?;
                 model.check_etag(name, &Object::Proxy(old.clone()).key(), etag)?;
                 let uses = |g: &&crate::objects::Group| {
@@ -124,10 +183,15 @@ impl Coordinator {
                     let remedy = "delete that group first";
                     return Err(Problem::state(name, format!("in use by {}", user.name()), remedy));
                 }
+                if validate_only {
+                    return Ok(None);
+                }
+                request.record(model, txn, now, &old.uid);
                 txn.delete(Object::Proxy(old.clone()));
-                Ok(old.uid.clone())
+                Ok(Some(old.uid.clone()))
             })
             .await?;
+        let Some(uid) = uid else { return Ok(()) };
         self.sessions.expel(&uid, tonic::Status::permission_denied("this proxy has been deleted"));
         Ok(())
     }

@@ -7,7 +7,6 @@ use afterimage_wire::v1::command::Command as Tell;
 use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::{self, Severity};
 
-use super::groups::check_request_id;
 use super::{Coordinator, misfit};
 use crate::convert;
 use crate::desired::open_view;
@@ -17,9 +16,13 @@ use crate::names::{Name, check_id};
 use crate::objects::{GroupPhase, Object, PointRecord, View, ViewKind, new_uid};
 use crate::policy::check_text;
 use crate::problem::Problem;
+use crate::requests::{Asked, gone};
 
 /// How long a proxy has to come back to close what was half made.
 const CLEAN_UP: Duration = Duration::from_secs(60);
+
+/// How long the same request, asked again, waits for the view to be open.
+const OPEN_WITHIN: Duration = Duration::from_secs(20);
 
 impl Coordinator {
     /// Opens a point as a view.
@@ -35,14 +38,18 @@ impl Coordinator {
         choice: Choice,
         validate_only: bool,
         request_id: &str,
+        request: &Asked,
     ) -> Result<v1::View, Problem> {
-        check_request_id(request_id)?;
         check_id("view_id", id)?;
         check_text("view.reason", &asked.reason)?;
         if id == FAILOVER_VIEW {
             return Err(Problem::invalid("view_id", id, "another: this one is kept for a failover"));
         }
         let model = self.model();
+        if let Some(done) = request.done(&model)? {
+            return self.view_made(name, id, &done.uid).await;
+        }
+        // As an earlier version of this program recorded it.
         if let Ok(old) = model.view(name, id)
             && !request_id.is_empty()
             && old.request_id == request_id
@@ -77,12 +84,20 @@ impl Coordinator {
             return Ok(convert::view_to_proto(&model, &view));
         }
         let recorded = view.clone();
-        self.change(|model, txn| {
-            check_view(model, name, id, &asked.disks)?;
-            txn.put(Object::View(recorded));
-            Ok(())
-        })
-        .await?;
+        let twin = self
+            .change(|model, txn| {
+                if let Some(done) = request.done(model)? {
+                    return Ok(Some(done.uid.clone()));
+                }
+                check_view(model, name, id, &asked.disks)?;
+                request.record(model, txn, recorded.created_ns, &recorded.uid);
+                txn.put(Object::View(recorded));
+                Ok(None)
+            })
+            .await?;
+        if let Some(uid) = twin {
+            return self.view_made(name, id, &uid).await;
+        }
         let group = model.group(name)?;
         let (target, _) = self.target_of(name)?;
         let opened = match self.ask(&target, Tell::OpenView(open_view(group, &view))).await {
@@ -110,6 +125,21 @@ impl Coordinator {
         }
     }
 
+    /// The view that a request made, once it is open.
+    async fn view_made(&self, group: &Name, id: &str, uid: &str) -> Result<v1::View, Problem> {
+        let mut changes = self.model_changes();
+        let until = tokio::time::Instant::now() + OPEN_WITHIN;
+        loop {
+            changes.mark_unchanged();
+            let model = self.model();
+            let name = crate::names::child(group, "views", id);
+            let view = model.view(group, id).ok().filter(|v| v.uid == uid).ok_or_else(|| gone("view", name))?;
+            if view.open || tokio::time::timeout_at(until, changes.changed()).await.is_err() {
+                return Ok(convert::view_to_proto(&model, view));
+            }
+        }
+    }
+
     /// Closes a view.
     ///
     /// # Errors
@@ -118,23 +148,34 @@ impl Coordinator {
         self: &Arc<Self>,
         group: &Name,
         id: &str,
+        etag: &str,
         keep_delta: bool,
         force: bool,
+        validate_only: bool,
+        request: &Asked,
     ) -> Result<(), Problem> {
         let view = self
             .change(|model, txn| {
+                if request.done(model)?.is_some() {
+                    return Ok(None);
+                }
                 let view = model.view(group, id)?;
+                model.check_etag(view.name(), &Object::View(view.clone()).key(), etag)?;
                 let runs = matches!(model.group(group).map(|g| &g.phase), Ok(GroupPhase::FailingOver { .. }))
                     || matches!(model.group(group).map(|g| &g.phase), Ok(GroupPhase::FailedOver { view }) if view == id);
                 if view.kind == ViewKind::Failover && runs {
                     let remedy = "it cannot be closed while the group is failed over";
                     return Err(Problem::state(view.name(), "what its group runs from", remedy));
                 }
+                if validate_only {
+                    return Ok(None);
+                }
                 // From here on the proxy does not open it again by itself.
                 txn.put(Object::View(View { closing: true, version: view.version + 1, ..view.clone() }));
-                Ok(view.clone())
+                Ok(Some(view.clone()))
             })
             .await?;
+        let Some(view) = view else { return Ok(()) };
         let (target, _) = self.target_of(group)?;
         let close = Tell::CloseView(v1::CloseView { view: view.proxy_name(), keep_delta });
         if let Err(e) = self.ask(&target, close).await {
@@ -143,14 +184,21 @@ impl Coordinator {
             }
             self.tell(Severity::Warning, "object", &view.name(), &format!("forgotten though not closed: {e}"));
         }
-        self.forget(&view).await
+        self.forget(&view, request).await
     }
 
-    async fn forget(self: &Arc<Self>, view: &View) -> Result<(), Problem> {
+    async fn forget(self: &Arc<Self>, view: &View, request: &Asked) -> Result<(), Problem> {
         let (group, id) = (view.group_name(), view.id.clone());
+        let now = self.clock.wall_ns();
         self.change(|model, txn| {
+            request.record(model, txn, now, &view.uid);
             if let Ok(view) = model.view(&group, &id) {
                 txn.delete(Object::View(view.clone()));
+            }
+            if !view.open {
+                // It has not been made: the request that was to make it may be tried again.
+                let made = model.requests.values().filter(|r| r.uid == view.uid && r.tenant == view.tenant);
+                made.for_each(|r| txn.delete(Object::Request(r.as_ref().clone())));
             }
             Ok(())
         })
@@ -163,7 +211,7 @@ impl Coordinator {
             // It may never have been opened; either way nothing of it is to stay.
             let _ = self.command(&target, "", "", close, Duration::ZERO, Duration::from_secs(5)).await;
         }
-        if let Err(e) = self.forget(&view).await {
+        if let Err(e) = self.forget(&view, &Asked::default()).await {
             self.tell(Severity::Error, "object", &view.name(), &format!("could not be forgotten: {e}"));
         }
     }
@@ -180,7 +228,7 @@ impl Coordinator {
                     let close = Tell::CloseView(v1::CloseView { view: view.proxy_name(), keep_delta: false });
                     let _ = coordinator.command(&target, "", "", close, CLEAN_UP, CLEAN_UP).await;
                 }
-                if let Err(e) = coordinator.forget(&view).await {
+                if let Err(e) = coordinator.forget(&view, &Asked::default()).await {
                     coordinator.tell(Severity::Error, "object", &view.name(), &e.to_string());
                 }
             });

@@ -57,6 +57,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
         | ("Points", "CreateCut")
         | ("Failovers", "StartFailover")
+        | ("Operations", "CancelOperation" | "DeleteOperation")
         | ("Views", "CreateView" | "DeleteView") => Needs::Operator,
         _ => return None,
     })

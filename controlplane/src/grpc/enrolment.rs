@@ -26,7 +26,8 @@ impl enrolment_server::Enrolment for EnrolmentService {
         let role = v1::Role::try_from(r.role).ok().and_then(convert::role_from_proto);
         let allowed = "ROLE_PROXY, ROLE_VIEWER, ROLE_OPERATOR, ROLE_ADMIN";
         let role = role.ok_or_else(|| Problem::invalid("role", r.role, allowed))?;
-        let (token, expire_time_ns) = self.0.create_join_token(&tenant, role, &r.name, r.ttl_s).await?;
+        let (token, expire_time_ns) =
+            self.0.create_join_token(&tenant, role, &r.name, r.ttl_s, r.validate_only).await?;
         Ok(Response::new(CreateJoinTokenResponse { token, expire_time_ns }))
     }
 

@@ -1,5 +1,8 @@
 //! A refusal as a gRPC status: the message for a person, the same in its details for a program.
 
+use std::collections::HashMap;
+use std::time::Duration;
+
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -7,11 +10,14 @@ use crate::problem::Problem;
 
 /// Domain of reasons in error details.
 const DOMAIN: &str = "afterimage";
+/// When to try again what failed because a proxy was not there.
+const RETRY: Duration = Duration::from_secs(1);
 
 impl From<Problem> for Status {
     fn from(problem: Problem) -> Self {
         let message = problem.to_string();
         let mut details = ErrorDetails::new();
+        details.set_error_info(reason(&problem), DOMAIN, metadata(&problem));
         let code = match &problem {
             Problem::Invalid { field, value, allowed } => {
                 details.add_bad_request_violation(field, format!("{value:?}; allowed: {allowed}"));
@@ -23,6 +29,7 @@ impl From<Problem> for Status {
             }
             Problem::Exists { field, value, by } => {
                 details.add_bad_request_violation(field, format!("{value:?} is taken: {by}"));
+                details.set_resource_info("", by, "", "exists");
                 Code::AlreadyExists
             }
             Problem::State { subject, state, remedy } => {
@@ -37,17 +44,11 @@ impl From<Problem> for Status {
                 details.add_quota_failure_violation(what, format!("at most {limit}"));
                 Code::ResourceExhausted
             }
-            Problem::Denied { needs, .. } => {
-                details.set_error_info("DENIED", DOMAIN, [("needs".to_owned(), needs.clone())]);
-                Code::PermissionDenied
-            }
-            Problem::Anonymous { needs, .. } => {
-                details.set_error_info("NO_CERTIFICATE", DOMAIN, [("needs".to_owned(), needs.clone())]);
-                Code::Unauthenticated
-            }
+            Problem::Denied { .. } => Code::PermissionDenied,
+            Problem::Anonymous { .. } => Code::Unauthenticated,
             Problem::NoMethod { .. } => Code::Unimplemented,
-            Problem::Unreachable { proxy, .. } => {
-                details.set_error_info("PROXY_UNREACHABLE", DOMAIN, [("proxy".to_owned(), proxy.clone())]);
+            Problem::Unreachable { .. } => {
+                details.set_retry_info(Some(RETRY));
                 Code::Unavailable
             }
             Problem::Refused { proxy, detail } => {
@@ -58,6 +59,41 @@ impl From<Problem> for Status {
         };
         Self::with_error_details(code, message, details)
     }
+}
+
+/// The kind, as programs tell it from others.
+fn reason(problem: &Problem) -> &'static str {
+    match problem {
+        Problem::Invalid { .. } => "INVALID_FIELD",
+        Problem::NotFound { .. } => "NOT_FOUND",
+        Problem::Exists { .. } => "ALREADY_EXISTS",
+        Problem::State { .. } => "WRONG_STATE",
+        Problem::Changed { .. } => "ETAG_MISMATCH",
+        Problem::Limit { .. } => "LIMIT_REACHED",
+        Problem::Denied { .. } => "DENIED",
+        Problem::Anonymous { .. } => "NO_CERTIFICATE",
+        Problem::NoMethod { .. } => "NO_METHOD",
+        Problem::Unreachable { .. } => "PROXY_UNREACHABLE",
+        Problem::Refused { .. } => "PROXY_REFUSED",
+        Problem::Internal(_) => "INTERNAL",
+    }
+}
+
+/// What varies in the message.
+fn metadata(problem: &Problem) -> HashMap<String, String> {
+    let pairs: Vec<(&str, &String)> = match problem {
+        Problem::Invalid { field, allowed, .. } => vec![("field", field), ("allowed", allowed)],
+        Problem::NotFound { kind, name } => vec![("kind", kind), ("name", name)],
+        Problem::Exists { field, by, .. } => vec![("field", field), ("by", by)],
+        Problem::State { subject, state, remedy } => vec![("subject", subject), ("state", state), ("remedy", remedy)],
+        Problem::Changed { subject, found, .. } => vec![("subject", subject), ("etag", found)],
+        Problem::Limit { what, .. } => vec![("what", what)],
+        Problem::Denied { needs, .. } | Problem::Anonymous { needs, .. } => vec![("needs", needs)],
+        Problem::NoMethod { method } => vec![("method", method)],
+        Problem::Unreachable { proxy, .. } | Problem::Refused { proxy, .. } => vec![("proxy", proxy)],
+        Problem::Internal(_) => Vec::new(),
+    };
+    pairs.into_iter().map(|(key, value)| (key.to_owned(), value.clone())).collect()
 }
 
 #[cfg(test)]

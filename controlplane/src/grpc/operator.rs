@@ -11,14 +11,14 @@ use super::auth::{Scope, actor};
 use crate::convert;
 use crate::coordinator::{Coordinator, FailoverWanted};
 use crate::names::{Kind, Name, check_id};
+use crate::paging::Page;
 use crate::problem::Problem;
+use crate::requests::Asked;
 
 /// Longest wait for an operation, milliseconds.
 const MAX_WAIT_MS: u64 = 600_000;
 /// The wait if nothing is said, milliseconds.
 const DEFAULT_WAIT_MS: u64 = 60_000;
-/// Most operations in a list.
-const MAX_OPERATIONS: usize = 1000;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -28,6 +28,11 @@ pub struct Operator(pub Arc<Coordinator>);
 
 fn required<'a, T>(field: &str, value: &'a Option<T>) -> Result<&'a T, Problem> {
     value.as_ref().ok_or_else(|| Problem::invalid(field, "nothing", "it must be set"))
+}
+
+/// What a caller asks to be done once, by the id that it gives.
+fn once(scope: &Scope, method: &str, id: &str, request: &impl prost::Message) -> Result<Asked, Problem> {
+    Asked::new(&scope.0.tenant, &actor(&scope.0), method, id, request)
 }
 
 fn ok<T>(value: T) -> Answer<T> {
@@ -41,7 +46,8 @@ impl policies_server::Policies for Operator {
         let r = request.into_inner();
         let tenant = scope.tenant("parent", &r.parent)?;
         let policy = required("policy", &r.policy)?;
-        ok(self.0.create_policy(&tenant, &r.policy_id, policy, r.validate_only).await?)
+        let asked = once(&scope, "CreatePolicy", &r.request_id, &r)?;
+        ok(self.0.create_policy(&tenant, &r.policy_id, policy, r.validate_only, &asked).await?)
     }
 
     async fn get_policy(&self, request: Request<GetPolicyRequest>) -> Answer<v1::Policy> {
@@ -51,10 +57,14 @@ impl policies_server::Policies for Operator {
     }
 
     async fn list_policies(&self, request: Request<ListPoliciesRequest>) -> Answer<ListPoliciesResponse> {
-        let tenant = Scope::of(&request)?.tenant("parent", &request.get_ref().parent)?;
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let tenant = scope.tenant("parent", &r.parent)?;
+        let page = Page::of::<v1::Policy>("policies", &r.parent, r.page_size, &r.page_token, &r.filter)?;
         let model = self.0.model();
         let own = model.policies.values().filter(|p| p.tenant == tenant);
-        ok(ListPoliciesResponse { policies: own.map(|p| convert::policy_to_proto(&model, p)).collect() })
+        let (policies, next_page_token) = page.take(own.map(|p| (p.id.clone(), convert::policy_to_proto(&model, p))));
+        ok(ListPoliciesResponse { policies, next_page_token })
     }
 
     async fn update_policy(&self, request: Request<UpdatePolicyRequest>) -> Answer<v1::Policy> {
@@ -62,12 +72,16 @@ impl policies_server::Policies for Operator {
         let r = request.into_inner();
         let policy = required("policy", &r.policy)?;
         let name = scope.name("policy.name", Kind::Policy, &policy.name)?;
-        ok(self.0.update_policy(&name, policy, r.validate_only).await?)
+        let asked = once(&scope, "UpdatePolicy", &r.request_id, &r)?;
+        ok(self.0.update_policy(&name, policy, r.update_mask.as_ref(), r.validate_only, &asked).await?)
     }
 
     async fn delete_policy(&self, request: Request<DeletePolicyRequest>) -> Answer<DeletePolicyResponse> {
-        let name = Scope::of(&request)?.name("name", Kind::Policy, &request.get_ref().name)?;
-        self.0.delete_policy(&name, &request.get_ref().etag).await?;
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let name = scope.name("name", Kind::Policy, &r.name)?;
+        let asked = once(&scope, "DeletePolicy", &r.request_id, &r)?;
+        self.0.delete_policy(&name, &r.etag, r.validate_only, &asked).await?;
         ok(DeletePolicyResponse {})
     }
 }
@@ -81,7 +95,8 @@ impl groups_server::Groups for Operator {
         check_id("group_id", &r.group_id)?;
         let name = Name::new(tenant, Kind::Group, &r.group_id);
         let group = required("group", &r.group)?;
-        ok(self.0.create_group(&name, group, r.validate_only, &r.request_id).await?)
+        let asked = once(&scope, "CreateGroup", &r.request_id, &r)?;
+        ok(self.0.create_group(&name, group, r.validate_only, &r.request_id, &asked).await?)
     }
 
     async fn get_group(&self, request: Request<GetGroupRequest>) -> Answer<v1::Group> {
@@ -91,10 +106,14 @@ impl groups_server::Groups for Operator {
     }
 
     async fn list_groups(&self, request: Request<ListGroupsRequest>) -> Answer<ListGroupsResponse> {
-        let tenant = Scope::of(&request)?.tenant("parent", &request.get_ref().parent)?;
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let tenant = scope.tenant("parent", &r.parent)?;
+        let page = Page::of::<v1::Group>("groups", &r.parent, r.page_size, &r.page_token, &r.filter)?;
         let model = self.0.model();
         let own = model.groups.values().filter(|g| g.tenant == tenant);
-        ok(ListGroupsResponse { groups: own.map(|g| convert::group_to_proto(&model, g)).collect() })
+        let (groups, next_page_token) = page.take(own.map(|g| (g.id.clone(), convert::group_to_proto(&model, g))));
+        ok(ListGroupsResponse { groups, next_page_token })
     }
 
     async fn update_group(&self, request: Request<UpdateGroupRequest>) -> Answer<v1::Group> {
@@ -102,14 +121,16 @@ impl groups_server::Groups for Operator {
         let r = request.into_inner();
         let group = required("group", &r.group)?;
         let name = scope.name("group.name", Kind::Group, &group.name)?;
-        ok(self.0.update_group(&name, group, r.validate_only).await?)
+        let asked = once(&scope, "UpdateGroup", &r.request_id, &r)?;
+        ok(self.0.update_group(&name, group, r.update_mask.as_ref(), r.validate_only, &asked).await?)
     }
 
     async fn delete_group(&self, request: Request<DeleteGroupRequest>) -> Answer<DeleteGroupResponse> {
         let scope = Scope::of(&request)?;
         let r = request.into_inner();
         let name = scope.name("name", Kind::Group, &r.name)?;
-        self.0.delete_group(&name, &r.etag, r.delete_points, r.force).await?;
+        let asked = once(&scope, "DeleteGroup", &r.request_id, &r)?;
+        self.0.delete_group(&name, &r.etag, r.delete_points, r.force, r.validate_only, &asked).await?;
         ok(DeleteGroupResponse {})
     }
 
@@ -119,7 +140,8 @@ impl groups_server::Groups for Operator {
         let group = scope.name("parent", Kind::Group, &r.parent)?;
         check_id("disk_id", &r.disk_id)?;
         let disk = required("disk", &r.disk)?;
-        ok(self.0.create_disk(&group, &r.disk_id, disk, r.validate_only).await?)
+        let asked = once(&scope, "CreateDisk", &r.request_id, &r)?;
+        ok(self.0.create_disk(&group, &r.disk_id, disk, r.validate_only, &asked).await?)
     }
 
     async fn get_disk(&self, request: Request<GetDiskRequest>) -> Answer<v1::Disk> {
@@ -128,19 +150,27 @@ impl groups_server::Groups for Operator {
         let group = model.group(&name)?;
         let disk = model.disks_of(group).find(|d| d.id == id);
         let disk = disk.ok_or_else(|| Problem::not_found("disk", &request.get_ref().name))?;
-        ok(convert::disk_to_proto(group, disk))
+        ok(convert::disk_to_proto(&model, group, disk))
     }
 
     async fn list_disks(&self, request: Request<ListDisksRequest>) -> Answer<ListDisksResponse> {
-        let name = Scope::of(&request)?.name("parent", Kind::Group, &request.get_ref().parent)?;
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let name = scope.name("parent", Kind::Group, &r.parent)?;
+        let page = Page::of::<v1::Disk>("disks", &r.parent, r.page_size, &r.page_token, &r.filter)?;
         let model = self.0.model();
         let group = model.group(&name)?;
-        ok(ListDisksResponse { disks: model.disks_of(group).map(|d| convert::disk_to_proto(group, d)).collect() })
+        let own = model.disks_of(group).map(|d| (format!("{:05}", d.slot), convert::disk_to_proto(&model, group, d)));
+        let (disks, next_page_token) = page.take(own);
+        ok(ListDisksResponse { disks, next_page_token })
     }
 
     async fn delete_disk(&self, request: Request<DeleteDiskRequest>) -> Answer<DeleteDiskResponse> {
-        let (group, id) = Scope::of(&request)?.child("name", "disks", &request.get_ref().name)?;
-        self.0.delete_disk(&group, &id).await?;
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let (group, id) = scope.child("name", "disks", &r.name)?;
+        let asked = once(&scope, "DeleteDisk", &r.request_id, &r)?;
+        self.0.delete_disk(&group, &id, &r.etag, r.validate_only, &asked).await?;
         ok(DeleteDiskResponse {})
     }
 
@@ -167,13 +197,22 @@ impl proxies_server::Proxies for Operator {
     }
 
     async fn list_proxies(&self, request: Request<ListProxiesRequest>) -> Answer<ListProxiesResponse> {
-        let tenant = Scope::of(&request)?.tenant("parent", &request.get_ref().parent)?;
-        ok(ListProxiesResponse { proxies: super::status::proxies(&self.0, &tenant) })
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let tenant = scope.tenant("parent", &r.parent)?;
+        let page = Page::of::<v1::Proxy>("proxies", &r.parent, r.page_size, &r.page_token, &r.filter)?;
+        // They come in the order of their ids.
+        let own = super::status::proxies(&self.0, &tenant).into_iter().map(|p| (p.name.clone(), p));
+        let (proxies, next_page_token) = page.take(own);
+        ok(ListProxiesResponse { proxies, next_page_token })
     }
 
     async fn delete_proxy(&self, request: Request<DeleteProxyRequest>) -> Answer<DeleteProxyResponse> {
-        let name = Scope::of(&request)?.name("name", Kind::Proxy, &request.get_ref().name)?;
-        self.0.delete_proxy(&name, &request.get_ref().etag).await?;
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let name = scope.name("name", Kind::Proxy, &r.name)?;
+        let asked = once(&scope, "DeleteProxy", &r.request_id, &r)?;
+        self.0.delete_proxy(&name, &r.etag, r.validate_only, &asked).await?;
         ok(DeleteProxyResponse {})
     }
 }
@@ -184,7 +223,15 @@ impl points_server::Points for Operator {
         let scope = Scope::of(&request)?;
         let r = request.into_inner();
         let group = scope.name("parent", Kind::Group, &r.parent)?;
-        ok(self.0.list_points(&group, r.from_seq, r.page_size, r.cuts_only).await?)
+        let parent = format!("{}\0{}", r.parent, r.cuts_only);
+        let page = Page::of::<v1::Point>("points", &parent, 0, &r.page_token, "")?;
+        // The token holds the last number of the page before.
+        let from = if r.page_token.is_empty() { r.from_seq } else { page.after_number()?.saturating_add(1) };
+        let mut listed = self.0.list_points(&group, from, r.page_size, r.cuts_only).await?;
+        if listed.next_seq > 0 {
+            listed.next_page_token = page.token_after(listed.next_seq - 1);
+        }
+        ok(listed)
     }
 
     async fn resolve_point(&self, request: Request<ResolvePointRequest>) -> Answer<v1::Point> {
@@ -199,7 +246,8 @@ impl points_server::Points for Operator {
         let scope = Scope::of(&request)?;
         let r = request.into_inner();
         let group = scope.name("parent", Kind::Group, &r.parent)?;
-        ok(self.0.create_cut(&group, &r.label).await?)
+        let asked = once(&scope, "CreateCut", &r.request_id, &r)?;
+        ok(self.0.create_cut(&group, &r.label, r.validate_only, &asked).await?)
     }
 }
 
@@ -209,6 +257,7 @@ impl failovers_server::Failovers for Operator {
         let scope = Scope::of(&request)?;
         let r = request.into_inner();
         let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "StartFailover", &r.request_id, &r)?;
         let wanted = FailoverWanted {
             to: convert::choice_from_proto("to", r.to.as_ref())?,
             unconfirmed: r.unconfirmed,
@@ -218,7 +267,7 @@ impl failovers_server::Failovers for Operator {
             reason: r.reason,
             actor: actor(&scope.0),
         };
-        ok(self.0.start_failover(&group, wanted).await?)
+        ok(self.0.start_failover(&group, wanted, &asked).await?)
     }
 }
 
@@ -236,11 +285,15 @@ impl operations_server::Operations for Operator {
         let tenant = scope.tenant("parent", &r.parent)?;
         let model = self.0.model();
         let wanted = |o: &&crate::objects::Operation| o.tenant == tenant && (!r.active_only || o.ended_ns == 0);
-        let mut own: Vec<_> = model.operations.values().filter(wanted).collect();
-        own.sort_by_key(|o| std::cmp::Reverse(o.created_ns));
-        own.truncate(MAX_OPERATIONS);
-        let operations = own.into_iter().map(|o| convert::operation_to_proto(&model, o)).collect();
-        ok(ListOperationsResponse { operations })
+        let parent = format!("{}\0{}", r.parent, r.active_only);
+        let page = Page::of::<v1::Operation>("operations", &parent, r.page_size, &r.page_token, &r.filter)?;
+        // Newest first.
+        let key = |o: &crate::objects::Operation| format!("{:020} {}", u64::MAX - o.created_ns, o.uid);
+        let mut own: Vec<_> = model.operations.values().filter(wanted).map(|o| (key(o), o)).collect();
+        own.sort_by(|a, b| a.0.cmp(&b.0));
+        let own = own.into_iter().map(|(key, o)| (key, convert::operation_to_proto(&model, o)));
+        let (operations, next_page_token) = page.take(own);
+        ok(ListOperationsResponse { operations, next_page_token })
     }
 
     async fn wait_operation(&self, request: Request<WaitOperationRequest>) -> Answer<v1::Operation> {
@@ -254,6 +307,21 @@ impl operations_server::Operations for Operator {
         };
         ok(self.0.wait_operation(&name, Duration::from_millis(wait)).await?)
     }
+
+    async fn cancel_operation(&self, request: Request<CancelOperationRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let name = scope.name("name", Kind::Operation, &request.get_ref().name)?;
+        ok(self.0.cancel_operation(&name, &actor(&scope.0)).await?)
+    }
+
+    async fn delete_operation(&self, request: Request<DeleteOperationRequest>) -> Answer<DeleteOperationResponse> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let name = scope.name("name", Kind::Operation, &r.name)?;
+        let asked = once(&scope, "DeleteOperation", &r.request_id, &r)?;
+        self.0.delete_operation(&name, &r.etag, r.validate_only, &asked).await?;
+        ok(DeleteOperationResponse {})
+    }
 }
 
 #[tonic::async_trait]
@@ -264,7 +332,8 @@ impl views_server::Views for Operator {
         let group = scope.name("parent", Kind::Group, &r.parent)?;
         let view = required("view", &r.view)?;
         let choice = convert::choice_from_proto("at", r.at.as_ref())?;
-        ok(self.0.create_view(&group, &r.view_id, view, choice, r.validate_only, &r.request_id).await?)
+        let asked = once(&scope, "CreateView", &r.request_id, &r)?;
+        ok(self.0.create_view(&group, &r.view_id, view, choice, r.validate_only, &r.request_id, &asked).await?)
     }
 
     async fn get_view(&self, request: Request<GetViewRequest>) -> Answer<v1::View> {
@@ -275,26 +344,32 @@ impl views_server::Views for Operator {
 
     async fn list_views(&self, request: Request<ListViewsRequest>) -> Answer<ListViewsResponse> {
         let scope = Scope::of(&request)?;
-        let parent = request.into_inner().parent;
+        let r = request.into_inner();
+        let page = Page::of::<v1::View>("views", &r.parent, r.page_size, &r.page_token, &r.filter)?;
         let model = self.0.model();
-        let views = match parent.strip_suffix("/groups/-") {
+        let views: Vec<_> = match r.parent.strip_suffix("/groups/-") {
             Some(tenant) => {
                 let tenant = scope.tenant("parent", tenant)?;
-                model.views.values().filter(|v| v.tenant == tenant).map(|v| convert::view_to_proto(&model, v)).collect()
+                model.views.values().filter(|v| v.tenant == tenant).collect()
             }
             None => {
-                let group = model.group(&scope.name("parent", Kind::Group, &parent)?)?;
-                model.views_of(group).map(|v| convert::view_to_proto(&model, v)).collect()
+                let group = model.group(&scope.name("parent", Kind::Group, &r.parent)?)?;
+                model.views_of(group).collect()
             }
         };
-        ok(ListViewsResponse { views })
+        // A space sorts before all that an id may hold, as the parts of the key do.
+        let key = |v: &crate::objects::View| format!("{} {}", v.group, v.id);
+        let (views, next_page_token) =
+            page.take(views.into_iter().map(|v| (key(v), convert::view_to_proto(&model, v))));
+        ok(ListViewsResponse { views, next_page_token })
     }
 
     async fn delete_view(&self, request: Request<DeleteViewRequest>) -> Answer<DeleteViewResponse> {
         let scope = Scope::of(&request)?;
         let r = request.into_inner();
         let (group, id) = scope.child("name", "views", &r.name)?;
-        self.0.delete_view(&group, &id, r.keep_delta, r.force).await?;
+        let asked = once(&scope, "DeleteView", &r.request_id, &r)?;
+        self.0.delete_view(&group, &id, &r.etag, r.keep_delta, r.force, r.validate_only, &asked).await?;
         ok(DeleteViewResponse {})
     }
 }

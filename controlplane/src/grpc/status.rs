@@ -15,10 +15,13 @@ use tonic::{Request, Response, Status};
 use super::auth::Scope;
 use crate::coordinator::Coordinator;
 use crate::names::{Kind, Name, tenant as tenant_name};
+use crate::paging::{self, Page};
 use crate::problem::Problem;
 
 /// Updates that a watcher may be behind before it is waited for.
 const WATCH_OUTBOX: usize = 16;
+/// Events read at once.
+const CATCH_UP: usize = 256;
 /// Least time between two states that one watcher is sent because something has changed.
 const BURST: Duration = Duration::from_millis(50);
 
@@ -85,67 +88,100 @@ fn snapshot(coordinator: &Coordinator, wanted: &Wanted) -> Result<StatusSnapshot
     })
 }
 
-fn sent(update: Update) -> Result<WatchResponse, Status> {
-    Ok(WatchResponse { update: Some(update) })
-}
-
-async fn watch(
+/// A watch that is going on.
+struct Watching {
     coordinator: Arc<Coordinator>,
     wanted: Wanted,
+    parent: String,
     every: Duration,
     events_only: bool,
+    /// Of the events: up to here they have been looked at.
+    seen: u64,
+    /// Some were missed.
+    gap: bool,
     out: mpsc::Sender<Result<WatchResponse, Status>>,
-) {
-    let mut events = coordinator.event_feed();
-    let mut changes = coordinator.model_changes();
-    let closed = coordinator.closed();
-    tokio::pin!(closed);
-    let mut tick = interval(every);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut last = Instant::now();
-    let mut due = None;
-    loop {
-        let soon = due.unwrap_or(last);
-        let show = tokio::select! {
-            _ = tick.tick() => !events_only,
-            () = sleep_until(soon), if due.is_some() => true,
-            changed = changes.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-                due = Some(last + BURST).filter(|_| !events_only);
-                false
+}
+
+/// The watcher has gone away.
+struct Gone;
+
+impl Watching {
+    async fn send(&mut self, update: Update) -> Result<(), Gone> {
+        let resume_token = paging::resume_token(&self.parent, self.coordinator.model().term, self.seen);
+        let gap = std::mem::take(&mut self.gap);
+        self.out.send(Ok(WatchResponse { update: Some(update), resume_token, gap })).await.map_err(|_| Gone)
+    }
+
+    /// Sends the events since the last time; true if there was one.
+    async fn catch_up(&mut self) -> Result<bool, Gone> {
+        let mut any = false;
+        loop {
+            self.gap |= !self.coordinator.keeps_events_after(self.seen);
+            let events = self.coordinator.events_from(self.seen + 1, CATCH_UP, |_| true);
+            if events.is_empty() {
+                return Ok(any);
             }
-            event = events.recv() => {
-                match event {
-                    Ok(event) if wanted.fits(&event.subject) => {
-                        if out.send(sent(Update::Event(event))).await.is_err() {
-                            return;
-                        }
-                        due = Some(last + BURST).filter(|_| !events_only);
+            for event in events {
+                self.seen = event.number;
+                if self.wanted.fits(&event.subject) {
+                    any = true;
+                    self.send(Update::Event(event)).await?;
+                }
+            }
+        }
+    }
+
+    async fn run(mut self) {
+        // That the watcher has gone is no news to it.
+        let _ = self.until_gone().await;
+    }
+
+    async fn until_gone(&mut self) -> Result<(), Gone> {
+        // The feed only says that there is something: what, is read from what is kept, so that nothing is missed.
+        let mut feed = self.coordinator.event_feed();
+        let mut changes = self.coordinator.model_changes();
+        let closed = self.coordinator.closed();
+        tokio::pin!(closed);
+        let mut tick = interval(self.every);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last = Instant::now();
+        let mut due = None;
+        self.catch_up().await?;
+        loop {
+            let soon = due.unwrap_or(last);
+            let show = tokio::select! {
+                _ = tick.tick() => !self.events_only,
+                () = sleep_until(soon), if due.is_some() => true,
+                changed = changes.changed() => {
+                    changed.map_err(|_| Gone)?;
+                    due = Some(last + BURST).filter(|_| !self.events_only);
+                    false
+                }
+                event = feed.recv() => {
+                    if matches!(event, Err(broadcast::error::RecvError::Closed)) {
+                        return Ok(());
                     }
-                    // Behind: what was missed can be listed.
-                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return,
+                    if self.catch_up().await? {
+                        due = Some(last + BURST).filter(|_| !self.events_only);
+                    }
+                    false
                 }
-                false
-            }
-            () = out.closed() => return,
-            () = &mut closed => {
-                let _ = out.try_send(Err(Status::unavailable("the coordinator is stopping")));
-                return;
-            }
-        };
-        if show {
-            due = None;
-            last = Instant::now();
-            let update = match snapshot(&coordinator, &wanted) {
-                Ok(status) => sent(Update::Status(status)),
-                Err(problem) => Err(problem.into()),
+                () = self.out.closed() => return Err(Gone),
+                () = &mut closed => {
+                    let _ = self.out.try_send(Err(Status::unavailable("the coordinator is stopping")));
+                    return Ok(());
+                }
             };
-            let ends = update.is_err();
-            if out.send(update).await.is_err() || ends {
-                return;
+            if show {
+                due = None;
+                last = Instant::now();
+                match snapshot(&self.coordinator, &self.wanted) {
+                    Ok(status) => self.send(Update::Status(status)).await?,
+                    Err(problem) => {
+                        let _ = self.out.send(Err(problem.into())).await;
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -172,8 +208,25 @@ impl status_server::Status for StatusService {
             100..=60_000 => r.interval_ms,
             other => return Err(Problem::invalid("interval_ms", other, "0, or 100 to 60000").into()),
         };
-        let (sender, receiver) = mpsc::channel(WATCH_OUTBOX);
-        tokio::spawn(watch(self.0.clone(), wanted, Duration::from_millis(every.into()), r.events_only, sender));
+        let newest = self.0.newest_event();
+        let (seen, gap) = match paging::read_resume_token(&r.parent, &r.resume_token)? {
+            None => (newest, false),
+            Some((term, number)) if term == self.0.model().term && number <= newest => (number, false),
+            // Of an earlier life of the coordinator, whose events are gone: all since then, and that some are missing.
+            Some(_) => (0, true),
+        };
+        let (out, receiver) = mpsc::channel(WATCH_OUTBOX);
+        let watching = Watching {
+            coordinator: self.0.clone(),
+            wanted,
+            parent: r.parent,
+            every: Duration::from_millis(every.into()),
+            events_only: r.events_only,
+            seen,
+            gap,
+            out,
+        };
+        tokio::spawn(watching.run());
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -181,8 +234,14 @@ impl status_server::Status for StatusService {
         let scope = Scope::of(&request)?;
         let r = request.into_inner();
         let wanted = Wanted::parse(&scope, &r.parent)?;
-        let limit = crate::coordinator::page_size(r.page_size)?;
-        let events = self.0.events_from(r.from_number, limit as usize, |subject| wanted.fits(subject));
-        Ok(Response::new(ListEventsResponse { events }))
+        let page = Page::of::<Event>("events", &r.parent, 0, &r.page_token, &r.filter)?;
+        let from = if r.page_token.is_empty() { r.from_number } else { page.after_number()?.saturating_add(1) };
+        let limit = crate::coordinator::page_size(r.page_size) as usize;
+        // One more, to see whether there is a next page.
+        let mut events = self.0.events_from(from, limit + 1, |e| wanted.fits(&e.subject) && page.fits(e));
+        let more = events.len() > limit;
+        events.truncate(limit);
+        let last = events.last().filter(|_| more).map(|e| page.token_after(e.number));
+        Ok(Response::new(ListEventsResponse { events, next_page_token: last.unwrap_or_default() }))
     }
 }

@@ -14,8 +14,10 @@ const VALUES: TableDefinition<&str, (u64, &[u8])> = TableDefinition::new("values
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// Schema of the tables and of the values in them.
 ///
-/// 1: first.
-const SCHEMA: u64 = 1;
+/// 1: first. 2: requests that have been done (`requests/`); the rest as before.
+const SCHEMA: u64 = 2;
+/// The oldest that is read.
+const OLDEST_SCHEMA: u64 = 1;
 const SCHEMA_KEY: &str = "schema";
 const REVISION_KEY: &str = "revision";
 
@@ -47,6 +49,8 @@ impl RedbStore {
             let found = meta.get(SCHEMA_KEY).map_err(failed)?.map(|v| v.value());
             match found {
                 Some(SCHEMA) => {}
+                // All that is in it reads as it is; from here on a program that knows only the older one refuses it.
+                Some(OLDEST_SCHEMA..SCHEMA) => drop(meta.insert(SCHEMA_KEY, SCHEMA).map_err(failed)?),
                 Some(found) => return Err(StoreError::Schema { found, known: SCHEMA }),
                 None => {
                     meta.insert(SCHEMA_KEY, SCHEMA).map_err(failed)?;
@@ -246,6 +250,43 @@ mod tests {
         let store = RedbStore::open(&path).unwrap();
         assert_eq!(store.get("a").await.unwrap().unwrap().revision, revision);
         assert!(store.commit(vec![put("b", Expect::Any, "1")]).await.unwrap() > revision);
+    }
+
+    /// As the first schema's program wrote them, byte for byte.
+    const FIRST: [(&str, &str); 3] = [
+        ("term", "7"),
+        (
+            "policies/default/gold",
+            r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000}}"#,
+        ),
+        (
+            "operations/default/o",
+            r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":""},"state":"done","steps":[],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","at_least":2,"generation":2,"point":null,"exports":[]},"error":null}}"#,
+        ),
+    ];
+
+    #[tokio::test]
+    async fn the_first_schema_is_read_and_moved_forward() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s.redb");
+        let store = RedbStore::open(&path).unwrap();
+        store.commit(FIRST.iter().map(|(k, v)| put(k, Expect::Any, v)).collect()).await.unwrap();
+        drop(store);
+        let database = Database::create(&path).unwrap();
+        let write = database.begin_write().unwrap();
+        write.open_table(META).unwrap().insert(SCHEMA_KEY, OLDEST_SCHEMA).unwrap();
+        write.commit().unwrap();
+        drop(database);
+        let store = RedbStore::open(&path).unwrap();
+        let model = crate::model::Model::load(store.list("").await.unwrap()).unwrap();
+        assert_eq!((model.term, model.policies.len(), model.operations.len()), (7, 1, 1));
+        assert_eq!(model.policies.values().next().unwrap().promises.lease_ms, 0);
+        assert!(model.operations.values().next().unwrap().work.cancelled_by.is_empty());
+        drop(store);
+        let database = Database::create(&path).unwrap();
+        let read = database.begin_read().unwrap();
+        let found = read.open_table(META).unwrap().get(SCHEMA_KEY).unwrap().unwrap().value();
+        assert_eq!(found, SCHEMA, "a program that knows only the first refuses it from now on");
     }
 
     #[test]

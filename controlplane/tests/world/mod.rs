@@ -66,7 +66,13 @@ impl World {
     }
 
     pub async fn token(&self, role: Role, name: &str) -> String {
-        let request = CreateJoinTokenRequest { parent: TENANT.into(), role: role.into(), name: name.into(), ttl_s: 0 };
+        let request = CreateJoinTokenRequest {
+            parent: TENANT.into(),
+            role: role.into(),
+            name: name.into(),
+            ttl_s: 0,
+            ..Default::default()
+        };
         EnrolmentClient::new(self.channel.clone()).create_join_token(request).await.unwrap().into_inner().token
     }
 
@@ -85,7 +91,7 @@ impl World {
             parent: TENANT.into(),
             policy_id: "gold".into(),
             policy: Some(policy),
-            validate_only: false,
+            ..Default::default()
         };
         self.policies().create_policy(request).await.unwrap();
     }

@@ -265,7 +265,7 @@ pub fn calls(data: &[u8]) {
         }
     }
     // Whatever was said, the next caller is answered.
-    let list = v1::ListPoliciesRequest { parent: world::TENANT.into() };
+    let list = v1::ListPoliciesRequest { parent: world::TENANT.into(), ..Default::default() };
     let path = "/afterimage.v1.Policies/ListPolicies";
     let answer = scene.runtime.block_on(async {
         tokio::time::timeout(Duration::from_secs(20), call(scene.admin.clone(), path, list.encode_to_vec())).await

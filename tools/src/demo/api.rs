@@ -48,6 +48,7 @@ impl Api {
             role: v1::Role::Proxy.into(),
             name: name.into(),
             ttl_s: 600,
+            ..Default::default()
         };
         let mut enrolment = v1::enrolment_client::EnrolmentClient::new(self.channel.clone());
         Ok(enrolment.create_join_token(request).await.map_err(refused)?.into_inner().token)
@@ -56,7 +57,10 @@ impl Api {
     /// Proxies with an open session.
     pub async fn connected_proxies(&mut self) -> io::Result<usize> {
         let mut proxies = v1::proxies_client::ProxiesClient::new(self.channel.clone());
-        let list = proxies.list_proxies(v1::ListProxiesRequest { parent: PARENT.into() }).await.map_err(refused)?;
+        let list = proxies
+            .list_proxies(v1::ListProxiesRequest { parent: PARENT.into(), ..Default::default() })
+            .await
+            .map_err(refused)?;
         Ok(list.into_inner().proxies.iter().filter(|p| p.connected).count())
     }
 
@@ -67,7 +71,7 @@ impl Api {
             parent: PARENT.into(),
             policy_id: "demo".into(),
             policy: Some(policy),
-            validate_only: false,
+            ..Default::default()
         };
         let mut policies = v1::policies_client::PoliciesClient::new(self.channel.clone());
         policies.create_policy(request).await.map_err(refused)?;
@@ -128,7 +132,13 @@ impl Api {
 
     /// The cuts that are held, oldest first.
     pub async fn cuts(&mut self, group: &str) -> io::Result<Vec<v1::Point>> {
-        let request = v1::ListPointsRequest { parent: group.into(), from_seq: 0, page_size: 1000, cuts_only: true };
+        let request = v1::ListPointsRequest {
+            parent: group.into(),
+            from_seq: 0,
+            page_size: 1000,
+            cuts_only: true,
+            ..Default::default()
+        };
         let mut points = v1::points_client::PointsClient::new(self.channel.clone());
         Ok(points.list_points(request).await.map_err(refused)?.into_inner().points)
     }

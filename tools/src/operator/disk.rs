@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use super::documents::{self, group_of, id};
 use super::failure::Failure;
 use super::output::{table, text};
-use super::session::Session;
+use super::session::{Session, every};
 use super::values::{show_size, size};
 
 /// Verbs of `afterimage disk`.
@@ -121,6 +121,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 disk_id: disk.clone(),
                 disk: Some(place.disk(&disk)?),
                 validate_only: dry_run,
+                request_id: uuid::Uuid::new_v4().to_string(),
             };
             let made = session.ask(object(&group, &disk), session.groups().create_disk(request)).await?;
             out.show(&documents::disk(&made), || listed(std::slice::from_ref(&made)));
@@ -129,13 +130,13 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             }
         }
         Verb::List { group: Some(group) } => {
-            let request = v1::ListDisksRequest { parent: session.group(&group) };
-            let disks = session.ask(format!("group \"{group}\""), session.groups().list_disks(request)).await?.disks;
+            let request = v1::ListDisksRequest { parent: session.group(&group), ..Default::default() };
+            let disks: Vec<v1::Disk> = every!(session, format!("group \"{group}\""), groups.list_disks(request).disks);
             show(out, &disks);
         }
         Verb::List { group: None } => {
-            let request = v1::ListGroupsRequest { parent: session.tenant() };
-            let groups = session.ask("groups", session.groups().list_groups(request)).await?.groups;
+            let request = v1::ListGroupsRequest { parent: session.tenant(), ..Default::default() };
+            let groups: Vec<v1::Group> = every!(session, "groups", groups.list_groups(request).groups);
             let disks: Vec<v1::Disk> = groups.into_iter().flat_map(|group| group.disks).collect();
             show(out, &disks);
         }
@@ -151,7 +152,9 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                      Its older points stay for as long as the policy keeps them; the source disk is not touched."
                 ),
             )?;
-            session.ask(&object, session.groups().delete_disk(v1::DeleteDiskRequest { name })).await?;
+            session
+                .ask(&object, session.groups().delete_disk(v1::DeleteDiskRequest { name, ..Default::default() }))
+                .await?;
             out.show(&serde_json::json!({"deleted": {"group": group, "disk": disk}}), || {
                 format!("disk {disk} has left group {group}")
             });

@@ -121,6 +121,7 @@ pub async fn token(verb: Verb, session: &Session) -> Result<(), Failure> {
         name: name.clone(),
         // Rounded up: 0 would stand for the default.
         ttl_s: ttl.div_ceil(1_000_000_000).max(1),
+        ..Default::default()
     };
     let object = format!("token for {word} \"{name}\"");
     let made = session.ask(object, session.enrolment().create_join_token(request)).await?;

@@ -11,7 +11,7 @@ use super::failure::{Failure, Kind};
 use super::group::{self, object};
 use super::output::{Mood, line, state, table, text};
 use super::point::{api, resolve};
-use super::session::Session;
+use super::session::{Session, every};
 use super::values::{Selector, duration_ns, selector, show_count, show_duration, show_time};
 use super::view::exports;
 
@@ -70,6 +70,16 @@ pub enum Verb {
         #[arg(long)]
         active: bool,
     },
+    /// Give a failover up: what has been done is undone and the source goes on. Possible until its view is being opened.
+    #[command(after_help = "Examples:\n  afterimage failover cancel 0f3c…\n\n\
+        Exit codes: 0 it has been given up, or will be, 3 it is too late.")]
+    Cancel {
+        /// The operation's id, from `failover list`.
+        operation: String,
+        /// Return at once, and do not wait until it has been undone.
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Wait until a failover is done, showing its steps.
     #[command(after_help = "Examples:\n  afterimage failover wait 0f3c… --for 2m")]
     Wait {
@@ -119,6 +129,17 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let ended = if dry_run { started } else { follow(session, started, None).await? };
             end(session, &ended)
         }
+        Verb::Cancel { operation, no_wait } => {
+            let about = format!("operation \"{operation}\"");
+            let request = v1::CancelOperationRequest { name: session.operation(&operation) };
+            let asked = session.ask(&about, session.operations().cancel_operation(request)).await?;
+            let ended = if no_wait { asked } else { follow(session, asked, None).await? };
+            out.show(&documents::operation(&ended), || shown(&ended));
+            if ended.state() == v1::OperationState::Done {
+                return Err(Failure::new(Kind::Refused, about, "it was done before it could be given up"));
+            }
+            Ok(())
+        }
         Verb::Show { operation } => {
             let found = get(session, &operation).await?;
             out.show(&documents::operation(&found), || shown(&found));
@@ -128,8 +149,9 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             if let Some(group) = &group {
                 group::get(session, group).await?;
             }
-            let request = v1::ListOperationsRequest { parent: session.tenant(), active_only: active };
-            let all = session.ask("operations", session.operations().list_operations(request)).await?.operations;
+            let request =
+                v1::ListOperationsRequest { parent: session.tenant(), active_only: active, ..Default::default() };
+            let all: Vec<v1::Operation> = every!(session, "operations", operations.list_operations(request).operations);
             let fits = |operation: &v1::Operation| {
                 operation.verb == "failover" && group.as_ref().is_none_or(|g| group_of(&operation.subject) == g)
             };

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::documents::{self, id, phase_word};
 use super::failure::{Failure, Kind};
 use super::output::{fields, state, table, text};
-use super::session::Session;
+use super::session::{Session, Which, every};
 use super::values::{show_count, show_size, show_time};
 use super::{disk, phase_mood};
 
@@ -43,7 +43,13 @@ pub enum Verb {
         dry_run: bool,
     },
     /// List the groups.
-    List,
+    #[command(after_help = "Examples:\n  \
+        afterimage group list\n  \
+        afterimage group list --filter 'phase = PHASE_PROTECTED AND disks.path:\"/dev/vg0/*\"'")]
+    List {
+        #[command(flatten)]
+        which: Which,
+    },
     /// Show one group with its disks.
     Show {
         /// The group's name.
@@ -117,9 +123,10 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 out.note(&format!("it is being synchronised now; watch it: afterimage watch {group}"));
             }
         }
-        Verb::List => {
-            let request = v1::ListGroupsRequest { parent: session.tenant() };
-            let groups = session.ask("groups", session.groups().list_groups(request)).await?.groups;
+        Verb::List { which } => {
+            let request =
+                v1::ListGroupsRequest { parent: session.tenant(), filter: which.filter, ..Default::default() };
+            let groups: Vec<v1::Group> = every!(session, "groups", groups.list_groups(request).groups);
             let document = groups.iter().map(documents::group).collect::<Vec<_>>();
             out.show(&serde_json::json!({"groups": document}), || listed(&groups));
         }
@@ -133,13 +140,21 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                     .hint("name what changes: --policy, --description"));
             }
             let mut wanted = get(session, &group).await?;
+            let mut paths = Vec::new();
             if let Some(policy) = policy {
                 wanted.policy = session.policy(&policy);
+                paths.push("policy".to_owned());
             }
             if let Some(description) = description {
                 wanted.description = description;
+                paths.push("description".to_owned());
             }
-            let request = v1::UpdateGroupRequest { group: Some(wanted), validate_only: dry_run };
+            let request = v1::UpdateGroupRequest {
+                group: Some(wanted),
+                validate_only: dry_run,
+                update_mask: Some(prost_types::FieldMask { paths }),
+                request_id: Uuid::new_v4().to_string(),
+            };
             let made = session.ask(object(&group), session.groups().update_group(request)).await?;
             out.show(&documents::group(&made), || shown(&made));
         }
@@ -152,7 +167,13 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
         Verb::Delete { group, delete_points, force } => {
             let found = get(session, &group).await?;
             out.confirm(&object(&group), &loss(session, &found, delete_points).await)?;
-            let request = v1::DeleteGroupRequest { name: found.name, etag: found.etag, delete_points, force };
+            let request = v1::DeleteGroupRequest {
+                name: found.name,
+                etag: found.etag,
+                delete_points,
+                force,
+                ..Default::default()
+            };
             session.ask(object(&group), session.groups().delete_group(request)).await?;
             let document = serde_json::json!({"deleted": {"group": group, "points": delete_points}});
             out.show(&document, || format!("group {group} deleted"));

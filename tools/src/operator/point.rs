@@ -131,7 +131,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             out.show(&documents::point(&found), || shown(&found));
         }
         Verb::Cut { group, label } => {
-            let request = v1::CreateCutRequest { parent: session.group(&group), label };
+            let request = v1::CreateCutRequest { parent: session.group(&group), label, ..Default::default() };
             let made = session.ask(object(&group), session.points().create_cut(request)).await?;
             out.show(&documents::point(&made), || shown(&made));
         }
@@ -184,6 +184,7 @@ async fn list(session: &Session, group: &str, wanted: &Wanted) -> Result<Found, 
         from_seq: wanted.from_seq.unwrap_or(0),
         page_size: 1,
         cuts_only: !wanted.writes,
+        ..Default::default()
     };
     let first = session.ask(object(group), session.points().list_points(request.clone())).await?;
     found.summary = first.summary;

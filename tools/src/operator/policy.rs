@@ -2,11 +2,13 @@
 
 use afterimage_wire::v1;
 use clap::{Args, Subcommand, ValueEnum};
+use prost_types::FieldMask;
+use uuid::Uuid;
 
 use super::documents::{self, compression_word, id};
 use super::failure::{Failure, Kind};
 use super::output::{fields, table, text};
-use super::session::Session;
+use super::session::{Session, Which, every};
 use super::values::{duration_ns, show_duration, show_size, show_time, size};
 
 /// Verbs of `afterimage policy`.
@@ -26,7 +28,13 @@ pub enum Verb {
         dry_run: bool,
     },
     /// List the policies.
-    List,
+    #[command(after_help = "Examples:\n  \
+        afterimage policy list\n  \
+        afterimage policy list --filter 'rpo_target_us < 1000000 AND description:web'")]
+    List {
+        #[command(flatten)]
+        which: Which,
+    },
     /// Show one policy.
     Show {
         /// The policy's name.
@@ -127,16 +135,20 @@ impl Promise {
         Ok(())
     }
 
-    fn is_empty(&self) -> bool {
-        self.rpo.is_none()
-            && self.cut_interval.is_none()
-            && self.retention.is_none()
-            && self.journal_budget.is_none()
-            && self.compression.is_none()
-            && self.warn_after.is_none()
-            && self.lease.is_none()
-            && self.sync_deadline.is_none()
-            && self.description.is_none()
+    /// The fields that were given.
+    fn mask(&self) -> FieldMask {
+        let given = [
+            ("rpo_target_us", self.rpo.is_some()),
+            ("cut_interval_ms", self.cut_interval.is_some()),
+            ("retention_s", self.retention.is_some()),
+            ("journal_budget_bytes", self.journal_budget.is_some()),
+            ("compression", self.compression.is_some()),
+            ("warn_after_ms", self.warn_after.is_some()),
+            ("lease_ms", self.lease.is_some()),
+            ("sync_deadline_ms", self.sync_deadline.is_some()),
+            ("description", self.description.is_some()),
+        ];
+        FieldMask { paths: given.into_iter().filter(|(_, is)| *is).map(|(field, _)| field.to_owned()).collect() }
     }
 }
 
@@ -161,13 +173,15 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 policy_id: policy.clone(),
                 policy: Some(wanted),
                 validate_only: dry_run,
+                request_id: Uuid::new_v4().to_string(),
             };
             let made = session.ask(object(&policy), session.policies().create_policy(request)).await?;
             out.show(&documents::policy(&made), || shown(&made));
         }
-        Verb::List => {
-            let request = v1::ListPoliciesRequest { parent: session.tenant() };
-            let policies = session.ask("policies", session.policies().list_policies(request)).await?.policies;
+        Verb::List { which } => {
+            let request =
+                v1::ListPoliciesRequest { parent: session.tenant(), filter: which.filter, ..Default::default() };
+            let policies: Vec<v1::Policy> = every!(session, "policies", policies.list_policies(request).policies);
             let document = policies.iter().map(documents::policy).collect::<Vec<_>>();
             out.show(&serde_json::json!({"policies": document}), || listed(&policies));
         }
@@ -176,19 +190,24 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             out.show(&documents::policy(&found), || shown(&found));
         }
         Verb::Update { policy, promise, dry_run } => {
-            if promise.is_empty() {
+            if promise.mask().paths.is_empty() {
                 return Err(Failure::new(Kind::Usage, object(&policy), "nothing to change was given")
                     .hint("name what changes, for instance --retention 8h; see afterimage policy update --help"));
             }
             let mut wanted = get(session, &policy).await?;
             promise.over(&mut wanted)?;
-            let request = v1::UpdatePolicyRequest { policy: Some(wanted), validate_only: dry_run };
+            let request = v1::UpdatePolicyRequest {
+                policy: Some(wanted),
+                validate_only: dry_run,
+                update_mask: Some(promise.mask()),
+                request_id: Uuid::new_v4().to_string(),
+            };
             let made = session.ask(object(&policy), session.policies().update_policy(request)).await?;
             out.show(&documents::policy(&made), || shown(&made));
         }
         Verb::Delete { policy } => {
             let found = get(session, &policy).await?;
-            let request = v1::DeletePolicyRequest { name: found.name, etag: found.etag };
+            let request = v1::DeletePolicyRequest { name: found.name, etag: found.etag, ..Default::default() };
             session.ask(object(&policy), session.policies().delete_policy(request)).await?;
             out.show(&serde_json::json!({"deleted": {"policy": policy}}), || format!("policy {policy} deleted"));
         }

@@ -6,7 +6,7 @@ use clap::Subcommand;
 use super::documents::{self, id, severity_word};
 use super::failure::Failure;
 use super::output::{Mood, fields, state, table, text};
-use super::session::Session;
+use super::session::{Session, every};
 use super::values::{show_duration, show_time};
 
 /// Verbs of `afterimage proxies`.
@@ -31,8 +31,8 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
     let out = session.out;
     match verb {
         Verb::List => {
-            let request = v1::ListProxiesRequest { parent: session.tenant() };
-            let proxies = session.ask("proxies", session.proxies().list_proxies(request)).await?.proxies;
+            let request = v1::ListProxiesRequest { parent: session.tenant(), ..Default::default() };
+            let proxies: Vec<v1::Proxy> = every!(session, "proxies", proxies.list_proxies(request).proxies);
             let document = proxies.iter().map(documents::proxy).collect::<Vec<_>>();
             out.show(&serde_json::json!({"proxies": document}), || listed(&proxies));
         }
@@ -43,7 +43,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
         Verb::Remove { proxy } => {
             let found = get(session, &proxy).await?;
             out.confirm(&object(&proxy), &format!("Proxy {proxy} will have to join again before it is let in."))?;
-            let request = v1::DeleteProxyRequest { name: found.name, etag: found.etag };
+            let request = v1::DeleteProxyRequest { name: found.name, etag: found.etag, ..Default::default() };
             session.ask(object(&proxy), session.proxies().delete_proxy(request)).await?;
             out.show(&serde_json::json!({"deleted": {"proxy": proxy}}), || format!("proxy {proxy} removed"));
         }

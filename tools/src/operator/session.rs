@@ -73,6 +73,31 @@ pub fn endpoint(address: &str) -> String {
     if address.contains("://") { address.to_owned() } else { format!("https://{address}") }
 }
 
+/// All of a list, page by page: `every!(session, "groups", groups.list_groups(request).groups)`.
+macro_rules! every {
+    ($session:expr, $object:expr, $client:ident.$method:ident($request:expr).$field:ident) => {{
+        let mut request = $request;
+        let mut all = Vec::new();
+        loop {
+            let page = $session.ask($object, $session.$client().$method(request.clone())).await?;
+            all.extend(page.$field);
+            if page.next_page_token.is_empty() {
+                break all;
+            }
+            request.page_token = page.next_page_token;
+        }
+    }};
+}
+pub(crate) use every;
+
+/// Which objects of a list.
+#[derive(Args, Debug, Default, Clone)]
+pub struct Which {
+    /// Only those that fit: fields as in the API, such as 'description:web AND version > 1'.
+    #[arg(long, value_name = "FILTER", default_value = "", hide_default_value = true)]
+    pub filter: String,
+}
+
 /// An open connection.
 pub struct Session {
     channel: Channel,

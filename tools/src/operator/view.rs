@@ -8,7 +8,7 @@ use super::documents::{self, group_of, id, view_word};
 use super::failure::Failure;
 use super::output::{Mood, fields, state, table, text};
 use super::point::api;
-use super::session::Session;
+use super::session::{Session, every};
 use super::values::{Selector, selector, show_size, show_time};
 
 /// Verbs of `afterimage view`.
@@ -91,8 +91,9 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             }
         }
         Verb::List { group } => {
-            let request = v1::ListViewsRequest { parent: session.group(group.as_deref().unwrap_or("-")) };
-            let views = session.ask("views", session.views().list_views(request)).await?.views;
+            let request =
+                v1::ListViewsRequest { parent: session.group(group.as_deref().unwrap_or("-")), ..Default::default() };
+            let views: Vec<v1::View> = every!(session, "views", views.list_views(request).views);
             let document = views.iter().map(documents::view).collect::<Vec<_>>();
             out.show(&serde_json::json!({"views": document}), || listed(&views));
         }
@@ -108,7 +109,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                     &format!("What was written to view {view} since it was opened will be thrown away."),
                 )?;
             }
-            let request = v1::DeleteViewRequest { name: found.name, keep_delta, force };
+            let request = v1::DeleteViewRequest { name: found.name, keep_delta, force, ..Default::default() };
             session.ask(object(&group, &view), session.views().delete_view(request)).await?;
             out.show(&serde_json::json!({"closed": {"group": group, "view": view}}), || format!("view {view} closed"));
         }

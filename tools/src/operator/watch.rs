@@ -11,7 +11,7 @@ use super::documents::{self, id, rung_word, severity_word};
 use super::failure::{Failure, Kind};
 use super::group::object;
 use super::output::{line, put, width};
-use super::session::Session;
+use super::session::{Session, Which};
 use super::status::{groups, micros, notes, phase};
 use super::values::{duration_ns, show_count, show_rate, show_size, show_time};
 
@@ -35,6 +35,9 @@ pub struct Watch {
     /// Only events, no states.
     #[arg(long)]
     pub events: bool,
+    /// Go on after this token, from an earlier watch's JSON: the events since then come first.
+    #[arg(long, value_name = "TOKEN")]
+    pub resume: Option<String>,
 }
 
 /// Options of `afterimage events`.
@@ -46,18 +49,21 @@ pub struct Events {
     /// The newest so many of them; 0 for all.
     #[arg(long, default_value_t = 50)]
     limit: u32,
+    #[command(flatten)]
+    which: Which,
 }
 
 /// Watches until stopped.
 pub async fn run(args: Watch, session: &Session) -> Result<(), Failure> {
     let until = args.at_most.map(|ns| Instant::now() + Duration::from_nanos(ns));
+    let mut resume = args.resume.clone().unwrap_or_default();
     let mut picture = (session.out.live() && !args.events).then(Picture::default);
     loop {
         let ended = match until {
-            None => stream(&args, session, &mut picture).await,
+            None => stream(&args, session, &mut picture, &mut resume).await,
             Some(until) => {
                 let left = until.saturating_duration_since(Instant::now());
-                match tokio::time::timeout(left, stream(&args, session, &mut picture)).await {
+                match tokio::time::timeout(left, stream(&args, session, &mut picture, &mut resume)).await {
                     Ok(ended) => ended,
                     Err(_) => return Ok(()),
                 }
@@ -76,18 +82,26 @@ pub async fn run(args: Watch, session: &Session) -> Result<(), Failure> {
 }
 
 /// Shows what comes, until it ends: which is a failure, as it does not end by itself.
-async fn stream(args: &Watch, session: &Session, picture: &mut Option<Picture>) -> Result<(), Failure> {
+async fn stream(
+    args: &Watch,
+    session: &Session,
+    picture: &mut Option<Picture>,
+    resume: &mut String,
+) -> Result<(), Failure> {
     let parent = args.group.as_ref().map_or_else(|| session.tenant(), |group| session.group(group));
     let about = args.group.as_deref().map_or_else(|| "watch".to_owned(), object);
     let interval_ms = u32::try_from(args.interval / 1_000_000).unwrap_or(u32::MAX);
-    let request = v1::WatchRequest { parent, interval_ms, events_only: args.events };
+    let request = v1::WatchRequest { parent, interval_ms, events_only: args.events, resume_token: resume.clone() };
     let mut updates = session.ask(&about, session.status().watch(request)).await?;
     loop {
         match updates.message().await {
-            Ok(Some(v1::WatchResponse { update: Some(update) })) => match picture {
-                Some(picture) => picture.update(update),
-                None => tell(&update, session.out.json),
-            },
+            Ok(Some(v1::WatchResponse { update: Some(update), resume_token, gap })) => {
+                resume.clone_from(&resume_token);
+                match picture {
+                    Some(picture) => picture.update(update),
+                    None => tell(&update, session.out.json, &resume_token, gap),
+                }
+            }
             Ok(Some(_)) => {}
             Ok(None) => {
                 return Err(Failure::new(
@@ -104,15 +118,23 @@ async fn stream(args: &Watch, session: &Session, picture: &mut Option<Picture>) 
 /// Shows recent events.
 pub async fn events(args: Events, session: &Session) -> Result<(), Failure> {
     let mut found: VecDeque<v1::Event> = VecDeque::new();
-    let mut request = v1::ListEventsRequest { parent: session.tenant(), from_number: args.from, page_size: 1000 };
+    let mut request = v1::ListEventsRequest {
+        parent: session.tenant(),
+        from_number: args.from,
+        page_size: 1000,
+        filter: args.which.filter,
+        ..Default::default()
+    };
     loop {
-        let page = session.ask("events", session.status().list_events(request.clone())).await?.events;
-        let Some(last) = page.last() else { break };
-        request.from_number = last.number + 1;
-        found.extend(page);
+        let page = session.ask("events", session.status().list_events(request.clone())).await?;
+        found.extend(page.events);
         while args.limit > 0 && found.len() > args.limit as usize {
             found.pop_front();
         }
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
     }
     let document = found.iter().map(documents::event).collect::<Vec<_>>();
     session.out.show(&serde_json::json!({"events": document}), || {
@@ -125,7 +147,11 @@ pub async fn events(args: Events, session: &Session) -> Result<(), Failure> {
 }
 
 /// Writes an update as lines.
-fn tell(update: &Update, json: bool) {
+fn tell(update: &Update, json: bool, resume_token: &str, gap: bool) {
+    let typed = |kind: &str, document| typed(kind, document, resume_token, gap);
+    if gap && !json {
+        line("some events have been missed: they are not kept any more");
+    }
     match (update, json) {
         (Update::Status(status), true) => line(&typed("status", documents::status(status))),
         (Update::Event(event), true) => line(&typed("event", documents::event(event))),
@@ -139,8 +165,10 @@ fn tell(update: &Update, json: bool) {
 }
 
 /// A line of JSON that says what it is.
-fn typed(kind: &str, mut document: serde_json::Value) -> String {
+fn typed(kind: &str, mut document: serde_json::Value, resume_token: &str, gap: bool) -> String {
     document["type"] = kind.into();
+    document["resume_token"] = resume_token.into();
+    document["gap"] = gap.into();
     document.to_string()
 }
 
@@ -251,7 +279,8 @@ mod tests {
     #[test]
     fn a_line_of_json_says_what_it_is() {
         let event = v1::Event { number: 7, kind: "phase".into(), ..Default::default() };
-        let document: serde_json::Value = serde_json::from_str(&typed("event", documents::event(&event))).unwrap();
+        let document: serde_json::Value =
+            serde_json::from_str(&typed("event", documents::event(&event), "t", false)).unwrap();
         assert_eq!(document["type"], "event");
         assert_eq!(document["number"], 7);
     }
