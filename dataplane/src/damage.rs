@@ -5,9 +5,11 @@
 //! that need the lost bytes are damaged, reads of those bytes fail, everything else stays good; and the list is kept
 //! beside the journal ([`afterimage_wire::damage`]), so that a restart knows as much. Of a frame that was never seen
 //! whole, nothing is known but its place: points behind it hold no disk until a whole synchronisation has been made
-//! ([`crate::index::Points::damage`]).
+//! ([`crate::index::Points::damage`]), begun after the loss was found: one before that compared blocks while they could
+//! still be read, and did not send them. So where a loss was found is kept as well, and a restart that finds it again
+//! does not take it for a new one.
 
-use afterimage_wire::damage::{DamageFile, LostFrame, MAX_LOST_FRAMES};
+use afterimage_wire::damage::{DamageFile, LostFrame, LostStretch, MAX_LOST_FRAMES, MAX_LOST_STRETCHES};
 use afterimage_wire::ids::{DiskId, IncarnationId, StreamId, TimelineId};
 use afterimage_wire::record::RecordKind;
 use afterimage_wire::stream_state::UnreadableRange;
@@ -18,8 +20,6 @@ use crate::io::{Errno, Io};
 use crate::journal::Journal;
 use crate::target::{Damage, LostBlocks};
 
-/// Losses that are remembered one by one.
-const MAX_DAMAGE: usize = MAX_LOST_FRAMES;
 /// Ranges of one loss that are kept one by one; beyond it neighbours are joined (more is called lost than is).
 const MAX_BLOCKS: usize = 1024;
 /// Ranges that a text names.
@@ -59,7 +59,40 @@ pub(crate) struct Ledger {
     /// The branch whose points are concerned; losses in others are those of views.
     timeline: TimelineId,
     /// Read back after a start: what the journals are to be read with.
-    known: Vec<LostFrame>,
+    known: Known,
+    /// What is on disk is older.
+    dirty: bool,
+}
+
+/// What a journal is read back with.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Known {
+    frames: Vec<LostFrame>,
+    stretches: Vec<LostStretch>,
+}
+
+impl Known {
+    /// The frame of this branch, if its loss is known.
+    pub fn frame(&self, timeline: TimelineId, incarnation: IncarnationId, number: u64) -> Option<&LostFrame> {
+        self.frames.iter().find(|frame| {
+            let header = &frame.header;
+            (frame.timeline, header.incarnation, header.number.get()) == (timeline, incarnation, number)
+        })
+    }
+
+    /// The loss that this one is all or a part of, found first.
+    pub fn stretch(&self, timeline: TimelineId, damage: &Damage) -> Option<&LostStretch> {
+        let covers = |known: &&LostStretch| {
+            let whole_segment = known.last_frame == u64::MAX;
+            let frames = known.incarnation == damage.incarnation
+                && known.first_frame <= damage.first_frame
+                && damage.last_frame <= known.last_frame;
+            (known.timeline, known.segment) == (timeline, damage.segment)
+                && known.first_seq <= damage.first_seq
+                && (whole_segment || frames)
+        };
+        self.stretches.iter().filter(covers).min_by_key(|known| known.found_at)
+    }
 }
 
 impl Ledger {
@@ -70,23 +103,51 @@ impl Ledger {
     pub fn open<I: Io>(io: &mut I, dir: &str, stream: StreamId, timeline: TimelineId) -> Result<Self, Errno> {
         let path = format!("{dir}/damage");
         let known = match io.read_small(&path) {
-            Err(Errno::NOENT) => Vec::new(),
+            Err(Errno::NOENT) => Known::default(),
             Err(errno) => return Err(errno),
             Ok(bytes) => match DamageFile::decode(&bytes) {
-                Ok(file) if file.stream == stream => file.frames,
-                Ok(_) => Vec::new(),
+                Ok(file) if file.stream == stream => Known { frames: file.frames, stretches: file.stretches },
+                Ok(_) => Known::default(),
                 Err(error) => {
                     tracing::warn!(path, %error, "the damage list cannot be used");
-                    Vec::new()
+                    Known::default()
                 }
             },
         };
-        Ok(Self { items: Vec::new(), path, stream, timeline, known })
+        Ok(Self { items: Vec::new(), path, stream, timeline, known, dirty: false })
     }
 
-    /// Frames that are known to be damaged.
-    pub fn known(&self) -> &[LostFrame] {
-        &self.known
+    /// What was known when the stream was opened.
+    pub fn known(&self) -> Known {
+        self.known.clone()
+    }
+
+    /// What is known by now.
+    pub fn now_known(&self) -> Known {
+        Known { frames: self.items.iter().filter_map(|item| item.frame.clone()).collect(), stretches: self.stretches() }
+    }
+
+    fn stretches(&self) -> Vec<LostStretch> {
+        let unknown = self.of_stream().filter(|damage| !damage.known).take(MAX_LOST_STRETCHES);
+        let stretch = |damage: &Damage| LostStretch {
+            timeline: self.timeline,
+            incarnation: damage.incarnation,
+            segment: damage.segment,
+            first_frame: damage.first_frame,
+            last_frame: damage.last_frame,
+            first_seq: damage.first_seq,
+            found_at: damage.found_at,
+        };
+        unknown.map(stretch).collect()
+    }
+
+    /// Losses that concern the state at the floor: from which record on, and where they were found
+    /// ([`crate::index::Points::doubt`]).
+    pub fn doubts(&self, floor: u64) -> impl Iterator<Item = (u64, u64)> {
+        let before = self.known.stretches.iter().filter(|known| known.timeline == self.timeline);
+        let before = before.map(|known| (known.first_seq, known.found_at));
+        let now = self.of_stream().filter(|damage| !damage.known).map(|damage| (damage.first_seq, damage.found_at));
+        before.chain(now).filter(move |(first_seq, found_at)| *first_seq <= floor && *found_at > floor)
     }
 
     /// Losses, oldest first.
@@ -99,13 +160,49 @@ impl Ledger {
         self.items.is_empty()
     }
 
-    /// Takes a loss whose records nobody knows. False if it is not kept: there are too many.
-    pub fn add(&mut self, timeline: TimelineId, damage: Damage) -> bool {
-        if self.items.len() >= MAX_DAMAGE {
-            return false;
+    /// There is something to look at, or to write down.
+    pub fn wants_review(&self) -> bool {
+        self.dirty || !self.items.is_empty()
+    }
+
+    /// Takes a loss whose records nobody knows. With too many of a branch, the last takes in what is new.
+    pub fn add(&mut self, timeline: TimelineId, damage: Damage) {
+        self.dirty = true;
+        let place = |damage: &Damage| (damage.segment, damage.incarnation, damage.first_frame, damage.last_frame);
+        let unknown = |item: &&mut Item| item.timeline == timeline && !item.damage.known;
+        if let Some(item) = self.items.iter_mut().filter(unknown).find(|item| place(&item.damage) == place(&damage)) {
+            item.damage = damage;
+        } else if self.items.iter_mut().filter(unknown).count() < MAX_LOST_STRETCHES {
+            self.items.push(Item { damage, timeline, frame: None });
+        } else if let Some(last) = self.items.iter_mut().filter(unknown).last() {
+            last.damage.first_seq = last.damage.first_seq.min(damage.first_seq);
+            last.damage.found_at = last.damage.found_at.max(damage.found_at);
         }
-        self.items.push(Item { damage, timeline, frame: None });
-        true
+    }
+
+    /// Losses that were known before this start and are not in the journal any more, because they have been folded: they
+    /// count as long as they concern something.
+    pub fn restore_folded(&mut self, floor: u64, now: &Lives) {
+        let owed = owes_whole(now);
+        for known in std::mem::take(&mut self.known.stretches) {
+            let ours = known.timeline == self.timeline && known.first_seq <= floor && (known.found_at > floor || owed);
+            let found_again = self.of_stream().any(|damage| !damage.known && damage.segment == known.segment);
+            if ours && !found_again {
+                let (segment, first) = (known.segment, known.first_seq);
+                let damage = Damage {
+                    segment,
+                    incarnation: known.incarnation,
+                    first_frame: known.first_frame,
+                    last_frame: known.last_frame,
+                    first_seq: first,
+                    found_at: known.found_at,
+                    what: format!("records from {first} on were lost with segment {segment}, which has been folded"),
+                    known: false,
+                    blocks: Vec::new(),
+                };
+                self.add(known.timeline, damage);
+            }
+        }
     }
 
     /// The losses that were known before this start count on: those that the journal was read with, and those that have
@@ -113,33 +210,31 @@ impl Ledger {
     pub fn restore(&mut self, journal: &Journal, used: &[(IncarnationId, u64)], disk_of: impl Fn(u16) -> DiskId) {
         let first = journal.segments.front().map_or(u64::MAX, |segment| segment.number);
         let ours = |frame: &LostFrame| frame.timeline == journal.config.timeline;
-        for frame in self.known.clone().into_iter().filter(ours) {
+        for frame in self.known.frames.clone().into_iter().filter(ours) {
             let folded = frame.segment < first;
             if folded || used.contains(&(frame.header.incarnation, frame.header.number.get())) {
                 self.add_frame(frame, &disk_of, "it was found to be damaged before");
             }
         }
-        self.known.retain(|frame| !ours(frame));
+        self.known.frames.retain(|frame| !ours(frame));
     }
 
-    /// Frames that a journal is to be read with.
-    pub fn frames(&self) -> impl Iterator<Item = &LostFrame> {
-        self.items.iter().filter_map(|item| item.frame.as_ref())
-    }
-
-    /// The branch's journal has been read again: what was lost unseen has been found again.
-    pub fn forget_unknown(&mut self, timeline: TimelineId) {
-        self.items.retain(|item| item.timeline != timeline || item.damage.known);
+    /// The branch's journal has been read again: what was lost unseen above the floor has been found again.
+    pub fn forget_unknown(&mut self, timeline: TimelineId, floor: u64) {
+        self.dirty = true;
+        self.items.retain(|item| item.timeline != timeline || item.damage.known || item.damage.first_seq <= floor);
     }
 
     /// The branch is gone.
     pub fn forget_branch(&mut self, timeline: TimelineId) {
+        self.dirty = true;
         self.items.retain(|item| item.timeline != timeline);
     }
 
     /// Takes a frame with lost chunks; returns what is to be told of it.
     pub fn add_frame(&mut self, frame: LostFrame, disk_of: &impl Fn(u16) -> DiskId, why: &str) -> Damage {
         let number = frame.header.number.get();
+        self.dirty = true;
         self.items.retain(|item| !item.frame.as_ref().is_some_and(|known| same(known, &frame)));
         let damage = Damage {
             segment: frame.segment,
@@ -147,23 +242,31 @@ impl Ledger {
             first_frame: number,
             last_frame: number,
             first_seq: frame.records.first().map_or(frame.header.first_seq.get(), |(record, _)| record.seq),
+            found_at: frame.header.last_seq.get(),
             what: format!("frame {number} of segment {}: {why}", frame.segment),
             blocks: blocks_of(&frame, disk_of),
             known: true,
         };
-        if self.items.len() < MAX_DAMAGE {
+        if self.items.iter().filter(|item| item.frame.is_some()).count() < MAX_LOST_FRAMES {
             self.items.push(Item { damage: damage.clone(), timeline: frame.timeline, frame: Some(frame) });
+        } else {
+            // Reads of what it held fail; after a restart it is found with nothing known of it.
+            tracing::error!(what = damage.what, "too many losses: this one is not remembered by its blocks");
         }
         damage
     }
 
-    /// Writes down which frames are lost.
+    /// Writes down what is lost, if that has changed.
     ///
     /// # Errors
     /// Storage. After a restart the loss is found again, then with nothing known of it.
     pub fn keep<I: Io>(&mut self, io: &mut I) -> Result<(), Errno> {
-        let frames = self.items.iter().filter_map(|item| item.frame.clone()).collect();
-        io.replace_small(&self.path, &DamageFile { stream: self.stream, frames }.encode())
+        if self.dirty {
+            let Known { frames, stretches } = self.now_known();
+            io.replace_small(&self.path, &DamageFile { stream: self.stream, frames, stretches }.encode())?;
+            self.dirty = false;
+        }
+        Ok(())
     }
 
     /// Looks which lost blocks newer records have replaced; returns which losses are mended by that.
@@ -182,10 +285,10 @@ impl Ledger {
         mended
     }
 
-    /// Forgets what concerns no point any more; true if something was kept on disk of it.
-    pub fn forget(&mut self, floor: u64, now: &Lives) -> bool {
-        let owed = now.values().any(|life| life.member && life.owes_whole);
-        let before = self.items.iter().filter(|item| item.frame.is_some()).count();
+    /// Forgets what concerns no point any more.
+    pub fn forget(&mut self, floor: u64, now: &Lives) {
+        let owed = owes_whole(now);
+        let before = self.items.len();
         self.items.retain(|item| {
             let damage = &item.damage;
             if item.timeline != self.timeline {
@@ -194,17 +297,18 @@ impl Ledger {
                 let over = damage.blocks.iter().all(|block| block.until.is_some_and(|until| until <= floor));
                 !over || damage.first_seq > floor
             } else {
-                damage.first_seq > floor || owed
+                // A synchronisation begun before it was found is known not to make it good.
+                damage.first_seq > floor || damage.found_at > floor || owed
             }
         });
-        before != self.items.iter().filter(|item| item.frame.is_some()).count()
+        self.dirty |= before != self.items.len();
     }
 
     /// What is wrong with the point after record `seq`, if something is.
     pub fn at(&self, seq: u64, lives: &Lives) -> Option<String> {
         let member = |slot: u16| lives.get(&slot).is_some_and(|life| life.member);
         for damage in self.of_stream().filter(|damage| damage.first_seq <= seq) {
-            if !damage.known && lives.values().any(|life| life.member && life.owes_whole) {
+            if !damage.known && owes_whole(lives) {
                 return Some(damage.what.clone());
             }
             let needs = |block: &&LostBlocks| block.from <= seq && block.until.is_none_or(|until| seq < until);
@@ -226,20 +330,12 @@ impl Ledger {
     }
 }
 
-fn same(a: &LostFrame, b: &LostFrame) -> bool {
-    (a.timeline, a.header.incarnation, a.header.number) == (b.timeline, b.header.incarnation, b.header.number)
+fn owes_whole(lives: &Lives) -> bool {
+    lives.values().any(|life| life.member && life.owes_whole)
 }
 
-/// The frame of this branch, if its loss is known.
-pub(crate) fn find(
-    known: &[LostFrame],
-    timeline: TimelineId,
-    incarnation: IncarnationId,
-    number: u64,
-) -> Option<&LostFrame> {
-    known.iter().find(|frame| {
-        frame.timeline == timeline && frame.header.incarnation == incarnation && frame.header.number.get() == number
-    })
+fn same(a: &LostFrame, b: &LostFrame) -> bool {
+    (a.timeline, a.header.incarnation, a.header.number) == (b.timeline, b.header.incarnation, b.header.number)
 }
 
 fn blocks_of(frame: &LostFrame, disk_of: &impl Fn(u16) -> DiskId) -> Vec<LostBlocks> {

@@ -60,6 +60,7 @@ mutants! {
     AckOnReceipt = "ack-on-receipt": "frames are acknowledged when received",
     HeadNotDurable = "head-not-durable": "a segment's head, with its key, is not durable before its frames",
     WriteErrorIgnored = "write-error-ignored": "a failed write of the journal counts as done",
+    HealedBeforeFound = "healed-before-found": "a synchronisation makes good what was found to be lost only after it",
     TornNotDamaged = "torn-not-damaged": "damage to what was acknowledged is taken for a torn tail",
     PredecessorNotCompared = "predecessor-not-compared": "a new writer's acknowledged place is not compared",
     StaleGeneration = "stale-generation": "a source of an older generation is accepted",

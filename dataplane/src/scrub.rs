@@ -347,9 +347,7 @@ impl Stream {
         let disk_of = |slot| disks.iter().find(|(known, _)| *known == slot).map(|(_, id)| *id).unwrap_or_default();
         let damage = self.damage.add_frame(lost, &disk_of, &why);
         self.name_damage(damage, events);
-        if let Err(errno) = self.damage.keep(io) {
-            tracing::error!(stream = %self.config.stream, %errno, "the damage list cannot be written");
-        }
+        self.keep_damage(io);
         self.scrub.review_at = 0;
         self.mend_at = 0;
     }
@@ -363,7 +361,7 @@ impl Stream {
     /// Looks now and then what of the lost newer data has replaced, and forgets what concerns no point any more.
     fn review_damage<I: Io>(&mut self, io: &mut I, events: &mut VecDeque<TargetEvent>) {
         let now = io.now();
-        if self.damage.is_empty() || now < self.scrub.review_at {
+        if !self.damage.wants_review() || now < self.scrub.review_at {
             return;
         }
         self.scrub.review_at = now + REVIEW;
@@ -372,10 +370,15 @@ impl Stream {
             tracing::info!(stream = %self.config.stream, what, "newer data has taken the place of what was lost");
             events.push_back(TargetEvent::Mended { stream: self.config.stream, what });
         }
-        if self.damage.forget(self.points.floor(), self.points.now())
-            && let Err(errno) = self.damage.keep(io)
-        {
-            tracing::warn!(stream = %self.config.stream, %errno, "the damage list lags behind");
+        self.damage.forget(self.points.floor(), self.points.now());
+        self.keep_damage(io);
+    }
+
+    /// Writes down what is lost, if that has changed. If it cannot be written it is tried again with the next look; a
+    /// restart before that finds the loss anew, and then doubts more than it had to.
+    pub(crate) fn keep_damage<I: Io>(&mut self, io: &mut I) {
+        if let Err(errno) = self.damage.keep(io) {
+            tracing::error!(stream = %self.config.stream, %errno, "the damage list cannot be written");
         }
     }
 }

@@ -7,6 +7,7 @@ use afterimage_dataplane::io::Errno;
 use afterimage_dataplane::io::sim::{Fault, WorldConfig};
 use afterimage_dataplane::target::{Choice, Damage, TargetConfig, TargetEvent};
 use afterimage_wire::control::Control;
+use afterimage_wire::record::RecordKind;
 use afterimage_wire::segment::Predecessor;
 use target_rig::*;
 
@@ -375,4 +376,85 @@ fn a_full_file_system_shortens_history_before_it_stops_the_stream() {
     assert_eq!(rig.events.iter().filter(|event| matches!(event, TargetEvent::Shortened { .. })).count(), 1);
     rig.check(&model, status.floor);
     rig.check(&model, feeder.next_seq - 1);
+}
+
+/// A synchronisation begun before a loss was found compared blocks that could still be read, and did not send them.
+#[test]
+fn a_synchronisation_before_a_loss_was_found_does_not_make_it_good() {
+    for crash in 0..8 {
+        let config = TargetConfig { segment_bytes: 8 << 20, ..config() };
+        let mut rig = Rig::new(30 + crash, WorldConfig::default(), config, 40 * SECOND);
+        let mut feeder = Feeder::new(1, 1, Predecessor::default());
+        let mut model = Model::default();
+        feeder.join_and_sync(1);
+        feeder.seal(100);
+        rig.ship(&mut feeder);
+        let good = write(&mut rig, &mut feeder, &mut model, 0, 0, noise(1, 8192));
+        write(&mut rig, &mut feeder, &mut model, 0, 4096, noise(2, 4096));
+        write(&mut rig, &mut feeder, &mut model, 0, 9 * 4096, noise(3, 4096));
+        let path = segments(&rig)[0].clone();
+        // Its header goes: nothing of it is known to a reader that has not seen it before.
+        rig.world.rot(rig.node, &path, at(&feeder, 3), 200);
+        // Found equal everywhere.
+        let mark = |rig: &mut Rig, feeder: &mut Feeder, kind, sync, whole| {
+            let seqs = [0, 1].map(|slot| feeder.sync_mark(kind, slot, sync, whole));
+            feeder.seal(9);
+            rig.ship_more(feeder);
+            seqs[1]
+        };
+        let complete = |rig: &mut Rig, seq| {
+            let point = rig.target.resolve(&mut rig.io, stream_id(), Choice::Seq(seq)).unwrap();
+            assert!(point.complete == point.damage.is_none(), "{point:?}");
+            point.complete
+        };
+        mark(&mut rig, &mut feeder, RecordKind::SyncBegin, 2, true);
+        let early = mark(&mut rig, &mut feeder, RecordKind::SyncEnd, 2, true);
+        let open = mark(&mut rig, &mut feeder, RecordKind::SyncBegin, 3, true);
+        assert!(complete(&mut rig, early));
+        rig.restart(crash % 2 == 0);
+        assert_eq!(told(&rig).len(), 1, "{:?}", told(&rig));
+        assert!(complete(&mut rig, good) && !complete(&mut rig, early) && !complete(&mut rig, open));
+        let (_, whole) = rig.connect(&feeder);
+        assert!(whole, "one that was open when the loss was found is not believed either");
+        let late = mark(&mut rig, &mut feeder, RecordKind::SyncEnd, 3, true);
+        assert!(!complete(&mut rig, late));
+        // One begun after it sends what is missing.
+        mark(&mut rig, &mut feeder, RecordKind::SyncBegin, 4, true);
+        for slot in [0, 1] {
+            let bytes = model.at(slot, feeder.next_seq - 1);
+            feeder.record(RecordKind::SyncWrite, slot, 0, SIZE, bytes);
+        }
+        let healed = mark(&mut rig, &mut feeder, RecordKind::SyncEnd, 4, true);
+        // Later starts find the loss again, and know that it has been made good since; also once it has been folded.
+        for life in 0..4 {
+            assert!(complete(&mut rig, healed), "crash {crash} life {life}");
+            rig.check(&model, healed);
+            if rig.target.status()[0].floor < late {
+                assert!(!complete(&mut rig, late), "crash {crash} life {life}");
+            }
+            rig.restart(crash % 4 < 2);
+            let (_, whole) = rig.connect(&feeder);
+            assert!(!whole, "crash {crash} life {life}");
+        }
+        for round in 0..30 {
+            feeder.mono += 2 * SECOND;
+            write(&mut rig, &mut feeder, &mut model, 1, 0, noise(round, 4096));
+            if crash >= 4 && round % 8 == crash {
+                rig.restart(crash % 2 == 0);
+                rig.ship(&mut feeder);
+            }
+            let newest = feeder.next_seq - 1;
+            assert!(complete(&mut rig, newest), "crash {crash} round {round}");
+            let floor = rig.target.status()[0].floor;
+            if floor >= good {
+                let held = complete(&mut rig, floor);
+                assert_eq!(held, floor == good || floor >= healed, "crash {crash} round {round} floor {floor}");
+            }
+        }
+        rig.run_for(5 * SECOND);
+        rig.until("folded", |rig| rig.target.status()[0].floor > healed);
+        rig.run_for(5 * SECOND);
+        assert!(rig.target.status()[0].damage.is_empty(), "{:?}", rig.target.status()[0].damage);
+        rig.check(&model, feeder.next_seq - 1);
+    }
 }

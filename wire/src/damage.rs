@@ -6,18 +6,22 @@
 //!
 //! ```text
 //!   0  magic "AIDM"   4 version u16   6 reserved u16   8 crc u32 (with this field 0)   12 length u32
-//!  16  stream [16]   32 frame_count u32, zeros to 64
+//!  16  stream [16]   32 frame_count u32   36 stretch_count u32 (version 2), zeros to 64
 //!  64  frames: timeline [16], segment u64, at u32, record_count u32, wall_ns u64, lost chunks u64 (a bit each),
 //!              frame header [96], chunk directory (8 bytes each, as in the frame),
 //!              records of the lost chunks: record [56], payload length u32, payload (of cuts, joins and the like)
+//!   …  stretches (version 2): timeline [16], incarnation [16], segment u64, first frame u64, last frame u64,
+//!              first record u64, newest record when it was found u64
 //! ```
-//! The data of writes is what is lost: a write's record says where it was.
+//! The data of writes is what is lost: a write's record says where it was. Of a stretch nothing is known but its place,
+//! and where the stream stood when it was found: what was compared before that may have been compared with it. A list
+//! without stretches is written as version 1, which has no place for them.
 
 use bytes::{Buf, BufMut};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::frame::{FRAME_HEADER_LEN, FrameHeader};
-use crate::ids::{StreamId, TimelineId};
+use crate::ids::{IncarnationId, StreamId, TimelineId};
 use crate::record::{RECORD_LEN, RawRecord, Record};
 use crate::{FormatError, WIRE_VERSION, finished, get_id, get_number, need};
 
@@ -25,6 +29,12 @@ use crate::{FormatError, WIRE_VERSION, finished, get_id, get_number, need};
 pub const DAMAGE_MAGIC: [u8; 4] = *b"AIDM";
 /// Most frames that are remembered; more are not: they are found again.
 pub const MAX_LOST_FRAMES: usize = 1024;
+/// Most stretches of frames that are remembered.
+pub const MAX_LOST_STRETCHES: usize = 256;
+/// Version with stretches.
+const STRETCHES: u16 = 2;
+/// Bytes of a stretch.
+const STRETCH_LEN: usize = 72;
 /// Most records of one frame.
 pub const MAX_LOST_RECORDS: usize = crate::frame::MAX_CHUNKS * crate::chunk::MAX_CHUNK_RECORDS;
 /// Longest payload that is kept with a record (a join with its names), bytes.
@@ -51,6 +61,25 @@ pub struct LostFrame {
     pub records: Vec<(Record, Vec<u8>)>,
 }
 
+/// Frames of one segment of which nothing is known.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub struct LostStretch {
+    /// Branch whose journal they are in.
+    pub timeline: TimelineId,
+    /// Writer.
+    pub incarnation: IncarnationId,
+    /// Segment number.
+    pub segment: u64,
+    /// First frame that is lost.
+    pub first_frame: u64,
+    /// Last frame that is lost; the highest number there is for all the rest of the segment.
+    pub last_frame: u64,
+    /// First record that may be lost.
+    pub first_seq: u64,
+    /// Newest record that the stream had when the loss was found.
+    pub found_at: u64,
+}
+
 /// The file, taken apart.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct DamageFile {
@@ -58,6 +87,8 @@ pub struct DamageFile {
     pub stream: StreamId,
     /// Frames, in no order.
     pub frames: Vec<LostFrame>,
+    /// Stretches, in no order.
+    pub stretches: Vec<LostStretch>,
 }
 
 impl DamageFile {
@@ -65,12 +96,13 @@ impl DamageFile {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         out.put_slice(&DAMAGE_MAGIC);
-        out.put_u16_le(WIRE_VERSION);
+        out.put_u16_le(if self.stretches.is_empty() { WIRE_VERSION } else { STRETCHES });
         out.put_u16_le(0);
         out.put_u64_le(0); // CRC and length, below
         out.put_slice(&self.stream.0);
         out.put_u32_le(self.frames.len() as u32);
-        out.put_bytes(0, 28);
+        out.put_u32_le(self.stretches.len() as u32);
+        out.put_bytes(0, 24);
         for frame in &self.frames {
             out.put_slice(&frame.timeline.0);
             out.put_u64_le(frame.segment);
@@ -89,6 +121,15 @@ impl DamageFile {
                 out.put_slice(payload);
             }
         }
+        for stretch in &self.stretches {
+            out.put_slice(&stretch.timeline.0);
+            out.put_slice(&stretch.incarnation.0);
+            out.put_u64_le(stretch.segment);
+            out.put_u64_le(stretch.first_frame);
+            out.put_u64_le(stretch.last_frame);
+            out.put_u64_le(stretch.first_seq);
+            out.put_u64_le(stretch.found_at);
+        }
         crate::close_table(&mut out);
         out
     }
@@ -100,14 +141,15 @@ impl DamageFile {
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         const WHAT: &str = "damage list";
         let bad = |detail| FormatError::Malformed { what: WHAT, detail };
-        let bytes = crate::open_table(bytes, DAMAGE_MAGIC, WHAT)?;
+        let (version, bytes) = crate::open_table_up_to(STRETCHES, bytes, DAMAGE_MAGIC, WHAT)?;
         let mut input = &bytes[16..];
         let stream = StreamId(get_id(&mut input, WHAT)?);
-        let count = input.get_u32_le() as usize;
-        if count > MAX_LOST_FRAMES || input[..28] != [0; 28] {
+        let (count, stretch_count) = (input.get_u32_le() as usize, input.get_u32_le() as usize);
+        let counts_fit = count <= MAX_LOST_FRAMES && stretch_count <= MAX_LOST_STRETCHES;
+        if !counts_fit || (version >= STRETCHES) == (stretch_count == 0) || input[..24] != [0; 24] {
             return Err(bad("head"));
         }
-        input.advance(28);
+        input.advance(24);
         let mut frames = Vec::new();
         for _ in 0..count {
             need(&input, 48 + FRAME_HEADER_LEN, WHAT)?;
@@ -139,8 +181,30 @@ impl DamageFile {
             }
             frames.push(LostFrame { timeline, segment, at, header, wall_ns, lost, directory, records: kept });
         }
+        let mut stretches = Vec::new();
+        for _ in 0..stretch_count {
+            need(&input, STRETCH_LEN, WHAT)?;
+            let timeline = TimelineId(get_id(&mut input, WHAT)?);
+            // Of a first segment whose head is lost not even the writer is known: zeros.
+            let incarnation = IncarnationId(get_id(&mut input, WHAT)?);
+            let segment = get_number(&mut input, WHAT)?;
+            let (first_frame, last_frame) = (input.get_u64_le(), input.get_u64_le());
+            let (first_seq, found_at) = (get_number(&mut input, WHAT)?, get_number(&mut input, WHAT)?);
+            if first_frame > last_frame {
+                return Err(bad("a stretch that ends before it begins"));
+            }
+            stretches.push(LostStretch {
+                timeline,
+                incarnation,
+                segment,
+                first_frame,
+                last_frame,
+                first_seq,
+                found_at,
+            });
+        }
         finished(&input, WHAT)?;
-        Ok(Self { stream, frames })
+        Ok(Self { stream, frames, stretches })
     }
 }
 
@@ -148,7 +212,6 @@ impl DamageFile {
 mod tests {
     use super::*;
     use crate::frame::FRAME_MAGIC;
-    use crate::ids::IncarnationId;
     use crate::record::RecordKind;
 
     fn sample() -> DamageFile {
@@ -192,7 +255,16 @@ mod tests {
             directory: vec![(112, 1000), (1120, 2000)],
             records,
         };
-        DamageFile { stream: StreamId([1; 16]), frames: vec![frame] }
+        let stretch = LostStretch {
+            timeline: TimelineId([4; 16]),
+            incarnation: IncarnationId([2; 16]),
+            segment: 13,
+            first_frame: 11,
+            last_frame: u64::MAX,
+            first_seq: 111,
+            found_at: 222,
+        };
+        DamageFile { stream: StreamId([1; 16]), frames: vec![frame], stretches: vec![stretch] }
     }
 
     #[test]
@@ -202,6 +274,14 @@ mod tests {
         assert_eq!(DamageFile::decode(&bytes).unwrap(), file);
         bytes.resize(8192, 0);
         assert_eq!(DamageFile::decode(&bytes).unwrap(), file, "padding is ignored");
+    }
+
+    #[test]
+    fn without_stretches_it_is_what_it_was() {
+        let file = DamageFile { stretches: Vec::new(), ..sample() };
+        let bytes = file.encode();
+        assert_eq!((bytes[4], DamageFile::decode(&bytes)), (1, Ok(file)));
+        assert_eq!(sample().encode()[4], 2);
     }
 
     #[test]

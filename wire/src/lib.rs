@@ -177,13 +177,23 @@ pub(crate) fn close_table(out: &mut [u8]) {
 
 /// Checks magic, version, length and CRC of a table; returns it without what follows its length.
 pub(crate) fn open_table<'a>(bytes: &'a [u8], magic: [u8; 4], what: &'static str) -> Result<&'a [u8], FormatError> {
+    open_table_up_to(WIRE_VERSION, bytes, magic, what).map(|(_, bytes)| bytes)
+}
+
+/// As [`open_table`], of a table that has had versions since the first; tells which it is.
+pub(crate) fn open_table_up_to<'a>(
+    known: u16,
+    bytes: &'a [u8],
+    magic: [u8; 4],
+    what: &'static str,
+) -> Result<(u16, &'a [u8]), FormatError> {
     need(&bytes, TABLE_HEAD, what)?;
     if bytes[..4] != magic {
         return Err(FormatError::Magic { what });
     }
     let version = u16::from_le_bytes([bytes[4], bytes[5]]);
-    if version != WIRE_VERSION {
-        return Err(FormatError::Version { what, found: version, known: WIRE_VERSION });
+    if !(WIRE_VERSION..=known).contains(&version) {
+        return Err(FormatError::Version { what, found: version, known });
     }
     let length = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]) as usize;
     if length < TABLE_HEAD {
@@ -194,5 +204,5 @@ pub(crate) fn open_table<'a>(bytes: &'a [u8], magic: [u8; 4], what: &'static str
     if crc_without(bytes, 8).to_le_bytes() != bytes[8..12] {
         return Err(FormatError::Checksum { what });
     }
-    Ok(bytes)
+    Ok((version, bytes))
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use afterimage_wire::chunk::{Chunk, ChunkHead, Codec};
 use afterimage_wire::control::{Control, StopReason};
-use afterimage_wire::damage::{DamageFile, LostFrame};
+use afterimage_wire::damage::{DamageFile, LostFrame, LostStretch};
 use afterimage_wire::frame::{DirectoryEntry, FRAME_MAGIC, FrameHeader, check_frame, frame_crc};
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
@@ -469,7 +469,7 @@ fn every_golden_file_belongs_to_a_structure() {
     // A file that no test reads pins nothing: the count says that one was renamed or forgotten.
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let files = std::fs::read_dir(folder).expect("the golden folder is there").count();
-    assert_eq!(files, 54);
+    assert_eq!(files, 55);
 }
 
 #[test]
@@ -544,8 +544,21 @@ fn damage_list() {
             (record(102, RecordKind::Cut, 0, 11), cut),
         ],
     };
-    let file = DamageFile { stream: StreamId(id(0x20)), frames: vec![frame] };
+    let file = DamageFile { stream: StreamId(id(0x20)), frames: vec![frame], stretches: Vec::new() };
     let bytes = file.encode();
     golden("damage-list", &bytes);
+    assert_eq!(DamageFile::decode(&bytes), Ok(file.clone()));
+    let stretch = LostStretch {
+        timeline: TimelineId(id(0x30)),
+        incarnation: IncarnationId(id(0x40)),
+        segment: 0x0102_0304_0506_0708,
+        first_frame: 0x5152_5354_5556_5758,
+        last_frame: 0x6162_6364_6566_6768,
+        first_seq: 0x0172_7374_7576_7778,
+        found_at: 0x0182_8384_8586_8788,
+    };
+    let file = DamageFile { stretches: vec![stretch], ..file };
+    let bytes = file.encode();
+    golden("damage-list-2", &bytes);
     assert_eq!(DamageFile::decode(&bytes), Ok(file));
 }

@@ -15,6 +15,10 @@ use crate::compare::Question;
 
 /// Most synchronisations of a disk that are begun and not ended; beyond it the oldest two count as one whole.
 const MAX_OPEN_SYNCS: usize = 16;
+/// Most losses that are doubted one by one; beyond it they count together.
+const MAX_DOUBTS: usize = 256;
+/// Of a loss: it has just been found, in a journal whose end is not yet known.
+pub const FOUND_NOW: u64 = u64::MAX;
 
 /// A cut that is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +39,11 @@ enum Change {
     Join(DiskInfo),
     Leave,
     Resize(DiskInfo),
-    SyncBegin(SyncMark),
+    SyncBegin {
+        mark: SyncMark,
+        /// It may have compared with what has been found lost since.
+        tainted: bool,
+    },
     SyncEnd(SyncMark),
     /// Acknowledged history was lost, for every disk.
     Damage,
@@ -79,13 +87,13 @@ fn apply(lives: &mut Lives, slot: u16, change: &Change) {
             match change {
                 Change::Leave => life.member = false,
                 Change::Resize(info) => life.info = info.clone(),
-                Change::SyncBegin(mark) => {
+                Change::SyncBegin { mark, tainted } => {
                     if life.open.len() == MAX_OPEN_SYNCS {
                         life.open.remove(0);
                         life.owes_whole = true;
                     }
                     if !mutant!(SyncingDiskHeld) {
-                        life.open.push(OpenSync { sync: mark.sync, whole: mark.whole, tainted: false });
+                        life.open.push(OpenSync { sync: mark.sync, whole: mark.whole, tainted: *tainted });
                     }
                 }
                 Change::SyncEnd(mark) => end_sync(life, mark),
@@ -125,6 +133,14 @@ pub fn complete(lives: &Lives) -> bool {
     members.peek().is_some() && members.all(holds)
 }
 
+/// History that nobody knows: from its first record on, and what the newest record was when the loss was found. What was
+/// synchronised between the two compared blocks that could still be read, and did not send them.
+#[derive(Copy, Clone, Debug)]
+struct Doubt {
+    from: u64,
+    found_at: u64,
+}
+
 /// Cuts and changes of a stream above its floor.
 #[derive(Debug, Default)]
 pub struct Points {
@@ -137,6 +153,7 @@ pub struct Points {
     newest_complete: Option<u64>,
     newest_cut: u64,
     membership: u64,
+    doubts: Vec<Doubt>,
     /// Records of hashes taken in and not fetched; none while nobody wants to answer them (a journal is being read back).
     questions: Option<Vec<Question>>,
 }
@@ -156,6 +173,7 @@ impl Points {
             newest_complete,
             newest_cut,
             membership: 0,
+            doubts: Vec::new(),
             questions: None,
         }
     }
@@ -212,7 +230,11 @@ impl Points {
             RecordKind::Join => Change::Join(DiskInfo::decode(payload)?),
             RecordKind::Leave => Change::Leave,
             RecordKind::Resize => Change::Resize(DiskInfo::decode(payload)?),
-            RecordKind::SyncBegin => Change::SyncBegin(SyncMark::decode(payload)?),
+            RecordKind::SyncBegin => {
+                let (mark, seq) = (SyncMark::decode(payload)?, record.seq);
+                let tainted = self.doubts.iter().any(|doubt| doubt.from <= seq && seq <= doubt.found_at);
+                Change::SyncBegin { mark, tainted }
+            }
             RecordKind::SyncEnd => Change::SyncEnd(SyncMark::decode(payload)?),
             RecordKind::Cut => {
                 let cut = Cut::decode(payload)?;
@@ -246,8 +268,11 @@ impl Points {
         Ok(())
     }
 
-    /// Acknowledged history was lost from this record on.
-    pub fn damage(&mut self, seq: u64) {
+    /// Acknowledged history was lost from this record on, the next one to be taken in. It was found when `found_at` was
+    /// the newest record: only a whole synchronisation begun after that makes it good. [`FOUND_NOW`]: while a journal is
+    /// being read back; see [`Points::settle`].
+    pub fn damage(&mut self, seq: u64, found_at: u64) {
+        self.doubt(seq, found_at);
         while self.cuts.back().is_some_and(|cut| cut.seq >= seq) {
             self.cuts.pop_back();
         }
@@ -259,6 +284,29 @@ impl Points {
             return;
         }
         self.change(seq, 0, Change::Damage);
+    }
+
+    /// What was lost from this record on, and was found at that one, is no more to be found in the journal: the state at
+    /// the floor has it. Synchronisations in between do not make it good.
+    pub fn doubt(&mut self, from: u64, found_at: u64) {
+        if mutant!(HealedBeforeFound) {
+            return;
+        }
+        if let Some(doubt) = self.doubts.iter_mut().find(|doubt| doubt.found_at == found_at) {
+            doubt.from = doubt.from.min(from);
+        } else if self.doubts.len() < MAX_DOUBTS {
+            self.doubts.push(Doubt { from, found_at });
+        } else if let Some(last) = self.doubts.last_mut() {
+            (last.from, last.found_at) = (last.from.min(from), last.found_at.max(found_at));
+        }
+    }
+
+    /// The journal has been read back: what was found to be lost in it was found at its newest record.
+    pub fn settle(&mut self) {
+        let newest = self.newest;
+        for doubt in self.doubts.iter_mut().filter(|doubt| doubt.found_at == FOUND_NOW) {
+            doubt.found_at = newest;
+        }
     }
 
     fn change(&mut self, seq: u64, slot: u16, change: Change) {
@@ -350,7 +398,7 @@ impl Points {
                     info.encode(&mut payload);
                     RecordKind::Resize
                 }
-                Change::SyncBegin(mark) => {
+                Change::SyncBegin { mark, .. } => {
                     mark.encode(&mut payload);
                     RecordKind::SyncBegin
                 }
@@ -385,6 +433,7 @@ impl Points {
             self.cuts.pop_front();
         }
         self.floor = self.floor.max(floor);
+        self.doubts.retain(|doubt| doubt.found_at > floor);
         if self.newest_complete.is_some_and(|newest| newest < self.floor) {
             self.newest_complete = None;
         }
@@ -406,14 +455,14 @@ mod tests {
         let points = || Points::new(224, [(0, life.clone())].into(), 0);
         let mut lost = points();
         assert_eq!(lost.newest_complete(), Some(224));
-        lost.damage(197);
+        lost.damage(197, FOUND_NOW);
         lost.reached(300);
         assert_eq!((lost.newest_complete(), lost.oldest_complete()), (None, None));
         assert!(!complete(lost.base()) && !complete(&lost.at(224)) && !complete(&lost.at(300)));
         // Behind the floor it concerns only what is behind it.
         let mut lost = points();
         lost.reached(250);
-        lost.damage(251);
+        lost.damage(251, FOUND_NOW);
         lost.reached(300);
         assert_eq!(lost.newest_complete(), Some(250));
         assert!(complete(&lost.at(224)) && !complete(&lost.at(300)));

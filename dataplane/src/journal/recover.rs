@@ -9,7 +9,6 @@
 use std::sync::Arc;
 
 use afterimage_wire::ALIGN;
-use afterimage_wire::damage::LostFrame;
 use afterimage_wire::frame::{FrameHeader, MAX_FRAME, check_frame};
 use afterimage_wire::ids::IncarnationId;
 use afterimage_wire::segment::{MAX_SEGMENT_HEAD, SegmentHead};
@@ -17,8 +16,9 @@ use afterimage_wire::segment::{MAX_SEGMENT_HEAD, SegmentHead};
 use super::salvage::Salvage;
 use super::segment::{Segment, Writer};
 use super::{Journal, Place};
-use crate::damage::find;
+use crate::damage::Known;
 use crate::index::Points;
+use crate::index::points::FOUND_NOW;
 use crate::io::{Done, Errno, File, Io, Nanos, Op, OpenHow, Part};
 use crate::target::Damage;
 use crate::target::ops::{Ctx, Purpose};
@@ -95,14 +95,14 @@ pub(crate) struct Recovery {
     resume: Option<(usize, u64, u64)>,
     plain: Vec<u8>,
     pub damage: Vec<Damage>,
-    /// Frames whose loss is known, and those of them that the journal was read with.
-    known: Vec<LostFrame>,
+    /// What is known to be lost, and those frames of it that the journal was read with.
+    known: Known,
     pub used: Vec<(IncarnationId, u64)>,
 }
 
 impl Recovery {
     /// Of these segments (number, path), in any order, of which these frames are known to be damaged.
-    pub fn new(mut files: Vec<(u64, String)>, known: Vec<LostFrame>) -> Self {
+    pub fn new(mut files: Vec<(u64, String)>, known: Known) -> Self {
         files.sort();
         Self {
             found: files.into_iter().map(|(number, path)| Found { number, path, head: None, seen: None }).collect(),
@@ -231,7 +231,7 @@ impl Recovery {
                     return Ok(Progress::Waiting);
                 }
                 Step::Done => {
-                    self.finish(ctx.io, journal)?;
+                    self.finish(ctx.io, journal, points)?;
                     return Ok(Progress::Ready);
                 }
             }
@@ -442,7 +442,7 @@ impl Recovery {
                 let what = format!("the head of {} cannot be read: all its frames are lost", found.path);
                 let (frame, seq) = if self.expected.0 > 0 { self.expected } else { (1, points.floor() + 1) };
                 let (number, path) = (found.number, found.path.clone());
-                self.lost(journal, points, number, frame, frame, seq, what);
+                self.lost(journal, points, number, frame, u64::MAX, seq, what);
                 self.keep_husk(ctx.io, journal, number, path, seq);
             }
             self.at += 1;
@@ -568,7 +568,7 @@ impl Recovery {
     fn scan_known(&mut self, window: &mut [u8], at: usize, journal: &mut Journal, points: &mut Points) -> Option<bool> {
         let segment = journal.segments.back()?;
         let (incarnation, number) = (segment.writer.incarnation, segment.number);
-        let known = find(&self.known, journal.config.timeline, incarnation, self.expected.0)?;
+        let known = self.known.frame(journal.config.timeline, incarnation, self.expected.0)?;
         if known.segment != number || u64::from(known.at) != self.pos || known.header.first_seq.get() < self.expected.1
         {
             return None;
@@ -653,13 +653,31 @@ impl Recovery {
         first_seq: u64,
         what: String,
     ) {
-        points.damage(first_seq);
         let incarnation = journal.segments.back().map(|segment| segment.writer.incarnation).unwrap_or_default();
-        let (known, blocks) = (false, Vec::new());
-        self.damage.push(Damage { segment, incarnation, first_frame, last_frame, first_seq, what, known, blocks });
+        let (known, blocks, timeline) = (false, Vec::new(), journal.config.timeline);
+        let mut damage = Damage {
+            segment,
+            incarnation,
+            first_frame,
+            last_frame,
+            first_seq,
+            found_at: FOUND_NOW,
+            what,
+            known,
+            blocks,
+        };
+        if let Some(before) = self.known.stretch(timeline, &damage) {
+            damage.found_at = before.found_at;
+        }
+        points.damage(first_seq, damage.found_at);
+        self.damage.push(damage);
     }
 
-    fn finish<I: Io>(&mut self, io: &mut I, journal: &mut Journal) -> Result<(), Stop> {
+    fn finish<I: Io>(&mut self, io: &mut I, journal: &mut Journal, points: &mut Points) -> Result<(), Stop> {
+        points.settle();
+        for damage in self.damage.iter_mut().filter(|damage| damage.found_at == FOUND_NOW) {
+            damage.found_at = points.newest();
+        }
         if let (Some((at, uid, end)), Some((file, size))) = (self.resume, self.file.take()) {
             debug_assert_eq!(at, self.at);
             if let Some(segment) = journal.segment_mut(uid) {

@@ -93,7 +93,11 @@ impl Stream {
         let state = self.history.state();
         let lives = state.disks.iter().map(|life| (life.info.slot, life.clone())).collect();
         let points = match which {
-            JournalId::Stream(_) => Points::new(state.floor, lives, state.newest_cut),
+            JournalId::Stream(_) => {
+                let mut points = Points::new(state.floor, lives, state.newest_cut);
+                self.damage.doubts(state.floor).for_each(|(from, found_at)| points.doubt(from, found_at));
+                points
+            }
             JournalId::Delta(_) => Points::default(),
         };
         let busy = self.fold.is_busy() || !self.scrub.is_quiet();
@@ -106,7 +110,7 @@ impl Stream {
         let (journal, timeline) = (old.successor(), old.config.timeline);
         match self.segment_files(io, timeline) {
             Ok(files) => {
-                let recovery = Recovery::new(files, self.damage.frames().cloned().collect());
+                let recovery = Recovery::new(files, self.damage.now_known());
                 self.reopening = Some(Box::new(Reopen { which, recovery, journal, points }));
                 self.reopen_at = Some(now);
             }
@@ -121,11 +125,10 @@ impl Stream {
         let timeline = reopen.journal.config.timeline;
         tracing::warn!(stream = %self.config.stream, %timeline, "a failed journal has been read back and is used again");
         self.reopen_at = None;
-        self.damage.forget_unknown(timeline);
+        self.damage.forget_unknown(timeline, self.points.floor());
         for damage in reopen.recovery.damage.iter().cloned() {
-            if self.damage.add(timeline, damage.clone()) {
-                self.name_damage(damage, events);
-            }
+            self.damage.add(timeline, damage.clone());
+            self.name_damage(damage, events);
         }
         match reopen.which {
             JournalId::Stream(_) => {
@@ -135,6 +138,7 @@ impl Stream {
                 if let Err(error) = self.keep_base(io) {
                     return self.fail(error.to_string(), events);
                 }
+                self.keep_damage(io);
                 self.after_reopen();
                 events.push_back(TargetEvent::Ready { stream: self.config.stream });
             }

@@ -53,10 +53,12 @@ pub struct Damage {
     pub last_frame: u64,
     /// First record lost.
     pub first_seq: u64,
+    /// Newest record of the stream when it was found.
+    pub found_at: u64,
     /// What is wrong, for a person.
     pub what: String,
     /// What the lost records held is known: points that need one of `blocks` are damaged, others are not. Otherwise
-    /// points from `first_seq` on hold no disk until the next whole synchronisation.
+    /// points from `first_seq` on hold no disk until the end of a whole synchronisation that was begun after `found_at`.
     pub known: bool,
     /// Lost bytes, in no order.
     pub blocks: Vec<LostBlocks>,

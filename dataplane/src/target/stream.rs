@@ -244,10 +244,12 @@ impl Stream {
         let state = history.state();
         let lives = state.disks.iter().map(|life| (life.info.slot, life.clone())).collect();
         self.points = Points::new(state.floor, lives, state.newest_cut);
+        let floor = state.floor;
         let timeline = history.table().current;
         self.journal = Self::empty_journal(self.id, &self.config, &self.bounds, &self.dir, timeline);
         self.damage = Ledger::open(io, &self.dir, self.config.stream, timeline)
             .map_err(|errno| storage("reading the damage list in", &self.dir, errno))?;
+        self.damage.doubts(floor).for_each(|(from, found_at)| self.points.doubt(from, found_at));
         self.history = history;
         self.bound_journal();
         Ok(())
@@ -359,6 +361,7 @@ impl Stream {
             if self.is_ready() {
                 self.points.listen();
                 self.scrub.rest(ctx.io.now());
+                self.keep_damage(ctx.io);
                 for damage in self.damage.all() {
                     events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });
                 }
@@ -399,7 +402,7 @@ impl Stream {
                     }
                 }
                 let files = self.segment_files(ctx.io, self.journal.config.timeline)?;
-                Ok((Phase::Journal(Recovery::new(files, self.damage.known().to_vec())), true))
+                Ok((Phase::Journal(Recovery::new(files, self.damage.known())), true))
             }
             Phase::Journal(mut recovery) => match recovery.turn(ctx, purpose, &mut self.journal, &mut self.points) {
                 Progress::Waiting => Ok((Phase::Journal(recovery), false)),
@@ -414,6 +417,7 @@ impl Stream {
                     let disks: Vec<_> = self.history.table().disks.iter().map(|d| (d.disk.slot, d.disk.id)).collect();
                     let disk_of = |slot| disks.iter().find(|(s, _)| *s == slot).map(|(_, id)| *id).unwrap_or_default();
                     self.damage.restore(&self.journal, &recovery.used, disk_of);
+                    self.damage.restore_folded(self.points.floor(), self.points.now());
                     self.keep_base(ctx.io).map_err(|error| error.to_string())?;
                     self.begin_deltas(ctx.io, next_id)?;
                     Ok((Phase::Deltas(0, None), true))
@@ -422,7 +426,7 @@ impl Stream {
             Phase::Deltas(at, None) => {
                 let Some(delta) = self.deltas.get(at) else { return Ok((Phase::Ready, true)) };
                 let files = self.segment_files(ctx.io, delta.timeline())?;
-                Ok((Phase::Deltas(at, Some(Recovery::new(files, self.damage.known().to_vec()))), true))
+                Ok((Phase::Deltas(at, Some(Recovery::new(files, self.damage.known()))), true))
             }
             Phase::Deltas(at, Some(mut recovery)) => {
                 let delta = &mut self.deltas[at];
@@ -464,8 +468,9 @@ impl Stream {
             let what = format!("something up to record {floor} was lost before");
             let (incarnation, blocks) = (self.journal.durable.incarnation, Vec::new());
             let (segment, first_frame, last_frame, known) = (0, 0, 0, false);
+            let (first_seq, found_at) = (floor, self.points.newest());
             let damage =
-                Damage { segment, incarnation, first_frame, last_frame, first_seq: floor, what, known, blocks };
+                Damage { segment, incarnation, first_frame, last_frame, first_seq, found_at, what, known, blocks };
             self.damage.add(self.journal.config.timeline, damage);
         }
         Ok(())
@@ -658,9 +663,9 @@ impl Stream {
             if let Err(error) = result {
                 // Its CRC was right, so it is what the source sent: a fault of the source or of its memory. The frame is
                 // acknowledged; what it held is lost until the next whole synchronisation.
-                let first_seq = header.first_seq.get();
-                self.points.damage(first_seq);
-                self.points.reached(header.last_seq.get());
+                let (first_seq, found_at) = (header.first_seq.get(), header.last_seq.get());
+                self.points.damage(first_seq, found_at);
+                self.points.reached(found_at);
                 let number = header.number.get();
                 let damage = Damage {
                     segment: self.journal.segment(written.segment).map_or(0, |segment| segment.number),
@@ -668,14 +673,14 @@ impl Stream {
                     first_frame: number,
                     last_frame: number,
                     first_seq,
+                    found_at,
                     what: format!("frame {number} cannot be opened: {error}"),
                     known: false,
                     blocks: Vec::new(),
                 };
                 self.bad_seal = Some(number);
-                if self.damage.add(self.journal.config.timeline, damage.clone()) {
-                    self.name_damage(damage, events);
-                }
+                self.damage.add(self.journal.config.timeline, damage.clone());
+                self.name_damage(damage, events);
             }
             at += len;
             file_at += len as u64;

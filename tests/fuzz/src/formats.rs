@@ -180,7 +180,10 @@ pub fn stream_state(data: &[u8]) {
 
 /// The list of what cannot be read any more.
 pub fn damage(data: &[u8]) {
-    for bytes in [data.to_vec(), signed(data, DAMAGE_MAGIC, 12, 8, false)] {
+    let mut second = signed(data, DAMAGE_MAGIC, 12, 8, false);
+    second[4] = 2;
+    mend(&mut second, 8);
+    for bytes in [data.to_vec(), signed(data, DAMAGE_MAGIC, 12, 8, false), second] {
         if let Ok(list) = DamageFile::decode(&bytes) {
             assert_eq!(DamageFile::decode(&list.encode()).as_ref(), Ok(&list));
         }
