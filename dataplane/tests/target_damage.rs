@@ -299,6 +299,45 @@ fn a_segment_without_a_head_is_opened_with_its_neighbours_key() {
     }
 }
 
+/// The last segment of a writer has no head, and another writer follows, whose head says how far the first had come.
+#[test]
+fn a_segment_without_a_head_before_the_next_writer_is_not_missed() {
+    let (mut rig, mut feeder, mut model) = begun(8);
+    let mut dice = Dice(8);
+    while segments(&rig).len() < 3 {
+        write(&mut rig, &mut feeder, &mut model, 0, dice.roll(32) * 4096, noise(dice.roll(1000), 32 * 4096));
+    }
+    for _ in 0..3 {
+        write(&mut rig, &mut feeder, &mut model, 1, dice.roll(32) * 4096, noise(dice.roll(1000), 4096));
+    }
+    let used =
+        segments(&rig).into_iter().filter(|path| rig.world.file_range(rig.node, path, 0, 4) == Some(b"AISG".into()));
+    let victim = used.last().unwrap();
+    let (frame, seq) = feeder.acked;
+    let mut next = Feeder::new(2, seq + 2, Predecessor { incarnation: feeder.incarnation, frame, seq });
+    next.join_and_sync(2);
+    for (record, payload) in &next.records {
+        model.note(record, payload);
+    }
+    next.seal(100);
+    rig.ship(&mut next);
+    rig.world.rot(rig.node, &victim, 0, 4096);
+    // And the one before it has not been cut to its length: something follows its last frame.
+    rig.die(false);
+    let first = segments(&rig)[0].clone();
+    let mut bytes = rig.world.file(rig.node, &first).unwrap();
+    bytes.resize(bytes.len() + 65536, 0);
+    rig.world.put_file(rig.node, &first, &bytes);
+    rig.open();
+    assert!(told(&rig).is_empty(), "{:?}", told(&rig));
+    for power in [false, true] {
+        rig.restart(power);
+        assert!(told(&rig).is_empty(), "{:?}", told(&rig));
+        rig.check(&model, seq);
+        rig.check(&model, next.next_seq - 1);
+    }
+}
+
 #[test]
 fn a_journal_that_failed_is_read_back_and_goes_on_by_itself() {
     for seed in 0..6 {

@@ -279,6 +279,7 @@ pub(crate) fn point(run: &mut Run, seq: u64, floor: u64) -> Result<Vec<Image>, S
 /// Opens a point in a view; none if it holds no disk.
 pub(crate) fn open_point(run: &mut Run, seq: u64) -> Result<Option<Opened>, String> {
     run.points += 1;
+    run.note_losses();
     let name = format!("check-{}", run.points);
     let info = {
         let life = run.stage.target.as_mut().ok_or("no target")?;
@@ -377,10 +378,12 @@ fn compare(run: &Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), 
                 other[at..(at + 16).min(image.len())] == image[at..(at + 16).min(image.len())]
             });
             let bytes = model.iter().zip(image).filter(|(a, b)| a != b).count();
+            let disk_now = run.source_disk(*disk);
+            let source = if disk_now.get(at) == image.get(at) { "as the view has it" } else { "other than the view" };
             let status = run.stage.stream().map(|s| (s.floor, s.durable_seq, s.segments, s.folded_segments));
             return Err(format!(
                 "record {seq}, disk {disk}: the view differs from the journal in {bytes} bytes from {at} on; last written \
-                 by {last:?}, the view shows the state after {shown:?}; floor, newest, segments, folded: {status:?}"
+                 by {last:?}, the view shows the state after {shown:?}; the source's disk is {source}; floor, newest, segments, folded: {status:?}"
             ));
         }
     }

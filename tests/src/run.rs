@@ -286,6 +286,13 @@ impl Run {
         Ok(())
     }
 
+    /// What the target has said it cannot read.
+    pub(crate) fn note_losses(&mut self) {
+        for (damage, floor) in self.stage.losses.drain(..) {
+            self.tap.lose(&damage, floor);
+        }
+    }
+
     pub(crate) fn source_disk(&self, disk: usize) -> Vec<u8> {
         self.stage.world.file(self.stage.source_node, &disk_path(disk)).expect("the source's disks are never removed")
     }
@@ -302,6 +309,7 @@ impl Run {
     /// The target has recovered: what it holds must be all that was acknowledged.
     pub(crate) fn recovered(&mut self, durable: u64, said: bool) -> Result<(), String> {
         self.tap.restart(durable);
+        self.note_losses();
         self.stage.world.accept(self.stage.target_node);
         for epoch in &mut self.epochs {
             epoch.matched.retain(|_, seq| *seq <= durable);

@@ -12,7 +12,9 @@ use afterimage_dataplane::source::{
     DiskConfig, GroupConfig, GroupState, GroupStatus, LinkFailure, ProtectError, Source, SourceEvent, SourceLimits,
     pool_classes,
 };
-use afterimage_dataplane::target::{StreamConfig, StreamState, StreamStatus, Target, TargetConfig, TargetEvent};
+use afterimage_dataplane::target::{
+    Damage, StreamConfig, StreamState, StreamStatus, Target, TargetConfig, TargetEvent,
+};
 use afterimage_wire::handshake::{Hello, Welcome};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::record::DiskInfo;
@@ -162,6 +164,8 @@ pub struct Stage {
     views: Vec<DiskKey>,
     /// What the cores reported, for the trace.
     pub log: VecDeque<String>,
+    /// Losses of unknown records that the target has told of, and its floor then.
+    pub losses: Vec<(Damage, u64)>,
     done: Vec<Done>,
 }
 
@@ -234,6 +238,7 @@ impl Stage {
             view_answers: VecDeque::new(),
             views: Vec::new(),
             log: VecDeque::new(),
+            losses: Vec::new(),
             done: Vec::new(),
         }
     }
@@ -556,6 +561,10 @@ impl Stage {
                 }
                 TargetEvent::Damaged { damage, .. } => {
                     assert!(self.lenient, "the target found damage where there is none: {damage:?}");
+                    if !damage.known {
+                        let floor = life.core.status().first().map_or(0, |stream| stream.floor);
+                        self.losses.push((damage.clone(), floor));
+                    }
                 }
                 _ => {}
             }

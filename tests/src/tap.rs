@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use afterimage_dataplane::io::sim::{NodeId, World};
 use afterimage_dataplane::seal::{DataKey, PolicyKey, open_chunk, payload, record_payload};
+use afterimage_dataplane::target::Damage;
 use afterimage_wire::ALIGN;
 use afterimage_wire::chunk::Chunk;
 use afterimage_wire::frame::{FrameHeader, check_frame};
@@ -31,6 +32,25 @@ struct Segment {
     next_frame: u64,
 }
 
+/// Frames that the target cannot read any more, as it said first.
+#[derive(Clone, Debug)]
+struct Loss {
+    incarnation: IncarnationId,
+    frames: (u64, u64),
+    first_seq: u64,
+    /// Newest record then.
+    found_at: u64,
+    /// Up to there all is in the images.
+    floor: u64,
+}
+
+impl Loss {
+    fn has(&self, entry: &Entry) -> bool {
+        let (first, last) = self.frames;
+        self.incarnation == entry.incarnation && (first..=last).contains(&entry.frame) && entry.record.seq > self.floor
+    }
+}
+
 /// Follows the segments of one stream as they grow.
 pub struct Tap {
     policy: PolicyKey,
@@ -42,6 +62,7 @@ pub struct Tap {
     pub entries: BTreeMap<u64, Entry>,
     /// Every frame seen, in the order in which they were.
     pub frames: Vec<Frame>,
+    losses: Vec<Loss>,
     /// Frames may be bad: what follows one that is on stable storage, as this place says, is looked for.
     pub harmed: Option<(IncarnationId, u64)>,
 }
@@ -79,7 +100,7 @@ impl Tap {
     /// Follows the segments in this folder.
     pub fn new(policy: PolicyKey, folder: String) -> Self {
         let (segments, entries, frames) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
-        Self { policy, folder, segments, heads: BTreeMap::new(), entries, frames, harmed: None }
+        Self { policy, folder, segments, heads: BTreeMap::new(), entries, frames, losses: Vec::new(), harmed: None }
     }
 
     /// Reads what has come since; `timeline` is the branch that the source writes.
@@ -127,9 +148,29 @@ impl Tap {
         Ok(())
     }
 
+    /// The target has found, with this floor, that it cannot read something. From then on its state is the one without
+    /// it; and only a whole synchronisation begun later makes a disk good.
+    pub fn lose(&mut self, damage: &Damage, floor: u64) {
+        let (mut incarnation, mut frames) = (damage.incarnation, (damage.first_frame, damage.last_frame));
+        if damage.last_frame == u64::MAX {
+            // A whole segment.
+            let heads = || self.heads.values().map(|(head, _)| head);
+            if let Some(head) = heads().find(|head| head.segment == damage.segment) {
+                let next = heads().filter(|h| h.segment > head.segment && h.incarnation == head.incarnation);
+                incarnation = head.incarnation;
+                frames = (head.first_frame, next.map(|next| next.first_frame - 1).min().unwrap_or(u64::MAX));
+            }
+        }
+        if !self.losses.iter().any(|known| (known.incarnation, known.frames) == (incarnation, frames)) {
+            let (first_seq, found_at) = (damage.first_seq, damage.found_at);
+            self.losses.push(Loss { incarnation, frames, first_seq, found_at, floor });
+        }
+    }
+
     /// The target holds nothing above `newest` any more (it lost power); what follows is read afresh.
     pub fn restart(&mut self, newest: u64) {
         self.segments.clear();
+        self.losses.retain(|loss| loss.found_at <= newest);
         self.entries.split_off(&(newest + 1));
         self.frames.clear();
     }
@@ -143,6 +184,9 @@ impl Tap {
         }
         for entry in self.entries.range(from..=to).map(|(_, e)| e) {
             let record = &entry.record;
+            if self.losses.iter().any(|loss| loss.found_at < to && loss.has(entry)) {
+                continue;
+            }
             if record.disk == slot && record.kind == RecordKind::Unreadable {
                 unreadable.push((record.offset, record.end()));
             }
@@ -181,15 +225,27 @@ impl Tap {
 
     /// Whether disk `slot` is in the stream and complete after record `seq`.
     pub fn complete(&self, slot: u16, seq: u64) -> bool {
-        let mut complete = false;
+        let (mut complete, mut begun) = (false, BTreeMap::new());
+        // Whole synchronisations make good what was found to be lost before they began.
+        let lost = self.losses.iter().filter(|loss| loss.first_seq <= seq).map(|loss| loss.found_at).max();
+        let mut good = lost.is_none();
         for entry in self.entries.range(..=seq).map(|(_, e)| e).filter(|e| e.record.disk == slot) {
-            match entry.record.kind {
-                RecordKind::Leave | RecordKind::SyncBegin => complete = false,
-                RecordKind::SyncEnd => complete = true,
+            let record = &entry.record;
+            match (record.kind, SyncMark::decode(&entry.payload)) {
+                (RecordKind::Leave, _) => complete = false,
+                (RecordKind::SyncBegin, Ok(mark)) => {
+                    complete = false;
+                    begun.insert(mark.sync, record.seq);
+                }
+                (RecordKind::SyncEnd, Ok(mark)) => {
+                    complete = true;
+                    let begin = begun.get(&mark.sync);
+                    good |= mark.whole && begin.is_some_and(|begin| lost.is_none_or(|lost| *begin > lost));
+                }
                 _ => {}
             }
         }
-        complete
+        complete && good
     }
 
     /// When the newest synchronisation of disk `slot` that had ended by record `seq` did, on the source's clock.
