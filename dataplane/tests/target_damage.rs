@@ -497,3 +497,53 @@ fn a_synchronisation_before_a_loss_was_found_does_not_make_it_good() {
         rig.check(&model, feeder.next_seq - 1);
     }
 }
+
+/// The oldest segment has lost its head, and no neighbour's key opens it: it is one loss, and goes when it has been folded.
+#[test]
+fn an_oldest_segment_without_a_head_is_given_up_in_the_end() {
+    let config = TargetConfig { segment_bytes: 8 << 20, ..config() };
+    let mut rig = Rig::new(9, WorldConfig::default(), config, 20 * SECOND);
+    let (mut feeder, mut model) = (Feeder::new(1, 1, Predecessor::default()), Model::default());
+    feeder.join_and_sync(1);
+    feeder.seal(100);
+    rig.ship(&mut feeder);
+    write(&mut rig, &mut feeder, &mut model, 0, 0, noise(1, 8192));
+    let (frame, seq) = feeder.acked;
+    let victim = segments(&rig)[0].clone();
+    let mut next = Feeder::new(2, seq + 2, Predecessor { incarnation: feeder.incarnation, frame, seq });
+    rig.world.rot(rig.node, &victim, 0, 8192);
+    let sync = |rig: &mut Rig, next: &mut Feeder, model: &mut Model| {
+        next.join_and_sync(next.next_seq);
+        for slot in [0, 1] {
+            next.record(RecordKind::SyncWrite, slot, 0, SIZE, model.at(slot, u64::MAX));
+        }
+        for (record, payload) in &next.records {
+            model.note(record, payload);
+        }
+        next.seal(100);
+        rig.ship(next);
+    };
+    sync(&mut rig, &mut next, &mut model);
+    rig.restart(false);
+    assert_eq!(told(&rig).len(), 1, "{:?}", told(&rig));
+    let (_, whole) = rig.connect(&next);
+    assert!(whole);
+    sync(&mut rig, &mut next, &mut model);
+    let healed = next.next_seq - 1;
+    for round in 0..60 {
+        next.mono += SECOND;
+        write(&mut rig, &mut next, &mut model, 1, 0, noise(round, 65536));
+        if round % 6 == 5 {
+            rig.restart(round % 12 == 5);
+            let (_, whole) = rig.connect(&next);
+            assert!(!whole, "round {round}");
+        }
+        let newest = rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).unwrap();
+        assert!(newest.seq >= healed && newest.damage.is_none(), "round {round}: {newest:?}");
+    }
+    rig.run_for(5 * SECOND);
+    assert!(rig.target.status()[0].floor > healed, "{:?}", rig.target.status()[0]);
+    rig.restart(false);
+    assert!(told(&rig).is_empty() && !segments(&rig).contains(&victim), "{:?}", told(&rig));
+    rig.check(&model, next.next_seq - 1);
+}

@@ -438,6 +438,16 @@ impl Recovery {
                     ctx.io.remove(&path).map_err(|errno| Stop::storage("removing", &path, errno))?;
                     journal.bytes -= size;
                 }
+            } else if journal.segments.is_empty() && self.is_folded(points.floor()) {
+                // It was kept because nobody knew what was in it; by now the history begins behind it.
+                let path = found.path.clone();
+                tracing::warn!(path, "a segment without a head lies before the oldest point and is removed");
+                self.open(ctx.io)?;
+                if let Some((file, size)) = self.file.take() {
+                    ctx.io.close(file);
+                    journal.bytes -= size;
+                }
+                ctx.io.remove(&path).map_err(|errno| Stop::storage("removing", &path, errno))?;
             } else {
                 let what = format!("the head of {} cannot be read: all its frames are lost", found.path);
                 let (frame, seq) = if self.expected.0 > 0 { self.expected } else { (1, points.floor() + 1) };
@@ -483,6 +493,12 @@ impl Recovery {
         self.resume = Some((self.at, self.uid, self.pos));
         self.step = Step::ReadFrames;
         Ok(())
+    }
+
+    /// Everything before the next segment whose head can be read is at or below the floor.
+    fn is_folded(&self, floor: u64) -> bool {
+        let next = self.found[self.at + 1..].iter().find_map(|found| found.head.as_ref());
+        next.is_some_and(|(head, _)| head.first_seq <= floor + 1)
     }
 
     /// A segment of which nothing can be used stands in its place, empty, until its turn to be dropped comes. Nothing is
