@@ -316,10 +316,18 @@ def export_name(address, name, size):
 
 def aborts(address, name, size):
     """ABORT is acknowledged, with data or without, and then the connection ends in order."""
-    for data in (b"", b"bye", b"x" * 10_000):
+    for data in (b"", b"bye", b"x" * 10_000, b"x" * 5 * MIB):
         client = Client(address)
         expect(client.option(ABORT, data) == [(ACK, b"")], "ABORT")
         expect(client.closed() == b"", "more than an ACK")
+    # A client that says all it has to say at once, and then listens.
+    client = Client(address)
+    client.send(struct.pack(">QII", OPTION, LIST, 0) * 100 + struct.pack(">QII", OPTION, INFO, len(go(name))) + go(name))
+    client.socket.shutdown(socket.SHUT_WR)
+    for _ in range(100):
+        client.replies(LIST)
+    expect(client.replies(INFO)[-1][0] == ACK, "INFO from a client that only listens")
+    expect(client.closed() == b"", "more than the answers")
     client = Client(address)
     client.send(struct.pack(">QII", OPTION, ABORT, 0))
     client.close()
@@ -361,6 +369,11 @@ def ranges(address, name, size):
                                ((1 << 64) - 512, 512), ((1 << 64) - 256, 512)):
                 found = client.answer(kind, at, length, b"\x78" * length if kind == WRITE else b"")[0]
                 expect(found == error, f"command {kind} at {at}+{length}: {found}")
+            if kind == READ:
+                client.request(kind, size - 512, 0xFFFFFFFF)
+                _, error_or_flags, rest = client.message(lambda _: 0)
+                found = struct.unpack(">I", rest[1][:4])[0] if structured else error_or_flags
+                expect(found == EINVAL, f"a read of 4 GiB past the end: {found}")
             if kind not in (READ, WRITE):
                 expect(client.answer(kind, 512, 0xFFFFFFFF)[0] in (error, EOVERFLOW), f"command {kind}, 4 GiB")
         for kind in (READ, WRITE, TRIM, CACHE, ZEROES, STATUS):
@@ -387,7 +400,9 @@ def sizes_of_requests(address, name, size):
             expect(error in (0, EOVERFLOW), f"an uncut read of 32 MiB: {error}")
     client = Client(address).enter(name, infos=(3,))
     error, _ = client.answer(READ, 0, (32 << 20) + 1)
-    expect(error in (0, EINVAL, EOVERFLOW), f"a read that is too long: {error}")
+    expect(error in (0, EINVAL), f"a read that is too long: {error}")
+    error, _ = Client(address).enter(name, True, infos=(3,)).answer(READ, 0, (32 << 20) + 1)
+    expect(error in (0, EOVERFLOW), f"a structured read that is too long: {error}")
     error, _ = client.answer(WRITE, 0, (32 << 20) + 1, bytes((32 << 20) + 1))
     expect(error in (0, EINVAL), f"a write that is too long: {error}")
     expect(client.answer(READ, 0, 512)[0] == 0, "the connection does not go on")

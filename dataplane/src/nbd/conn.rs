@@ -504,12 +504,14 @@ impl Conn {
         if len == 0 {
             return Err((error::EINVAL, "an empty range"));
         }
-        if matches!(kind, cmd::READ | cmd::WRITE) && len > self.max_payload {
-            return Err((error::EINVAL, "longer than the server takes"));
-        }
         if offset.checked_add(u64::from(len)).is_none_or(|end| end > self.size) {
             let no_space = matches!(kind, cmd::WRITE | cmd::WRITE_ZEROES);
             return Err((if no_space { error::ENOSPC } else { error::EINVAL }, BEYOND));
+        }
+        if matches!(kind, cmd::READ | cmd::WRITE) && len > self.max_payload {
+            // A structured read could be cut: for it the text has an error of its own, which says that less can be had.
+            let cut = kind == cmd::READ && self.structured;
+            return Err((if cut { error::EOVERFLOW } else { error::EINVAL }, "longer than the server takes"));
         }
         if kind == cmd::READ && flags & cmd_flag::DF != 0 && len as usize > gather_max(shared) {
             return Err((error::EOVERFLOW, "too long to send in one chunk"));

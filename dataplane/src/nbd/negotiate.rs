@@ -119,7 +119,7 @@ impl Negotiation {
                 }
                 self.stage = Stage::Options;
                 put_reply(out, option, reply, &[]);
-                (used, Verdict::Reply)
+                (used, if option == option::ABORT { Verdict::Close } else { Verdict::Reply })
             }
             Stage::Options => self.option_header(input, exports, out),
         }
@@ -156,8 +156,10 @@ impl Negotiation {
         if len > MAX_SKIP {
             return (OPTION_HEADER, Verdict::Violation("an option too long to skip"));
         }
-        if !known || (len as usize > MAX_OPTION && number != option::ABORT) {
+        if number == option::ABORT || !known || len as usize > MAX_OPTION {
             let reply = match number {
+                // Its data is ignored, but received: a client that still sends it would not hear the answer.
+                option::ABORT => rep::ACK,
                 // However much of it there is: they have no data.
                 option::LIST | option::STRUCTURED_REPLY => rep::ERR_INVALID,
                 _ if known => rep::ERR_TOO_BIG,
@@ -167,11 +169,6 @@ impl Negotiation {
                 self.allocation = None; // replaced, "including when this command fails"
             }
             return self.skip(len, number, reply);
-        }
-        if number == option::ABORT {
-            // Its data is ignored without waiting for it: the client is leaving.
-            put_reply(out, number, rep::ACK, &[]);
-            return (input.len(), Verdict::Close);
         }
         let end = OPTION_HEADER + len as usize;
         if input.len() < end {

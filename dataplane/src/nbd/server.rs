@@ -395,10 +395,12 @@ impl<I: Io> FrontEnd<I> for Server<I> {
         let Some((index, conn)) = conn_of(&mut self.places, id) else { return };
         match kind {
             RECV if matches!(conn.phase, Phase::Negotiating(_)) => {
-                let ended = !matches!(done.result, Ok(1..));
+                let (ended, failed) = (matches!(done.result, Ok(0)), done.result.is_err());
                 conn.rx.received_plain(done);
-                if ended {
+                if failed {
                     conn.kill(&mut self.shared, io);
+                } else if ended {
+                    conn.end(); // it may still read what was answered
                 } else if !conn.dead {
                     negotiate(&mut self.shared, &mut self.used, self.base, io, disks, conn);
                 }

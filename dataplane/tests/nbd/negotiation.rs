@@ -69,6 +69,20 @@ fn abort_is_acknowledged_and_ends_the_connection() {
 }
 
 #[test]
+fn abort_is_acknowledged_when_its_data_has_come() {
+    let mut bed = two_disks();
+    let client = greeted(&mut bed);
+    let whole = option_bytes(option::ABORT, &vec![b'x'; 100_000]);
+    bed.send(client, &whole[..50_000]);
+    bed.settle(1_000_000_000);
+    assert!(bed.clients[client].input.is_empty() && !bed.clients[client].closed);
+    bed.send(client, &whole[50_000..]);
+    assert_eq!(bed.option_reply(client), (option::ABORT, rep::ACK, vec![]));
+    assert!(bed.rest(client).is_empty());
+    assert_eq!(bed.server.counters().violations, 0);
+}
+
+#[test]
 fn unknown_options_are_skipped_with_their_data() {
     let mut bed = two_disks();
     let client = greeted(&mut bed);

@@ -209,12 +209,19 @@ fn a_read_only_disk_takes_no_writes() {
 
 #[test]
 fn too_long_a_payload_is_skipped_and_refused() {
-    let mut bed = Bed::new(13);
-    let client = bed.serving(true);
-    bed.write(client, 0, 1, 0, &vec![1; MAX_PAYLOAD as usize + 1]);
-    assert_eq!(bed.error(client), error::EINVAL);
-    bed.request(client, cmd::READ, 0, 1, 0, MAX_PAYLOAD + 1);
-    assert_eq!(bed.error(client), error::EINVAL);
+    let mut bed = Bed::with(13, Limits::default(), classes(), vec![MemDisk::new(7, "disk", 40 << 20)]);
+    let (client, simple) = (bed.serving(true), bed.serving(false));
+    for (client, long_read) in [(client, error::EOVERFLOW), (simple, error::EINVAL)] {
+        bed.write(client, 0, 1, 0, &vec![1; MAX_PAYLOAD as usize + 1]);
+        assert_eq!(bed.error(client), error::EINVAL);
+        bed.request(client, cmd::READ, 0, 1, 0, MAX_PAYLOAD + 1);
+        assert_eq!(bed.error(client), long_read);
+        // Too long and past the end: the end counts.
+        bed.request(client, cmd::READ, 0, 1, 8 << 20, MAX_PAYLOAD + 1);
+        assert_eq!(bed.error(client), error::EINVAL);
+        bed.write(client, 0, 1, 8 << 20, &vec![1; MAX_PAYLOAD as usize + 1]);
+        assert_eq!(bed.error(client), error::ENOSPC);
+    }
     assert_eq!(bed.read(client, 0, 0, 512), Ok(vec![0; 512]));
     bed.request(client, cmd::WRITE, 0, 1, 0, u32::MAX);
     bed.rest(client);
