@@ -6,9 +6,10 @@ Needs qemu-io (qemu-utils), nbdcopy (libnbd-bin), python3-cryptography, python3-
 """
 
 import collections
+import uuid
 
 import journal_reader
-from cluster import MIB, Cluster, Failed, Tests, eventually, expect, random_file, run, workspace
+from cluster import MIB, ROOT, Cluster, Failed, Tests, eventually, expect, random_file, run, workspace
 
 DISKS = {"data": 24 * MIB, "log": 8 * MIB}
 WRITES, ZEROS = (1, 9), (2, 3, 10)
@@ -38,6 +39,78 @@ def protobuf(data):
             length = varint()
             yield tag >> 3, data[at:at + length]
             at += length
+
+
+def golden(name):
+    """Bytes that the product's own tests pin: hexadecimal lines, and runs of zeros."""
+    out = b""
+    for line in (ROOT / "wire/tests/golden" / f"{name}.hex").read_text().splitlines():
+        out += bytes(int(line[6:])) if line.startswith("zeros ") else bytes.fromhex(line)
+    return out
+
+
+def ident(first):
+    return str(uuid.UUID(bytes=bytes(range(first, first + 16))))
+
+
+def up(first):
+    """A number whose bytes count up from its highest."""
+    return int.from_bytes(range(first, first + 8), "big")
+
+
+def pinned_bytes():
+    """Each structure whose bytes are pinned says by the document what its writer meant."""
+    disks = [{"slot": slot, "id": ident(0x10 + slot), "size": 1 << 30, "block": 512, "physical": 4096,
+              "serial": f"serial-{slot}", "name": f"disk é {slot}"} for slot in (0, 3, 7)]
+    predecessor = (ident(0x70), up(0x01), up(0x11))
+    same(journal_reader.body(5, golden("disk-info")), disks[1])
+    same(journal_reader.body(4, golden("cut-plain")), {"number": up(1), "bits": 0, "label": ""})
+    same(journal_reader.body(4, golden("cut-label")), {"number": 9, "bits": 3, "label": "before üpgrade"})
+    same(journal_reader.body(8, golden("sync-mark")), {"number": up(1), "whole": 1})
+    hello = journal_reader.handshake(golden("handshake-hello"))
+    same(hello, {"kind": 1, "stream": ident(0x20), "incarnation": ident(0x40), "predecessor": predecessor,
+                 "key": golden("wrapped-key"), "first": up(0x21), "next": up(0x31),
+                 "disks": [(disks[0], 1), (disks[2], up(0x41))]})
+    welcome = journal_reader.handshake(golden("handshake-welcome-accepted"))
+    same(welcome, {"kind": 2, "timeline": ident(0x30), "position": (ident(0x40), up(1), up(0x11)), "whole": 1})
+    same(journal_reader.handshake(golden("handshake-begin")), {"kind": 4})
+    nobody = str(uuid.UUID(int=0))
+    for reason, name, disk, value in ((1, "unknown-stream", nobody, 0), (2, "version", nobody, 0x102), (4, "branch", nobody, 0),
+                                      (3, "fenced", ident(0x10), up(0x41)), (5, "seq-behind", nobody, up(0x11)),
+                                      (6, "busy", nobody, 0), (7, "unable", nobody, 0), (8, "bad-claim", nobody, 0)):
+        same(journal_reader.handshake(golden(f"handshake-welcome-refused-{reason}-{name}")),
+             {"kind": 3, "reason": reason, "disk": disk, "value": value, "text": "because"})
+    for name, fields in (("ready", (1, 0, 0, 0, 0)), ("ack", (2, 0, up(1), up(0x11), 0)), ("alive", (3, 0, 0, 0, 0)),
+                         ("stop-1-fenced", (4, 1, 0, 0, up(1))), ("stop-6-shutting-down", (4, 6, 0, 0, up(1))),
+                         ("compared", (5, 0, 0, up(0x11), up(0x21))), ("want", (6, 0x1718, 0, up(1), up(0x21)))):
+        same(journal_reader.control(golden(f"control-{name}")), fields)
+    state = journal_reader.stream_state(golden("stream-state"))
+    same((state["stream"], state["floor"], state["cut"]), (ident(0x20), up(1), up(0x11)))
+    same([(d["id"], d["bits"], d["open"]) for d in state["disks"]],
+         [(ident(0x10), 1, [(0x102, 1), (7, 2)]), (ident(0x17), 2, [])])
+    same(state["incarnations"], [ident(0x40), ident(0x41)])
+    same([(v["timeline"], v["seq"], v["kind"], v["bits"], v["name"]) for v in state["views"]],
+         [(ident(0x31), up(0x21), 2, 0, "view 49"), (ident(0x32), up(0x21), 3, 1, "view 50")])
+    same(state["unreadable"], [(7, up(0x31) & ~0xFFF, 4096)])
+    table = journal_reader.timeline_table(golden("timeline-table"))
+    same([(t["id"], t["kind"], t["fork"] & 0xFF, t["reason"]) for t in table["timelines"]],
+         [(ident(0x30), 1, 0x30, ""), (ident(0x31), 2, 0x31, "failover to cut 7"), (ident(0x32), 3, 0x32, "look"),
+          (ident(0x33), 4, 0x33, "fenced")])
+    same([(d["slot"], d["generation"], d["timeline"], d["member"]) for d in table["disks"]],
+         [(0, 2, ident(0x31), 1), (7, 1, ident(0x30), 0)])
+    same(table["fences"], [{"generation": 2, "seq": up(0x31), "incarnation": ident(0x40), "wall": up(0x41), "zero_loss": 1,
+                            "reason": "failover", "disks": [ident(0x10), ident(0x17)]}])
+    for version, name in ((1, ""), (2, "-2")):
+        log = golden(f"intent-header{name}") + bytes(4096)
+        header, _ = journal_reader.intent_log(log)
+        same((header["serial"], header["disk"], header["stream"], header["bits"], header["generation"], header["lease_at"]),
+             (up(1), ident(0x10), ident(0x20), 63, up(0x61), 0x21 << 56 | up(0xA1) & (1 << 56) - 1))
+        same((header["identity"], header["log_identity"]), (up(0xA1), up(0xB1) if version == 2 else 0))
+    same(journal_reader.witness(golden("intent-witness")), {"disk": ident(0x10), "stream": ident(0x20), "serial": up(1)})
+
+
+def same(found, wanted):
+    expect(found == wanted, f"{found} instead of {wanted}")
 
 
 def policy_keys(state):
@@ -132,6 +205,25 @@ def journal_is_the_disk(folder, stream, keys):
         last = record["seq"]
 
 
+def state_is_of_the_stream(stream, keys):
+    """The stream state agrees with the timeline table and the journal."""
+    state = journal_reader.stream_state((stream / "state").read_bytes())
+    table = journal_reader.timeline_table((stream / "timelines").read_bytes())
+    expect(state["stream"] == table["stream"] == stream.name, f"stream {state['stream']} in {stream.name}")
+    expect(state["floor"] <= table["floor"], f"floors {state['floor']} and {table['floor']}")
+    images = {path.stem: path.stat().st_size for path in stream.glob("replica/*.img")}
+    expect(images == {disk["id"]: disk["size"] for disk in table["disks"]}, f"images {images}")
+    [view] = [t for t in table["timelines"] if t["kind"] == 3]
+    [said] = state["views"]
+    same((said["timeline"], said["seq"], said["kind"], said["name"]), (view["id"], view["fork"], 3, "scratch"))
+    expect(set(said["disks"]) == {disk["id"] for disk in table["disks"]}, f"disks of the view: {said['disks']}")
+    main = next(t["id"] for t in table["timelines"] if t["kind"] == 1)
+    found = segments(stream, keys)[main]
+    for _, frames in found:
+        for record in (r for _, _, records in frames for r in records if r["kind"] in (CUT, JOIN, SYNC_BEGIN, SYNC_END)):
+            journal_reader.body(record["kind"], record["body"])
+
+
 def delta_is_a_timeline(stream, keys):
     table = journal_reader.timeline_table((stream / "timelines").read_bytes())
     [view] = [t for t in table["timelines"] if t["kind"] == 3]
@@ -174,11 +266,13 @@ def damage_is_seen(stream, keys):
 
 def main():
     tests = Tests()
+    tests.run("formats: bytes that are pinned, read by the document", pinned_bytes)
     with workspace("formats") as folder:
         stream = stopped(folder)
         keys = policy_keys(folder / "target-state")
         tests.run("formats: the journal, read by the document, is the source's disks", journal_is_the_disk, folder, stream, keys)
         tests.run("formats: a view's delta is a timeline in the journal's format", delta_is_a_timeline, stream, keys)
+        tests.run("formats: the stream state agrees with table and journal", state_is_of_the_stream, stream, keys)
         tests.run("formats: the write-intent logs say a clean stop", intent_logs, folder)
         tests.run("formats: a flipped bit is found", damage_is_seen, stream, keys)
     tests.end()

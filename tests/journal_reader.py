@@ -9,6 +9,7 @@ import lz4.block
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 BLOCK = 4096
+MIB = 1 << 20
 ZEROS = bytes(16)
 
 
@@ -64,9 +65,18 @@ class Input:
         check(length <= 255, f"a text of {length} bytes")
         return self.take(f"{length}s").decode()
 
+    def place(self):
+        return (self.id(), *self.take("QQ"))
+
+    def end(self, what):
+        check(self.at == len(self.data), f"bytes behind {what}")
+
     def disk(self):
         slot, ident = self.take("H"), self.id()
         size, block, physical = self.take("QII")
+        for length in (block, physical):
+            check(512 <= length <= 65536 and length & length - 1 == 0, f"a block of {length} bytes")
+        check(size % block == 0, "a disk of half a block")
         return {"slot": slot, "id": ident, "size": size, "block": block, "physical": physical,
                 "serial": self.text(), "name": self.text()}
 
@@ -86,7 +96,7 @@ def segment_head(data, policy_keys):
     check(length % BLOCK == 0, f"a head of {length} bytes")
     check(crc_with_hole(data[:length], 12) == crc, "CRC of a segment's head")
     head = {"length": length, "stream": source.id(), "timeline": source.id(), "incarnation": source.id()}
-    head["predecessor"] = (source.id(), *source.take("QQ"))
+    head["predecessor"] = source.place()
     head["segment"], head["first_frame"], head["first_seq"], head["created"] = source.take("QQQQ")
     check(source.at == 128, "offset of the wrapped key")
     head["key"] = wrapped_key(source.take("96s"), policy_keys, head["incarnation"])
@@ -191,6 +201,82 @@ def timeline_table(data):
     return table
 
 
+def stream_state(data):
+    source = Input(data)
+    magic, version, zero, crc, length = source.take("4sHHII")
+    check(magic == b"AISS" and version == 1 and zero == 0, "not a stream state of version 1")
+    check(length == len(data), f"{len(data)} bytes, {length} are said")
+    check(crc_with_hole(data, 8) == crc, "CRC of a stream state")
+    state = {"stream": source.id()}
+    state["floor"], state["cut"], disks, incarnations, views, zero, ranges, zeros = source.take("QQHHHHII")
+    check(zero == 0 and zeros == 0 and source.at == 64, "head of a stream state")
+    state["disks"] = []
+    for _ in range(disks):
+        disk = source.disk()
+        disk["bits"], count = source.take("BB")
+        disk["open"] = [source.take("QB") for _ in range(count)]
+        check(disk["bits"] < 4 and all(bits < 4 for _, bits in disk["open"]), "bits of a disk")
+        state["disks"].append(disk)
+    state["incarnations"] = [source.id() for _ in range(incarnations)]
+    state["views"] = []
+    for _ in range(views):
+        view = {"timeline": source.id()}
+        view["seq"], view["kind"], view["bits"] = source.take("QBB")
+        check(view["kind"] in (2, 3) and view["bits"] < 2, "kind of a view")
+        view["name"] = source.text()
+        view["disks"] = [source.id() for _ in range(source.take("H"))]
+        state["views"].append(view)
+    state["unreadable"] = [source.take("HQQ") for _ in range(ranges)]
+    source.end("a stream state")
+    return state
+
+
+def body(kind, payload):
+    """What a record carries that is no data of a disk."""
+    source = Input(payload)
+    if kind == 4:
+        number, bits = source.take("QB")
+        check(bits < 4, "bits of a cut")
+        found = {"number": number, "bits": bits, "label": source.text()}
+    elif kind in (5, 14):
+        found = source.disk()
+    else:
+        number, whole = source.take("QB")
+        check(kind in (8, 12) and whole < 2, "a mark of a synchronisation")
+        found = {"number": number, "whole": whole}
+    source.end(f"the payload of a record of kind {kind}")
+    return found
+
+
+def handshake(data):
+    """A whole message."""
+    source = Input(data)
+    length, kind = source.take("IB")
+    check(length == len(data) - 4 and length <= MIB, f"a message of {length} bytes")
+    found = {"kind": kind}
+    if kind == 1:
+        magic, version, connection = source.take("4sHH")
+        check(magic == b"AIHI" and version == 1 and connection == 0, "a hello")
+        found |= {"stream": source.id(), "incarnation": source.id(), "predecessor": source.place(), "key": source.take("96s")}
+        found["first"], found["next"], disks = source.take("QQH")
+        found["disks"] = [(source.disk(), source.take("Q")) for _ in range(disks)]
+    elif kind == 2:
+        found |= {"timeline": source.id(), "position": source.place(), "whole": source.take("B")}
+    elif kind == 3:
+        found |= {"reason": source.take("B"), "disk": source.id(), "value": source.take("Q"), "text": source.text()}
+    else:
+        check(kind == 4, f"a message of kind {kind}")
+    source.end("a message")
+    return found
+
+
+def control(plain):
+    """An opened control message: kind, detail, frame, seq, value."""
+    kind, zero, zeros, *fields = struct.unpack("<BBHIQQQ", plain)
+    check(zero == 0 and zeros == 0 and kind in range(1, 7), "a control message")
+    return (kind, *fields)
+
+
 def intent_log(data):
     """The header that counts, and the set of marked extents."""
     best = None
@@ -198,15 +284,16 @@ def intent_log(data):
         raw = data[at:at + BLOCK]
         magic, version, zero, crc, zeros, serial = struct.unpack_from("<4sHHIIQ", raw)
         if magic == b"AIIL" and crc_with_hole(raw, 8) == crc and (best is None or serial > best["serial"]):
-            check(version == 2 and zero == 0 and zeros == 0, "header of a write-intent log")
+            check(version in (1, 2) and zero == 0 and zeros == 0, "header of a write-intent log")
             source = Input(raw, 24)
             best = {"serial": serial, "disk": source.id(), "size": source.take("Q"), "stream": source.id(),
                     "incarnation": source.id(), "boot": source.id()}
             names = ("acked_frame", "acked_record", "reserved", "cut", "synchronisations", "generation", "bits", "changed")
             best.update(zip(names, source.take("QQQQQQBQ")))
-            best["prior"] = (source.id(), *source.take("QQ"))
-            best["spilled"] = (source.id(), *source.take("QQ"))
+            best["prior"], best["spilled"] = source.place(), source.place()
             best["complete"], best["identity"], best["lease_at"], best["log_identity"] = source.take("QQQQ")
+            check(version == 2 or best["log_identity"] == 0, "version 1 knows no identity of the log")
+            check(best["bits"] < 64 and not any(raw[source.at:]), "the end of a header")
     check(best is not None, "no header of the log is whole")
     marked = set()
     best["reached"] = best["serial"]
