@@ -106,6 +106,9 @@ def pinned_bytes():
         same((header["serial"], header["disk"], header["stream"], header["bits"], header["generation"], header["lease_at"]),
              (up(1), ident(0x10), ident(0x20), 63, up(0x61), 0x21 << 56 | up(0xA1) & (1 << 56) - 1))
         same((header["identity"], header["log_identity"]), (up(0xA1), up(0xB1) if version == 2 else 0))
+    frame = golden("frame-unsealed")
+    same(journal_reader.crc_with_hole(frame, 12), int.from_bytes(frame[12:16], "little"))
+    same(journal_reader.seal_of(frame, up(1), 0x0A0B0C0D), (golden("nonce"), golden("associated-data")))
     same(journal_reader.witness(golden("intent-witness")), {"disk": ident(0x10), "stream": ident(0x20), "serial": up(1)})
 
 

@@ -112,7 +112,7 @@ def frame(data, at, head):
     if len(data) < at + 96 or data[at:at + 4] != b"AIFR":
         return None
     version, chunks, length, crc = struct.unpack_from("<HHII", data, at + 4)
-    check(version == 1 and length % BLOCK == 0 and 0 < length <= 2 << 20 and chunks <= 64, f"the frame at {at}")
+    check(version == 1 and length % BLOCK == 0 and 0 < length <= 2 << 20 and 1 <= chunks <= 64, f"the frame at {at}")
     raw = data[at:at + length]
     check(crc_with_hole(raw, 12) == crc, f"CRC of the frame at {at}")
     source = Input(raw, 16)
@@ -120,18 +120,23 @@ def frame(data, at, head):
     check(source.id() == head["incarnation"], "a frame of another incarnation")
     number, acked, first, last, _mono, _sync_ms, zeros = source.take("QQQQQII")
     check(zeros == 0, "no zeros at 92")
+    check(1 <= first <= last and acked < number, f"numbers of the frame at {at}")
     records, end = [], 96 + 8 * chunks
     for index in range(chunks):
         begin, sealed = source.take("II")
         check(begin % 16 == 0 and begin >= end, f"chunk {index} at {begin}")
         check(not any(raw[end:begin]), "no zeros between chunks")
         end = begin + sealed
-        nonce = struct.pack("<QI", number, index)
-        known = raw[0:8] + raw[16:96] + struct.pack("<I", index)
+        nonce, known = seal_of(raw, number, index)
         records += chunk(AESGCM(head["key"]).decrypt(nonce, raw[begin:end], known))
     check(not any(raw[end:]), "no zeros behind the last chunk")
     check([r["seq"] for r in records] == list(range(first, last + 1)), f"records of frame {number} have gaps")
     return length, number, acked, records
+
+
+def seal_of(raw, number, index):
+    """Nonce and associated data of a chunk of that frame."""
+    return struct.pack("<QI", number, index), raw[0:8] + raw[16:96] + struct.pack("<I", index)
 
 
 def chunk(plain):
@@ -142,7 +147,7 @@ def chunk(plain):
     check(len(payload) == stored, f"{len(payload)} bytes of payload, {stored} are said")
     if codec == 1:
         payload = lz4.block.decompress(payload, uncompressed_size=length)
-    check(len(payload) == length and length <= 1 << 20, "length of a chunk's payload")
+    check(len(payload) == length and length <= MIB, "length of a chunk's payload")
     records = []
     for index in range(count):
         fields = struct.unpack_from("<QQQQIIIIHBBI", plain, 16 + 56 * index)
@@ -152,6 +157,8 @@ def chunk(plain):
         check(len(body) == size and crc32c(body) == crc, f"CRC of record {seq}")
         records.append({"seq": seq, "kind": kind, "slot": slot, "offset": offset, "length": length, "mono": mono,
                         "wall": wall, "body": body})
+    check(1 <= count <= 256, f"a chunk of {count} records")
+    check(length <= 65536 or sum(1 for r in records if r["body"]) == 1, f"a chunk of {length} bytes of many records")
     return records
 
 
