@@ -160,8 +160,13 @@ def stopped(folder):
     return stream
 
 
+READ = {}
+
+
 def segments(stream, keys):
-    """By timeline, in order: (head, frames)."""
+    """By timeline, in order: (head, frames). Read once: the reader is thorough, and not fast."""
+    if stream in READ:
+        return READ[stream]
     lines = collections.defaultdict(list)
     for path in stream.glob("segments/*.seg"):
         head, frames = journal_reader.segment(path, keys)
@@ -169,6 +174,7 @@ def segments(stream, keys):
         lines[head["timeline"]].append((head, frames))
     for line in lines.values():
         line.sort(key=lambda segment: segment[0]["segment"])
+    READ[stream] = lines
     return lines
 
 
@@ -218,7 +224,7 @@ def state_is_of_the_stream(stream, keys):
     expect(images == {disk["id"]: disk["size"] for disk in table["disks"]}, f"images {images}")
     [view] = [t for t in table["timelines"] if t["kind"] == 3]
     [said] = state["views"]
-    same((said["timeline"], said["seq"], said["kind"], said["name"]), (view["id"], view["fork"], 3, "scratch"))
+    same((said["timeline"], said["seq"], said["kind"], said["name"]), (view["id"], view["fork"], 3, f"{Cluster.GROUP}.scratch"))
     expect(set(said["disks"]) == {disk["id"] for disk in table["disks"]}, f"disks of the view: {said['disks']}")
     main = next(t["id"] for t in table["timelines"] if t["kind"] == 1)
     found = segments(stream, keys)[main]

@@ -158,7 +158,7 @@ def chunk(plain):
         records.append({"seq": seq, "kind": kind, "slot": slot, "offset": offset, "length": length, "mono": mono,
                         "wall": wall, "body": body})
     check(1 <= count <= 256, f"a chunk of {count} records")
-    check(length <= 65536 or sum(1 for r in records if r["body"]) == 1, f"a chunk of {length} bytes of many records")
+    check(len(payload) <= 65536 or sum(1 for r in records if r["body"]) == 1, f"a chunk of {len(payload)} bytes of many records")
     return records
 
 
