@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Real machines on protected disks: Linux guests in QEMU, as `tests/guest` makes them.
 
-Needs qemu-system-x86, qemu-utils, busybox-static, zstd, e2fsprogs, dmsetup, fio, libnbd-bin, python3-cryptography,
+Needs qemu-system-x86, qemu-utils, busybox-static, zstd, e2fsprogs, dmsetup, fio, libnbd-bin, nbd-client, python3-cryptography,
 python3-lz4; `tests/all guests` installs them. Arguments: parts of names of the tests to run.
 """
 
@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.parse
 
-from cluster import AFTERIMAGE, MIB, Cluster, Tests, eventually, expect, run, workspace
+from cluster import AFTERIMAGE, MIB, Cluster, Served, Tests, eventually, expect, run, workspace
 from guest import Guest, Image, bare, flushes
 from guest.bare import Bare
 from guest.load import Work
@@ -385,6 +385,46 @@ def flush_points(folder, image, kind):
             guest.close()
 
 
+def kernel_client(folder, image):
+    """Linux's own client of NBD, over two connections: what it sees of the disk, a file system, discards, zeroes; what it has
+    synced is in the image."""
+    guest = None
+    served = Served(folder, "disk", 64 * MIB)
+    try:
+        guest = Guest(folder, image, "kernel", net=True)
+        guest.files.program("/usr/sbin/nbd-client", at="bin/nbd-client")
+        guest.boot()
+        guest.load("nbd")
+        guest.do(f"nbd-client -N disk 10.0.2.2 {served.port} /dev/nbd0 -C 2 2>&1", timeout=60)
+        expect(guest.do("blockdev --getsize64 /dev/nbd0") == str(64 * MIB), "another size")
+        for attribute, value in (("write_cache", "write back"), ("fua", "1"), ("logical_block_size", "512")):
+            found = guest.do(f"cat /sys/block/nbd0/queue/{attribute}")
+            expect(found == value, f"{attribute} is {found}, not {value}")
+        for attribute in ("discard_max_bytes", "write_zeroes_max_bytes"):
+            expect(int(guest.do(f"cat /sys/block/nbd0/queue/{attribute}")) > 0, f"no {attribute}")
+        guest.do("mkfs.ext4 -q /dev/nbd0 40M; mkdir /mnt/n; mount -o discard /dev/nbd0 /mnt/n; seq 300000 >/mnt/n/a; sync; "
+                 "seq 500000 >/mnt/n/b; sync; rm /mnt/n/b; fstrim /mnt/n; umount /mnt/n; e2fsck -fn /dev/nbd0", timeout=180)
+        guest.do("yes pattern | dd of=/dev/nbd0 bs=1M seek=44 count=12 iflag=fullblock conv=fsync 2>&1; "
+                 "fallocate -z -n -o 45M -l 1M /dev/nbd0; fallocate -p -n -o 47M -l 1M /dev/nbd0; "
+                 "dd if=/dev/zero of=/dev/nbd0 bs=512 seek=98765 count=33 conv=fsync 2>&1; "
+                 "blkdiscard -f -o 54M -l 2M /dev/nbd0; sync /dev/nbd0")
+        guest.do("echo 3 >/proc/sys/vm/drop_caches; mount -o ro /dev/nbd0 /mnt/n; seq 300000 | cmp - /mnt/n/a; umount /mnt/n; "
+                 "nbd-client -d /dev/nbd0 2>&1")
+        expect(guest.complaints() == "", guest.complaints())
+        guest.shutdown()
+        wanted = bytearray(b"pattern\n" * (12 * MIB // 8))
+        for at, length in ((MIB, MIB), (3 * MIB, MIB), (98765 * 512 - 44 * MIB, 33 * 512), (10 * MIB, 2 * MIB)):
+            wanted[at:at + length] = bytes(length)
+        with open(served.image, "rb") as disk:
+            disk.seek(44 * MIB)
+            expect(disk.read(12 * MIB) == wanted, "the image does not hold what was written and zeroed")
+        served.process.check()
+    finally:
+        if guest:
+            guest.close()
+        served.close()
+
+
 TESTS = {
     "laboratory": laboratory,
     "bare metal by ublk": bare.bare,
@@ -396,6 +436,7 @@ TESTS = {
     "flush points by vhost-user": lambda folder, image: flush_points(folder, image, VhostUser),
     "flush points by ublk": lambda folder, image: flush_points(folder, image, None),
     "one prefix by two front ends": one_prefix,
+    "the kernel's own client of NBD": kernel_client,
 }
 
 
