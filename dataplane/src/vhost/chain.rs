@@ -8,6 +8,9 @@ pub const DESC: usize = 16;
 /// circle or is not meant for us.
 pub const CHAIN_MAX: usize = 1024;
 
+/// Most bytes of a request, of both kinds together.
+const LEN_MAX: u64 = 1 << 32;
+
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -98,14 +101,17 @@ impl Chain {
                 if !indirect {
                     self.bad = Some("indirect descriptors, which were not agreed upon");
                 }
-                if desc.flags & NEXT != 0 || !self.readable.is_empty() || !self.writable.is_empty() {
-                    // A list may go on after a table in later versions only.
-                    self.bad = Some("an indirect descriptor among others");
+                if desc.flags & NEXT != 0 {
+                    self.bad = Some("a list that goes on after an indirect table");
                 }
-                return self.walk_table(memory, &desc);
+                // Others may stand before it; whether it is to be written to does not matter.
+                self.walk_table(memory, &desc)?;
+                self.check();
+                return Ok(());
             }
             self.add(memory, &desc);
             if desc.flags & NEXT == 0 {
+                self.check();
                 return Ok(());
             }
             at = desc.next;
@@ -139,6 +145,13 @@ impl Chain {
             at = usize::from(desc.next);
         }
         Err(Nonsense::Queue("an indirect list of descriptors runs in a circle"))
+    }
+
+    /// A list is no longer than its lengths can say.
+    fn check(&mut self) {
+        if self.readable_len() + self.writable_len() > LEN_MAX {
+            self.bad = Some("a request that is too long");
+        }
     }
 
     fn add(&mut self, memory: &GuestMemory, desc: &Desc) {

@@ -6,8 +6,10 @@ use crate::io::guest::{self, GuestMemory};
 use crate::io::{Io, Sock};
 
 use super::device::{Context, Device, Vring};
+use super::events::Kind;
 use super::message::{Command, REGIONS_MAX};
 use super::proto::{self, CONFIG_MAX, CONFIG_WCE, QUEUE_SIZE_MAX, QUEUES_MAX, feature, protocol};
+use super::queue::Queue;
 
 /// A reply with a payload.
 #[derive(Debug)]
@@ -29,6 +31,8 @@ pub enum Reply {
         /// The memory.
         file: OwnedFd,
     },
+    /// There is no memory for requests under way.
+    NoInflight,
 }
 
 impl Reply {
@@ -40,8 +44,13 @@ impl Reply {
             Self::Config(offset, flags, bytes) => {
                 let mut out = [*offset, bytes.len() as u32, *flags].map(u32::to_ne_bytes).concat();
                 out.extend_from_slice(bytes);
+                // As long as what was asked for, unless it says that there is nothing.
+                if !bytes.is_empty() {
+                    out.resize(out.len().max(like), 0);
+                }
                 out
             }
+            Self::NoInflight => vec![0; like.clamp(20, 24)],
             Self::Inflight { len, queues, size, .. } => {
                 let mut out = [*len, 0].map(u64::to_ne_bytes).concat();
                 out.extend_from_slice(&queues.to_ne_bytes());
@@ -83,7 +92,8 @@ impl Device {
         match command {
             C::GetFeatures => Outcome::Reply(Reply::Number(proto::features(&self.geometry))),
             C::SetFeatures(bits) if bits & !proto::features(&self.geometry) == 0 => {
-                self.features = bits;
+                (self.features, self.negotiated) = (bits, true);
+                self.agree();
                 Outcome::Done
             }
             C::SetFeatures(_) => Outcome::Refused("features that were not offered"),
@@ -93,7 +103,7 @@ impl Device {
                 Outcome::Done
             }
             C::SetProtocolFeatures(_) => Outcome::Refused("protocol features that were not offered"),
-            C::SetOwner | C::VringErr | C::BackendRequests(_) => Outcome::Done,
+            C::SetOwner | C::BackendRequests(_) => Outcome::Done,
             C::ResetOwner => {
                 for vring in &mut self.vrings {
                     vring.enabled = false;
@@ -140,7 +150,7 @@ impl Device {
             C::QueueNum => Outcome::Reply(Reply::Number(u64::from(QUEUES_MAX))),
             C::GetConfig { offset, len, flags } => {
                 let mut all = [0; CONFIG_MAX];
-                let config = proto::config(&self.geometry, self.writeback);
+                let config = proto::config(&self.geometry, self.is_writeback());
                 all[..config.len()].copy_from_slice(&config);
                 let range = offset as usize..(offset as usize).saturating_add(len as usize);
                 match all.get(range) {
@@ -150,7 +160,8 @@ impl Device {
             }
             C::SetConfig { offset, bytes } => match (offset as usize, bytes.as_slice()) {
                 (CONFIG_WCE, [on @ 0..=1]) => {
-                    self.writeback = *on == 1;
+                    self.writeback = Some(*on == 1);
+                    self.keep_mode();
                     Outcome::Done
                 }
                 _ => Outcome::Refused("a byte of the configuration space that cannot be set"),
@@ -159,7 +170,7 @@ impl Device {
                 if !(1..=QUEUES_MAX).contains(&queues) || !(1..=QUEUE_SIZE_MAX).contains(&size) {
                     return Outcome::Refused("requests under way of more, or longer, queues than are possible");
                 }
-                let len = super::inflight::bytes(queues, size);
+                let len = super::inflight::bytes(queues, size) + super::inflight::TRAILER;
                 match guest::share("afterimage-inflight", len) {
                     Ok((file, _)) => Outcome::Reply(Reply::Inflight { len, queues, size, file }),
                     Err(_) => Outcome::Refused("no memory for requests under way"),
@@ -170,7 +181,14 @@ impl Device {
                 if !possible || (map.len() as u64) < super::inflight::bytes(queues, size) {
                     return Outcome::Refused("memory for requests under way that is too small");
                 }
+                self.mode = super::inflight::Mode::new(&map, queues, size);
                 self.inflight = Some((map, queues, size));
+                // A driver that has set it does not do so again because we are another process.
+                self.writeback = self.mode.as_ref().and_then(|mode| mode.load()).or(self.writeback);
+                self.keep_mode();
+                for number in 0..self.vrings.len() as u16 {
+                    self.start(cx, number);
+                }
                 Outcome::Done
             }
             C::GetStatus => Outcome::Reply(Reply::Number(u64::from(self.status))),
@@ -191,6 +209,7 @@ impl Device {
             | C::GetVringBase { queue }
             | C::VringKick { queue, .. }
             | C::VringCall { queue, .. }
+            | C::VringErr { queue, .. }
             | C::VringEnable { queue, .. } => {
                 let Ok(number) = u16::try_from(queue) else { return self.no_queue(cx, command) };
                 if number >= QUEUES_MAX {
@@ -205,7 +224,7 @@ impl Device {
     }
 
     fn no_queue<I: Io>(&mut self, cx: &mut Context<'_, I>, command: Command<Sock>) -> Outcome<Command<Sock>> {
-        if let Command::VringKick { event: Some(sock), .. } | Command::VringCall { event: Some(sock), .. } = command {
+        if let Some(sock) = command.into_event() {
             cx.io.close_sock(sock);
         }
         Outcome::Refused("a queue that the device does not have")
@@ -219,37 +238,52 @@ impl Device {
     ) -> Outcome<Command<Sock>> {
         use Command as C;
         let vring = &mut self.vrings[usize::from(number)];
-        let runs = vring.queue.is_some();
+        // As long as nothing was taken out of it, it may as well be another one.
+        let runs = vring.queue.as_ref().is_some_and(Queue::is_touched);
         match command {
             C::VringNum { size, .. } => {
-                if runs || !size.is_power_of_two() || size > u32::from(QUEUE_SIZE_MAX) {
+                let same = size == u32::from(vring.size);
+                if runs && !same || !size.is_power_of_two() || size > u32::from(QUEUE_SIZE_MAX) {
                     return Outcome::Refused("a length that the queue cannot have");
                 }
-                vring.size = size as u16;
-            }
-            C::VringAddr { at, .. } => {
-                vring.addresses = Some(at);
-                if let Some(queue) = &mut vring.queue {
-                    if queue.addresses() != at && queue.moved(&self.memory, at).is_err() {
-                        return Outcome::Refused("a queue outside of the guest's memory");
-                    }
-                    return Outcome::Done;
+                if !same {
+                    (vring.size, vring.queue) = (size as u16, None);
                 }
             }
+            C::VringAddr { at, .. } => {
+                if !at.is_aligned() {
+                    return Outcome::Refused("a queue that is not aligned");
+                }
+                match &mut vring.queue {
+                    Some(queue) if queue.addresses() != at => {
+                        if !Queue::lies(&self.memory, at, vring.size) {
+                            return Outcome::Refused("a queue outside of the guest's memory");
+                        }
+                        queue.moved(&self.memory, at);
+                    }
+                    _ => {}
+                }
+                vring.addresses = Some(at);
+            }
             C::VringBase { base, .. } => {
+                let Ok(base) = u16::try_from(base) else {
+                    return Outcome::Refused("a beginning that no queue has");
+                };
                 if runs {
                     return Outcome::Refused("another beginning for a queue that runs");
                 }
-                vring.base = base as u16;
+                (vring.base, vring.based, vring.queue) = (base, true, None);
             }
             C::VringKick { event, .. } => {
-                if event.is_none() {
-                    return Outcome::Refused("a queue without kicks, which is not served");
-                }
-                self.set_event(cx, number, false, event);
+                vring.unkicked = event.is_none();
+                self.set_event(cx, number, Kind::Kick, event);
             }
             C::VringCall { event, .. } => {
-                self.set_event(cx, number, true, event);
+                self.set_event(cx, number, Kind::Call, event);
+                return Outcome::Done;
+            }
+            C::VringErr { event, .. } => {
+                self.set_event(cx, number, Kind::Err, event);
                 return Outcome::Done;
             }
             C::VringEnable { on, .. } => vring.enabled = on,
@@ -268,6 +302,13 @@ impl Device {
         Outcome::Done
     }
 
+    /// Keeps what the driver has set about the cache where the next process finds it.
+    fn keep_mode(&self) {
+        if let (Some(mode), Some(on)) = (&self.mode, self.writeback) {
+            mode.store(on);
+        }
+    }
+
     /// Lets a queue go that has nothing under way.
     fn stop<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u16) {
         // What has ended is told before.
@@ -276,8 +317,8 @@ impl Device {
         if let Some(queue) = vring.queue.take() {
             vring.base = queue.base();
         }
-        vring.stopping = false;
-        self.set_event(cx, number, false, None);
+        (vring.stopping, vring.kicked, vring.based, vring.unkicked) = (false, false, false, false);
+        self.set_event(cx, number, Kind::Kick, None);
     }
 
     /// True if nothing is under way any more.
@@ -291,11 +332,14 @@ impl Device {
     fn reset<I: Io>(&mut self, cx: &mut Context<'_, I>) {
         for number in 0..self.vrings.len() as u16 {
             self.stop(cx, number);
-            self.set_event(cx, number, true, None);
-            self.vrings[usize::from(number)] = Vring::default();
+            self.set_event(cx, number, Kind::Call, None);
+            self.set_event(cx, number, Kind::Err, None);
+            self.vrings[usize::from(number)].forget();
         }
+        // The guest's memory stays: whoever runs the guest tells changes of it only.
         self.features &= feature::PROTOCOL;
-        self.writeback = true;
-        self.status = 0;
+        (self.negotiated, self.inflight, self.mode, self.status) = (false, None, None, 0);
+        // A driver that goes on afterwards (its machine was halted only) relies on what it had set.
+        self.writeback = self.writeback.filter(|on| !on);
     }
 }

@@ -5,22 +5,18 @@ use std::sync::Arc;
 
 use crate::host::{DiskKey, FrontId, Geometry, HEADROOM, HostDisk, MAX_PART, Request};
 use crate::io::guest::{Fault, GuestMemory, Map};
-use crate::io::{Class, Done, Errno, Io, Nanos, Op, Part, Pool, Sock};
+use crate::io::{Errno, Io, Nanos, Part, Pool};
 use crate::nbd::request::Slab;
 
 use super::chain::{Chain, Nonsense};
+use super::events::Event;
 use super::proto::{self, feature, status};
 use super::queue::{Addresses, Agreed, Queue};
 use super::request::{self, Ask};
-use super::server::{Shared, token};
+use super::server::Shared;
 
 /// How often a part is tried again when its disk has no room for it; a try each few milliseconds.
 const TRIES: u16 = 1000;
-/// Buffers for the event counters of a device: two of each queue, and as many that come back late.
-const EVENT_BUFS: usize = 4 * proto::QUEUES_MAX as usize;
-const EVENT_BUF: usize = 4096;
-/// Bytes that go over an event counter.
-const EVENT: usize = 8;
 /// The disk completes partial blocks in place: room before and behind a write's data, bytes.
 const BLOCK: usize = 4096;
 /// A shorter time of looking without being asked to is none, nanoseconds.
@@ -37,17 +33,6 @@ pub(super) struct Context<'a, I: Io> {
     pub base: u16,
 }
 
-/// An event counter, as far as we use it.
-#[derive(Debug)]
-pub(super) struct Event {
-    sock: Sock,
-    epoch: u8,
-    /// An operation is under way on it.
-    busy: bool,
-    /// It is to be raised once more.
-    again: bool,
-}
-
 /// A queue as the messages have described it so far.
 #[derive(Debug, Default)]
 pub(super) struct Vring {
@@ -57,18 +42,30 @@ pub(super) struct Vring {
     pub enabled: bool,
     pub kick: Option<Event>,
     pub call: Option<Event>,
-    epoch: u8,
-    /// Runs, from the kick on.
+    pub err: Option<Event>,
+    pub epoch: u8,
+    /// A kick was heard since it stopped last.
+    pub kicked: bool,
+    /// It was told where it goes on.
+    pub based: bool,
+    /// There are no kicks: it is to be looked at.
+    pub unkicked: bool,
+    /// Runs.
     pub queue: Option<Queue>,
     /// Takes nothing new, since it is to stop.
     pub stopping: bool,
     /// Requests under way.
     outstanding: u32,
     /// The driver may have to be called.
-    ended: bool,
+    pub ended: bool,
 }
 
 impl Vring {
+    /// As new; but what its event counters have under way still is that of those before.
+    pub fn forget(&mut self) {
+        *self = Self { epoch: self.epoch, ..Self::default() };
+    }
+
     /// Nothing is under way, and nothing that a process before us began is left.
     pub fn is_quiet(&self) -> bool {
         self.outstanding == 0 && self.queue.as_ref().is_none_or(|q| !q.has_left())
@@ -116,13 +113,18 @@ pub(super) struct Device {
     /// What found no room is to be tried again.
     pub retry_due: bool,
     pub features: u64,
+    /// The driver has said what it wants.
+    pub negotiated: bool,
     pub protocol: u64,
-    pub writeback: bool,
+    /// As the driver has set it.
+    pub writeback: Option<bool>,
     pub status: u8,
     pub memory: Arc<GuestMemory>,
     pub vrings: Vec<Vring>,
     /// Memory for requests under way, and for how many queues of how many entries.
     pub inflight: Option<(Arc<Map>, u16, u16)>,
+    /// What the driver has set about the cache, in that memory.
+    pub mode: Option<super::inflight::Mode>,
     reqs: Slab<Req>,
     ops: Slab<PartOp>,
     /// Requests with parts that the disk has not been asked for, in order.
@@ -132,15 +134,15 @@ pub(super) struct Device {
     /// Parts that the disk has.
     outstanding: usize,
     spare: Vec<Chain>,
-    events: Pool,
+    pub events: Pool,
     starved: bool,
     /// Requests came, and requests ended, since the last look.
     taken: bool,
     ended: bool,
     /// When one ended last: its driver may have another one soon.
-    last_end: Nanos,
+    pub last_end: Nanos,
     /// How long to look without being asked to; 0 as long as that did not pay.
-    window: Nanos,
+    pub window: Nanos,
     polling: bool,
     /// There is more in the queues than one turn has time for.
     hurried: bool,
@@ -157,19 +159,21 @@ impl Device {
             active: true,
             retry_due: false,
             features: 0,
+            negotiated: false,
             protocol: 0,
-            writeback: true,
+            writeback: None,
             status: 0,
             memory: Arc::default(),
             vrings: Vec::new(),
             inflight: None,
+            mode: None,
             reqs: Slab::default(),
             ops: Slab::default(),
             pending: VecDeque::new(),
             retry: VecDeque::new(),
             outstanding: 0,
             spare: Vec::new(),
-            events: Pool::new(&[Class { capacity: EVENT_BUF, count: EVENT_BUFS }]),
+            events: super::events::pool(),
             starved: false,
             taken: false,
             ended: false,
@@ -200,119 +204,63 @@ impl Device {
         self.starved
     }
 
+    /// It has a queue without kicks, to be looked at every now and then.
+    pub fn is_unkicked(&self) -> bool {
+        !self.silent && !self.closing && self.vrings.iter().any(|v| v.unkicked && v.queue.is_some())
+    }
+
+    /// Whether completed writes may be lost with power before a flush.
+    pub fn is_writeback(&self) -> bool {
+        let has = |bit| self.features & bit != 0;
+        if !self.negotiated {
+            return self.writeback.unwrap_or(true); // as it will be for most
+        }
+        if has(feature::CONFIG_WCE) {
+            // Who does not flush begins without a cache.
+            self.writeback.unwrap_or(has(feature::FLUSH))
+        } else {
+            // Who was offered flushes and does without them relies on every write.
+            has(feature::FLUSH)
+        }
+    }
+
     /// It wants to be looked at without being asked to.
     pub fn is_polling(&self) -> bool {
         self.polling || self.hurried
     }
 
-    // --- event counters
-
-    /// Takes another event counter in the place of the one there.
-    pub fn set_event<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16, is_call: bool, sock: Option<Sock>) {
-        let vring = &mut self.vrings[usize::from(queue)];
-        vring.epoch = vring.epoch.wrapping_add(1);
-        let epoch = vring.epoch;
-        let slot = if is_call { &mut vring.call } else { &mut vring.kick };
-        if let Some(old) = slot.take() {
-            cx.io.close_sock(old.sock);
-        }
-        *slot = sock.map(|sock| Event { sock, epoch, busy: false, again: false });
-        if is_call {
-            if let Some(queue) = &mut vring.queue {
-                // What the old one was to tell may not have been heard.
-                queue.forget_calls();
-                vring.ended = true;
-            }
-        } else {
-            self.listen(cx, queue);
-        }
-    }
-
-    /// Waits for the next kick.
-    fn listen<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
-        let Some(kick) = &mut self.vrings[usize::from(queue)].kick else { return };
-        if !kick.busy
-            && let Some(buf) = self.events.take(EVENT_BUF)
-        {
-            kick.busy = true;
-            let token = token(cx.base, self.id, u16::from(kick.epoch) << 8 | queue << 1);
-            cx.io.submit(token, Op::Recv { sock: kick.sock, part: Part { buf, at: 0, len: EVENT } });
-        }
-    }
-
-    fn raise<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
-        let Some(call) = &mut self.vrings[usize::from(queue)].call else { return };
-        if call.busy {
-            call.again = true;
-            return;
-        }
-        let Some(mut buf) = self.events.take(EVENT_BUF) else {
-            (call.again, self.active) = (true, true);
-            return;
-        };
-        (call.busy, call.again) = (true, false);
-        buf[..EVENT].copy_from_slice(&1u64.to_ne_bytes());
-        cx.shared.counters.calls += 1;
-        let token = token(cx.base, self.id, u16::from(call.epoch) << 8 | queue << 1 | 1);
-        cx.io.submit(token, Op::Send { sock: call.sock, part: Part { buf, at: 0, len: EVENT } });
-    }
-
-    /// An operation on an event counter has ended.
-    pub fn event<I: Io>(&mut self, cx: &mut Context<'_, I>, kind: u16, done: Done) {
-        let (epoch, queue, is_call) = ((kind >> 8) as u8, (kind & 0xff) >> 1, kind & 1 == 1);
-        let ok = matches!(done.result, Ok(1..));
-        drop(done);
-        let Some(vring) = self.vrings.get_mut(usize::from(queue)) else { return };
-        let slot = if is_call { &mut vring.call } else { &mut vring.kick };
-        let Some(event) = slot.as_mut().filter(|event| event.epoch == epoch) else { return };
-        event.busy = false;
-        if !ok {
-            if let Some(event) = slot.take() {
-                cx.io.close_sock(event.sock);
-            }
-            return;
-        }
-        if is_call {
-            if event.again {
-                self.raise(cx, queue);
-            }
-            return;
-        }
-        cx.shared.counters.kicks += 1;
-        if cx.shared.limits.poll > 0 && cx.io.now().saturating_sub(self.last_end) < cx.shared.limits.poll {
-            // Had we looked a little longer, it need not have kicked.
-            self.window = cx.shared.limits.poll;
-        }
-        self.active = true;
-        self.listen(cx, queue);
-    }
-
-    /// Calls the driver where requests have ended.
-    pub fn call<I: Io>(&mut self, cx: &mut Context<'_, I>) {
-        for number in 0..self.vrings.len() as u16 {
-            let vring = &mut self.vrings[usize::from(number)];
-            if !std::mem::take(&mut vring.ended) || self.silent || self.closing {
-                continue;
-            }
-            match vring.queue.as_mut().map(Queue::call_due) {
-                Some(Ok(true)) => self.raise(cx, number),
-                Some(Err(fault)) => self.nonsense(cx, number, fault.into()),
-                Some(Ok(false)) | None => {}
-            }
-        }
-    }
-
     // --- queues
 
-    /// Starts a queue that has all it needs.
+    /// What was agreed with the driver about queues.
+    fn agreed(&self) -> Agreed {
+        let has = |bit| self.features & bit != 0;
+        Agreed { event_idx: has(feature::EVENT_IDX), indirect: has(feature::INDIRECT_DESC) }
+    }
+
+    /// Features are others now.
+    pub fn agree(&mut self) {
+        let agreed = self.agreed();
+        for queue in self.vrings.iter_mut().filter_map(|v| v.queue.as_mut()) {
+            queue.agree(agreed);
+        }
+    }
+
+    /// Starts a queue that has all it needs. It was kicked; or it was told where it goes on, and is on or may have been left
+    /// by a process before us: then a kick may have been heard by somebody who did not live to follow it.
     pub fn start<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u16) {
+        let agreed = self.agreed();
         let vring = &mut self.vrings[usize::from(number)];
-        let (Some(addresses), None, Some(_)) = (vring.addresses, &vring.queue, &vring.kick) else { return };
+        let (Some(addresses), None) = (vring.addresses, &vring.queue) else { return };
+        let told = vring.kicked || vring.unkicked || vring.based && (vring.enabled || self.inflight.is_some());
+        if !told || vring.kick.is_none() && !vring.unkicked {
+            return;
+        }
         if vring.size == 0 || vring.outstanding > 0 {
             return; // if it was stopped for making no sense, what it had under way ends first
         }
-        let has = |bit| self.features & bit != 0;
-        let agreed = Agreed { event_idx: has(feature::EVENT_IDX), indirect: has(feature::INDIRECT_DESC) };
+        if !Queue::lies(&self.memory, addresses, vring.size) {
+            return; // its memory may come later
+        }
         let inflight = match &self.inflight {
             Some((_, queues, size)) if number >= *queues || vring.size > *size => {
                 let why = Nonsense::Queue("the memory for requests under way is too small for it");
@@ -325,6 +273,8 @@ impl Device {
             Ok(queue) => {
                 vring.queue = Some(queue);
                 vring.stopping = false;
+                // A process before us may have died between an end and its call.
+                vring.ended = true;
                 self.active = true;
             }
             Err(why) => self.nonsense(cx, number, why),
@@ -332,13 +282,14 @@ impl Device {
     }
 
     /// What a queue says cannot be followed: it stops.
-    fn nonsense<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u16, why: Nonsense) {
+    pub fn nonsense<I: Io>(&mut self, cx: &mut Context<'_, I>, number: u16, why: Nonsense) {
         let vring = &mut self.vrings[usize::from(number)];
         if let Some(queue) = vring.queue.take() {
             vring.base = queue.base();
         }
         vring.addresses = None;
         cx.shared.counters.nonsense += 1;
+        self.tell(cx, number);
         tracing::warn!(device = self.id, queue = number, %why, "a vhost-user queue makes no sense and has been stopped");
     }
 
@@ -347,9 +298,13 @@ impl Device {
         self.memory = Arc::new(memory);
         for number in 0..self.vrings.len() as u16 {
             let vring = &mut self.vrings[usize::from(number)];
-            let (Some(queue), Some(addresses)) = (&mut vring.queue, vring.addresses) else { continue };
-            if let Err(why) = queue.moved(&self.memory, addresses) {
-                self.nonsense(cx, number, why);
+            match (&mut vring.queue, vring.addresses) {
+                (Some(queue), Some(addresses)) => {
+                    if !queue.moved(&self.memory, addresses) {
+                        tracing::info!(device = self.id, queue = number, "a vhost-user queue's memory has gone");
+                    }
+                }
+                _ => self.start(cx, number),
             }
         }
     }
@@ -401,7 +356,11 @@ impl Device {
                 break;
             }
             let vring = &mut self.vrings[usize::from(number)];
-            let left_only = vring.stopping || !(vring.enabled || default_on);
+            // One that is to stop leaves nothing of a process before us behind, and takes nothing new.
+            let left_only = vring.stopping;
+            if !(left_only || vring.enabled || default_on) {
+                break;
+            }
             let Some(queue) = &mut vring.queue else { break };
             let mut chain = self.spare.pop().unwrap_or_default();
             let again = queue.has_left();
@@ -429,15 +388,9 @@ impl Device {
         let Ok(ask) = request::parse(&chain, &self.memory, &self.geometry) else {
             return self.nonsense(cx, vring, Nonsense::Queue("a request has no room for its status"));
         };
-        let writeback = if self.features & feature::CONFIG_WCE != 0 {
-            self.writeback
-        } else {
-            // Who was offered flushes and does without them relies on every write.
-            self.features & feature::FLUSH != 0
-        };
+        let fua = !self.is_writeback() || !self.negotiated;
         let memory = Arc::clone(&self.memory);
-        let mut req =
-            Req { vring, head, chain, memory, ask, next: 0, outstanding: 0, status: status::OK, fua: !writeback };
+        let mut req = Req { vring, head, chain, memory, ask, next: 0, outstanding: 0, status: status::OK, fua };
         self.vrings[usize::from(vring)].outstanding += 1;
         let at_once = match req.ask {
             Ask::Answer(answer) => {
@@ -751,7 +704,7 @@ impl Device {
         self.pending.clear();
         self.retry.clear();
         for vring in &mut self.vrings {
-            for event in [vring.kick.take(), vring.call.take()].into_iter().flatten() {
+            for event in [vring.kick.take(), vring.call.take(), vring.err.take()].into_iter().flatten() {
                 io.close_sock(event.sock);
             }
             vring.queue = None;

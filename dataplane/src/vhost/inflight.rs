@@ -35,6 +35,36 @@ pub fn bytes(queues: u16, size: u16) -> u64 {
     u64::from(queues) * area(size)
 }
 
+/// Bytes behind the areas of all queues. The text knows nothing of them, but whoever keeps this memory keeps it whole.
+pub const TRAILER: u64 = ALIGN;
+
+/// What the driver has set about the cache of writes: who runs the guest does not tell the next process.
+#[derive(Clone, Debug)]
+pub struct Mode(Window);
+
+impl Mode {
+    /// Behind the areas of so many queues of so many entries, if there is room: memory of another program has none.
+    pub fn new(map: &Arc<Map>, queues: u16, size: u16) -> Option<Self> {
+        let base = usize::try_from(bytes(queues, size)).ok()?;
+        Window::new(Arc::clone(map), base, TRAILER as usize).map(Self)
+    }
+
+    /// Whether writes are cached, if the driver has set it.
+    pub fn load(&self) -> Option<bool> {
+        match self.0.load16(0) {
+            Ok(1) => Some(false),
+            Ok(2) => Some(true),
+            _ => None,
+        }
+    }
+
+    /// Sets it.
+    pub fn store(&self, on: bool) {
+        // If the memory has gone, so has everything that it could be of use for.
+        let _ = self.0.store16(0, if on { 2 } else { 1 });
+    }
+}
+
 /// One queue's requests under way.
 #[derive(Clone, Debug)]
 pub struct Inflight {
@@ -45,6 +75,8 @@ pub struct Inflight {
 /// What a process before us left.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Recovered {
+    /// There was none: the memory is new.
+    pub fresh: bool,
     /// Requests to be done again, in the order in which they came.
     pub heads: Vec<u16>,
     /// The counter goes on from here.
@@ -106,7 +138,7 @@ impl Inflight {
             self.area.store16(LAST_AT, 0)?;
             self.area.store16(USED_AT, used)?;
             self.area.store16(VERSION_AT, VERSION)?;
-            return Ok(Recovered::default());
+            return Ok(Recovered { fresh: true, ..Recovered::default() });
         }
         let ended = used.wrapping_sub(self.area.load16(USED_AT)?);
         let mut last = self.area.load16(LAST_AT)?;
@@ -127,6 +159,6 @@ impl Inflight {
         }
         left.sort_unstable();
         let counter = left.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        Ok(Recovered { heads: left.into_iter().map(|(_, head)| head).collect(), counter })
+        Ok(Recovered { fresh: false, heads: left.into_iter().map(|(_, head)| head).collect(), counter })
     }
 }

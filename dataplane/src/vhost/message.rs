@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::io::Errno;
 use crate::io::guest::{Map, Region};
 
+use super::control::Reply;
 use super::proto::CONFIG_MAX;
 use super::queue::Addresses;
 
@@ -113,7 +114,7 @@ pub enum Command<E> {
     GetVringBase { queue: u32 },
     VringKick { queue: u32, event: Option<E> },
     VringCall { queue: u32, event: Option<E> },
-    VringErr,
+    VringErr { queue: u32, event: Option<E> },
     VringEnable { queue: u32, on: bool },
     GetProtocolFeatures,
     SetProtocolFeatures(u64),
@@ -129,6 +130,14 @@ pub enum Command<E> {
 }
 
 impl<E> Command<E> {
+    /// The event counter that it brings.
+    pub fn into_event(self) -> Option<E> {
+        match self {
+            Self::VringKick { event, .. } | Self::VringCall { event, .. } | Self::VringErr { event, .. } => event,
+            _ => None,
+        }
+    }
+
     /// With its event counter taken over by somebody.
     ///
     /// # Errors
@@ -150,7 +159,7 @@ impl<E> Command<E> {
             C::GetVringBase { queue } => C::GetVringBase { queue },
             C::VringKick { queue, event } => C::VringKick { queue, event: event.map(attach).transpose()? },
             C::VringCall { queue, event } => C::VringCall { queue, event: event.map(attach).transpose()? },
-            C::VringErr => C::VringErr,
+            C::VringErr { queue, event } => C::VringErr { queue, event: event.map(attach).transpose()? },
             C::VringEnable { queue, on } => C::VringEnable { queue, on },
             C::GetProtocolFeatures => C::GetProtocolFeatures,
             C::SetProtocolFeatures(bits) => C::SetProtocolFeatures(bits),
@@ -196,7 +205,7 @@ pub fn parse(header: &Header, payload: &[u8], mut fds: Vec<OwnedFd>) -> Result<C
         request::GET_VRING_BASE => state().map(|(queue, _)| C::GetVringBase { queue })?,
         request::SET_VRING_KICK => vring_event(number()?, fds).map(|(queue, event)| C::VringKick { queue, event })?,
         request::SET_VRING_CALL => vring_event(number()?, fds).map(|(queue, event)| C::VringCall { queue, event })?,
-        request::SET_VRING_ERR => C::VringErr,
+        request::SET_VRING_ERR => vring_event(number()?, fds).map(|(queue, event)| C::VringErr { queue, event })?,
         request::GET_PROTOCOL_FEATURES => nothing().map(|()| C::GetProtocolFeatures)?,
         request::SET_PROTOCOL_FEATURES => C::SetProtocolFeatures(number()?),
         request::GET_QUEUE_NUM => nothing().map(|()| C::QueueNum)?,
@@ -206,11 +215,11 @@ pub fn parse(header: &Header, payload: &[u8], mut fds: Vec<OwnedFd>) -> Result<C
         },
         request::SET_BACKEND_REQ_FD => C::BackendRequests(only(&mut fds)?),
         request::GET_CONFIG | request::SET_CONFIG => {
-            let (offset, len) = config_range(payload)?;
+            let (offset, len) = config_range(header.request, payload)?;
             if header.request == request::GET_CONFIG {
                 C::GetConfig { offset, len, flags: u32_at(payload, 8) }
             } else {
-                C::SetConfig { offset, bytes: payload[12..].to_vec() }
+                C::SetConfig { offset, bytes: payload[12..12 + len as usize].to_vec() }
             }
         }
         request::GET_INFLIGHT_FD => inflight(payload).map(|at| C::GetInflight { queues: at.queues, size: at.size })?,
@@ -272,13 +281,14 @@ fn vring_event(number: u64, mut fds: Vec<OwnedFd>) -> Result<(u32, Option<OwnedF
     Ok(((number & 0xff) as u32, event))
 }
 
-fn config_range(payload: &[u8]) -> Result<(u32, u32), Refused> {
+fn config_range(request: u32, payload: &[u8]) -> Result<(u32, u32), Refused> {
     if payload.len() < 12 {
         return Err(Refused("a message of another length"));
     }
     let (offset, len) = (u32_at(payload, 0), u32_at(payload, 4));
     let fits = offset.checked_add(len).is_some_and(|end| end as usize <= CONFIG_MAX);
-    if fits && payload.len() == 12 + len as usize {
+    // Who asks need not send as many bytes as it wants; who sends may send its buffer whole.
+    if fits && (request == request::GET_CONFIG || payload.len() >= 12 + len as usize) {
         Ok((offset, len))
     } else {
         Err(Refused("a range that the configuration space does not have"))
@@ -299,6 +309,38 @@ fn inflight(payload: &[u8]) -> Result<InflightAt, Refused> {
     }
     let half = |at: usize| u16::from_ne_bytes([payload[at], payload[at + 1]]);
     Ok(InflightAt { len: u64_at(payload, 0), offset: u64_at(payload, 8), queues: half(16), size: half(18) })
+}
+
+/// The reply to a request that is refused, where its own reply can say so: `payload` is the request's. None for those that
+/// have a reply which cannot: their connection is to end, for nobody would understand a number in its place.
+///
+/// The others have no reply of their own; whether theirs is refused they hear if they asked to.
+pub fn refusal(request: u32, payload: &[u8]) -> Option<Reply> {
+    match request {
+        // A range without bytes.
+        request::GET_CONFIG => {
+            let word = |at: usize| if payload.len() >= at + 4 { u32_at(payload, at) } else { 0 };
+            Some(Reply::Config(word(0), word(8), Vec::new()))
+        }
+        // Memory without bytes: whoever asked does without.
+        request::GET_INFLIGHT_FD => Some(Reply::NoInflight),
+        _ => None,
+    }
+}
+
+/// Whether a request has a reply of its own.
+pub fn has_reply(request: u32) -> bool {
+    matches!(
+        request,
+        request::GET_FEATURES
+            | request::GET_PROTOCOL_FEATURES
+            | request::GET_QUEUE_NUM
+            | request::GET_VRING_BASE
+            | request::GET_CONFIG
+            | request::GET_INFLIGHT_FD
+            | request::GET_MAX_MEM_SLOTS
+            | request::GET_STATUS
+    )
 }
 
 /// The bytes of a reply.

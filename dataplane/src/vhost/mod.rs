@@ -6,7 +6,7 @@
 //!
 //! `proto` numbers and the configuration space · `message` messages of the socket · `chain` descriptors of one request ·
 //! `queue` a virtqueue · `inflight` requests under way, kept where they outlive us · `request` what a request asks ·
-//! `device` requests on their way to the disk and back · `control` what messages do · `server` the front end.
+//! `device` requests on their way to the disk and back · `events` kicks and calls · `control` what messages do · `server` the front end.
 //!
 //! The guest and whoever runs it are trusted with nothing but their own disk: every number that they give is checked,
 //! and a device whose queue makes no sense stops answering, with a line in the log.
@@ -14,6 +14,7 @@
 pub mod chain;
 mod control;
 mod device;
+mod events;
 pub mod inflight;
 pub mod message;
 pub mod proto;

@@ -30,6 +30,13 @@ pub struct Addresses {
     pub used: u64,
 }
 
+impl Addresses {
+    /// As the text of virtio wants them to be.
+    pub fn is_aligned(&self) -> bool {
+        self.desc.is_multiple_of(16) && self.avail.is_multiple_of(2) && self.used.is_multiple_of(4)
+    }
+}
+
 #[derive(Debug)]
 struct Places {
     desc: Window,
@@ -40,8 +47,7 @@ struct Places {
 impl Places {
     fn find(memory: &GuestMemory, at: Addresses, size: u16) -> Option<Self> {
         let size = usize::from(size);
-        let aligned = at.desc.is_multiple_of(16) && at.avail.is_multiple_of(2) && at.used.is_multiple_of(4);
-        aligned.then_some(())?;
+        at.is_aligned().then_some(())?;
         Some(Self {
             desc: memory.window(at.desc, size * DESC)?,
             // With the event indices behind the entries, which are there whether they are used or not.
@@ -67,6 +73,10 @@ pub struct Queue {
     places: Places,
     addresses: Addresses,
     agreed: Agreed,
+    /// It does not lie in the guest's memory now: nothing is taken until it does. What was taken before ends where it lay.
+    lost: bool,
+    /// Something was taken since it began.
+    touched: bool,
     /// Entries of the available ring that were taken.
     taken: u16,
     /// Entries of the used ring that were made.
@@ -104,7 +114,9 @@ impl Queue {
         if let Some(inflight) = &inflight {
             let mut left = inflight.recover(used)?;
             left.heads.retain(|head| *head < size);
-            taken = used.wrapping_add(left.heads.len() as u16);
+            if !left.fresh {
+                taken = used.wrapping_add(left.heads.len() as u16);
+            }
             counter = left.counter;
             again = left.heads.into();
         }
@@ -117,6 +129,8 @@ impl Queue {
             places,
             addresses,
             agreed,
+            lost: false,
+            touched: false,
             taken,
             used,
             called_at: None,
@@ -129,15 +143,33 @@ impl Queue {
         Ok(queue)
     }
 
-    /// The guest's memory is another now.
-    ///
-    /// # Errors
-    /// [`Nonsense`] if the queue does not lie in it.
-    pub fn moved(&mut self, memory: &GuestMemory, addresses: Addresses) -> Result<(), Nonsense> {
-        self.places = Places::find(memory, addresses, self.size)
-            .ok_or(Nonsense::Queue("the queue does not lie in the guest's memory any more"))?;
-        self.addresses = addresses;
-        Ok(())
+    /// Whether a queue lies in the memory.
+    pub fn lies(memory: &GuestMemory, addresses: Addresses, size: u16) -> bool {
+        Places::find(memory, addresses, size).is_some()
+    }
+
+    /// The guest's memory is another now, or the queue lies elsewhere in it. False if it does not lie there: whoever takes
+    /// memory away to put other memory in its place does that in two steps, so that the queue waits for the second one.
+    pub fn moved(&mut self, memory: &GuestMemory, addresses: Addresses) -> bool {
+        let places = Places::find(memory, addresses, self.size);
+        self.lost = places.is_none();
+        if let Some(places) = places {
+            (self.places, self.addresses) = (places, addresses);
+        }
+        !self.lost
+    }
+
+    /// Other features were agreed upon.
+    pub fn agree(&mut self, agreed: Agreed) {
+        self.agreed = agreed;
+        // Whatever was asked before may have been asked in another way.
+        self.kicks_wanted = false;
+        self.called_at = None;
+    }
+
+    /// Whether anything was taken since it began: as long as not, it may as well begin elsewhere.
+    pub fn is_touched(&self) -> bool {
+        self.touched
     }
 
     /// Where it lies.
@@ -152,7 +184,7 @@ impl Queue {
 
     /// Requests of a process before us wait to be done.
     pub fn has_left(&self) -> bool {
-        !self.again.is_empty()
+        !self.again.is_empty() && !self.lost
     }
 
     /// Takes the next request: its head, its descriptors into `chain`. Only those of a process before us if `left_only`.
@@ -160,7 +192,11 @@ impl Queue {
     /// # Errors
     /// [`Nonsense`]: the queue has to stop.
     pub fn take(&mut self, memory: &GuestMemory, chain: &mut Chain, left_only: bool) -> Result<Option<u16>, Nonsense> {
+        if self.lost {
+            return Ok(None);
+        }
         if let Some(head) = self.again.pop_front() {
+            self.touched = true;
             chain.walk(&self.places.desc, self.size, memory, head, self.agreed.indirect)?;
             return Ok(Some(head));
         }
@@ -175,6 +211,7 @@ impl Queue {
         if waiting > self.size {
             return Err(Nonsense::Queue("more requests are available than the queue has entries"));
         }
+        self.touched = true;
         let entry = RING_HEAD + usize::from(self.taken % self.size) * AVAIL_ENTRY;
         let head = self.places.avail.load16(entry)?;
         match self.busy.get_mut(usize::from(head)) {
@@ -252,7 +289,7 @@ impl Queue {
             self.places.used.store16(0, 0)?;
         }
         fence(Ordering::SeqCst);
-        Ok(self.places.avail.load16(IDX)? != self.taken)
+        Ok(!self.lost && self.places.avail.load16(IDX)? != self.taken)
     }
 
     /// Tells the driver that it need not kick: we look by ourselves.

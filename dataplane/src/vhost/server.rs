@@ -97,6 +97,8 @@ pub struct DeviceId(u32);
 
 /// How long a device that found no buffer waits before it looks again, if nothing else happens meanwhile.
 const RETRY: Nanos = 5_000_000;
+/// How often queues without kicks are looked at.
+const UNKICKED: Nanos = 1_000_000;
 /// Most rounds of asking and answering in one turn: a guest whose requests are answered at once must leave time for others.
 const ROUNDS_MAX: usize = 8;
 /// Devices are numbered in 16 bits, and those that are being forgotten count too.
@@ -190,9 +192,7 @@ impl<I: Io> Server<I> {
                 outcome
             }
             _ => {
-                if let Command::VringKick { event: Some(sock), .. } | Command::VringCall { event: Some(sock), .. } =
-                    command
-                {
+                if let Some(sock) = command.into_event() {
                     io.close_sock(sock);
                 }
                 Outcome::Gone
@@ -323,10 +323,12 @@ impl<I: Io> FrontEnd<I> for Server<I> {
         }
         self.forget();
         self.polling = polling;
-        if starved && !self.retry_timer {
+        let unkicked = self.places.iter().filter_map(|p| p.device.as_ref()).any(|d| d.is_unkicked());
+        if (starved || unkicked) && !self.retry_timer {
             self.retry_timer = true;
             let token = token(self.base, 0, RETRY_TIMER);
-            io.submit(token, Op::Timer { at: io.now().saturating_add(RETRY) });
+            let pause = if unkicked { UNKICKED } else { RETRY };
+            io.submit(token, Op::Timer { at: io.now().saturating_add(pause) });
         }
         any
     }

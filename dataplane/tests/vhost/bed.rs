@@ -303,21 +303,49 @@ impl Bed {
     }
 
     pub fn add_rings(&mut self, queues: usize, size: u16) {
-        let features = self.features;
-        for number in 0..queues {
-            self.rings.push(Ring {
-                size,
-                base: number as u64 * QUEUE_BYTES,
-                avail: 0,
-                seen: 0,
-                kick: Sock(0),
-                calls: 0,
-                free: (0..size).rev().collect(),
-                chains: vec![Vec::new(); usize::from(size)],
-                event_idx: features & feature::EVENT_IDX != 0,
-            });
-            self.start(number);
+        for _ in 0..queues {
+            self.add_ring(size);
+            self.start(self.rings.len() - 1);
         }
+    }
+
+    /// The driver's side only.
+    pub fn add_ring(&mut self, size: u16) {
+        let (features, number) = (self.features, self.rings.len());
+        self.rings.push(Ring {
+            size,
+            base: number as u64 * QUEUE_BYTES,
+            avail: 0,
+            seen: 0,
+            kick: Sock(0),
+            calls: 0,
+            free: (0..size).rev().collect(),
+            chains: vec![Vec::new(); usize::from(size)],
+            event_idx: features & feature::EVENT_IDX != 0,
+        });
+    }
+
+    /// As if so many requests had come and ended already.
+    pub fn go_on_at(&mut self, number: usize, base: u16) {
+        let ring = &mut self.rings[number];
+        (ring.avail, ring.seen) = (base, base);
+        self.map.store16((ring.avail_at() + 2) as usize, base).unwrap();
+        self.map.store16((ring.used_at() + 2) as usize, base).unwrap();
+        self.map.store16((ring.avail_at() + 4 + u64::from(ring.size) * 2) as usize, base).unwrap();
+    }
+
+    /// Another event counter for kicks: the device's end of it.
+    pub fn new_kick(&mut self, number: usize) -> Sock {
+        let (kick, theirs) = self.event();
+        self.rings[number].kick = kick;
+        theirs
+    }
+
+    /// An event counter for errors, heard of as calls are.
+    pub fn new_err(&mut self, number: usize) -> Sock {
+        let (err, theirs) = self.event();
+        self.listen(number, err);
+        theirs
     }
 
     /// Features and memory.
@@ -340,6 +368,12 @@ impl Bed {
         self.ok(Command::VringNum { queue, size });
         self.ok(Command::VringBase { queue, base: seen });
         self.ok(Command::VringAddr { queue, at });
+        self.start_events(number);
+    }
+
+    /// The last of it: event counters, and on.
+    pub fn start_events(&mut self, number: usize) {
+        let queue = number as u32;
         let (kick, theirs) = self.event();
         self.rings[number].kick = kick;
         self.ok(Command::VringKick { queue, event: Some(theirs) });
@@ -383,6 +417,14 @@ impl Bed {
 
     /// The process dies and another one takes its place; the guest's side stays as it is.
     pub fn restart(&mut self) {
+        self.restart_without_queues();
+        for number in 0..self.rings.len() {
+            self.start(number);
+        }
+    }
+
+    /// As [`Bed::restart`], before anything is said about queues.
+    pub fn restart_without_queues(&mut self) {
         let disk = self.disks.0.take().map(|mut disk| {
             // What it was asked has happened; whoever asked does not hear of it.
             disk.waiting.clear();
@@ -400,9 +442,6 @@ impl Bed {
             let (queues, size) = (self.rings.len() as u16, self.rings[0].size);
             let map = Arc::clone(map);
             self.ok(Command::SetInflight { queues, size, map });
-        }
-        for number in 0..self.rings.len() {
-            self.start(number);
         }
     }
 

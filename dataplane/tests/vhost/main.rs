@@ -5,3 +5,4 @@ mod control;
 mod hostile;
 mod replay;
 mod requests;
+mod text;

@@ -144,6 +144,8 @@ fn a_driver_without_flushes_has_each_write_made_durable() {
         (ALL & !feature::FLUSH, None, 1),
         (ALL | feature::CONFIG_WCE, None, 0),
         (ALL | feature::CONFIG_WCE, Some(0), 1),
+        (ALL & !feature::FLUSH | feature::CONFIG_WCE, None, 1),
+        (feature::PROTOCOL, None, 1),
         (ALL & !feature::FLUSH | feature::CONFIG_WCE, Some(1), 0),
     ] {
         let mut bed = Bed::with(6, MemDisk::new(1 << 20), features, 1, 64);

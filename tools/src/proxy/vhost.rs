@@ -60,6 +60,8 @@ struct Live {
     stream: Option<UnixStream>,
     /// Where the other side hears of a change.
     notices: Option<UnixStream>,
+    /// It knows of changes of the configuration space.
+    config: bool,
 }
 
 type Shared = Arc<Mutex<Live>>;
@@ -165,7 +167,11 @@ fn listen<C: Core>(
 async fn refresh<C: Core>(handle: &Handle<C>, live: &Shared, geometry: Geometry) -> Result<(), Gone> {
     let Some(device) = lock(live).device else { return Ok(()) };
     let changed = handle.call(move |desk| desk.fronts.vhost.refresh(device, geometry)).await?;
-    if changed && let Some(notices) = &mut lock(live).notices {
+    let mut live = lock(live);
+    if changed
+        && live.config
+        && let Some(notices) = &mut live.notices
+    {
         // Without waiting: who does not read its notices learns of it otherwise.
         let _ = notices.write(&message::notice(message::notice::CONFIG_CHANGE));
     }
@@ -267,15 +273,15 @@ impl<C: Core> Session<C> {
             match outcome {
                 Outcome::Reply(reply) => send(&stream, header.request, payload.len(), &reply)?,
                 Outcome::Done if acknowledge => send(&stream, header.request, 0, &Reply::Number(0))?,
-                Outcome::Refused(why) if acknowledge => {
+                Outcome::Refused(why) => {
+                    let reply = message::refusal(header.request, &payload);
+                    let number = acknowledge && !message::has_reply(header.request);
+                    let Some(reply) = reply.or_else(|| number.then_some(Reply::Number(1))) else {
+                        return Err(End::Refused(why));
+                    };
                     tracing::warn!(disk = self.key.0, request = header.request, why, "a vhost-user message is refused");
-                    send(&stream, header.request, 0, &Reply::Number(1))?;
+                    send(&stream, header.request, payload.len(), &reply)?;
                 }
-                // Who asks for the configuration space hears of a failure by a range without bytes.
-                Outcome::Refused(_) if header.request == message::request::GET_CONFIG => {
-                    send(&stream, header.request, 0, &Reply::Config(0, 0, Vec::new()))?;
-                }
-                Outcome::Refused(why) => return Err(End::Refused(why)),
                 Outcome::Done | Outcome::Wait(_) => {}
                 Outcome::Gone => return Err(End::Gone),
             }
@@ -296,16 +302,13 @@ impl<C: Core> Session<C> {
     }
 
     fn command(&mut self, device: DeviceId, command: Command<OwnedFd>) -> Result<Outcome<()>, End> {
-        match command {
-            Command::BackendRequests(fd) => {
-                let notices = UnixStream::from(fd);
-                notices.set_nonblocking(true)?;
-                lock(&self.live).notices = Some(notices);
-                return Ok(Outcome::Done);
-            }
-            Command::SetProtocolFeatures(bits) => self.protocol = bits,
-            _ => {}
+        if let Command::BackendRequests(fd) = command {
+            let notices = UnixStream::from(fd);
+            notices.set_nonblocking(true)?;
+            lock(&self.live).notices = Some(notices);
+            return Ok(Outcome::Done);
         }
+        let protocol = if let Command::SetProtocolFeatures(bits) = &command { Some(*bits) } else { None };
         let first = self.handle.call_blocking(move |desk| {
             let Ok(command) = command.attach(|event| desk.io.attach_event(event)) else {
                 return Outcome::Refused("what is no event counter, or more of them than can be open");
@@ -322,7 +325,13 @@ impl<C: Core> Session<C> {
                         .call_blocking(move |desk| desk.fronts.vhost.command(desk.io, desk.core, device, command))?
                 }
                 Outcome::Reply(reply) => return Ok(Outcome::Reply(reply)),
-                Outcome::Done => return Ok(Outcome::Done),
+                Outcome::Done => {
+                    if let Some(bits) = protocol {
+                        self.protocol = bits;
+                        lock(&self.live).config = bits & protocol::CONFIG != 0;
+                    }
+                    return Ok(Outcome::Done);
+                }
                 Outcome::Refused(why) => return Ok(Outcome::Refused(why)),
                 Outcome::Gone => return Ok(Outcome::Gone),
             };

@@ -372,6 +372,25 @@ fn whoever_talks_nonsense_is_let_go_and_the_next_one_served() {
         stream.set_read_timeout(Some(WAIT)).unwrap();
         assert_eq!(std::io::Read::read(&mut stream, &mut [0; 64]).unwrap_or(0), 0);
     }
+    // What has a reply of its own that can say "no" is refused by that, whether an answer was asked for or not.
+    let mut stream = proxy.stream();
+    stream.set_read_timeout(Some(WAIT)).unwrap();
+    let mut talk = |bytes: &[u8], len: usize| {
+        stream.write_all(bytes).unwrap();
+        let mut reply = vec![0; 12 + len];
+        std::io::Read::read_exact(&mut stream, &mut reply).unwrap();
+        assert_eq!(reply[4..12], [5u32, len as u32].map(u32::to_ne_bytes).concat());
+        reply.split_off(12)
+    };
+    talk(&message(16, 1 | 8, &(1u64 << 3 | 1 << 9 | 1 << 12).to_ne_bytes()), 8);
+    for flags in [1, 1 | 8] {
+        let range = [200u32, 60, 0].map(u32::to_ne_bytes).concat();
+        assert_eq!(talk(&message(24, flags, &range), 12), [200u32, 0, 0].map(u32::to_ne_bytes).concat());
+        let queues = [0u64, 0, 9999].map(u64::to_ne_bytes).concat();
+        assert_eq!(talk(&message(31, flags, &queues), 24), [0; 24]);
+    }
+    assert_eq!(talk(&message(18, 1 | 8, &[0xff; 8]), 8), 1u64.to_ne_bytes());
+    drop(stream);
     let mut guest = Guest::new();
     guest.connect(&proxy);
     assert_eq!(guest.ask(&proxy, FLUSH, 0, &[], 0).0, 0);
