@@ -213,6 +213,17 @@ def watches(at):
     equal(len(page.events), 1, "one event")
 
 
+def rpo(at):
+    """Nothing is known of a group that is not there, and a period has to make sense."""
+    stub = services.StatusStub(at.channel)
+    request = api.GetRpoRequest(group=f"{TENANT}/groups/none")
+    equal(code(stub.GetRpo, request), grpc.StatusCode.NOT_FOUND, "a group that is not there")
+    for bad in [{"start_time_ns": 2, "end_time_ns": 1}, {"step_s": 61}, {"step_s": 60}]:
+        status, found = details(stub.GetRpo, api.GetRpoRequest(group=f"{TENANT}/groups/none", **bad))
+        equal(status, grpc.StatusCode.INVALID_ARGUMENT, f"{bad}")
+        expect(found["BadRequest"].field_violations[0].field in bad, f"{bad}: {found}")
+
+
 def operations(at):
     stub = services.OperationsStub(at.channel)
     name = f"{TENANT}/operations/none"
@@ -379,6 +390,7 @@ def main():
         tests.run("policies from a generated client, with the codes of the protocol", policies, at)
         tests.run("masks, etags, request ids, checks only, pages, filters, error details", standards, at)
         tests.run("a watch resumes where it was", watches, at)
+        tests.run("the RPO of a period", rpo, at)
         tests.run("operations that are not there", operations, at)
         tests.run("a caller without a certificate, a method that is not there", who_may, at)
         tests.run("health as its text says", health, at)

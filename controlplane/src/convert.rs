@@ -147,6 +147,8 @@ pub fn wanted(policy: &v1::Policy) -> Result<Wanted, Problem> {
         journal_budget_bytes: policy.journal_budget_bytes,
         compression,
         warn_after_ms: policy.warn_after_ms,
+        error_after_ms: policy.error_after_ms,
+        clear_after_ms: policy.clear_after_ms,
         lease_ms: policy.lease_ms,
         sync_deadline_ms: policy.sync_deadline_ms,
     })
@@ -177,6 +179,8 @@ pub fn policy_to_proto(model: &Model, policy: &Policy) -> v1::Policy {
         journal_budget_bytes: Some(promises.journal_budget_bytes),
         compression: compression_to_proto(promises.compression).into(),
         warn_after_ms: Some(promises.warn_after_ms),
+        error_after_ms: Some(promises.error_after_ms),
+        clear_after_ms: Some(promises.clear_after_ms),
         lease_ms: Some(promises.lease_ms),
         sync_deadline_ms: Some(promises.sync_deadline_ms),
     }

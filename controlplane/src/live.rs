@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 
 use afterimage_wire::v1;
 
-use crate::rpo::RpoWindow;
+use crate::rpo::{Alarm, RpoWindow};
 
 /// What rates are taken over, nanoseconds.
 const RATE_WINDOW_NS: u64 = 3_000_000_000;
@@ -84,8 +84,8 @@ pub struct StreamLive {
     pub rpo: RpoWindow,
     /// Rates.
     pub rates: Rates,
-    /// Since when the RPO has been above its target.
-    pub above_since_ns: Option<u64>,
+    /// Whether the RPO has been above its target for too long.
+    pub alarm: Alarm,
     /// Lease that the source keeps to, milliseconds: as it has reported since it was last told what to be; else 0.
     pub lease_ms: u64,
     /// Views that the target has open, by their name there.
@@ -147,6 +147,7 @@ impl Live {
             if let Err(e) = stream.rpo.report(now_ns, group.rpo_now_us, &group.rpo_histogram) {
                 remarks.push(Remark { stream_uid: group.stream_uid.clone(), message: e.to_string() });
             }
+            stream.rpo.stage(&group);
             stream.lease_ms = if current { group.lease_ms } else { 0 };
             stream.rates.report(now_ns, &group);
             stream.source = Some((now_ns, v1::SourceGroupReport { rpo_histogram: Vec::new(), ..group }));

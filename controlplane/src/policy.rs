@@ -37,12 +37,26 @@ pub struct Promises {
     pub compression: Compression,
     /// How long the RPO may be above its target before that is told, milliseconds.
     pub warn_after_ms: u64,
+    /// How long before it is an error, milliseconds.
+    #[serde(default = "error_after")]
+    pub error_after_ms: u64,
+    /// How long it has to be within its target before that is taken back, milliseconds.
+    #[serde(default = "clear_after")]
+    pub clear_after_ms: u64,
     /// Lease of the source, milliseconds; 0: none.
     #[serde(default)]
     pub lease_ms: u64,
     /// How long a write waits for the target at most, milliseconds; 0: asynchronous.
     #[serde(default)]
     pub sync_deadline_ms: u64,
+}
+
+fn error_after() -> u64 {
+    60_000
+}
+
+fn clear_after() -> u64 {
+    5_000
 }
 
 /// What a caller asks for; nothing stands for the default.
@@ -60,6 +74,10 @@ pub struct Wanted {
     pub compression: Compression,
     /// See [`Promises::warn_after_ms`].
     pub warn_after_ms: Option<u64>,
+    /// See [`Promises::error_after_ms`].
+    pub error_after_ms: Option<u64>,
+    /// See [`Promises::clear_after_ms`].
+    pub clear_after_ms: Option<u64>,
     /// See [`Promises::lease_ms`].
     pub lease_ms: Option<u64>,
     /// See [`Promises::sync_deadline_ms`].
@@ -95,6 +113,15 @@ impl Promises {
             return Err(Problem::invalid("policy.journal_budget_bytes", budget, allowed));
         }
         let warn_after_ms = within("warn_after_ms", wanted.warn_after_ms, 5_000, 0, 86_400_000, "milliseconds")?;
+        // A policy that warns late and does not say when that is an error has both at once.
+        let late = error_after().max(warn_after_ms);
+        let error_after_ms = within("error_after_ms", wanted.error_after_ms, late, 0, 86_400_000, "milliseconds")?;
+        if error_after_ms < warn_after_ms {
+            let allowed = format!("no shorter than warn_after_ms: at least {warn_after_ms} milliseconds");
+            return Err(Problem::invalid("policy.error_after_ms", error_after_ms, allowed));
+        }
+        let clear_after_ms =
+            within("clear_after_ms", wanted.clear_after_ms, clear_after(), 0, 3_600_000, "milliseconds")?;
         let or_none = |field: &str, value: Option<u64>, least: u64, most: u64| match value.unwrap_or(0) {
             0 => Ok(0),
             value if (least..=most).contains(&value) => Ok(value),
@@ -114,6 +141,8 @@ impl Promises {
             journal_budget_bytes: budget,
             compression: wanted.compression,
             warn_after_ms,
+            error_after_ms,
+            clear_after_ms,
         })
     }
 }
@@ -170,6 +199,9 @@ mod tests {
         let field = field_of(Wanted { journal_budget_bytes: Some(1), ..Wanted::default() });
         assert_eq!(field, "policy.journal_budget_bytes");
         assert_eq!(field_of(Wanted { warn_after_ms: Some(u64::MAX), ..Wanted::default() }), "policy.warn_after_ms");
+        let wanted = Wanted { warn_after_ms: Some(10), error_after_ms: Some(9), ..Wanted::default() };
+        assert_eq!(field_of(wanted), "policy.error_after_ms");
+        assert_eq!(field_of(Wanted { clear_after_ms: Some(u64::MAX), ..Wanted::default() }), "policy.clear_after_ms");
         assert_eq!(field_of(Wanted { lease_ms: Some(2_999), ..Wanted::default() }), "policy.lease_ms");
         let field = field_of(Wanted { sync_deadline_ms: Some(199), ..Wanted::default() });
         assert_eq!(field, "policy.sync_deadline_ms");

@@ -8,8 +8,11 @@
 use std::collections::VecDeque;
 use std::io::Cursor;
 
+use afterimage_wire::v1;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::Deserializer;
+
+use crate::history::Bucket;
 
 /// Longest RPO that is told apart, microseconds: a day.
 pub const MAX_RPO_US: u64 = 86_400_000_000;
@@ -43,6 +46,8 @@ struct Slot {
 pub struct RpoWindow {
     slots: VecDeque<Slot>,
     last: Option<Last>,
+    /// Since [`Self::take`].
+    interval: Option<Bucket>,
 }
 
 #[derive(Copy, Clone)]
@@ -86,10 +91,42 @@ impl RpoWindow {
                 let count = u32::try_from(value.count_at_value()).unwrap_or(u32::MAX);
                 slot.saturating_record_n(value.value_iterated_to(), count);
             }
+            let interval = &mut self.interval.get_or_insert_default().samples;
+            for value in samples.iter_recorded() {
+                let count = u32::try_from(value.count_at_value()).unwrap_or(u32::MAX);
+                interval.saturating_record_n(value.value_iterated_to(), count);
+            }
         } else {
             slot.saturating_record(now_us.min(MAX_RPO_US));
+            self.interval.get_or_insert_default().samples.saturating_record(now_us.min(MAX_RPO_US));
         }
         Ok(())
+    }
+
+    /// Where the oldest write that is not durable was waiting at a report.
+    pub fn stage(&mut self, report: &v1::SourceGroupReport) {
+        let stages = &mut self.interval.get_or_insert_default().stages;
+        let oldest = report.acked_seq.saturating_add(1);
+        let stage = if oldest > report.captured_seq {
+            &mut stages.idle
+        } else if oldest > report.sealed_seq {
+            &mut stages.seal
+        } else if oldest > report.sent_seq {
+            &mut stages.link
+        } else {
+            &mut stages.durable
+        };
+        *stage += 1;
+    }
+
+    /// What has been seen since the last time, held against the target; none if nothing has.
+    pub fn take(&mut self, target_us: u64) -> Option<Bucket> {
+        self.interval.take().map(|bucket| counted(bucket, target_us))
+    }
+
+    /// As [`Self::take`], and it stays.
+    pub fn peek(&self, target_us: u64) -> Option<Bucket> {
+        self.interval.clone().map(|bucket| counted(bucket, target_us))
     }
 
     /// Records the silence up to now, if there is any. Called at each report and every second or so.
@@ -106,6 +143,9 @@ impl RpoWindow {
             let samples = ((until - at) / SILENCE_SAMPLE_NS).max(1);
             let shown = shown_now(&last, until);
             self.slot(until).saturating_record_n(shown, samples as u32);
+            let interval = self.interval.get_or_insert_default();
+            interval.samples.saturating_record_n(shown, samples as u32);
+            interval.stages.silent += 1;
             at = until;
         }
         if let Some(last) = &mut self.last {
@@ -113,9 +153,9 @@ impl RpoWindow {
         }
     }
 
-    /// Forgets everything: the group does not ship from its source any more.
+    /// Forgets everything but what is yet to be kept: the group does not ship from its source any more.
     pub fn clear(&mut self) {
-        *self = Self::default();
+        *self = Self { interval: self.interval.take(), ..Self::default() };
     }
 
     /// What is shown at `now_ns`; none while nothing has been reported.
@@ -156,16 +196,52 @@ impl RpoWindow {
     }
 }
 
+/// Whether the RPO has been above its target for too long. Once it is said, it is taken back only after the RPO has been
+/// within its target for a while, so that one that swings about its target alarms once.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
+pub struct Alarm {
+    above_since_ns: Option<u64>,
+    within_since_ns: Option<u64>,
+    raised: bool,
+}
+
+impl Alarm {
+    /// Takes in whether it is above its target now.
+    pub fn update(&mut self, now_ns: u64, above: bool, warn_after_ms: u64, clear_after_ms: u64) {
+        let passed = |since: u64, ms: u64| now_ns.saturating_sub(since) / 1_000_000 >= ms;
+        if above {
+            self.within_since_ns = None;
+            let since = *self.above_since_ns.get_or_insert(now_ns);
+            self.raised |= passed(since, warn_after_ms);
+        } else if self.raised && !passed(*self.within_since_ns.get_or_insert(now_ns), clear_after_ms) {
+            // Not for long enough yet.
+        } else {
+            *self = Self::default();
+        }
+    }
+
+    /// For how long, milliseconds; none if there is no alarm.
+    pub fn raised_for_ms(&self, now_ns: u64) -> Option<u64> {
+        self.above_since_ns.filter(|_| self.raised).map(|since| now_ns.saturating_sub(since) / 1_000_000)
+    }
+}
+
+fn counted(mut bucket: Bucket, target_us: u64) -> Bucket {
+    bucket.total = bucket.samples.len();
+    bucket.inside = if bucket.total == 0 { 0 } else { bucket.samples.count_between(0, target_us.min(MAX_RPO_US)) };
+    bucket
+}
+
 fn shown_now(last: &Last, now_ns: u64) -> u64 {
     (last.now_us + now_ns.saturating_sub(last.at_ns) / 1000).min(MAX_RPO_US)
 }
 
-fn new_histogram() -> Histogram<u32> {
+pub(crate) fn new_histogram() -> Histogram<u32> {
     Histogram::new_with_bounds(1, MAX_RPO_US, DIGITS).expect("the bounds are constants")
 }
 
 /// Reads a histogram from outside; none if there is none.
-fn decode(bytes: &[u8]) -> Result<Option<Histogram<u64>>, BadHistogram> {
+pub(crate) fn decode(bytes: &[u8]) -> Result<Option<Histogram<u64>>, BadHistogram> {
     let bad = |why: &str| Err(BadHistogram(why.to_owned()));
     if bytes.is_empty() {
         return Ok(None);
@@ -217,6 +293,51 @@ mod tests {
         let shown = window.shown(2 * S, 10_000).unwrap();
         assert!(near(shown.p50_us, 1_000) && near(shown.p99_us, 50_000) && near(shown.max_us, 50_000), "{shown:?}");
         assert!((shown.within_target - 0.9).abs() < 0.001);
+    }
+
+    #[test]
+    fn an_alarm_is_raised_late_and_taken_back_late() {
+        let mut alarm = Alarm::default();
+        let ms = |n: u64| S + n * 1_000_000;
+        alarm.update(ms(0), true, 1000, 500);
+        alarm.update(ms(900), false, 1000, 500);
+        alarm.update(ms(950), true, 1000, 500);
+        alarm.update(ms(1900), true, 1000, 500);
+        assert_eq!(alarm.raised_for_ms(ms(1900)), None, "it has not been above all the time");
+        alarm.update(ms(1950), true, 1000, 500);
+        assert_eq!(alarm.raised_for_ms(ms(1950)), Some(1000));
+        // It swings about its target: one alarm.
+        for i in 0..10 {
+            alarm.update(ms(2000 + i * 400), i % 2 == 0, 1000, 500);
+            assert!(alarm.raised_for_ms(ms(2000 + i * 400)).is_some());
+        }
+        alarm.update(ms(6_200), false, 1000, 500);
+        assert_eq!(alarm.raised_for_ms(ms(6_200)), None);
+    }
+
+    #[test]
+    fn an_interval_is_taken_once_and_held_against_its_target() {
+        let mut window = RpoWindow::default();
+        assert!(window.take(1).is_none());
+        window.report(S, 1_000, &encoded(&[(1_000, 90), (50_000, 10)])).unwrap();
+        let at = |captured, sealed, sent, acked| v1::SourceGroupReport {
+            captured_seq: captured,
+            sealed_seq: sealed,
+            sent_seq: sent,
+            acked_seq: acked,
+            ..v1::SourceGroupReport::default()
+        };
+        for report in [at(9, 9, 9, 9), at(9, 5, 5, 5), at(9, 9, 5, 5), at(9, 9, 9, 5), at(9, 9, 9, 4)] {
+            window.stage(&report);
+        }
+        window.silence(6 * S);
+        assert_eq!(window.peek(10_000), window.peek(10_000));
+        let bucket = window.take(10_000).unwrap();
+        assert_eq!((bucket.inside, bucket.total > 500), (90, true), "silence counts");
+        let s = bucket.stages;
+        assert_eq!((s.idle, s.seal, s.link, s.durable), (1, 1, 1, 2));
+        assert!(s.silent > 0);
+        assert!(window.take(10_000).is_none());
     }
 
     #[test]

@@ -96,11 +96,12 @@ impl Scene<'_> {
                 out.push(finding("folding", Severity::Error, format!("history cannot be folded: {}", report.folding)));
             }
         }
-        if let (Some(since), Some(policy), false) = (stream.above_since_ns, self.model.policy_of(group), over)
-            && self.now_ns.saturating_sub(since) / 1_000_000 >= policy.promises.warn_after_ms
+        if let (Some(ms), Some(policy), false) =
+            (stream.alarm.raised_for_ms(self.now_ns), self.model.policy_of(group), over)
         {
             let target = policy.promises.rpo_target_us as f64 / 1000.0;
-            out.push(finding("rpo-above-target", Severity::Warning, format!("above its target of {target} ms")));
+            let severity = if ms >= policy.promises.error_after_ms { Severity::Error } else { Severity::Warning };
+            out.push(finding("rpo-above-target", severity, format!("above its target of {target} ms")));
         }
         self.problem_conditions(group, [source.filter(|_| !over), target], &mut out);
         out
@@ -319,13 +320,13 @@ fn as_conditions(subject: &str, found: Vec<Finding>, since: &dyn Fn(&str, &str) 
 /// Since when each condition has been so; tells what has begun and ended.
 #[derive(Default)]
 pub struct Tracker {
-    since: BTreeMap<(String, String), u64>,
+    since: BTreeMap<(String, String), (u64, Severity)>,
 }
 
 impl Tracker {
     /// Since when a subject has had a condition; 0 if it has not.
     pub fn since(&self, subject: &str, kind: &str) -> u64 {
-        self.since.get(&(subject.to_owned(), kind.to_owned())).copied().unwrap_or(0)
+        self.since.get(&(subject.to_owned(), kind.to_owned())).map_or(0, |(since, _)| *since)
     }
 
     /// Takes in the conditions of a subject and returns what to tell.
@@ -343,10 +344,17 @@ impl Tracker {
         }
         for f in found {
             let key = (subject.to_owned(), f.kind.to_owned());
-            if let Entry::Vacant(new) = self.since.entry(key) {
-                new.insert(wall_ns);
-                told.push((f.severity, format!("{}: {}", f.kind, f.message)));
+            match self.since.entry(key) {
+                Entry::Vacant(new) => {
+                    new.insert((wall_ns, f.severity));
+                }
+                Entry::Occupied(mut known) if known.get().1 < f.severity => known.get_mut().1 = f.severity,
+                Entry::Occupied(mut known) => {
+                    known.get_mut().1 = f.severity;
+                    continue;
+                }
             }
+            told.push((f.severity, format!("{}: {}", f.kind, f.message)));
         }
         told
     }
@@ -376,6 +384,16 @@ mod tests {
         assert!(tracker.update("other", &[], 9).is_empty());
         assert_eq!(tracker.update("g", &[], 10).len(), 1);
         assert_eq!(tracker.since("g", "link-down"), 0);
+    }
+
+    #[test]
+    fn a_condition_that_gets_worse_is_told_again() {
+        let mut tracker = Tracker::default();
+        let as_bad_as = |severity| [finding("rpo-above-target", severity, "x")];
+        assert_eq!(tracker.update("g", &as_bad_as(Severity::Warning), 7).len(), 1);
+        assert_eq!(tracker.update("g", &as_bad_as(Severity::Error), 8)[0].0, Severity::Error);
+        assert!(tracker.update("g", &as_bad_as(Severity::Error), 9).is_empty());
+        assert_eq!(tracker.since("g", "rpo-above-target"), 7);
     }
 
     #[test]

@@ -341,7 +341,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
         ("Failovers", "StartFailover"),
         ("Operations", "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation"),
         ("Views", "CreateView GetView ListViews DeleteView"),
-        ("Status", "GetStatus Watch ListEvents"),
+        ("Status", "GetStatus GetRpo Watch ListEvents"),
         ("Enrolment", "CreateJoinToken Join Renew"),
     ];
     // Empty, a field cut short, an endless varint, a length past the end, a group that never ends.

@@ -37,7 +37,7 @@ The first start makes a certificate authority and an identity for an admin, DIR/
 It stands at the target or at a third site, never only at the source. Replication goes on without it.
 SIGTERM and SIGINT stop it cleanly; AFTERIMAGE_LOG sets what is logged (info, debug, …).")]
 pub struct Args {
-    /// Configuration file (TOML) with listen, advertise, data_dir, log.
+    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, log.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Address to listen on; port 0 takes one that is free; may be given many times [default: 0.0.0.0:7700].
@@ -49,6 +49,9 @@ pub struct Args {
     /// Folder for the state, the CA and the admin's identity [default: /var/lib/afterimage/coordinator].
     #[arg(long, alias = "state", value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// Numbers for Prometheus: GET /metrics over plain HTTP, open to whoever reaches this address [default: none].
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
     /// How the log is written, to standard error [default: text].
     #[arg(long, value_name = "FORMAT")]
     log: Option<LogFormat>,
@@ -76,6 +79,7 @@ struct File {
     listen: Vec<SocketAddr>,
     advertise: Option<String>,
     data_dir: Option<PathBuf>,
+    metrics: Option<SocketAddr>,
     log: Option<LogFormat>,
 }
 
@@ -86,6 +90,7 @@ struct Settings {
     /// `host:port`; the first address listened on where none was given.
     advertise: Option<String>,
     data_dir: PathBuf,
+    metrics: Option<SocketAddr>,
     log: LogFormat,
 }
 
@@ -100,6 +105,7 @@ impl Settings {
             listen: if given.is_empty() { vec![SocketAddr::from(([0, 0, 0, 0], PORT))] } else { given },
             advertise: args.advertise.clone().or(file.advertise),
             data_dir: args.data_dir.clone().or(file.data_dir).unwrap_or_else(|| PathBuf::from(DATA_DIR)),
+            metrics: args.metrics.or(file.metrics),
             log: args.log.or(file.log).unwrap_or_default(),
         };
         if let Some(address) = &settings.advertise {
@@ -157,6 +163,7 @@ async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
     let config = Config {
         listen: settings.listen.clone(),
         advertise: settings.advertise,
+        metrics: settings.metrics,
         ..Config::new(settings.data_dir, settings.listen[0])
     };
     let running = start(config).await.map_err(|error| refused(&error))?;
@@ -187,6 +194,7 @@ fn ready(running: &Running, out: Output, loopback: bool) {
         "endpoint": running.endpoint(),
         "listening": listening,
         "admin_identity": admin,
+        "metrics": running.metrics().map(|a| format!("http://{a}/metrics")),
     });
     out.show(&document, || {
         let mut text = fields(&[

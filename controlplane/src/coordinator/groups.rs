@@ -226,6 +226,10 @@ impl Coordinator {
         })
         .await?;
         self.tell(Severity::Info, "object", &name.to_string(), "deleted");
+        let (history, uid) = (self.history.clone(), group.uid.clone());
+        if let Ok(Err(e)) = tokio::task::spawn_blocking(move || history.forget(&uid)).await {
+            tracing::warn!(group = %name, error = %e, "its RPO history could not be deleted");
+        }
         Ok(())
     }
 

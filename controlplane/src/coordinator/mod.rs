@@ -19,6 +19,7 @@ use tokio::sync::{broadcast, watch};
 use crate::ca::Ca;
 use crate::desired::desired;
 use crate::events::Events;
+use crate::history::History;
 use crate::keys::Wrapper;
 use crate::live::Live;
 use crate::model::{Model, Txn};
@@ -34,6 +35,7 @@ mod groups;
 mod points;
 mod policies;
 mod report;
+mod rpo;
 mod views;
 mod watchman;
 
@@ -89,6 +91,7 @@ pub struct Coordinator {
     pub clock: Clock,
     keys: Wrapper,
     store: Arc<dyn Store>,
+    history: History,
     /// Taken while a change is decided and committed: one at a time.
     changing: Arc<tokio::sync::Mutex<()>>,
     model: RwLock<Arc<Model>>,
@@ -110,6 +113,7 @@ impl Coordinator {
         store: Arc<dyn Store>,
         ca: Ca,
         keys: Wrapper,
+        history: History,
     ) -> Result<Arc<Self>, StoreError> {
         let model = Model::load(store.list("").await?).map_err(StoreError::Failed)?;
         for key in model.keys.values() {
@@ -122,6 +126,7 @@ impl Coordinator {
             clock: Clock { start: Instant::now() },
             keys,
             store,
+            history,
             changing: Arc::default(),
             model: RwLock::new(Arc::new(model)),
             model_changed: watch::channel(0).0,

@@ -25,6 +25,8 @@ const UPDATE: Rules<'static> = Rules {
         "journal_budget_bytes",
         "compression",
         "warn_after_ms",
+        "error_after_ms",
+        "clear_after_ms",
         "lease_ms",
         "sync_deadline_ms",
     ],

@@ -144,6 +144,7 @@ impl Coordinator {
     ///
     /// # Errors
     /// There is none of that name; a group runs from it; the target is not there and `force` was not said.
+    #[allow(clippy::too_many_arguments)]
     pub async fn delete_view(
         self: &Arc<Self>,
         group: &Name,

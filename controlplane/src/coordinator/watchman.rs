@@ -11,6 +11,7 @@ use super::Coordinator;
 use crate::live::{Live, StreamLive};
 use crate::model::Model;
 use crate::objects::{Group, GroupPhase, Object};
+use crate::rpo::Alarm;
 use crate::status::Finding;
 
 /// Between two looks.
@@ -23,13 +24,21 @@ impl Coordinator {
         let mut tick = interval(LOOK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut closing = self.closing();
+        let mut minute = self.minute();
         for round in 1u32.. {
-            tokio::select! {
-                _ = tick.tick() => {}
-                _ = closing.wait_for(|c| *c) => return,
+            let ends = tokio::select! {
+                _ = tick.tick() => false,
+                _ = closing.wait_for(|c| *c) => true,
+            };
+            if ends {
+                return self.keep_rpo(minute).await;
             }
             let model = self.model();
             self.age(&model);
+            if self.minute() != minute {
+                self.keep_rpo(minute).await;
+                minute = self.minute();
+            }
             self.find_conditions(&model);
             self.find_complete(&model).await;
             if round % SWEEP_EVERY == 1 {
@@ -46,19 +55,42 @@ impl Coordinator {
             let Some(stream) = streams.get_mut(&group.uid) else { continue };
             if matches!(group.phase, GroupPhase::FailedOver { .. }) {
                 stream.rpo.clear();
-                stream.above_since_ns = None;
+                stream.alarm = Alarm::default();
                 continue;
             }
             stream.rpo.silence(now);
-            let target = model.policy_of(group).map_or(u64::MAX, |p| p.promises.rpo_target_us);
-            match stream.rpo.shown(now, target) {
-                Some(shown) if shown.now_us > target => {
-                    stream.above_since_ns.get_or_insert(now);
-                }
-                _ => stream.above_since_ns = None,
-            }
+            let Some(policy) = model.policy_of(group) else { continue };
+            let p = &policy.promises;
+            let above = stream.rpo.shown(now, p.rpo_target_us).is_some_and(|shown| shown.now_us > p.rpo_target_us);
+            stream.alarm.update(now, above, p.warn_after_ms, p.clear_after_ms);
         }
         live.retain(|uid| model.group_by_uid(uid).is_some(), |uid| model.proxy_by_uid(uid).is_some());
+    }
+
+    /// The minute that it is, by the wall clock: its beginning in seconds since the Unix epoch.
+    pub(super) fn minute(&self) -> u64 {
+        let seconds = self.clock.wall_ns() / 1_000_000_000;
+        seconds - seconds % crate::history::MINUTE.0
+    }
+
+    /// Writes down what was seen in the minute that has ended.
+    async fn keep_rpo(&self, minute: u64) {
+        let model = self.model();
+        let buckets: Vec<(String, crate::history::Bucket)> = {
+            let mut live = self.live.lock().expect("nothing panics while it holds this");
+            let target = |uid: &str| {
+                let policy = model.group_by_uid(uid).and_then(|g| model.policy_of(g));
+                policy.map_or(u64::MAX, |p| p.promises.rpo_target_us)
+            };
+            let taken = live.streams.iter_mut().filter_map(|(uid, s)| Some((uid.clone(), s.rpo.take(target(uid))?)));
+            taken.collect()
+        };
+        let history = self.history.clone();
+        match tokio::task::spawn_blocking(move || history.add(minute, &buckets)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => tracing::error!(error = %e, "the RPO of the last minute is not kept"),
+            Err(e) => tracing::error!(error = %e, "the RPO of the last minute is not kept"),
+        }
     }
 
     fn find_conditions(&self, model: &Model) {

@@ -52,7 +52,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Points", "ListPoints" | "ResolvePoint")
         | ("Operations", "GetOperation" | "ListOperations" | "WaitOperation")
         | ("Views", "GetView" | "ListViews")
-        | ("Status", "GetStatus" | "Watch" | "ListEvents") => Needs::Viewer,
+        | ("Status", "GetStatus" | "GetRpo" | "Watch" | "ListEvents") => Needs::Viewer,
         ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
         | ("Points", "CreateCut")

@@ -26,6 +26,7 @@ use crate::bundle::{Bundle, BundleError};
 use crate::ca::{Ca, CaError, Role};
 use crate::client::install_crypto;
 use crate::coordinator::{Coordinator, Settings};
+use crate::history::History;
 use crate::keys::{KeyError, Wrapper};
 use crate::names::DEFAULT_TENANT;
 use crate::problem::Problem;
@@ -72,6 +73,8 @@ pub struct Config {
     pub names: Vec<String>,
     /// Time between reports of a proxy.
     pub report_interval: Duration,
+    /// Address for Prometheus, over plain HTTP and open to who reaches it; none: there is none.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl Config {
@@ -83,6 +86,7 @@ impl Config {
             advertise: None,
             names: Vec::new(),
             report_interval: Duration::from_millis(250),
+            metrics: None,
         }
     }
 }
@@ -132,6 +136,7 @@ pub enum ServeError {
 /// A coordinator that runs.
 pub struct Running {
     addresses: Vec<SocketAddr>,
+    metrics: Option<SocketAddr>,
     admin: PathBuf,
     coordinator: Arc<Coordinator>,
     servers: Vec<JoinHandle<Result<(), tonic::transport::Error>>>,
@@ -142,6 +147,11 @@ impl Running {
     /// What it listens on, with the ports that were taken.
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
+    }
+
+    /// Where the numbers for Prometheus are, if anywhere.
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics
     }
 
     /// `https://host:port` as in join tokens.
@@ -203,7 +213,7 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 /// Starts a coordinator and returns once its ports are open.
 ///
 /// On the first start this makes, in the data folder: `state.redb` (objects), `ca.pem` (the CA and its key),
-/// `keys.bin` (wraps policy keys) and `admin.json` (the local operator's bundle), all readable by their owner only.
+/// `keys.bin` (wraps policy keys), `history.redb` (RPO over time) and `admin.json` (the local operator's bundle), all readable by their owner only.
 ///
 /// # Errors
 /// A setting, the folder, the store, or an address.
@@ -221,6 +231,8 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     let store = RedbStore::open(&dir.join("state.redb"))?;
     only_owner(&dir.join("state.redb"))?;
     check_whole(&store, dir).await?;
+    let history = History::open(&dir.join("history.redb")).map_err(ServeError::Config)?;
+    only_owner(&dir.join("history.redb"))?;
     let ca = Ca::open(&dir.join("ca.pem"))?;
     let keys = Wrapper::open(&dir.join("keys.bin"))?;
     let mut incoming = Vec::new();
@@ -229,6 +241,14 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
         let bound = TcpIncoming::bind(*address).map_err(refused)?.with_nodelay(Some(true));
         incoming.push((bound.local_addr().map_err(refused)?, bound));
     }
+    let metrics = match config.metrics {
+        None => None,
+        Some(address) => {
+            let refused = |source| ServeError::Listen { address, source };
+            let listener = tokio::net::TcpListener::bind(address).await.map_err(refused)?;
+            Some((listener.local_addr().map_err(refused)?, listener))
+        }
+    };
     let addresses: Vec<SocketAddr> = incoming.iter().map(|(a, _)| *a).collect();
     let endpoint = endpoint(config.advertise.as_deref(), addresses[0])?;
     let mut names = config.names.clone();
@@ -241,7 +261,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
         .timeout(HANDSHAKE_WITHIN);
     let settings = Settings { endpoint, report_interval: report, data_dir: dir.clone() };
     // Opens the policy keys, too: with another key file it stops here rather than at the first failover.
-    let coordinator = Coordinator::open(settings, Arc::new(store), ca, keys).await?;
+    let coordinator = Coordinator::open(settings, Arc::new(store), ca, keys, history).await?;
     let admin = dir.join("admin.json");
     keep_admin(&coordinator, &admin)?;
     let mut servers = Vec::new();
@@ -252,8 +272,12 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
         let bounded = bound::Bounded::new(incoming, open.clone());
         servers.push(tokio::spawn(router.serve_with_incoming_shutdown(bounded, stop)));
     }
-    let tasks = coordinator.start();
-    Ok(Running { addresses, admin, coordinator, servers, tasks })
+    let mut tasks = coordinator.start();
+    let metrics = metrics.map(|(address, listener)| {
+        tasks.push(tokio::spawn(crate::metrics::serve(coordinator.clone(), listener)));
+        address
+    });
+    Ok(Running { addresses, metrics, admin, coordinator, servers, tasks })
 }
 
 type Layered = Router<Stack<auth::AuthLayer, NoLayer>>;

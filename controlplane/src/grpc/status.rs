@@ -74,15 +74,9 @@ fn snapshot(coordinator: &Coordinator, wanted: &Wanted) -> Result<StatusSnapshot
             Ok(own.map(|g| scene.group_status(g, since)).collect())
         }
     })?;
-    let model = coordinator.model();
     Ok(StatusSnapshot {
         time_ns: coordinator.clock.wall_ns(),
-        coordinator: Some(CoordinatorStatus {
-            software_version: env!("CARGO_PKG_VERSION").to_owned(),
-            term: model.term,
-            uptime_ms: coordinator.clock.uptime().as_millis() as u64,
-            revision: model.revision,
-        }),
+        coordinator: Some(coordinator.status()),
         groups,
         proxies: proxies(coordinator, &wanted.tenant),
     })
@@ -228,6 +222,14 @@ impl status_server::Status for StatusService {
         };
         tokio::spawn(watching.run());
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn get_rpo(&self, request: Request<GetRpoRequest>) -> Result<Response<RpoReport>, Status> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let report = self.0.rpo_report(&group, r.start_time_ns, r.end_time_ns, r.step_s.into()).await?;
+        Ok(Response::new(report))
     }
 
     async fn list_events(&self, request: Request<ListEventsRequest>) -> Result<Response<ListEventsResponse>, Status> {

@@ -137,6 +137,8 @@ pub fn policy(policy: &v1::Policy) -> Value {
         "journal_budget_bytes": policy.journal_budget_bytes,
         "compression": compression_word(policy.compression()),
         "warn_after_ms": policy.warn_after_ms,
+        "error_after_ms": policy.error_after_ms,
+        "clear_after_ms": policy.clear_after_ms,
         "lease_ms": policy.lease_ms,
         "sync_deadline_ms": policy.sync_deadline_ms,
         "created": json_time(policy.create_time_ns),

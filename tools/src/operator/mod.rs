@@ -4,7 +4,7 @@
 //! session     identity, connection, names, errors of calls        values      what is typed and shown: times, sizes, points
 //! failure     what went wrong, what to do, exit code              output      tables, JSON, questions
 //! documents   the shapes of the JSON                              enrol       join, token
-//! proxies · policy · group · disk · point · failover · view · status · watch     a module for each command
+//! proxies · policy · group · disk · point · failover · view · status · rpo · watch     a module for each command
 //! ```
 
 use std::process::ExitCode;
@@ -22,6 +22,7 @@ pub mod output;
 pub mod point;
 pub mod policy;
 pub mod proxies;
+pub mod rpo;
 pub mod session;
 pub mod status;
 pub mod values;
@@ -87,6 +88,12 @@ pub enum Command {
         afterimage watch --events\n  \
         afterimage watch --json | jq 'select(.type == \"event\")'")]
     Watch(With<watch::Watch>),
+    /// The RPO over time: a table of all groups, or a chart of one and where the time went.
+    #[command(after_help = "Examples:\n  \
+        afterimage rpo\n  \
+        afterimage rpo shop --last 1h\n  \
+        afterimage rpo shop --from 2026-11-01T00:00:00Z --to 2026-12-01T00:00:00Z --step 24h --json")]
+    Rpo(With<rpo::Rpo>),
     /// What has happened since the coordinator started.
     #[command(after_help = "Examples:\n  afterimage events --limit 10\n  afterimage events --json")]
     Events(With<watch::Events>),
@@ -139,6 +146,7 @@ impl Command {
             Command::View(verbs) => &verbs.common,
             Command::Status(with) => &with.common,
             Command::Watch(with) => &with.common,
+            Command::Rpo(with) => &with.common,
             Command::Events(with) => &with.common,
             Command::Version(with) => &with.common,
         }
@@ -185,6 +193,7 @@ async fn act(command: Command) -> Result<(), Failure> {
         Command::View(verbs) => view::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Status(with) => status::run(with.own, &Session::open(&with.common).await?).await,
         Command::Watch(with) => watch::run(with.own, &Session::open(&with.common).await?).await,
+        Command::Rpo(with) => rpo::run(with.own, &Session::open(&with.common).await?).await,
         Command::Events(with) => watch::events(with.own, &Session::open(&with.common).await?).await,
         Command::Version(with) => {
             version(&with.common);

@@ -79,6 +79,12 @@ pub struct Promise {
     /// Warn when the RPO has been above its target for this long [default: 5s].
     #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
     warn_after: Option<u64>,
+    /// Make that an error after this long [default: 1m].
+    #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
+    error_after: Option<u64>,
+    /// Take it back when the RPO has been within its target for this long [default: 5s].
+    #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
+    clear_after: Option<u64>,
     /// The source holds all I/O after this long without a word from target or coordinator, so that a failover needs no
     /// confirmation; at least 3s; 0s for none [default: 0s].
     #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
@@ -115,6 +121,12 @@ impl Promise {
         if let Some(ns) = self.warn_after {
             policy.warn_after_ms = Some(whole(ns, 1_000_000, "--warn-after", "milliseconds")?);
         }
+        if let Some(ns) = self.error_after {
+            policy.error_after_ms = Some(whole(ns, 1_000_000, "--error-after", "milliseconds")?);
+        }
+        if let Some(ns) = self.clear_after {
+            policy.clear_after_ms = Some(whole(ns, 1_000_000, "--clear-after", "milliseconds")?);
+        }
         if let Some(ns) = self.lease {
             policy.lease_ms = Some(whole(ns, 1_000_000, "--lease", "milliseconds")?);
         }
@@ -144,6 +156,8 @@ impl Promise {
             ("journal_budget_bytes", self.journal_budget.is_some()),
             ("compression", self.compression.is_some()),
             ("warn_after_ms", self.warn_after.is_some()),
+            ("error_after_ms", self.error_after.is_some()),
+            ("clear_after_ms", self.clear_after.is_some()),
             ("lease_ms", self.lease.is_some()),
             ("sync_deadline_ms", self.sync_deadline.is_some()),
             ("description", self.description.is_some()),
@@ -275,6 +289,8 @@ fn shown(policy: &v1::Policy) -> String {
         ("description", policy.description.clone()),
         ("RPO target", rpo(policy)),
         ("warn after", ms(policy.warn_after_ms)),
+        ("error after", ms(policy.error_after_ms)),
+        ("clear after", ms(policy.clear_after_ms)),
         ("cut every", ms(policy.cut_interval_ms)),
         ("retention", retention(policy)),
         ("journal budget", budget(policy.journal_budget_bytes)),
