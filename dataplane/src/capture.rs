@@ -242,11 +242,17 @@ impl Disk {
         }
     }
 
+    /// The block that hosts are told of. Reads and writes are completed to the file's, which is never larger: not every
+    /// host keeps to what it is told.
+    pub fn told_block(&self) -> u32 {
+        self.info.block.max(self.config.block)
+    }
+
     pub fn geometry(&self) -> Geometry {
         Geometry {
             size: self.info.size,
-            block: self.info.block,
-            physical_block: self.info.physical_block.max(self.info.block),
+            block: self.told_block(),
+            physical_block: self.info.physical_block.max(self.told_block()),
             read_only: self.config.read_only,
             discard: self.info.discard,
             serial: self.config.serial.clone(),

@@ -107,10 +107,14 @@ fn overlapping_writes_are_numbered_in_their_order() {
 
 #[test]
 fn unaligned_writes_and_zeroes_are_what_a_model_says() {
-    for block in [512, 4096] {
+    // The disk's block, and the one that hosts are told of, to which not all of them keep.
+    for (block, given) in [(512, 0), (4096, 0), (512, 8192), (4096, 65536)] {
         let config = WorldConfig { block, ..WorldConfig::default() };
         let mut bed = Bed::new(4, 1, config, SourceLimits { queue_bytes: 8 << 20, ..SourceLimits::default() });
+        bed.block = given;
         bed.ready();
+        assert_eq!(Disks::<SimIo>::exports(&bed.source)[0].geometry.block, block.max(given));
+        let block = block.max(given.min(4096));
         let mut model = vec![0u8; SIZE as usize];
         let mut rng = Rng::new(u64::from(block));
         for turn in 0..150u64 {

@@ -19,7 +19,7 @@ impl Disk {
             slot: self.config.slot,
             id: self.config.id,
             size: self.info.size,
-            block: self.info.block,
+            block: self.told_block(),
             physical_block: self.info.physical_block,
             serial: self.config.serial.clone(),
             name: if self.config.label.is_empty() { &self.config.name } else { &self.config.label }.clone(),
@@ -30,7 +30,7 @@ impl Disk {
     /// behind its end fails.
     pub fn look_at_size<I: Io>(&mut self, f: &mut Flow<'_, I>) {
         let Ok(found) = f.io.info(self.file) else { return };
-        let (old, new) = (self.info.size, found.size - found.size % u64::from(self.info.block));
+        let (old, new) = (self.info.size, found.size - found.size % u64::from(self.told_block()));
         if new <= old || self.is_fenced() {
             return;
         }

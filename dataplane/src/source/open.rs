@@ -52,16 +52,17 @@ pub(super) fn open_disk<I: Io>(io: &mut I, config: &DiskConfig) -> Result<(File,
         if !info.block.is_power_of_two() || info.block < 512 || info.block > MAX_BLOCK {
             return refuse("block size of the disk", info.block.into(), "512, 1024, 2048 or 4096");
         }
-        let info = FileInfo { block: info.block.max(config.block), ..info };
-        if !info.block.is_power_of_two() || info.block > MAX_GIVEN_BLOCK {
-            return refuse("block size given to the disk", info.block.into(), "a power of two up to 65536");
+        let given = info.block.max(config.block);
+        if !given.is_power_of_two() || given > MAX_GIVEN_BLOCK {
+            return refuse("block size given to the disk", given.into(), "a power of two up to 65536");
         }
-        if info.size == 0 || !info.size.is_multiple_of(info.block.into()) {
+        if info.size == 0 || !info.size.is_multiple_of(given.into()) {
             return refuse("size of the disk", info.size, "a multiple of its block, not 0");
         }
-        let physical = info.physical_block.clamp(info.block, 65536);
-        let physical = if physical.is_power_of_two() { physical } else { info.block };
-        Ok(FileInfo { physical_block: physical, ..info })
+        let physical = info.physical_block.clamp(given, MAX_GIVEN_BLOCK);
+        let physical = if physical.is_power_of_two() { physical } else { given };
+        // What hosts are told may be larger than what is completed in place: see `Disk::told_block`.
+        Ok(FileInfo { block: given.min(MAX_BLOCK), physical_block: physical, ..info })
     });
     match checked {
         Ok(info) => Ok((file, info)),
