@@ -8,6 +8,12 @@
 
 use crate::seal::{ControlKey, DataKey};
 
+// Not among them: a whole synchronisation that counts as done before its end is acknowledged. It does no harm. From when
+// the header says that all bits are mapped, each of them stays until the records of its extent are acknowledged and a
+// flush covers what an earlier life wrote there; so a next life finds in the bits all that was not done, whatever the
+// header says of the whole. Before that the header says so in any case. What is lost is only what the target then asks
+// to be sent once more. Its place is taken by the wait for those bits, on which all of this rests.
+
 macro_rules! mutants {
     ($($name:ident = $text:literal : $what:literal,)*) => {
         /// A deliberate bug.
@@ -48,7 +54,7 @@ mutants! {
     CleanStopUnsent = "clean-stop-unsent": "a stop is called clean although not everything is acknowledged",
     ResyncAfterRelease = "resync-after-release": "a read of a synchronisation is numbered after its range was let go",
     ResyncForgetsRewrite = "resync-forgets-rewrite": "an extent written uncaptured while it is read is not read again",
-    WholeOwedForgotten = "whole-owed-forgotten": "a whole synchronisation counts as done before its end is durable",
+    MapNotAwaited = "map-not-awaited": "a whole synchronisation's bits count before they are durable",
     EndOwedForgotten = "end-owed-forgotten": "a new incarnation forgets that a synchronisation was begun",
     AnnounceNotAwaited = "announce-not-awaited": "frames leave before the logs name their writer",
     PlaceNotCompared = "place-not-compared": "a target that lost acknowledged frames is gone on with",

@@ -466,7 +466,8 @@ impl Disk {
     pub fn sync_acked(&mut self, acked_seq: u64) -> Option<bool> {
         self.sync.acked = acked_seq;
         if let Some((seq, epoch)) = self.sync.whole_end
-            && (seq <= acked_seq && self.flush.flushed() >= epoch || mutant!(WholeOwedForgotten))
+            && seq <= acked_seq
+            && self.flush.flushed() >= epoch
         {
             self.sync.whole_end = None;
             self.sync.whole_owed = false;

@@ -215,7 +215,7 @@ impl<I: Io> Source<I> {
             }
             disk.log = Some(log);
             disk.sync.whole_owed = owed.whole;
-            disk.sync.end_owed = owed.end;
+            disk.sync.end_owed = owed.end && !mutant!(EndOwedForgotten);
             disk.out = fenced;
             disk.left = left && fenced.is_some();
             disks.push(number);

@@ -285,10 +285,12 @@ impl Run {
             reason: "the source is lost".into(),
         };
         let exports = check::open_view(self, &config)?;
-        let mut images = Vec::new();
+        let (mut images, mut lost) = (Vec::new(), Vec::new());
         for (_, key, size) in &exports {
             let image = check::read_disk(self, *key, *size)?;
-            images.push(image.ok_or("the target died while nothing was wrong")?.0);
+            let (bytes, holes) = image.ok_or("the target died while nothing was wrong")?;
+            images.push(bytes);
+            lost.push(holes);
         }
         let mut history = History::new(images, 1 << 32);
         for _ in 0..self.rng.between(1, 60) {
@@ -307,9 +309,21 @@ impl Run {
         }
         let judge = |run: &mut Self, exports: &[(DiskId, _, u64)]| -> Result<(), String> {
             for (disk, (_, key, size)) in exports.iter().enumerate() {
-                // A block that cannot be read whole, because of what is lost below the view, is not one that is wrong.
                 let (image, holes) =
                     check::read_disk(run, *key, *size)?.ok_or("the target died while nothing was wrong")?;
+                // A block that could not be read before cannot be read after a write to a part of it: the rest of it is
+                // as unknown as it was. Every other block must be there, those written as a whole among them.
+                let written = |hole: u64| {
+                    let end = (hole + HOLE).min(*size);
+                    history.changes(disk).iter().any(|c| c.offset <= hole && end <= c.offset + c.len)
+                };
+                if let Some(hole) =
+                    holes.iter().find(|hole| written(**hole) || !lost[disk].contains(hole) && !run.robbed)
+                {
+                    return Err(format!(
+                        "what was written to the view: disk {disk}: the block at {hole} cannot be read"
+                    ));
+                }
                 let judged = history.judge_but(&[(disk, &image, &holes)], u64::MAX);
                 judged.map_err(|v| format!("what was written to the view: {v}"))?;
             }

@@ -24,15 +24,25 @@ pub fn pattern(id: u64, at: u64) -> u8 {
 
 /// Eight bytes of it.
 fn word(id: u64, number: u64) -> [u8; 8] {
+    bits(id, number).to_le_bytes()
+}
+
+/// As [`word`], the first byte lowest: this is where a run spends much of its time.
+fn bits(id: u64, number: u64) -> u64 {
     let word = (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03)).wrapping_add(id);
     let word = (word ^ (word >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     // A quarter of the words is the id over and over, so that chunks compress.
-    if word >> 62 == 0 {
-        let (even, odd) = (id as u8, (id >> 8) as u8 | 0x80);
-        [even, odd, even, odd, even, odd, even, odd]
-    } else {
-        std::array::from_fn(|at| (word >> (at * 7)) as u8)
-    }
+    if word >> 62 == 0 { (id & 0xff | (id & 0xff00 | 0x8000)) * 0x0001_0001_0001_0001 } else { spread(word) }
+}
+
+/// Eight bits from every seventh bit on: byte n is `word >> (7 * n)`.
+fn spread(word: u64) -> u64 {
+    let halves = (word & 0x0fff_ffff) | ((word & 0x00ff_ffff_f000_0000) << 4);
+    let quarters = (halves & 0x0000_3fff_0000_3fff) | ((halves & 0x0fff_c000_0fff_c000) << 2);
+    let sevens = (quarters & 0x007f_007f_007f_007f) | ((quarters & 0x3f80_3f80_3f80_3f80) << 1);
+    // The highest bit of each byte is the lowest of the next.
+    let tops = ((sevens >> 8) & 0x0001_0101_0101_0101) | (((word >> 56) & 1) << 56);
+    sevens | (tops << 7)
 }
 
 /// Fills `out` with what request `id` writes from byte `at` on.
@@ -43,18 +53,22 @@ pub fn fill(id: u64, at: u64, out: &mut [u8]) {
         *byte = pattern(id, at + i as u64);
     }
     let number = (at + head as u64) / 8;
-    for (i, bytes) in rest.chunks_mut(8).enumerate() {
-        let whole = word(id, number + i as u64);
-        bytes.copy_from_slice(&whole[..bytes.len()]);
+    let (whole, last) = rest.as_chunks_mut::<8>();
+    let tail = word(id, number + whole.len() as u64);
+    for (i, bytes) in whole.iter_mut().enumerate() {
+        *bytes = word(id, number + i as u64);
     }
+    last.copy_from_slice(&tail[..last.len()]);
 }
 
 fn is_pattern(id: u64, at: u64, bytes: &[u8]) -> bool {
     let head = ((8 - at % 8) % 8).min(bytes.len() as u64) as usize;
     let (first, rest) = bytes.split_at(head);
     let number = (at + head as u64) / 8;
+    let (whole, last) = rest.as_chunks::<8>();
     first.iter().enumerate().all(|(i, byte)| *byte == pattern(id, at + i as u64))
-        && rest.chunks(8).enumerate().all(|(i, bytes)| *bytes == word(id, number + i as u64)[..bytes.len()])
+        && whole.iter().enumerate().all(|(i, bytes)| u64::from_le_bytes(*bytes) == bits(id, number + i as u64))
+        && *last == word(id, number + whole.len() as u64)[..last.len()]
 }
 
 /// What a request does to its range.
@@ -456,6 +470,18 @@ mod tests {
             *out.last_mut().expect("not empty") ^= 1;
             assert!(!is_pattern(77, at, &out));
         }
+    }
+
+    #[test]
+    fn a_word_is_spread_as_it_is_told() {
+        for word in [0, 1, u64::MAX, 0x8040_2010_0804_0201, 0x1234_5678_9abc_def0, 0xfedc_ba98_7654_3210] {
+            let told: [u8; 8] = std::array::from_fn(|at| (word >> (at * 7)) as u8);
+            assert_eq!(spread(word).to_le_bytes(), told);
+        }
+        assert_eq!(
+            (0..400).find(|n| word(0x1234, *n)[..2] == [0x34, 0x92]).map(|n| word(0x1234, n)),
+            Some([0x34, 0x92].repeat(4).try_into().expect("eight"))
+        );
     }
 
     #[test]

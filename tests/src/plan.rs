@@ -54,6 +54,15 @@ pub enum Fault {
         /// Until it is started again.
         down: Nanos,
     },
+    /// This goes wrong so long before the host next goes to rest, or begins to work.
+    Before {
+        /// It begins to work.
+        wakes: bool,
+        /// How long before.
+        lead: Nanos,
+        /// What.
+        fault: Box<Fault>,
+    },
     /// One write to this disk of the source takes that much longer; shortly before it would end, the process dies, if
     /// `falls`.
     Hang {
@@ -145,7 +154,7 @@ impl Fault {
     /// It may take from the target what it has acknowledged: then the target need not have it, but must not lie.
     pub fn harms_history(&self) -> bool {
         match self {
-            Self::When { fault, .. } | Self::After(_, fault) => fault.harms_history(),
+            Self::When { fault, .. } | Self::Before { fault, .. } | Self::After(_, fault) => fault.harms_history(),
             Self::Many(faults) => faults.iter().any(Self::harms_history),
             Self::Rot { .. } | Self::Misdirect { .. } | Self::Rollback { .. } => true,
             _ => false,
@@ -198,6 +207,8 @@ pub enum Theme {
     Moments,
     /// History is short: folding goes on all the time, under views that are held.
     Folding,
+    /// Nothing but the source's logs, or what it names of them, tells what the target lacks; then all is quiet.
+    Doubt,
 }
 
 impl std::str::FromStr for Theme {
@@ -205,10 +216,13 @@ impl std::str::FromStr for Theme {
 
     fn from_str(name: &str) -> Result<Self, String> {
         use Theme::*;
-        let all = [Mixed, Cycles, Outage, BadTarget, BadSource, Clocks, Moments, Folding];
+        let all = [Mixed, Cycles, Outage, BadTarget, BadSource, Clocks, Moments, Folding, Doubt];
         let found = all.into_iter().find(|theme| format!("{theme:?}").eq_ignore_ascii_case(name));
         found.ok_or_else(|| {
-            format!("`{name}` is none of mixed, cycles, outage, badtarget, badsource, clocks, moments, folding")
+            format!(
+                "`{name}` is none of mixed, cycles, outage, badtarget, badsource, clocks, moments, folding, \
+                 doubt"
+            )
         })
     }
 }
@@ -324,6 +338,7 @@ impl Plan {
         let mut plan = Self { seed, theme, setup, habits, world, length, faults, ending };
         plan.wait();
         plan.harm();
+        plan.doubt();
         plan
     }
 
@@ -389,6 +404,84 @@ impl Plan {
         }
     }
 
+    /// Some of the mixed seeds become one schedule each in which a single word of a log is all that tells what is in
+    /// doubt: extents have gone cold, one write hangs, nobody else has heard, and nothing later heals it by chance.
+    fn doubt(&mut self) {
+        let mut rng = Rng::new(self.seed ^ 0x00d0_0b75);
+        let rng = &mut rng;
+        if self.theme != Theme::Mixed || !rng.chance(0.4) {
+            return;
+        }
+        self.theme = Theme::Doubt;
+        self.setup.hot_extents = 0;
+        (self.setup.lease, self.setup.sync_deadline) = (0, 0);
+        self.setup.retention = 3600 * 1000 * MS;
+        self.setup.budget_bytes = 1 << 30;
+        self.habits.favours = false;
+        self.habits.depth = self.habits.depth.max(3);
+        self.world.land_after_crash = if rng.chance(0.5) { 0.0 } else { 0.5 };
+        self.habits.work = rng.between(100, 400) * MS;
+        self.habits.idle = rng.between(5500, 6500) * MS;
+        let (work, idle) = (self.habits.work, self.habits.idle);
+        let (disk, down) = (rng.below(3) as usize, rng.between(1, 300) * MS);
+        let resting = work + rng.between(300, 1000) * MS;
+        let fall = |power| Fault::Fall { side: Side::Source, power, down };
+        let hang = |log, time| Fault::Hang { disk, log, time, falls: true };
+        let before = |wakes, lead, fault| Fault::Before { wakes, lead, fault: Box::new(fault) };
+        let mut then = 2 * (work + idle);
+        self.faults = match rng.below(6) {
+            0 => {
+                // The first write into a cold extent ends before its bit is there, and nobody hears of it.
+                let fault = Fault::Many(vec![Fault::Partition(4000 * MS), hang(true, rng.between(500, 1500) * MS)]);
+                vec![(resting, before(true, rng.between(1, 20) * MS, fault))]
+            }
+            1 => {
+                // A write is under way until its extent has been cold for long.
+                self.world.land_after_crash = if rng.chance(0.5) { 1.0 } else { 0.5 };
+                vec![(
+                    work / 4,
+                    before(false, rng.between(20, 60) * MS, hang(false, idle - rng.between(100, 500) * MS)),
+                )]
+            }
+            2 => {
+                // A stop cannot send the rest, and has no other place for it.
+                self.setup.spill_bytes = if rng.chance(0.8) { 0 } else { self.setup.spill_bytes };
+                let stop = Fault::After(rng.between(1, 60) * MS, Box::new(Fault::Stop { down }));
+                let fault = Fault::Many(vec![Fault::Partition(rng.between(2500, 5000) * MS), stop]);
+                vec![(rng.between(work / 4, work), fault)]
+            }
+            3 => {
+                // A new log is half written.
+                then = work + idle;
+                vec![(rng.between(1, 20) * 1000, hang(true, rng.between(200, 900) * MS))]
+            }
+            4 => {
+                // A synchronisation's end is all that is not acknowledged, until the bits of what it read are cleared.
+                let time = rng.between(4000, 5000) * MS;
+                let cut = Fault::Many(vec![
+                    Fault::Partition(time),
+                    Fault::After(time - 200 * MS, Box::new(fall(rng.chance(0.3)))),
+                ]);
+                let armed = Fault::When { moment: Moment::SyncDrawn, within: 0, fault: Box::new(cut) };
+                vec![(resting, armed), (resting + MS, fall(false))]
+            }
+            _ if rng.chance(0.5) => {
+                // A writer that the logs do not name yet is heard.
+                let time = rng.between(400, 1200) * MS;
+                let log =
+                    Fault::After(time - rng.between(1, 40) * MS, Box::new(hang(true, rng.between(500, 2000) * MS)));
+                vec![(resting, Fault::Many(vec![Fault::Sever(time), fall(rng.chance(0.3)), log]))]
+            }
+            _ => {
+                // The target's disk is that of a while ago, and the source is another process since.
+                let back = Fault::Rollback { down: rng.between(200, 900) * MS, both: true };
+                vec![(rng.between(work / 4, work / 2), Fault::Copy), (resting, before(true, 300 * MS, back))]
+            }
+        };
+        self.length = then + rng.between(500, 1500) * MS;
+        self.ending = Ending::Heal;
+    }
+
     /// Only the faults of these places in the list, and this length: what a failure needs.
     pub fn keep(&mut self, faults: &[usize], length: Nanos) {
         let mut at = 0;
@@ -417,7 +510,7 @@ fn fault(rng: &mut Rng, theme: Theme) -> Fault {
     let side = if rng.chance(0.5) { Side::Source } else { Side::Target };
     if rng.chance(0.7) {
         match theme {
-            Theme::Mixed => {}
+            Theme::Mixed | Theme::Doubt => {}
             Theme::Cycles => {
                 return match rng.below(12) {
                     0 | 1 => Fault::Fall { side: Side::Source, power: rng.chance(0.7), down },

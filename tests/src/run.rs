@@ -67,6 +67,9 @@ pub(crate) struct Run {
     pub(crate) points: u64,
     /// The source died by a power loss (its flushed ticks), a crash (nothing), or has not died since it was judged.
     pub(crate) fallen: Option<Option<Vec<u64>>>,
+    /// Syncs of the source's disks may have failed: what they gave up is visible until a power loss, and then gone, to
+    /// whatever life it belongs.
+    pub(crate) syncs_failed: bool,
     /// What the source left on its disks was judged already: somebody wrote to them since.
     pub(crate) judged: bool,
     /// Highest record that a source was told is durable.
@@ -141,6 +144,7 @@ impl Run {
             writers: BTreeMap::new(),
             points: 0,
             fallen: None,
+            syncs_failed: false,
             judged: false,
             acked: 0,
             restarts: 0,
@@ -278,7 +282,7 @@ impl Run {
             let judged = match &flushed {
                 None => epoch.history.judge(&[(disk, &image)], u64::MAX),
                 // Not flushed in this life: it may have lost what lives before it wrote, too.
-                Some(flushed) if flushed[disk] == 0 && self.epochs.len() > 1 => Ok(()),
+                Some(flushed) if (flushed[disk] == 0 || self.syncs_failed) && self.epochs.len() > 1 => Ok(()),
                 Some(flushed) => epoch.history.judge_power_loss(disk, &image, flushed[disk]),
             };
             judged.map_err(|v| format!("the source's disk after its restart: {v}"))?;

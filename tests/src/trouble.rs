@@ -98,6 +98,17 @@ impl Run {
                     self.later(at - now, Mend::Strike(Fault::Fall { side: Side::Source, power, down }));
                 }
             }
+            Fault::Before { wakes, lead, fault } => {
+                let (rests, wakes_at) = self.host.burst(world.now());
+                let at = match (wakes, rests > world.now()) {
+                    (true, _) => wakes_at,
+                    (false, true) => rests,
+                    (false, false) => wakes_at.saturating_add(self.plan.habits.work),
+                };
+                if at < Nanos::MAX {
+                    self.later(at.saturating_sub(lead).saturating_sub(world.now()), Mend::Strike(*fault));
+                }
+            }
             Fault::Hang { disk, log, time, falls } => {
                 let disk = disk % self.plan.setup.disks.len();
                 world.hang(source, &if log { log_path(disk) } else { disk_path(disk) }, time);
@@ -154,6 +165,7 @@ impl Run {
             Fault::Jump(side, by) => world.jump_wall(self.node(side), by),
             Fault::Errors(side, errors, time) => {
                 world.errors(self.node(side), errors);
+                self.syncs_failed |= side == Side::Source && errors.sync > 0.0;
                 self.later(time, Mend::End(fault));
             }
             Fault::Full(time) => {
@@ -342,8 +354,10 @@ impl Run {
     pub(crate) fn source_stopped(&mut self) -> Result<(), String> {
         let clean = self.stage.stopped.take() == Some(true);
         self.say(if clean { "the source has stopped cleanly" } else { "the source has stopped, and owes" });
-        // Who has been fenced, or has no lease, answers nothing any more.
-        if self.host.pending() > 0 && !self.stage.held {
+        // Who has been fenced, or has no lease, answers nothing any more; nor may a synchronous source that cannot reach
+        // its target answer a write: whoever asked loses the connection, and asks the next life.
+        let waits = self.plan.setup.sync_deadline > 0 && self.host.waits_for_writes_only();
+        if self.host.pending() > 0 && !self.stage.held && !waits {
             return Err(format!("the source has stopped, and {} requests are unanswered", self.host.pending()));
         }
         self.sample()?;

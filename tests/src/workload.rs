@@ -117,6 +117,11 @@ impl Host {
         self.pending.len()
     }
 
+    /// Nothing but changes of the disks is under way.
+    pub fn waits_for_writes_only(&self) -> bool {
+        self.pending.values().all(|asked| matches!(asked.pending, Pending::Change(..)))
+    }
+
     /// When its present or last burst ends, and when it next begins to work, in the time of the world.
     pub fn burst(&self, now: Nanos) -> (Nanos, Nanos) {
         let begun = self.rest_at.saturating_sub(self.habits.work);

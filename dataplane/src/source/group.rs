@@ -338,7 +338,8 @@ impl Group {
                 log.set_header(|h| h.size = size);
             }
             // Of a whole synchronisation its bits say what is left, from when all of them were durable.
-            if log.header().whole_owed && !log.header().mapped && log.is_mapped() {
+            let mapped = log.is_mapped() || mutant!(MapNotAwaited);
+            if log.header().whole_owed && !log.header().mapped && mapped {
                 log.set_header(|h| h.mapped = true);
             }
             // Before the logs name this incarnation, its places mean nothing to who reads them. While a synchronisation

@@ -115,7 +115,8 @@ impl Group {
                 });
                 if self.all_logs(w.disks, |log| log.is_settled() && !log.is_clearing()) {
                     let spilled = self.spilled.unwrap_or_default();
-                    self.clean &= self.spilled.is_some() || self.all_logs(w.disks, |log| log.hot() == 0);
+                    let hot = self.spilled.is_none() && !self.all_logs(w.disks, |log| log.hot() == 0);
+                    self.clean &= !hot || mutant!(CleanStopUnsent);
                     if self.clean {
                         self.each_disk(w, |disk, f| {
                             // The last write of the disk has ended: a later change of the file is not ours.

@@ -45,7 +45,7 @@ struct Args {
     /// How long the host works, nanoseconds, instead of what the plan says.
     #[arg(long)]
     length: Option<Nanos>,
-    /// Only seeds of this theme: mixed, cycles, outage, badtarget, badsource, clocks, moments or folding.
+    /// Only seeds of this theme: mixed, cycles, outage, badtarget, badsource, clocks, moments, folding or doubt.
     #[arg(long)]
     theme: Option<Theme>,
     /// Report a failure as it is, without looking for a smaller one.

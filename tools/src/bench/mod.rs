@@ -6,6 +6,7 @@ use std::process::ExitCode;
 mod compare;
 mod fio;
 mod intent;
+mod interrupt;
 mod outage;
 mod paired;
 mod protected;
@@ -119,6 +120,10 @@ pub struct CompareArgs {
 
 /// Runs the benchmark.
 pub fn run(args: Args) -> ExitCode {
+    if let Err(error) = interrupt::watch() {
+        eprintln!("afterimage bench: signals cannot be caught: {error}");
+        return ExitCode::FAILURE;
+    }
     let (name, done) = match args.what {
         What::Compare(args) => ("compare", compare::run(&args)),
         What::Outage(args) => ("outage", outage::run(&args)),
@@ -126,6 +131,10 @@ pub fn run(args: Args) -> ExitCode {
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
+        Err(_) if interrupt::interrupted() => {
+            eprintln!("afterimage bench {name}: interrupted");
+            ExitCode::from(130)
+        }
         Err(error) => {
             eprintln!("afterimage bench {name}: {error}");
             ExitCode::FAILURE

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::interrupt;
+
 /// A running server: one or more processes that end with it.
 pub struct Server {
     pub(super) children: Vec<Child>,
@@ -42,7 +44,7 @@ impl Server {
     pub fn kill(&mut self, number: usize) -> io::Result<()> {
         let child = self.children.get_mut(number).ok_or_else(|| io::Error::other("there is no such process"))?;
         child.kill()?;
-        child.wait().map(drop)
+        interrupt::ended(child)
     }
 }
 
@@ -57,7 +59,7 @@ impl Drop for Server {
                 std::thread::sleep(Duration::from_millis(10));
             }
             let _ = child.kill(); // already gone is as good
-            let _ = child.wait();
+            let _ = interrupt::ended(child);
         }
     }
 }
@@ -68,12 +70,10 @@ impl Drop for Server {
 /// It cannot be started.
 pub fn spawn(mut command: Command, log: &Path) -> io::Result<Child> {
     let out = File::create(log)?;
-    command
-        .stdin(Stdio::null())
-        .stdout(out.try_clone()?)
-        .stderr(out)
-        .spawn()
-        .map_err(|e| io::Error::other(format!("{} does not start: {e}", command.get_program().to_string_lossy())))
+    command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    let program = command.get_program().to_string_lossy().into_owned();
+    let started = interrupt::started(|| command.spawn());
+    started.map_err(|e| io::Error::other(format!("{program} does not start: {e}")))
 }
 
 /// Waits until something answers at `socket`.
