@@ -428,7 +428,7 @@ impl Plan {
         let fall = |power| Fault::Fall { side: Side::Source, power, down };
         let hang = |log, time| Fault::Hang { disk, log, time, falls: true };
         let before = |wakes, lead, fault| Fault::Before { wakes, lead, fault: Box::new(fault) };
-        let mut then = 2 * (work + idle);
+        let then = 2 * (work + idle);
         self.faults = match rng.below(6) {
             0 => {
                 // The first write into a cold extent ends before its bit is there, and nobody hears of it.
@@ -451,9 +451,14 @@ impl Plan {
                 vec![(rng.between(work / 4, work), fault)]
             }
             3 => {
-                // A new log is half written.
-                then = work + idle;
-                vec![(rng.between(1, 20) * 1000, hang(true, rng.between(200, 900) * MS))]
+                // Somebody else has written to a disk, and the log that says so is half written: its header first, and
+                // again, then its bits. The target knows of nothing.
+                self.setup.trust_reboot = false;
+                let (shortest, longest) = self.world.disk_latency;
+                let half = hang(true, rng.between(200, 900) * MS);
+                let half = Fault::After(down + rng.between(shortest, 2 * longest), Box::new(half));
+                let foreign = Fault::Foreign { clean: false, down };
+                vec![(work + rng.between(4300, 4800) * MS, Fault::Many(vec![foreign, half]))]
             }
             4 => {
                 // A synchronisation's end is all that is not acknowledged, until the bits of what it read are cleared.
@@ -469,7 +474,7 @@ impl Plan {
                 // A writer that the logs do not name yet is heard.
                 let time = rng.between(400, 1200) * MS;
                 let log =
-                    Fault::After(time - rng.between(1, 40) * MS, Box::new(hang(true, rng.between(500, 2000) * MS)));
+                    Fault::After(time - rng.between(1, 40) * MS, Box::new(hang(true, rng.between(100, 700) * MS)));
                 vec![(resting, Fault::Many(vec![Fault::Sever(time), fall(rng.chance(0.3)), log]))]
             }
             _ => {

@@ -191,8 +191,11 @@ impl Run {
     /// Lets the world run until then, mending what is due.
     pub(crate) fn until(&mut self, end: Nanos) -> Result<(), String> {
         loop {
+            // Anew at each step: what was armed may strike before whatever was next.
             let next = self.mends.keys().next().map_or(end, |(at, _)| end.min(*at));
-            while self.step(next)? {}
+            if self.step(next)? {
+                continue;
+            }
             let Some(due) = self.mends.first_entry().filter(|due| due.key().0 <= end) else { return Ok(()) };
             let mend = due.remove();
             self.mend(mend)?;

@@ -94,10 +94,11 @@ fn main() -> ExitCode {
     let args = Args::parse();
     // A failure is told once, with its seed.
     std::panic::set_hook(Box::new(|_| {}));
-    if args.mutants || !args.mutant.is_empty() { mutants(&args) } else { seeds(&args) }
+    if args.mutants || !args.mutant.is_empty() { mutants(&args) } else { seeds(&args, || ()) }
 }
 
-fn seeds(args: &Args) -> ExitCode {
+/// Plays them all; `prepare` is called first in each thread that plays.
+fn seeds(args: &Args, prepare: impl Fn() + Sync) -> ExitCode {
     let begun = Instant::now();
     let total = Mutex::new(Total { next: args.from, ..Total::default() });
     let end = args.from.saturating_add(args.seeds);
@@ -105,6 +106,7 @@ fn seeds(args: &Args) -> ExitCode {
     std::thread::scope(|scope| {
         for _ in 0..args.jobs() {
             scope.spawn(|| {
+                prepare();
                 loop {
                     let next = lock().begin(args, end);
                     let Some(seed) = next else { return };
@@ -237,8 +239,7 @@ fn mutants(args: &Args) -> ExitCode {
         }
     };
     if args.verbose {
-        mutant::set(which[0]);
-        return seeds(args);
+        return seeds(args, || mutant::set(which[0]));
     }
     let line = |verdict: &afterimage_tests::mutants::Verdict| {
         let name = verdict.mutant.map_or("none", Mutant::name);
