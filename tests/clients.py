@@ -18,6 +18,7 @@ import protocol
 from cluster import AFTERIMAGE, MIB, Cluster, Failed, Served, Tests, expect, eventually, digest, random_file, run, workspace
 
 SIZE = 96 * MIB
+ODD = 4 * MIB + 4608
 
 
 def info(uri, size):
@@ -127,6 +128,10 @@ def alone(tests, folder):
         tests.run("the proxy lives after all this", served.process.check)
     finally:
         code = served.close()
+    for size in (512, 4608, 5 * MIB + 1536):
+        odd = Served(folder, f"odd{size}", size)
+        tests.run(f"a disk of {size} bytes is what a model says", protocol.as_a_model_says, odd.unix(), size)
+        odd.close()
     tests.run("a stopped proxy ends with 0", lambda: expect(code == 0, f"exit code {code}:\n{served.process.tail()}"))
 
     def kept():
@@ -181,7 +186,8 @@ def pair(tests, folder):
 
     def begin():
         nonlocal cluster
-        cluster = Cluster(folder, {"data": SIZE, "logs": 16 * MIB})
+        cluster = Cluster(folder, {"data": SIZE, "logs": 16 * MIB, "odd": ODD, "blocks": 2 * MIB},
+                          options={"blocks": ",block=16384"})
     try:
         if not tests.run("a protected pair starts, and synchronises what the disk held", begin):
             return
@@ -194,6 +200,9 @@ def pair(tests, folder):
                 tests.run(f"protected: the newest point after {name}", cluster.replica_is_source)
         for name, case in protocol.CASES.items():
             tests.run(f"protected: libnbd: {name}", case, uri, SIZE)
+        # One that is not whole blocks of 4096; one whose hosts should write larger blocks than they do.
+        for disk, size in (("odd", ODD), ("blocks", 2 * MIB)):
+            tests.run(f"protected: disk {disk} is what a model says", protocol.as_a_model_says, cluster.uri(disk), size)
         address, export = parts(uri)
         for name, case in nbdtext.CASES.items():
             tests.run(f"protected: the text: {name}", case, address, export, SIZE)

@@ -1,6 +1,7 @@
 """Corners of the NBD protocol: by libnbd, and by bytes that no library would send."""
 
 import errno
+import random
 import socket
 import struct
 import time
@@ -182,6 +183,42 @@ def much_under_way(uri, size):
         page = data[i * 4096:(i + 1) * 4096]
         expect(page in (bytes([i % 251 + 1]) * 4096, bytes([(i - 1) % 251 + 1]) * 4096), f"page {i} is mixed")
     handle.shutdown()
+
+
+def as_a_model_says(uri, size, steps=300):
+    """Requests of any length at any byte, many of them at the end of the disk, over two connections; a small disk."""
+    rng = random.Random(size)
+    handles = [opened(uri), opened(uri, lambda h: h.set_request_structured_replies(False))]
+    expect(handles[0].get_size() == size, f"the disk has {handles[0].get_size()} bytes")
+    model = bytearray(handles[0].pread(size, 0))
+    for step in range(steps):
+        handle = rng.choice(handles)
+        at = rng.randrange(max(0, size - 5000) if rng.random() < 0.3 else 0, size)
+        length = min(size - at, rng.choice([1, 2, 511, 512, 513, 4096, 4097, 70_000, rng.randrange(1, size + 1)]))
+        flags = nbd.CMD_FLAG_FUA if rng.random() < 0.1 else 0
+        what = rng.choice(("write", "write", "zero", "trim", "read", "read", "status"))
+        if what == "write":
+            model[at:at + length] = rng.randbytes(length)
+            handle.pwrite(model[at:at + length], at, flags)
+        elif what == "zero":
+            model[at:at + length] = bytes(length)
+            handle.zero(length, at, flags | rng.choice((0, nbd.CMD_FLAG_NO_HOLE)))
+        elif what == "trim":
+            handle.trim(length, at, flags)
+            # What was trimmed may hold anything; what lies beside it may not.
+            model[at:at + length] = handle.pread(length, at)
+        elif what == "status":
+            extents = []
+            handles[0].block_status(length, at, lambda c, o, e, err: extents.extend(zip(e[0::2], e[1::2])))
+            for count, state in extents:
+                expect(at + count <= size, f"step {step}: an extent past the end")
+                expect(not state & nbd.STATE_ZERO or not any(model[at:at + count]), f"step {step}: data at {at} is called zeros")
+                at += count
+        else:
+            expect(handle.pread(length, at) == model[at:at + length], f"step {step}: {length} bytes at {at} are wrong")
+    expect(handles[1].pread(size, 0) == model, "the disk is another than the model")
+    for handle in handles:
+        handle.shutdown()
 
 
 def options(uri, size):
