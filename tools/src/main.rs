@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod coordinator;
 mod demo;
+mod manual;
 mod nbd_client;
 mod operator;
 mod proxy;
@@ -35,6 +36,10 @@ enum Command {
     Demo(demo::Args),
     /// Measure, side by side with other software.
     Bench(bench::Args),
+    /// Print what lets a shell complete commands and options.
+    Completions(manual::Completions),
+    /// Write a manual page for each command into a folder.
+    Man(manual::Man),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +54,8 @@ fn main() -> ExitCode {
         Command::Operator(command) => operator::run(command),
         Command::Demo(args) => demo::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Completions(args) => manual::completions(args),
+        Command::Man(args) => manual::man(args),
     }
 }
 

@@ -289,6 +289,49 @@ mod tests {
         }
     }
 
+    /// Who may call what, written down a second time: method by method, and for each role and for nobody. A method that is
+    /// not in here fails the test, so whoever adds one has to say who may call it.
+    #[test]
+    fn every_method_is_for_the_roles_that_are_named_here() {
+        const READ: &[Role] = &[Role::Viewer, Role::Operator, Role::Admin];
+        const CHANGE: &[Role] = &[Role::Operator, Role::Admin];
+        const EVERYBODY: &[Role] = &[Role::Proxy, Role::Viewer, Role::Operator, Role::Admin];
+        let expected: &[(&str, &[Role], &str)] = &[
+            ("Policies", READ, "GetPolicy ListPolicies"),
+            ("Policies", CHANGE, "CreatePolicy UpdatePolicy DeletePolicy"),
+            ("Groups", READ, "GetGroup ListGroups GetDisk ListDisks"),
+            ("Groups", CHANGE, "CreateGroup UpdateGroup DeleteGroup CreateDisk DeleteDisk InspectBranch"),
+            ("Proxies", READ, "GetProxy ListProxies"),
+            ("Proxies", &[Role::Admin], "DeleteProxy"),
+            ("Points", READ, "ListPoints ResolvePoint"),
+            ("Points", CHANGE, "CreateCut"),
+            ("Failovers", CHANGE, "StartFailover"),
+            ("Operations", READ, "GetOperation ListOperations WaitOperation"),
+            ("Operations", CHANGE, "CancelOperation DeleteOperation"),
+            ("Views", READ, "GetView ListViews"),
+            ("Views", CHANGE, "CreateView DeleteView"),
+            ("Status", READ, "GetStatus GetRpo Watch ListEvents"),
+            ("Enrolment", &[Role::Admin], "CreateJoinToken"),
+            ("Enrolment", EVERYBODY, "Join Renew"),
+            ("ProxyControl", &[Role::Proxy], "Session"),
+        ];
+        let mut left = methods();
+        for (service, roles, names) in expected {
+            for name in names.split(' ') {
+                let method = format!("/afterimage.v1.{service}/{name}");
+                let needs = needs(&method).unwrap_or_else(|| panic!("{method} is denied to everybody"));
+                for role in EVERYBODY {
+                    assert_eq!(allows(needs, Some(*role)), roles.contains(role), "{method} for {role:?}");
+                }
+                assert_eq!(allows(needs, None), name == "Join", "{method} for nobody");
+                let before = left.len();
+                left.retain(|m| *m != method);
+                assert_eq!(left.len() + 1, before, "{method} is no method of the API");
+            }
+        }
+        assert!(left.is_empty(), "nobody has said who may call {left:?}");
+    }
+
     #[test]
     fn a_proxy_may_only_be_a_proxy() {
         let allowed: Vec<String> =

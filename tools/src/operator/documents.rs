@@ -517,10 +517,12 @@ mod tests {
         assert_eq!(
             keys(&policy(&v1::Policy::default())),
             [
+                "clear_after_ms",
                 "compression",
                 "created",
                 "cut_interval_ms",
                 "description",
+                "error_after_ms",
                 "journal_budget_bytes",
                 "lease_ms",
                 "policy",
