@@ -25,8 +25,9 @@ const JOBS_PER_TURN: usize = 16;
 const FILES: u64 = 8192;
 /// Completions for which there is room without allocating.
 const COMPLETIONS: usize = 1024;
-/// Longest sleep without a deadline: only a guard, wake-ups end it.
-const IDLE: Nanos = 10_000_000_000;
+/// Longest sleep without a deadline. Every job, stop and end of a handle wakes the ring up, and all else completes on it: a thread
+/// with nothing to do does nothing at all.
+const IDLE: Nanos = 24 * 3_600 * 1_000_000_000;
 /// Sleep while the outbox is full: the service thread makes no wake-up when it has taken events out.
 const OUTBOX_FULL: Nanos = 10_000_000;
 /// How long hosts' requests may take to end at a stop, before it goes on without them.

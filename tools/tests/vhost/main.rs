@@ -85,6 +85,21 @@ impl Proxy {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
+    /// How often its data threads have gone to sleep.
+    fn sleeps(&self) -> u64 {
+        let tasks =
+            std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().map(|task| task.unwrap().path());
+        let data = tasks.filter(|task| std::fs::read_to_string(task.join("comm")).unwrap().starts_with("data-"));
+        let count = |task: PathBuf| {
+            let status = std::fs::read_to_string(task.join("status")).unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+            line.trim().parse::<u64>().unwrap()
+        };
+        let counts: Vec<u64> = data.map(count).collect();
+        assert!(!counts.is_empty(), "there is no data thread");
+        counts.iter().sum()
+    }
+
     fn disk(&self) -> Vec<u8> {
         std::fs::read(self.dir.path().join("disk.raw")).unwrap()
     }
@@ -290,6 +305,21 @@ fn a_driver_reads_what_it_wrote_and_the_file_has_it() {
     assert!(front.get_max_mem_slots().unwrap() >= 8);
     assert_eq!(front.get_vring_base(0).unwrap(), u32::from(guest.used));
     front.reset_device().unwrap();
+}
+
+#[test]
+fn a_guest_that_asks_nothing_wakes_nobody() {
+    let proxy = Proxy::new();
+    let mut guest = Guest::new();
+    guest.connect(&proxy);
+    assert_eq!(guest.ask(&proxy, OUT, 0, &pattern(1, 4096), 0).0, 0);
+    std::thread::sleep(Duration::from_secs(1));
+    let before = proxy.sleeps();
+    std::thread::sleep(Duration::from_secs(11));
+    assert_eq!(proxy.sleeps(), before);
+    // And it is not deaf.
+    assert_eq!(guest.ask(&proxy, FLUSH, 0, &[], 0).0, 0);
+    assert!(proxy.sleeps() > before);
 }
 
 #[test]
