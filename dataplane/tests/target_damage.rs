@@ -310,9 +310,9 @@ fn a_segment_without_a_head_before_the_next_writer_is_not_missed() {
     for _ in 0..3 {
         write(&mut rig, &mut feeder, &mut model, 1, dice.roll(32) * 4096, noise(dice.roll(1000), 4096));
     }
-    let used =
+    let mut used =
         segments(&rig).into_iter().filter(|path| rig.world.file_range(rig.node, path, 0, 4) == Some(b"AISG".into()));
-    let victim = used.last().unwrap();
+    let victim = used.next_back().unwrap();
     let (frame, seq) = feeder.acked;
     let mut next = Feeder::new(2, seq + 2, Predecessor { incarnation: feeder.incarnation, frame, seq });
     next.join_and_sync(2);

@@ -94,8 +94,8 @@ impl Coordinator {
         let mut parts: BTreeMap<u64, Bucket> = BTreeMap::new();
         for (begins, bucket) in &kept {
             whole.add(bucket);
-            if step_s > 0 {
-                parts.entry((begins - from) / step_s).or_default().add(bucket);
+            if let Some(number) = (begins - from).checked_div(step_s) {
+                parts.entry(number).or_default().add(bucket);
             }
         }
         let periods = if step_s == 0 { 0 } else { (to - from).div_ceil(step_s) };
