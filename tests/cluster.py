@@ -102,11 +102,13 @@ class Process:
         self.log = folder / f"{name}.log"
         self.args = [str(AFTERIMAGE), *map(str, args)]
         self.env = {**os.environ, **(env or {})}
+        self.pass_fds = ()
         self.start()
 
     def start(self):
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(self.args, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env)
+            self.process = subprocess.Popen(self.args, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env,
+                                            pass_fds=self.pass_fds)
 
     def alive(self):
         return self.process.poll() is None

@@ -6,6 +6,10 @@ Needs nbdkit with its retry filter, qemu-storage-daemon (qemu-system-common), py
 """
 
 import contextlib
+import fcntl
+import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -230,6 +234,153 @@ def alone(cluster, folder, client, how):
     cluster.replica_is_source()
 
 
+# What a server of NBD says first.
+GREETING = b"NBDMAGICIHAVEOPT"
+
+
+class Manager:
+    """Holds listening sockets, as systemd does, for processes that come and go."""
+
+    def __init__(self, path, names=("source.nbd", "source.nbd")):
+        self.names = names
+        path.unlink(missing_ok=True)
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(path))
+        tcp = socket.socket(socket.AF_INET)
+        tcp.bind(("127.0.0.1", 0))
+        self.addresses = [str(path), tcp.getsockname()]
+        self.sockets = [unix, tcp]
+        # Away from the numbers at which they are passed on.
+        self.passed = []
+        for held in self.sockets:
+            held.listen(64)
+            self.passed.append(fcntl.fcntl(held.fileno(), fcntl.F_DUPFD, 100))
+            os.set_inheritable(self.passed[-1], True)
+
+    def prefix(self):
+        """What stands before a command that gets the sockets."""
+        passing = " ".join(f"{3 + n}<&{number}" for n, number in enumerate(self.passed))
+        return ["bash", "-c", f"export LISTEN_PID=$$ LISTEN_FDS={len(self.passed)} LISTEN_FDNAMES={':'.join(self.names)}; "
+                f'exec "$@" {passing}', "bash"]
+
+    def close(self):
+        for held in self.sockets:
+            held.close()
+        for number in self.passed:
+            os.close(number)
+
+    def clients(self):
+        """A client at each socket, which must not be turned away."""
+        clients = []
+        for kind, address in zip((socket.AF_UNIX, socket.AF_INET), self.addresses):
+            client = socket.socket(kind)
+            client.settimeout(20)
+            client.connect(address)
+            clients.append(client)
+        return clients
+
+
+def held_sockets(cluster, folder, how, rounds):
+    """Clients that come while no process is there are served by the next one."""
+    source = cluster.source
+    usual = source.args
+    source.stop()
+    manager = Manager(cluster.source_socket)
+    try:
+        source.args = manager.prefix() + usual + ["--nbd", f"tcp:127.0.0.1:{manager.addresses[1][1]}"]
+        source.pass_fds = manager.passed
+        source.start()
+        uri = cluster.uri("data")
+        with through_qemu(folder, uri) as through:
+            writers = Writers(through)
+            try:
+                writers.progress()
+                taken = []
+                for _ in range(rounds):
+                    writers.stall()
+                    begun = time.monotonic()
+                    if how == "killed":
+                        source.kill()
+                    else:
+                        code = source.stop()
+                        expect(code == 0, f"exit code {code}:\n{source.tail()}")
+                    waiting = manager.clients()
+                    source.start()
+                    for client in waiting:
+                        greeting = client.recv(len(GREETING), socket.MSG_WAITALL)
+                        expect(greeting == GREETING, f"a client that waited got {greeting}")
+                        client.close()
+                    taken.append(time.monotonic() - begun)
+                    writers.progress()
+                    print(f"    {how}: who waited is answered after {taken[-1]:.2f} s, longest write {writers.stall():.2f} s",
+                          flush=True)
+                usual_time = sorted(taken)[len(taken) // 2]
+                expect(usual_time < TAKE_OVER, f"a new process took {usual_time:.2f} s to answer")
+            finally:
+                writers.end()
+            writers.verify(through)
+        eventually("the group is protected again", lambda: protected_again(cluster), timeout=60)
+        cluster.replica_is_source()
+    finally:
+        source.stop()
+        expect(cluster.source_socket.exists(), "the manager's socket has been removed")
+        cluster.source_socket.unlink()
+        manager.close()
+        source.args = usual
+        source.pass_fds = ()
+        source.start()
+
+
+def misfits(folder):
+    """Sockets that the configuration has no use for are refused, by name and address."""
+    disk = folder / "misfit.img"
+    with open(disk, "wb") as out:
+        out.truncate(MIB)
+    manager = Manager(folder / "held.sock", names=("a", "target.views"))
+    try:
+        def refused(*listen):
+            done = subprocess.run([*manager.prefix(), AFTERIMAGE, "proxy", "--name", "x", "--serve", f"misfit={disk}", *listen],
+                                  pass_fds=manager.passed, capture_output=True, text=True, timeout=60)
+            expect(done.returncode == 2, f"exit code {done.returncode}: {done.stderr}")
+            return done.stderr
+        unix, (host, port) = manager.addresses
+        said = refused("--nbd", f"unix:{folder}/other.sock")
+        expect(f"`a` of the service manager listens on unix:{unix}" in said, said)
+        # Its address fits, its name is for another field.
+        said = refused("--nbd", f"unix:{unix}", "--nbd", f"tcp:{host}:{port}")
+        expect("`target.views`" in said and f"tcp:{host}:{port}" in said, said)
+    finally:
+        manager.close()
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def interrupted_bench(folder, number):
+    """A measurement that is interrupted leaves no process and no file."""
+    place = folder / "bench"
+    place.mkdir(exist_ok=True)
+    bench = subprocess.Popen([AFTERIMAGE, "bench", "outage", "--pairs", "1", "--seconds", "30", "--disk-mib", "16", "--dir",
+                              place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        # Target, source, fio.
+        eventually("the measurement is under way", lambda: bench.poll() is not None or len(children(bench.pid)) == 3, 60)
+        expect(bench.poll() is None, "the measurement has ended")
+        begun = children(bench.pid)
+        bench.send_signal(number)
+        said = bench.communicate(timeout=60)[1]
+        expect(bench.returncode == 130 and "interrupted" in said, f"exit code {bench.returncode}: {said}")
+        left = [child for child in begun if os.path.exists(f"/proc/{child}")]
+        expect(not left, f"processes are left: {left}")
+        expect(not list(place.iterdir()), "files are left")
+    finally:
+        if bench.poll() is None:
+            bench.kill()
+            bench.wait()
+
+
 def protected_again(cluster):
     try:
         return cluster.protected()
@@ -255,9 +406,15 @@ def main():
                 for how in ("stopped", "killed"):
                     tests.run(f"a source that is {how} comes back with nobody else there", alone, cluster, folder,
                               through_qemu, how)
+                for how in ("stopped", "killed"):
+                    tests.run(f"clients wait at sockets that a manager holds while a source is {how} and replaced",
+                              held_sockets, cluster, folder, how, rounds)
         finally:
             if cluster:
                 cluster.close()
+        tests.run("sockets that do not fit the configuration are refused", misfits, folder)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            tests.run(f"a measurement that gets {number.name} leaves nothing behind", interrupted_bench, folder, number)
     tests.end()
 
 

@@ -17,6 +17,7 @@ use std::fmt;
 
 pub mod buf;
 pub mod guest;
+pub mod inherited;
 pub mod ring;
 pub mod sim;
 pub mod ublk;

@@ -25,6 +25,7 @@ mod converge;
 mod convert;
 mod cores;
 mod fronts;
+mod given;
 mod identity;
 mod keep;
 mod link;
@@ -68,7 +69,7 @@ pub fn run(args: Args) -> ExitCode {
     log(config.log);
     match service::run(config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error @ (ServiceError::Config(_) | ServiceError::NoUblk(_))) => {
+        Err(error @ (ServiceError::Config(_) | ServiceError::NoUblk(_) | ServiceError::Given(_))) => {
             tracing::error!("{error}");
             ExitCode::from(MISCONFIGURED)
         }

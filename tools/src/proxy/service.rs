@@ -16,6 +16,7 @@ use super::agent::{self, AgentError};
 use super::config::{Config, ConfigError, Control, Listen};
 use super::converge;
 use super::cores::{self, TargetStartError};
+use super::given::{Given, GivenError};
 use super::identity::{Identity, IdentityError};
 use super::keep;
 use super::runtime::{Core, Handle, StartError};
@@ -79,6 +80,9 @@ pub enum ServiceError {
         /// Why.
         source: io::Error,
     },
+    /// The sockets that the service manager passed on.
+    #[error(transparent)]
+    Given(#[from] GivenError),
     /// The state folder cannot be made.
     #[error("`state_dir`: {0}")]
     StateDir(io::Error),
@@ -101,11 +105,13 @@ pub enum ServiceError {
 /// # Errors
 /// [`ServiceError`].
 pub fn run(config: Config) -> Result<(), ServiceError> {
+    // Before anything else is opened.
+    let given = Given::take(&config)?;
     if let Some(dir) = &config.state_dir {
         keep::folder(dir).map_err(ServiceError::StateDir)?;
     }
     super::ublk::check(&config)?;
-    let sockets = Sockets::bind(&config)?;
+    let sockets = Sockets::bind(&config, &given)?;
     allow_files();
     // The rings come before the disks: what the kernel lacks is told before those are touched.
     let source = config.source.as_ref().map(cores::start_source).transpose()?;
@@ -318,11 +324,12 @@ impl Drop for Sockets {
 }
 
 impl Sockets {
-    /// Binds them all, or none. A process that is about to end, whose place this one takes, is waited for.
-    fn bind(config: &Config) -> Result<Self, ServiceError> {
+    /// Binds them all, or none, but for those that were passed on. A process that is about to end, whose place this one
+    /// takes, is waited for.
+    fn bind(config: &Config, given: &Given) -> Result<Self, ServiceError> {
         let end = std::time::Instant::now() + BIND_WAIT;
         loop {
-            match Self::try_bind(config) {
+            match Self::try_bind(config, given) {
                 Err(ServiceError::Listen { source, .. })
                     if source.kind() == io::ErrorKind::AddrInUse && std::time::Instant::now() < end =>
                 {
@@ -333,26 +340,31 @@ impl Sockets {
         }
     }
 
-    fn try_bind(config: &Config) -> Result<Self, ServiceError> {
+    fn try_bind(config: &Config, given: &Given) -> Result<Self, ServiceError> {
         let mut sockets = Self::default();
         for listen in config.source.iter().flat_map(|role| &role.nbd) {
-            let bound = sockets.bind_one("source.nbd", listen)?;
+            let bound = sockets.bind_one("source.nbd", listen, given)?;
             sockets.nbd.push(bound);
         }
         for listen in config.target.iter().flat_map(|role| &role.views) {
-            let bound = sockets.bind_one("target.views", listen)?;
+            let bound = sockets.bind_one("target.views", listen, given)?;
             sockets.views.push(bound);
         }
         if let Some(role) = &config.target {
-            let failed =
-                |source| ServiceError::Listen { field: "target.listen", address: role.listen.to_string(), source };
-            sockets.streams = Some(bind_tcp(role.listen).map_err(failed)?);
+            if let Listening::Tcp(bound) = sockets.bind_one("target.listen", &Listen::Tcp(role.listen), given)? {
+                sockets.streams = Some(bound);
+            }
         }
         Ok(sockets)
     }
 
-    fn bind_one(&mut self, field: &'static str, listen: &Listen) -> Result<Listening, ServiceError> {
+    fn bind_one(&mut self, field: &'static str, listen: &Listen, given: &Given) -> Result<Listening, ServiceError> {
         let failed = |source| ServiceError::Listen { field, address: listen.to_string(), source };
+        if let Some(socket) = given.find(field, listen).map_err(failed)? {
+            tracing::info!(%listen, field, "held by the service manager");
+            // Its file stays: it is the manager's.
+            return listening(socket, listen).map_err(failed);
+        }
         match listen {
             Listen::Unix(path) => {
                 let listener = bind_unix(path).map_err(failed)?;
@@ -362,6 +374,15 @@ impl Sockets {
             Listen::Tcp(address) => bind_tcp(*address).map(Listening::Tcp).map_err(failed),
         }
     }
+}
+
+/// A socket that listens already.
+fn listening(socket: OwnedFd, listen: &Listen) -> io::Result<Listening> {
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    Ok(match listen {
+        Listen::Unix(_) => Listening::Unix(socket.into()),
+        Listen::Tcp(_) => Listening::Tcp(socket.into()),
+    })
 }
 
 /// Lets clients of NBD in and hands each to the data thread.
