@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn minutes_are_merged_into_their_hour_and_a_minute_written_twice_is_one() {
         let (_folder, history) = history();
-        let hour = 1_800_000_000 - 1_800_000_000 % 3600;
+        let hour = 1_800_000_000;
         for minute in [0, 60, 60, 3600] {
             history.add(hour + minute, &[("u".into(), bucket(1000, 10))]).unwrap();
         }

@@ -350,10 +350,10 @@ impl Sockets {
             let bound = sockets.bind_one("target.views", listen, given)?;
             sockets.views.push(bound);
         }
-        if let Some(role) = &config.target {
-            if let Listening::Tcp(bound) = sockets.bind_one("target.listen", &Listen::Tcp(role.listen), given)? {
-                sockets.streams = Some(bound);
-            }
+        if let Some(role) = &config.target
+            && let Listening::Tcp(bound) = sockets.bind_one("target.listen", &Listen::Tcp(role.listen), given)?
+        {
+            sockets.streams = Some(bound);
         }
         Ok(sockets)
     }
