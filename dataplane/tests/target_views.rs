@@ -3,6 +3,7 @@
 mod target_rig;
 
 use afterimage_dataplane::host::Request;
+use afterimage_dataplane::io::Io;
 use afterimage_dataplane::io::sim::WorldConfig;
 use afterimage_dataplane::target::{Choice, TargetConfig};
 use afterimage_wire::segment::Predecessor;
@@ -31,6 +32,21 @@ fn every_single_write_is_a_point() {
     rig.restart(false);
     for seq in 8..feeder.next_seq {
         rig.check(&model, seq);
+    }
+}
+
+/// A front end may ask after the turn of a round: whoever sleeps until the deadline must not sleep over it.
+#[test]
+fn what_a_view_is_asked_wants_a_turn_at_once() {
+    let (mut rig, feeder, _) = filled(2);
+    let exports = rig.view("failover", feeder.next_seq - 1, true);
+    rig.run_for(SECOND);
+    let data = rig.write_request(0, &[7; 4096], false);
+    for request in [Request::Read { offset: 0, len: 4096 }, data, Request::Flush] {
+        let cookie = rig.ask(exports[0].key, request);
+        let due = rig.target.deadline();
+        assert!(due.is_some_and(|due| due <= rig.io.now()), "{due:?}");
+        rig.answer(cookie).unwrap();
     }
 }
 
