@@ -51,6 +51,19 @@ fn error(message: &str) -> Outcome {
     Outcome::Error(v1::CommandError { kind: 1, message: message.into() })
 }
 
+/// The answer of a proxy that does as it is told.
+fn obeyed(command: &Tell) -> Reply {
+    Reply::Answer(match command {
+        Tell::Fence(f) if f.hold => Outcome::Fenced(v1::Fenced { last_seq: 90 }),
+        Tell::RaiseGeneration(r) => {
+            Outcome::Generation(v1::GenerationRaised { generation: r.at_least, zero_loss: false })
+        }
+        Tell::ResolvePoint(_) => Outcome::Point(point(90)),
+        Tell::OpenView(_) => opened(),
+        _ => Outcome::Done(v1::Done {}),
+    })
+}
+
 /// Proxies that do as they are told, except where `fault` answers instead.
 fn run(work: &mut Failover, group: &mut Group, mut fault: impl FnMut(&Tell) -> Option<Reply>) -> Vec<Tell> {
     let mut told = Vec::new();
@@ -60,17 +73,7 @@ fn run(work: &mut Failover, group: &mut Group, mut fault: impl FnMut(&Tell) -> O
             Action::Record | Action::Wait { .. } => Reply::Nothing,
             Action::Drain { seq, .. } => Reply::Drained(seq),
             Action::Tell { command, .. } => {
-                let reply = fault(&command).unwrap_or_else(|| {
-                    Reply::Answer(match &command {
-                        Tell::Fence(f) if f.hold => Outcome::Fenced(v1::Fenced { last_seq: 90 }),
-                        Tell::RaiseGeneration(r) => {
-                            Outcome::Generation(v1::GenerationRaised { generation: r.at_least, zero_loss: false })
-                        }
-                        Tell::ResolvePoint(_) => Outcome::Point(point(90)),
-                        Tell::OpenView(_) => opened(),
-                        _ => Outcome::Done(v1::Done {}),
-                    })
-                });
+                let reply = fault(&command).unwrap_or_else(|| obeyed(&command));
                 told.push(command);
                 reply
             }
@@ -227,17 +230,7 @@ fn a_machine_stored_at_any_step_goes_on_from_there() {
             let reply = match work.begin(&mut group, 1) {
                 Action::Record | Action::Wait { .. } => Reply::Nothing,
                 Action::Drain { seq, .. } => Reply::Drained(seq),
-                Action::Tell { command: Tell::Fence(_), .. } => {
-                    Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 }))
-                }
-                Action::Tell { command: Tell::RaiseGeneration(r), .. } => {
-                    Reply::Answer(Outcome::Generation(v1::GenerationRaised {
-                        generation: r.at_least,
-                        zero_loss: false,
-                    }))
-                }
-                Action::Tell { command: Tell::ResolvePoint(_), .. } => Reply::Answer(Outcome::Point(point(90))),
-                Action::Tell { .. } => Reply::Answer(opened()),
+                Action::Tell { command, .. } => obeyed(&command),
                 Action::Ended => panic!("ended early"),
             };
             work.apply(&mut group, &disks(), reply, 1);
@@ -289,14 +282,9 @@ fn a_machine_stored_while_undoing_goes_on_undoing() {
         while !reached(&work) {
             let reply = match work.begin(&mut group, 1) {
                 Action::Tell { command, .. } => match command {
-                    Tell::Fence(f) if f.hold => Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 })),
-                    Tell::RaiseGeneration(r) => Reply::Answer(Outcome::Generation(v1::GenerationRaised {
-                        generation: r.at_least,
-                        zero_loss: false,
-                    })),
                     Tell::ResolvePoint(_) => Reply::Answer(Outcome::Point(point(50))),
                     Tell::OpenView(_) => Reply::Answer(error("no room")),
-                    _ => Reply::Answer(Outcome::Done(v1::Done {})),
+                    command => obeyed(&command),
                 },
                 _ => Reply::Nothing,
             };
@@ -330,18 +318,7 @@ fn given_up_at_any_step_it_leaves_the_group_protected_or_says_that_it_is_too_lat
                 }
                 let reply = match work.begin(&mut group, now) {
                     Action::Ended => break,
-                    Action::Tell { command: Tell::Fence(f), .. } if f.hold => {
-                        Reply::Answer(Outcome::Fenced(v1::Fenced { last_seq: 90 }))
-                    }
-                    Action::Tell { command: Tell::RaiseGeneration(r), .. } => {
-                        Reply::Answer(Outcome::Generation(v1::GenerationRaised {
-                            generation: r.at_least,
-                            zero_loss: false,
-                        }))
-                    }
-                    Action::Tell { command: Tell::ResolvePoint(_), .. } => Reply::Answer(Outcome::Point(point(90))),
-                    Action::Tell { command: Tell::OpenView(_), .. } => Reply::Answer(opened()),
-                    Action::Tell { .. } => Reply::Answer(Outcome::Done(v1::Done {})),
+                    Action::Tell { command, .. } => obeyed(&command),
                     Action::Drain { seq, .. } => Reply::Drained(seq),
                     Action::Record | Action::Wait { .. } => Reply::Nothing,
                 };

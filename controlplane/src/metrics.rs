@@ -122,6 +122,18 @@ fn owner(name: &str, what: &'static str) -> Vec<(&'static str, String)> {
     vec![("tenant", part(1)), (what, part(3))]
 }
 
+/// A 1 for each condition of what has these labels.
+fn marked(
+    labels: Vec<(&'static str, String)>,
+    conditions: &[v1::Condition],
+) -> impl Iterator<Item = (Vec<(&'static str, String)>, f64)> {
+    conditions.iter().map(move |c| {
+        let severity = c.severity().as_str_name().trim_start_matches("SEVERITY_").to_lowercase();
+        let own = [("kind", c.kind.clone()), ("severity", severity)];
+        (labels.iter().cloned().chain(own).collect(), 1.0)
+    })
+}
+
 /// The numbers of these groups and proxies, and of the coordinator itself.
 pub fn render(
     status: &v1::CoordinatorStatus,
@@ -165,14 +177,7 @@ pub fn render(
         (labels, 1.0)
     });
     out.family("group_phase", "gauge", "1 for the phase that it is in.", phases);
-    let severity = |c: &v1::Condition| c.severity().as_str_name().trim_start_matches("SEVERITY_").to_lowercase();
-    let conditions = groups.iter().flat_map(|g| {
-        g.conditions.iter().map(move |c| {
-            let mut labels = of(g);
-            labels.extend([("kind", c.kind.clone()), ("severity", severity(c))]);
-            (labels, 1.0)
-        })
-    });
+    let conditions = groups.iter().flat_map(|g| marked(of(g), &g.conditions));
     out.family("group_condition", "gauge", "1 for each condition that it has.", conditions);
     type Number = fn(&v1::GroupStatus) -> f64;
     let numbers: [(&str, &str, &str, Number); 12] = [
@@ -204,13 +209,7 @@ pub fn render(
     out.family("proxy_last_heard_age_seconds", "gauge", "Since it was last heard.", heard);
     let expires = proxies.iter().map(|p| (of(p), (p.certificate_expire_time_ns / 1_000_000_000) as f64));
     out.family("proxy_certificate_expire_timestamp_seconds", "gauge", "When its certificate ends.", expires);
-    let conditions = proxies.iter().flat_map(|p| {
-        p.conditions.iter().map(move |c| {
-            let mut labels = of(p);
-            labels.extend([("kind", c.kind.clone()), ("severity", severity(c))]);
-            (labels, 1.0)
-        })
-    });
+    let conditions = proxies.iter().flat_map(|p| marked(of(p), &p.conditions));
     out.family("proxy_condition", "gauge", "1 for each condition that it has.", conditions);
     out.text
 }

@@ -12,7 +12,7 @@ use super::Coordinator;
 use crate::convert;
 use crate::failover::{self, Action, Choice, FAILOVER_VIEW, Failover, Reply, Side, Spec, StepName, StepState};
 use crate::model::{Model, Txn};
-use crate::names::Name;
+use crate::names::{Kind, Name};
 use crate::objects::{Group, GroupPhase, Object, Operation, View, ViewKind, new_uid};
 use crate::policy::check_text;
 use crate::problem::Problem;
@@ -56,9 +56,7 @@ impl Coordinator {
         check_text("reason", &wanted.reason)?;
         let model = self.model();
         if let Some(done) = request.done(&model)? {
-            let operation = Name::new(&name.tenant, crate::names::Kind::Operation, &done.uid);
-            let found = model.operation(&operation).map_err(|_| gone("operation", &operation))?;
-            return Ok(convert::operation_to_proto(&model, found));
+            return Ok(convert::operation_to_proto(&model, operation_made(&model, name, &done.uid)?));
         }
         // As an earlier version of this program recorded it.
         if let Some(same) = same_request(&model, name, &wanted.request_id) {
@@ -82,9 +80,7 @@ impl Coordinator {
         let begun = self
             .change(|model, txn| {
                 if let Some(done) = request.done(model)? {
-                    let operation = Name::new(&name.tenant, crate::names::Kind::Operation, &done.uid);
-                    let found = model.operation(&operation).map_err(|_| gone("operation", &operation))?;
-                    return Ok((found.clone(), false));
+                    return Ok((operation_made(model, name, &done.uid)?.clone(), false));
                 }
                 if let Some(same) = same_request(model, name, &wanted.request_id) {
                     return Ok((same.clone(), false));
@@ -159,7 +155,7 @@ impl Coordinator {
     /// Goes on with what an earlier life of the coordinator had begun.
     pub(super) fn resume_operations(self: &Arc<Self>) {
         for operation in self.model().operations.values().filter(|o| o.ended_ns == 0) {
-            let subject = Name::new(&operation.tenant, crate::names::Kind::Group, &operation.group).to_string();
+            let subject = Name::new(&operation.tenant, Kind::Group, &operation.group).to_string();
             self.tell(Severity::Warning, "operation", &subject, &format!("going on with {}", operation.name()));
             tokio::spawn(self.clone().drive(operation.name()));
         }
@@ -200,7 +196,7 @@ impl Coordinator {
                     return Ok((None, Vec::new()));
                 }
                 let before = operation.work.clone();
-                let group_name = Name::new(&name.tenant, crate::names::Kind::Group, &operation.group);
+                let group_name = Name::new(&name.tenant, Kind::Group, &operation.group);
                 let mut group = model.group(&group_name)?.clone();
                 let disks = disk_names(model, &group);
                 if let Some(reply) = reply {
@@ -292,7 +288,7 @@ impl Coordinator {
             })
             .await?;
         if asked {
-            let subject = Name::new(&name.tenant, crate::names::Kind::Group, &operation.group).to_string();
+            let subject = Name::new(&name.tenant, Kind::Group, &operation.group).to_string();
             self.tell(Severity::Warning, "operation", &subject, &format!("{by} has asked that {name} be given up"));
         }
         Ok(convert::operation_to_proto(&self.model(), &operation))
@@ -309,23 +305,13 @@ impl Coordinator {
         validate_only: bool,
         request: &Asked,
     ) -> Result<(), Problem> {
-        let now = self.clock.wall_ns();
-        self.change(|model, txn| {
-            if request.done(model)?.is_some() {
-                return Ok(());
-            }
+        let look = |model: &Model| {
             let old = model.operation(name)?;
-            model.check_etag(name, &Object::Operation(old.clone()).key(), etag)?;
-            if old.ended_ns == 0 {
-                return Err(Problem::state(name, "being done", "wait for its end, or cancel it"));
-            }
-            if !validate_only {
-                request.record(model, txn, now, &old.uid);
-                txn.delete(Object::Operation(old.clone()));
-            }
-            Ok(())
-        })
-        .await
+            let hindrance =
+                (old.ended_ns == 0).then(|| Problem::state(name, "being done", "wait for its end, or cancel it"));
+            Ok((Object::Operation(old.clone()), old.uid.clone(), hindrance))
+        };
+        self.delete_object(name, etag, validate_only, request, look).await.map(drop)
     }
 
     /// Waits until the target holds what the held source had captured.
@@ -373,6 +359,12 @@ impl Coordinator {
             }
         }
     }
+}
+
+/// The operation of a group of this tenant that a request began.
+fn operation_made<'a>(model: &'a Model, group: &Name, uid: &str) -> Result<&'a Operation, Problem> {
+    let name = Name::new(&group.tenant, Kind::Operation, uid);
+    model.operation(&name).map_err(|_| gone("operation", &name))
 }
 
 fn same_request<'a>(model: &'a Model, group: &Name, request_id: &str) -> Option<&'a Operation> {

@@ -6,13 +6,14 @@ use afterimage_wire::v1;
 use afterimage_wire::v1::command::Command as Tell;
 use afterimage_wire::v1::command_result::Outcome;
 
-use super::{Coordinator, misfit};
+use super::{Coordinator, misfit, unreachable};
 use crate::convert;
 use crate::failover::Choice;
 use crate::names::Name;
 use crate::objects::{GroupPhase, Proxy};
 use crate::problem::Problem;
 use crate::requests::Asked;
+use crate::sessions::CallError;
 
 /// Points on a page.
 const DEFAULT_PAGE: u32 = 100;
@@ -101,8 +102,7 @@ impl Coordinator {
         let source = model.source_of(group).ok_or_else(|| Problem::not_found("proxy", &group.source))?;
         if validate_only {
             if !self.sessions.connected(&source.uid) {
-                let detail = "it is not connected; look at that host, then try again".to_owned();
-                return Err(Problem::Unreachable { proxy: source.name().to_string(), detail });
+                return Err(unreachable(source, &CallError::NotConnected));
             }
             return Ok(v1::Point { label: label.to_owned(), ..v1::Point::default() });
         }

@@ -139,24 +139,14 @@ impl Coordinator {
         validate_only: bool,
         request: &Asked,
     ) -> Result<(), Problem> {
-        let now = self.clock.wall_ns();
-        self.change(|model, txn| {
-            if request.done(model)?.is_some() {
-                return Ok(());
-            }
+        let look = |model: &Model| {
             let old = model.policy(name)?;
-            model.check_etag(name, &Object::Policy(old.clone()).key(), etag)?;
-            if let Some(user) = model.groups.values().find(|g| g.tenant == name.tenant && g.policy == name.id) {
-                let remedy = "give that group another policy first";
-                return Err(Problem::state(name, format!("in use by {}", user.name()), remedy));
-            }
-            if !validate_only {
-                request.record(model, txn, now, &old.uid);
-                txn.delete(Object::Policy(old.clone()));
-            }
-            Ok(())
-        })
-        .await
+            let user = model.groups.values().find(|g| g.tenant == name.tenant && g.policy == name.id);
+            let remedy = "give that group another policy first";
+            let hindrance = user.map(|user| Problem::state(name, format!("in use by {}", user.name()), remedy));
+            Ok((Object::Policy(old.clone()), old.uid.clone(), hindrance))
+        };
+        self.delete_object(name, etag, validate_only, request, look).await.map(drop)
     }
 
     /// Deletes a proxy; its session ends, and its certificate is good for nothing any more.
@@ -170,31 +160,51 @@ impl Coordinator {
         validate_only: bool,
         request: &Asked,
     ) -> Result<(), Problem> {
-        let now = self.clock.wall_ns();
-        let uid = self
-            .change(|model, txn| {
-                if request.done(model)?.is_some() {
-                    return Ok(None);
-                }
-                let old = model.proxy(name)?;
-                model.check_etag(name, &Object::Proxy(old.clone()).key(), etag)?;
-                let uses = |g: &&crate::objects::Group| {
-                    g.tenant == name.tenant && (g.source == name.id || g.target == name.id)
-                };
-                if let Some(user) = model.groups.values().find(uses) {
-                    let remedy = "delete that group first";
-                    return Err(Problem::state(name, format!("in use by {}", user.name()), remedy));
-                }
-                if validate_only {
-                    return Ok(None);
-                }
-                request.record(model, txn, now, &old.uid);
-                txn.delete(Object::Proxy(old.clone()));
-                Ok(Some(old.uid.clone()))
-            })
-            .await?;
+        let look = |model: &Model| {
+            let old = model.proxy(name)?;
+            let uses =
+                |g: &&crate::objects::Group| g.tenant == name.tenant && (g.source == name.id || g.target == name.id);
+            let user = model.groups.values().find(uses);
+            let remedy = "delete that group first";
+            let hindrance = user.map(|user| Problem::state(name, format!("in use by {}", user.name()), remedy));
+            Ok((Object::Proxy(old.clone()), old.uid.clone(), hindrance))
+        };
+        let uid = self.delete_object(name, etag, validate_only, request, look).await?;
         let Some(uid) = uid else { return Ok(()) };
         self.sessions.expel(&uid, tonic::Status::permission_denied("this proxy has been deleted"));
         Ok(())
+    }
+
+    /// Deletes an object for which nothing else is to be done; `look` finds it, with its uid and what is in the way of its
+    /// deletion. Returns its uid, or nothing if it was a trial, or this request has been done before.
+    ///
+    /// # Errors
+    /// As `look` says; it has changed; something is in the way.
+    pub(super) async fn delete_object(
+        self: &Arc<Self>,
+        name: &Name,
+        etag: &str,
+        validate_only: bool,
+        request: &Asked,
+        look: impl FnOnce(&Model) -> Result<(Object, String, Option<Problem>), Problem>,
+    ) -> Result<Option<String>, Problem> {
+        let now = self.clock.wall_ns();
+        self.change(|model, txn| {
+            if request.done(model)?.is_some() {
+                return Ok(None);
+            }
+            let (old, uid, hindrance) = look(model)?;
+            model.check_etag(name, &old.key(), etag)?;
+            if let Some(hindrance) = hindrance {
+                return Err(hindrance);
+            }
+            if validate_only {
+                return Ok(None);
+            }
+            request.record(model, txn, now, &uid);
+            txn.delete(old);
+            Ok(Some(uid))
+        })
+        .await
     }
 }
