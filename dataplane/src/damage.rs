@@ -188,18 +188,9 @@ impl Ledger {
             let ours = known.timeline == self.timeline && known.first_seq <= floor && (known.found_at > floor || owed);
             let found_again = self.of_stream().any(|damage| !damage.known && damage.segment == known.segment);
             if ours && !found_again {
-                let (segment, first) = (known.segment, known.first_seq);
-                let damage = Damage {
-                    segment,
-                    incarnation: known.incarnation,
-                    first_frame: known.first_frame,
-                    last_frame: known.last_frame,
-                    first_seq: first,
-                    found_at: known.found_at,
-                    what: format!("records from {first} on were lost with segment {segment}, which has been folded"),
-                    known: false,
-                    blocks: Vec::new(),
-                };
+                let (segment, first, frames) = (known.segment, known.first_seq, (known.first_frame, known.last_frame));
+                let what = format!("records from {first} on were lost with segment {segment}, which has been folded");
+                let damage = Damage::unknown(segment, known.incarnation, frames, first, known.found_at, what);
                 self.add(known.timeline, damage);
             }
         }

@@ -42,6 +42,12 @@ fn segments(rig: &Rig) -> Vec<String> {
     rig.world.paths(rig.node, ROOT).into_iter().filter(|path| path.ends_with(".seg")).collect()
 }
 
+/// Those that have a head: not one that is only prepared.
+fn used_segments(rig: &Rig) -> Vec<String> {
+    let has_head = |path: &String| rig.world.file_range(rig.node, path, 0, 4) == Some(b"AISG".into());
+    segments(rig).into_iter().filter(has_head).collect()
+}
+
 /// Where a frame (from 1) lies in the only segment.
 fn at(feeder: &Feeder, frame: usize) -> u64 {
     4096 + feeder.frames[..frame - 1].iter().map(|frame| frame.0.len() as u64).sum::<u64>()
@@ -281,10 +287,7 @@ fn a_segment_without_a_head_is_opened_with_its_neighbours_key() {
         for _ in 0..3 {
             write(&mut rig, &mut feeder, &mut model, 1, dice.roll(32) * 4096, noise(dice.roll(1000), 4096));
         }
-        let used = segments(&rig)
-            .into_iter()
-            .filter(|path| rig.world.file_range(rig.node, path, 0, 4) == Some(b"AISG".into()));
-        let used: Vec<String> = used.collect();
+        let used = used_segments(&rig);
         assert!(used.len() >= 3, "{used:?}");
         let victim = if last { used.last() } else { used.get(1) }.unwrap().clone();
         rig.world.rot(rig.node, &victim, 0, 4096);
@@ -310,9 +313,7 @@ fn a_segment_without_a_head_before_the_next_writer_is_not_missed() {
     for _ in 0..3 {
         write(&mut rig, &mut feeder, &mut model, 1, dice.roll(32) * 4096, noise(dice.roll(1000), 4096));
     }
-    let mut used =
-        segments(&rig).into_iter().filter(|path| rig.world.file_range(rig.node, path, 0, 4) == Some(b"AISG".into()));
-    let victim = used.next_back().unwrap();
+    let victim = used_segments(&rig).pop().unwrap();
     let (frame, seq) = feeder.acked;
     let mut next = Feeder::new(2, seq + 2, Predecessor { incarnation: feeder.incarnation, frame, seq });
     next.join_and_sync(2);

@@ -385,8 +385,7 @@ impl Recovery {
         let (predecessor, key, disks) = match before {
             Some(writer) => (writer.predecessor, writer.wrapped, writer.disks.clone()),
             None => {
-                let mut later = self.found[self.at + 1..].iter().filter_map(|found| found.head.as_ref());
-                let (head, _) = later.find(|(head, _)| head.incarnation == incarnation)?;
+                let head = self.later_heads().find(|head| head.incarnation == incarnation)?;
                 (head.predecessor, head.key, head.disks.clone())
             }
         };
@@ -430,24 +429,16 @@ impl Recovery {
                 // Prepared and never begun, or begun and torn before anything in it was acknowledged.
                 let (number, path) = (found.number, found.path.clone());
                 self.open(ctx.io)?;
-                let Some((file, size)) = self.file.take() else { return Err(Stop::because("no file is open")) };
-                if size == journal.config.segment_bytes {
-                    journal.adopt_prepared(number, path, file, size);
-                } else {
-                    ctx.io.close(file);
-                    ctx.io.remove(&path).map_err(|errno| Stop::storage("removing", &path, errno))?;
-                    journal.bytes -= size;
+                match self.file.take_if(|(_, size)| *size == journal.config.segment_bytes) {
+                    Some((file, size)) => journal.adopt_prepared(number, path, file, size),
+                    None => self.remove(ctx.io, journal, &path)?,
                 }
             } else if journal.segments.is_empty() && self.is_folded(points.floor()) {
                 // It was kept because nobody knew what was in it; by now the history begins behind it.
                 let path = found.path.clone();
                 tracing::warn!(path, "a segment without a head lies before the oldest point and is removed");
                 self.open(ctx.io)?;
-                if let Some((file, size)) = self.file.take() {
-                    ctx.io.close(file);
-                    journal.bytes -= size;
-                }
-                ctx.io.remove(&path).map_err(|errno| Stop::storage("removing", &path, errno))?;
+                self.remove(ctx.io, journal, &path)?;
             } else {
                 let what = format!("the head of {} cannot be read: all its frames are lost", found.path);
                 let (frame, seq) = if self.expected.0 > 0 { self.expected } else { (1, points.floor() + 1) };
@@ -497,8 +488,21 @@ impl Recovery {
 
     /// Everything before the next segment whose head can be read is at or below the floor.
     fn is_folded(&self, floor: u64) -> bool {
-        let next = self.found[self.at + 1..].iter().find_map(|found| found.head.as_ref());
-        next.is_some_and(|(head, _)| head.first_seq <= floor + 1)
+        self.later_heads().next().is_some_and(|head| head.first_seq <= floor + 1)
+    }
+
+    /// The heads of the segments behind the present one, as far as they can be read.
+    fn later_heads(&self) -> impl Iterator<Item = &SegmentHead> {
+        self.found[self.at + 1..].iter().filter_map(|found| found.head.as_ref()).map(|(head, _)| head)
+    }
+
+    /// Removes the segment that is open.
+    fn remove<I: Io>(&mut self, io: &mut I, journal: &mut Journal, path: &str) -> Result<(), Stop> {
+        let Some((file, size)) = self.file.take() else { return Err(Stop::because("no file is open")) };
+        io.close(file);
+        io.remove(path).map_err(|errno| Stop::storage("removing", path, errno))?;
+        journal.bytes -= size;
+        Ok(())
     }
 
     /// A segment of which nothing can be used stands in its place, empty, until its turn to be dropped comes. Nothing is
@@ -678,19 +682,9 @@ impl Recovery {
         what: String,
     ) {
         let incarnation = journal.segments.back().map(|segment| segment.writer.incarnation).unwrap_or_default();
-        let (known, blocks, timeline) = (false, Vec::new(), journal.config.timeline);
-        let mut damage = Damage {
-            segment,
-            incarnation,
-            first_frame,
-            last_frame,
-            first_seq,
-            found_at: FOUND_NOW,
-            what,
-            known,
-            blocks,
-        };
-        if let Some(before) = self.known.stretch(timeline, &damage) {
+        let frames = (first_frame, last_frame);
+        let mut damage = Damage::unknown(segment, incarnation, frames, first_seq, FOUND_NOW, what);
+        if let Some(before) = self.known.stretch(journal.config.timeline, &damage) {
             damage.found_at = before.found_at;
         }
         points.damage(first_seq, damage.found_at);

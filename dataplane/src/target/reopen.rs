@@ -90,14 +90,8 @@ impl Stream {
         }
         // What is durable is indexed first: no point disappears, not even for a moment.
         self.index_written(usize::MAX, events);
-        let state = self.history.state();
-        let lives = state.disks.iter().map(|life| (life.info.slot, life.clone())).collect();
         let points = match which {
-            JournalId::Stream(_) => {
-                let mut points = Points::new(state.floor, lives, state.newest_cut);
-                self.damage.doubts(state.floor).for_each(|(from, found_at)| points.doubt(from, found_at));
-                points
-            }
+            JournalId::Stream(_) => self.points_at_floor(),
             JournalId::Delta(_) => Points::default(),
         };
         let busy = self.fold.is_busy() || !self.scrub.is_quiet();

@@ -65,6 +65,19 @@ pub struct Damage {
 }
 
 impl Damage {
+    /// Of these frames, the first and the last, of which nobody knows what they held.
+    pub(crate) fn unknown(
+        segment: u64,
+        incarnation: IncarnationId,
+        (first_frame, last_frame): (u64, u64),
+        first_seq: u64,
+        found_at: u64,
+        what: String,
+    ) -> Self {
+        let (known, blocks) = (false, Vec::new());
+        Self { segment, incarnation, first_frame, last_frame, first_seq, found_at, what, known, blocks }
+    }
+
     /// The newest state is good again.
     pub fn is_mended(&self) -> bool {
         self.known && self.blocks.iter().all(|block| block.until.is_some())

@@ -241,18 +241,23 @@ impl Stream {
         let mut history = History::open(io, &self.dir, self.config.stream, &self.config.name)?;
         history.configure(io, &self.config.disks, Place::default())?;
         history.drop_orphans(io)?;
-        let state = history.state();
-        let lives = state.disks.iter().map(|life| (life.info.slot, life.clone())).collect();
-        self.points = Points::new(state.floor, lives, state.newest_cut);
-        let floor = state.floor;
         let timeline = history.table().current;
         self.journal = Self::empty_journal(self.id, &self.config, &self.bounds, &self.dir, timeline);
         self.damage = Ledger::open(io, &self.dir, self.config.stream, timeline)
             .map_err(|errno| storage("reading the damage list in", &self.dir, errno))?;
-        self.damage.doubts(floor).for_each(|(from, found_at)| self.points.doubt(from, found_at));
         self.history = history;
+        self.points = self.points_at_floor();
         self.bound_journal();
         Ok(())
+    }
+
+    /// What is known of the stream before its journal is read.
+    pub(super) fn points_at_floor(&self) -> Points {
+        let state = self.history.state();
+        let lives = state.disks.iter().map(|life| (life.info.slot, life.clone())).collect();
+        let mut points = Points::new(state.floor, lives, state.newest_cut);
+        self.damage.doubts(state.floor).for_each(|(from, found_at)| points.doubt(from, found_at));
+        points
     }
 
     fn bound_journal(&mut self) {
@@ -466,11 +471,8 @@ impl Stream {
         };
         if self.points.base().iter().any(lost) && self.damage.all().all(|damage| damage.known) {
             let what = format!("something up to record {floor} was lost before");
-            let (incarnation, blocks) = (self.journal.durable.incarnation, Vec::new());
-            let (segment, first_frame, last_frame, known) = (0, 0, 0, false);
-            let (first_seq, found_at) = (floor, self.points.newest());
-            let damage =
-                Damage { segment, incarnation, first_frame, last_frame, first_seq, found_at, what, known, blocks };
+            let (writer, newest) = (self.journal.durable.incarnation, self.points.newest());
+            let damage = Damage::unknown(0, writer, (0, 0), floor, newest, what);
             self.damage.add(self.journal.config.timeline, damage);
         }
         Ok(())
@@ -667,17 +669,9 @@ impl Stream {
                 self.points.damage(first_seq, found_at);
                 self.points.reached(found_at);
                 let number = header.number.get();
-                let damage = Damage {
-                    segment: self.journal.segment(written.segment).map_or(0, |segment| segment.number),
-                    incarnation: header.incarnation,
-                    first_frame: number,
-                    last_frame: number,
-                    first_seq,
-                    found_at,
-                    what: format!("frame {number} cannot be opened: {error}"),
-                    known: false,
-                    blocks: Vec::new(),
-                };
+                let segment = self.journal.segment(written.segment).map_or(0, |segment| segment.number);
+                let what = format!("frame {number} cannot be opened: {error}");
+                let damage = Damage::unknown(segment, header.incarnation, (number, number), first_seq, found_at, what);
                 self.bad_seal = Some(number);
                 self.damage.add(self.journal.config.timeline, damage.clone());
                 self.name_damage(damage, events);
