@@ -163,7 +163,11 @@ def ends(source, how):
     else:
         code = source.stop()
         expect(code == 0, f"exit code {code}:\n{source.tail()}")
-    source.start()
+
+
+def usually_quick(taken):
+    usual = sorted(taken)[len(taken) // 2]
+    expect(usual < TAKE_OVER, f"a new process took {usual:.2f} s to answer")
 
 
 def answers(uri):
@@ -190,14 +194,14 @@ def rides_through(cluster, folder, client, how, rounds):
                 writers.stall()
                 begun = time.monotonic()
                 ends(cluster.source, how)
+                cluster.source.start()
                 eventually("the new process answers", lambda: answers(uri), pause=0.01)
                 taken.append(time.monotonic() - begun)
                 writers.progress()
                 stall = writers.stall()
                 expect(stall < STALL, f"a write took {stall:.1f} s")
                 print(f"    {how}: answers after {taken[-1]:.2f} s, longest write {stall:.2f} s", flush=True)
-            usual = sorted(taken)[len(taken) // 2]
-            expect(usual < TAKE_OVER, f"a new process took {usual:.2f} s to answer")
+            usually_quick(taken)
         finally:
             writers.end()
         writers.verify(through)
@@ -219,6 +223,7 @@ def alone(cluster, folder, client, how):
             writers.progress()
             writers.stall()
             ends(cluster.source, how)
+            cluster.source.start()
             writers.progress()
             stall = writers.stall()
             print(f"    {how}, alone: longest write {stall:.2f} s", flush=True)
@@ -299,11 +304,7 @@ def held_sockets(cluster, folder, how, rounds):
                 for _ in range(rounds):
                     writers.stall()
                     begun = time.monotonic()
-                    if how == "killed":
-                        source.kill()
-                    else:
-                        code = source.stop()
-                        expect(code == 0, f"exit code {code}:\n{source.tail()}")
+                    ends(source, how)
                     waiting = manager.clients()
                     source.start()
                     for client in waiting:
@@ -314,8 +315,7 @@ def held_sockets(cluster, folder, how, rounds):
                     writers.progress()
                     print(f"    {how}: who waited is answered after {taken[-1]:.2f} s, longest write {writers.stall():.2f} s",
                           flush=True)
-                usual_time = sorted(taken)[len(taken) // 2]
-                expect(usual_time < TAKE_OVER, f"a new process took {usual_time:.2f} s to answer")
+                usually_quick(taken)
             finally:
                 writers.end()
             writers.verify(through)

@@ -176,12 +176,18 @@ def segment(path, policy_keys):
     return head, frames
 
 
-def timeline_table(data):
+def table_head(data, wanted, what):
+    """What follows the head that all tables have."""
     source = Input(data)
     magic, version, zero, crc, length = source.take("4sHHII")
-    check(magic == b"AITL" and version == 1 and zero == 0, "not a timeline table of version 1")
+    check(magic == wanted and version == 1 and zero == 0, f"not a {what} of version 1")
     check(length == len(data), f"{len(data)} bytes, {length} are said")
-    check(crc_with_hole(data, 8) == crc, "CRC of a timeline table")
+    check(crc_with_hole(data, 8) == crc, f"CRC of a {what}")
+    return source
+
+
+def timeline_table(data):
+    source = table_head(data, b"AITL", "timeline table")
     table = {"stream": source.id(), "current": source.id()}
     table["floor"], timelines, disks, fences, zero = source.take("QHHHH")
     check(zero == 0 and source.at == 64, "head of a timeline table")
@@ -209,11 +215,7 @@ def timeline_table(data):
 
 
 def stream_state(data):
-    source = Input(data)
-    magic, version, zero, crc, length = source.take("4sHHII")
-    check(magic == b"AISS" and version == 1 and zero == 0, "not a stream state of version 1")
-    check(length == len(data), f"{len(data)} bytes, {length} are said")
-    check(crc_with_hole(data, 8) == crc, "CRC of a stream state")
+    source = table_head(data, b"AISS", "stream state")
     state = {"stream": source.id()}
     state["floor"], state["cut"], disks, incarnations, views, zero, ranges, zeros = source.take("QQHHHHII")
     check(zero == 0 and zeros == 0 and source.at == 64, "head of a stream state")

@@ -239,8 +239,7 @@ impl Tap {
                 }
                 (RecordKind::SyncEnd, Ok(mark)) => {
                     complete = true;
-                    let begin = begun.get(&mark.sync);
-                    good |= mark.whole && begin.is_some_and(|begin| lost.is_none_or(|lost| *begin > lost));
+                    good |= mark.whole && begun.get(&mark.sync).copied() > lost;
                 }
                 _ => {}
             }
