@@ -180,6 +180,15 @@ impl Ledger {
         }
     }
 
+    /// As [`Ledger::add`], unless the same is there already; true if it was not.
+    pub fn add_once(&mut self, timeline: TimelineId, damage: Damage) -> bool {
+        let is_new = !self.items.iter().any(|item| item.timeline == timeline && item.damage == damage);
+        if is_new {
+            self.add(timeline, damage);
+        }
+        is_new
+    }
+
     /// Losses that were known before this start and are not in the journal any more, because they have been folded: they
     /// count as long as they concern something.
     pub fn restore_folded(&mut self, floor: u64, now: &Lives) {

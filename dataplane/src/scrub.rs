@@ -100,6 +100,11 @@ impl Scrub {
         }
     }
 
+    /// What is lost has changed: it is written down with the next turn.
+    pub fn look_soon(&mut self) {
+        self.review_at = 0;
+    }
+
     /// When to go on although nothing completes.
     pub fn deadline(&self) -> Option<Nanos> {
         match (&self.reading, self.pass.is_some() || !self.suspects.is_empty()) {
@@ -348,7 +353,7 @@ impl Stream {
         let damage = self.damage.add_frame(lost, &disk_of, &why);
         self.name_damage(damage, events);
         self.keep_damage(io);
-        self.scrub.review_at = 0;
+        self.scrub.look_soon();
         self.mend_at = 0;
     }
 

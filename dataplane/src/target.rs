@@ -267,6 +267,9 @@ impl<I: Io> Target<I> {
                     old.stop(StopReason::Replaced, 0, "a newer connection of the source took over".into());
                     old.discard();
                 }
+                if let Some(stream) = self.streams.get_mut(&number) {
+                    stream.note_behind(hello.predecessor, &mut self.events);
+                }
                 let held = accepted.position;
                 let control = crate::mutant::control_key(control, &accepted.writer.key);
                 let mut connection = Connection::new(

@@ -625,40 +625,38 @@ impl Recovery {
     }
 
     fn end_of_segment<I: Io>(&mut self, io: &mut I, journal: &mut Journal, points: &mut Points) {
-        if let Some(probe) = self.probe {
-            let here = journal.segments.back().map(|segment| segment.writer.incarnation);
-            // What follows, as far as its writer is known: one without a head goes on with this one's frames, too.
-            let next = self.found[self.at + 1..].iter().find_map(|found| match (&found.head, found.seen) {
-                (Some((head, _)), _) => Some((head.incarnation, head.first_frame, Some(head.predecessor))),
-                (None, Some(seen)) if Some(seen.header.incarnation) == here => {
-                    Some((seen.header.incarnation, seen.header.number.get(), None))
-                }
-                _ => None,
-            });
-            let durable = next.is_some_and(|(writer, first_frame, predecessor)| {
-                if Some(writer) == here {
-                    first_frame > self.expected.0
-                } else {
-                    let before = predecessor.filter(|before| Some(before.incarnation) == here);
-                    before.is_some_and(|before| before.frame >= self.expected.0)
-                }
-            });
-            let durable = durable && !mutant!(TornNotDamaged);
-            match probe.found {
-                Some(found) if durable => {
-                    self.mend(journal, points, found);
-                    return;
-                }
-                // With nothing readable behind the hole, a next segment of the same writer names the gap itself.
-                None if durable && next.is_some_and(|(writer, ..)| Some(writer) != here) => {
-                    let (first, seq) = self.expected;
-                    let last = next.and_then(|(.., before)| before).map_or(first, |before| before.frame);
-                    let number = journal.segments.back().map_or(0, |segment| segment.number);
-                    let what = format!("frames {first} to {last} of an acknowledged stretch are missing");
-                    self.lost(journal, points, number, first, last, seq, what);
-                }
-                _ => {}
+        let here = journal.segments.back().map(|segment| segment.writer.incarnation);
+        // What follows, as far as its writer is known: one without a head goes on with this one's frames, too.
+        let next = self.found[self.at + 1..].iter().find_map(|found| match (&found.head, found.seen) {
+            (Some((head, _)), _) => Some((head.incarnation, head.first_frame, Some(head.predecessor))),
+            (None, Some(seen)) if Some(seen.header.incarnation) == here => {
+                Some((seen.header.incarnation, seen.header.number.get(), None))
             }
+            _ => None,
+        });
+        let durable = next.is_some_and(|(writer, first_frame, predecessor)| {
+            if Some(writer) == here {
+                first_frame > self.expected.0
+            } else {
+                let before = predecessor.filter(|before| Some(before.incarnation) == here);
+                before.is_some_and(|before| before.frame >= self.expected.0)
+            }
+        });
+        let durable = durable && !mutant!(TornNotDamaged);
+        match self.probe.and_then(|probe| probe.found) {
+            Some(found) if durable => {
+                self.mend(journal, points, found);
+                return;
+            }
+            // With nothing readable behind the hole, or no hole because the file ends there, a next segment of the same
+            // writer names the gap itself.
+            None if durable && next.is_some_and(|(writer, ..)| Some(writer) != here) => {
+                let (first, seq) = self.expected;
+                let last = next.and_then(|(.., before)| before).map_or(first, |before| before.frame);
+                let number = journal.segments.back().map_or(0, |segment| segment.number);
+                self.lost(journal, points, number, first, last, seq, Damage::missing(first, last));
+            }
+            _ => {}
         }
         self.close_file(io);
         if let Some(segment) = journal.segments.back_mut()

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use afterimage_wire::WIRE_VERSION;
 use afterimage_wire::handshake::{Hello, Position, Refusal, Welcome};
 use afterimage_wire::ids::IncarnationId;
+use afterimage_wire::segment::Predecessor;
 
 use super::stream::{Phase, Stream};
-use crate::journal::Writer;
+use crate::journal::{Place, Writer};
 
 /// An accepted hello.
 #[derive(Debug)]
@@ -148,8 +149,7 @@ fn check_claims(stream: &Stream, hello: &Hello) -> Result<(), Welcome> {
 fn descends(stream: &Stream, hello: &Hello) -> Result<bool, Welcome> {
     let (held, predecessor) = (stream.position(), hello.predecessor);
     if predecessor.incarnation == held.incarnation {
-        let behind = held.frame < predecessor.frame || held.seq < predecessor.seq;
-        return Ok(behind && !mutant!(PredecessorNotCompared));
+        return Ok(is_behind(held, predecessor));
     }
     if let Some(welcomed) = stream.welcomed
         && welcomed.incarnation == predecessor.incarnation
@@ -162,4 +162,11 @@ fn descends(stream: &Stream, hello: &Hello) -> Result<bool, Welcome> {
         return Err(refuse(Refusal::Branch, "its predecessor is not the newest writer here"));
     }
     Ok(true)
+}
+
+/// Less is here than the writer of what is here was told to be safe.
+pub(crate) fn is_behind(held: Place, predecessor: Predecessor) -> bool {
+    predecessor.incarnation == held.incarnation
+        && (held.frame < predecessor.frame || held.seq < predecessor.seq)
+        && !mutant!(PredecessorNotCompared)
 }

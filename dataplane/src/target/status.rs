@@ -78,6 +78,11 @@ impl Damage {
         Self { segment, incarnation, first_frame, last_frame, first_seq, found_at, what, known, blocks }
     }
 
+    /// What is wrong where frames are not there at all.
+    pub(crate) fn missing(first_frame: u64, last_frame: u64) -> String {
+        format!("frames {first_frame} to {last_frame} of an acknowledged stretch are missing")
+    }
+
     /// The newest state is good again.
     pub fn is_mended(&self) -> bool {
         self.known && self.blocks.iter().all(|block| block.until.is_some())

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use afterimage_wire::ids::{DiskId, IncarnationId, TimelineId};
 use afterimage_wire::record::DiskInfo;
+use afterimage_wire::segment::Predecessor;
 use afterimage_wire::stream_state::{DeltaView, StreamStateFile};
 use afterimage_wire::timeline::TimelineKind;
 use afterimage_wire::{ALIGN, align_up};
 
 use super::config::{StreamConfig, TargetConfig, TargetError, ViewConfig};
+use super::hello::is_behind;
 use super::ops::{Ctx, JournalId, Purpose};
 use super::promise::Promise;
 use super::reopen::Reopen;
@@ -678,6 +680,28 @@ impl Stream {
             }
             at += len;
             file_at += len as u64;
+        }
+    }
+
+    /// A new writer comes that was told of more than is here: the disk was put back to what it held before. That is a
+    /// loss, found now, and what the writer sends first makes it good. Said at every start from then on by the head of
+    /// its first segment; kept in the list so that it is known then since when.
+    pub fn note_behind(&mut self, predecessor: Predecessor, events: &mut VecDeque<TargetEvent>) {
+        let held = self.position();
+        if !is_behind(held, predecessor) || predecessor.frame <= held.frame {
+            return;
+        }
+        // What is durable is to be in the index before what comes behind it.
+        self.index_written(usize::MAX, events);
+        let of_writer = self.journal.segments.iter().rfind(|segment| segment.writer.incarnation == held.incarnation);
+        let segment = of_writer.map_or(0, |segment| segment.number);
+        let (first, last) = (held.frame + 1, predecessor.frame);
+        let what = Damage::missing(first, last);
+        let damage = Damage::unknown(segment, held.incarnation, (first, last), held.seq + 1, held.seq, what);
+        if self.damage.add_once(self.journal.config.timeline, damage.clone()) {
+            self.points.damage(damage.first_seq, damage.found_at);
+            self.name_damage(damage, events);
+            self.scrub.look_soon();
         }
     }
 
