@@ -548,3 +548,55 @@ fn an_oldest_segment_without_a_head_is_given_up_in_the_end() {
     assert!(told(&rig).is_empty() && !segments(&rig).contains(&victim), "{:?}", told(&rig));
     rig.check(&model, next.next_seq - 1);
 }
+
+/// A target that was put back to an older copy of its disk lacks what it had acknowledged. It says so when the next
+/// writer comes, says it again at each start, and takes what that writer synchronised for good.
+#[test]
+fn what_an_older_copy_of_a_target_lacks_is_known_and_made_good_once() {
+    // Whether the segment was cut to its length, or kept its prepared end, after the copy was put back.
+    for (seed, power) in [(50, false), (51, true)] {
+        let (mut rig, mut feeder, mut model) = begun(seed);
+        let kept = write(&mut rig, &mut feeder, &mut model, 0, 0, noise(1, 8192));
+        let frames = feeder.acked.0;
+        let copy = rig.world.snapshot(rig.node);
+        for block in 0..4 {
+            write(&mut rig, &mut feeder, &mut model, 0, block * 4096, noise(2 + block, 4096));
+        }
+        rig.put_back(&copy);
+        let (lost_frame, lost_seq) = feeder.acked;
+        let predecessor = Predecessor { incarnation: feeder.incarnation, frame: lost_frame, seq: lost_seq };
+        let mut next = Feeder::new(2, feeder.next_seq + 1000, predecessor);
+        // Welcomed twice: it is one loss.
+        for _ in 0..2 {
+            let (_, whole) = rig.connect(&next);
+            assert!(whole);
+            rig.tick();
+        }
+        let place = |damage: &Damage| (damage.first_frame, damage.last_frame, damage.first_seq, damage.found_at);
+        let want = (frames + 1, lost_frame, kept + 1, kept);
+        assert_eq!(told(&rig).iter().map(place).collect::<Vec<_>>(), [want]);
+        for slot in [0, 1] {
+            next.sync_mark(RecordKind::SyncBegin, slot, 2, true);
+            next.record(RecordKind::SyncWrite, slot, 0, SIZE, model.at(slot, lost_seq));
+            next.sync_mark(RecordKind::SyncEnd, slot, 2, true);
+        }
+        let half = next.next_seq - 2;
+        let healed = next.next_seq - 1;
+        next.seal(9);
+        rig.ship(&mut next);
+        for life in 0..3 {
+            let complete = |rig: &mut Rig, seq| {
+                let point = rig.target.resolve(&mut rig.io, stream_id(), Choice::Seq(seq)).unwrap();
+                assert!(point.complete == point.damage.is_none(), "{point:?}");
+                point.complete
+            };
+            assert!(complete(&mut rig, kept) && !complete(&mut rig, half), "life {life}");
+            assert!(complete(&mut rig, healed), "life {life}");
+            rig.check(&model, healed);
+            rig.restart(power);
+            assert_eq!(told(&rig).iter().map(place).collect::<Vec<_>>(), [want], "life {life}");
+            let (_, whole) = rig.connect(&next);
+            assert!(!whole, "life {life}");
+        }
+    }
+}

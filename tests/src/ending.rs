@@ -128,6 +128,8 @@ impl Run {
     }
 
     fn latest(&mut self) -> Result<u64, String> {
+        // The journal is followed up to it.
+        check::ends(self)?;
         let stream = self.stage.stream;
         let life = self.stage.target.as_mut().ok_or("no target")?;
         let point =

@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use afterimage_dataplane::host::{Answer, DiskKey, Disks, Export, HEADROOM, HostDisk, Request};
-use afterimage_dataplane::io::sim::{NodeId, SimIo, World, WorldConfig};
+use afterimage_dataplane::io::sim::{NodeId, SimIo, Snapshot, World, WorldConfig};
 use afterimage_dataplane::io::{Done, Io, Op, Part, Sock};
 use afterimage_dataplane::seal::{ControlKey, DataKey, FrameMeta, Item, Plan, PolicyKey, Scratch, seal_frame};
 use afterimage_dataplane::target::{StreamConfig, Target, TargetConfig, TargetEvent, ViewConfig};
@@ -298,6 +298,18 @@ impl Rig {
         } else {
             self.world.crash(self.node);
         }
+        self.begin();
+    }
+
+    /// The target's machine loses power and comes back with what its disk held before.
+    pub fn put_back(&mut self, copy: &Snapshot) {
+        self.world.power_loss(self.node);
+        self.world.restore(self.node, copy);
+        self.begin();
+        self.open();
+    }
+
+    fn begin(&mut self) {
         self.io = self.world.io(self.node);
         self.target = Target::new(7, self.config.clone()).expect("good settings");
         self.events.clear();
