@@ -80,8 +80,26 @@ fn cause(error: &dyn std::error::Error) -> String {
     inner.to_string()
 }
 
-async fn open(address: &str, endpoint: Endpoint) -> Result<Channel, ClientError> {
-    endpoint.connect().await.map_err(|e| ClientError::Connect { endpoint: address.to_owned(), detail: cause(&e) })
+/// Opens one of several addresses (`https://a:1,b:2`): the first that answers. Any coordinator leads to the leader.
+async fn open(addresses: &str, ca_pem: &str, identity: Option<Identity>) -> Result<Channel, ClientError> {
+    let mut last = None;
+    for address in each(addresses) {
+        let connect = endpoint(&address, ca_pem, identity.clone())?;
+        // The handshake, too: one that is stopped accepts and says nothing.
+        let detail = match tokio::time::timeout(CONNECT_TIMEOUT, connect.connect()).await {
+            Ok(Ok(channel)) => return Ok(channel),
+            Ok(Err(e)) => cause(&e),
+            Err(_) => "it does not answer".to_owned(),
+        };
+        last = Some(ClientError::Connect { endpoint: address, detail });
+    }
+    Err(last.unwrap_or_else(|| ClientError::Endpoint { endpoint: addresses.to_owned(), detail: "none".to_owned() }))
+}
+
+/// The addresses of a list, each in full.
+fn each(addresses: &str) -> impl Iterator<Item = String> + '_ {
+    let parts = addresses.split(',').map(str::trim).filter(|a| !a.is_empty());
+    parts.map(|a| if a.contains("://") { a.to_owned() } else { format!("https://{a}") })
 }
 
 /// Connects with the bundle's certificate. The channel reconnects by itself when it is lost.
@@ -90,7 +108,7 @@ async fn open(address: &str, endpoint: Endpoint) -> Result<Channel, ClientError>
 /// The address is none, nothing answers there, or it is not the bundle's coordinator.
 pub async fn connect(bundle: &Bundle) -> Result<Channel, ClientError> {
     let identity = Identity::from_pem(&bundle.certificate_pem, &bundle.key_pem);
-    open(&bundle.endpoint, endpoint(&bundle.endpoint, &bundle.ca_pem, Some(identity))?).await
+    open(&bundle.endpoint, &bundle.ca_pem, Some(identity)).await
 }
 
 /// Spends a join token: makes a key here, has its certificate issued, and returns the bundle to keep. The private key
@@ -104,7 +122,7 @@ pub async fn join(token: &str, address: Option<&str>) -> Result<Bundle, ClientEr
     let token = JoinToken::parse(token)?;
     let address = address.unwrap_or(&token.endpoint);
     let (key_pem, csr_pem) = key_and_request()?;
-    let channel = open(address, endpoint(address, &token.ca_pem, None)?).await?;
+    let channel = open(address, &token.ca_pem, None).await?;
     let answer = EnrolmentClient::new(channel)
         .join(JoinRequest { token_id: token.id, secret: token.secret, csr_pem })
         .await

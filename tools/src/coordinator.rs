@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use afterimage_controlplane::grpc::{Config, Running, ServeError, start};
+use afterimage_controlplane::grpc::member::start_member;
+use afterimage_controlplane::grpc::{Config, ServeError, start};
+use afterimage_controlplane::store::etcd::Etcd;
 use clap::ValueEnum;
 use serde::Deserialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -14,6 +16,10 @@ use tracing_subscriber::EnvFilter;
 
 use crate::operator::failure::{Failure, Kind};
 use crate::operator::output::{Output, fields};
+
+mod shared;
+
+use shared::EtcdArgs;
 
 /// Port of the coordinator, where none is given.
 const PORT: u16 = 7700;
@@ -28,6 +34,9 @@ Examples:
   afterimage coordinator                                        everything at its default
   afterimage coordinator --listen 10.0.0.5:7700 --data-dir /srv/coordinator
   afterimage coordinator --advertise coordinator.example:443    behind a gateway
+  afterimage coordinator --etcd http://10.0.0.1:2379 --etcd http://10.0.0.2:2379 --etcd http://10.0.0.3:2379 \
+    --advertise 10.0.0.1:7700,10.0.0.2:7700,10.0.0.3:7700       one of three that share an etcd
+  afterimage coordinator move --etcd http://10.0.0.1:2379       the state of a single one into an etcd
 
 The first start makes a certificate authority and an identity for an admin, DIR/admin.json. With it:
   export AFTERIMAGE_IDENTITY=DIR/admin.json
@@ -35,9 +44,15 @@ The first start makes a certificate authority and an identity for an admin, DIR/
   afterimage token create anna --role operator
 
 It stands at the target or at a third site, never only at the source. Replication goes on without it.
+Of several that share an etcd one leads; the others lead every caller to it. They share DIR/ca.pem and DIR/keys.bin.
 SIGTERM and SIGINT stop it cleanly; AFTERIMAGE_LOG sets what is logged (info, debug, …).")]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
-    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, log.
+    #[command(subcommand)]
+    action: Option<Action>,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, etcd, log.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Address to listen on; port 0 takes one that is free; may be given many times [default: 0.0.0.0:7700].
@@ -58,6 +73,22 @@ pub struct Args {
     /// Say as one line of JSON when it is ready.
     #[arg(long)]
     json: bool,
+}
+
+/// What is done instead of serving.
+#[derive(clap::Subcommand, Debug)]
+enum Action {
+    /// Move the embedded state into an etcd that several coordinators share, while no coordinator runs.
+    Move {
+        /// Folder of the state [default: /var/lib/afterimage/coordinator].
+        #[arg(long, value_name = "DIR")]
+        data_dir: Option<PathBuf>,
+        #[command(flatten)]
+        etcd: EtcdArgs,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// How a log is written.
@@ -81,11 +112,15 @@ struct File {
     data_dir: Option<PathBuf>,
     metrics: Option<SocketAddr>,
     log: Option<LogFormat>,
+    #[serde(default)]
+    etcd: EtcdArgs,
 }
 
 /// What it runs with.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Settings {
+    etcd: Option<Etcd>,
+    reach: Option<String>,
     listen: Vec<SocketAddr>,
     /// `host:port`; the first address listened on where none was given.
     advertise: Option<String>,
@@ -101,7 +136,10 @@ impl Settings {
             Some(path) => read(path)?,
         };
         let given = if args.listen.is_empty() { file.listen } else { args.listen.clone() };
+        let etcd = args.etcd.clone().or(file.etcd);
         let settings = Settings {
+            etcd: etcd.etcd()?,
+            reach: etcd.reach(),
             listen: if given.is_empty() { vec![SocketAddr::from(([0, 0, 0, 0], PORT))] } else { given },
             advertise: args.advertise.clone().or(file.advertise),
             data_dir: args.data_dir.clone().or(file.data_dir).unwrap_or_else(|| PathBuf::from(DATA_DIR)),
@@ -125,33 +163,41 @@ fn read(path: &Path) -> Result<File, Failure> {
 
 /// An address that is written into every token is worth a look before the first one is given out.
 fn check_advertised(address: &str) -> Result<(), Failure> {
-    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse().ok());
-    match port {
-        Some(1u16..) => Ok(()),
-        _ => {
-            Err(Failure::usage(format!("advertise is \"{address}\"; allowed: HOST:PORT, with a port from 1 to 65535")))
-        }
+    let port = |one: &str| one.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, p)| p.parse().ok());
+    if address.split(',').all(|one| matches!(port(one), Some(1u16..))) {
+        return Ok(());
     }
+    let allowed = "HOST:PORT, with a port from 1 to 65535; or several with commas";
+    Err(Failure::usage(format!("advertise is \"{address}\"; allowed: {allowed}")))
 }
 
 /// Runs the coordinator until it is told to stop.
 pub fn run(args: Args) -> ExitCode {
-    let json = args.json;
+    let json = args.json || matches!(args.action, Some(Action::Move { json: true, .. }));
     match serve(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => crate::operator::report(&failure, json),
     }
 }
 
-fn serve(args: Args) -> Result<(), Failure> {
+fn serve(mut args: Args) -> Result<(), Failure> {
+    if let Some(Action::Move { data_dir, etcd, json }) = args.action.take() {
+        start_log(LogFormat::Text);
+        let etcd = etcd.etcd()?.ok_or_else(|| Failure::usage("where to: --etcd URL, once for each member"))?;
+        let dir = data_dir.unwrap_or_else(|| PathBuf::from(DATA_DIR));
+        return runtime()?.block_on(shared::move_into(&etcd, &dir, Output { json, yes: false }));
+    }
     let settings = Settings::load(&args)?;
     start_log(settings.log);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    runtime()?.block_on(until_stopped(settings, Output { json: args.json, yes: false }))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("coordinator")
         .build()
-        .map_err(|error| Failure::new(Kind::Failed, "coordinator", format!("no runtime: {error}")))?;
-    runtime.block_on(until_stopped(settings, Output { json: args.json, yes: false }))
+        .map_err(|error| Failure::new(Kind::Failed, "coordinator", format!("no runtime: {error}")))
 }
 
 async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
@@ -166,8 +212,19 @@ async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
         metrics: settings.metrics,
         ..Config::new(settings.data_dir, settings.listen[0])
     };
+    if let Some(etcd) = settings.etcd {
+        let mut member = start_member(config, etcd, settings.reach).await.map_err(|error| refused(&error))?;
+        ready(member.addresses(), member.endpoint(), member.admin_bundle(), settings.metrics, out, loopback);
+        let signal = tokio::select! {
+            signal = stop.wait() => signal,
+            ended = member.failed() => return ended.map_err(|error| refused(&error)),
+        };
+        tracing::info!("{signal}: stopping; another coordinator takes over");
+        member.stop().await;
+        return Ok(());
+    }
     let running = start(config).await.map_err(|error| refused(&error))?;
-    ready(&running, out, loopback);
+    ready(running.addresses(), running.endpoint(), running.admin_bundle(), running.metrics(), out, loopback);
     let signal = stop.wait().await;
     tracing::info!("{signal}: stopping; replication goes on without the coordinator");
     running.stop().await;
@@ -186,19 +243,26 @@ fn refused(error: &ServeError) -> Failure {
 }
 
 /// Says that it is ready, and how others join.
-fn ready(running: &Running, out: Output, loopback: bool) {
-    let listening: Vec<String> = running.addresses().iter().map(ToString::to_string).collect();
-    let admin = running.admin_bundle().display().to_string();
+fn ready(
+    addresses: &[SocketAddr],
+    endpoint: &str,
+    admin: &Path,
+    metrics: Option<SocketAddr>,
+    out: Output,
+    loopback: bool,
+) {
+    let listening: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    let admin = admin.display().to_string();
     let document = serde_json::json!({
         "ready": true,
-        "endpoint": running.endpoint(),
+        "endpoint": endpoint,
         "listening": listening,
         "admin_identity": admin,
-        "metrics": running.metrics().map(|a| format!("http://{a}/metrics")),
+        "metrics": metrics.map(|a| format!("http://{a}/metrics")),
     });
     out.show(&document, || {
         let mut text = fields(&[
-            ("coordinator", running.endpoint().to_owned()),
+            ("coordinator", endpoint.to_owned()),
             ("listening on", listening.join(" ")),
             ("admin identity", admin.clone()),
         ]);

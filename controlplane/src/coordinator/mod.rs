@@ -213,6 +213,10 @@ impl Coordinator {
             Ok(Ok(())) => Ok(result),
             Ok(Err(e)) => {
                 tracing::error!(error = %e, "the store refused a change");
+                if matches!(e, StoreError::Deposed { .. }) {
+                    let detail = format!("{e}: ask again, with the same request id");
+                    return Err(Problem::Unreachable { proxy: "the coordinator".to_owned(), detail });
+                }
                 Err(Problem::Internal(format!("nothing was changed: {e}")))
             }
             Err(e) => Err(Problem::Internal(format!("the change was interrupted: {e}"))),
@@ -277,6 +281,10 @@ impl Coordinator {
         connect: Duration,
         answer: Duration,
     ) -> Result<Outcome, CallError> {
+        // What was decided by who leads no more is not to be done: the next leader goes on with it.
+        if !self.store.in_office() {
+            return Err(CallError::NotConnected);
+        }
         let command = v1::Command {
             id: new_uid(),
             term: self.model().term,
@@ -323,6 +331,9 @@ impl Coordinator {
 
     /// Sends a proxy what it should be, unless it has been told.
     pub(crate) fn converge(&self, model: &Model, proxy: &Proxy, first: bool) {
+        if !self.store.in_office() {
+            return;
+        }
         let key = |id: &str| model.keys.get(id).and_then(|k| self.keys.unwrap(k).ok()).map(|k| k.to_vec());
         let (state, without_key) = desired(model, proxy, key);
         for group in without_key {

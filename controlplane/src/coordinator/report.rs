@@ -108,7 +108,8 @@ impl Coordinator {
     /// Tells a source which streams are its own: its leases go on from when it asked. Once a failover has begun, they
     /// do not.
     fn answer_report(&self, who: &Identity, uid: &str, model: &crate::model::Model, report: &v1::Report) {
-        if report.number == 0 {
+        // Who leads no more prolongs no lease: the next leader may be waiting for its end.
+        if report.number == 0 || !self.store.in_office() {
             return;
         }
         let own = |g: &&crate::objects::Group| {

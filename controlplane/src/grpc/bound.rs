@@ -19,9 +19,16 @@ pub const MAX_CONNECTIONS: usize = 4096;
 pub const MAX_PER_ADDRESS: usize = 512;
 
 /// Connections that are open, by address. An entry is there only while one is.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Open {
     by_address: Mutex<Counts>,
+    per_address: usize,
+}
+
+impl Default for Open {
+    fn default() -> Self {
+        Self { by_address: Mutex::default(), per_address: MAX_PER_ADDRESS }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -31,13 +38,18 @@ struct Counts {
 }
 
 impl Open {
+    /// For connections that all come from one address: who passes them on has counted them.
+    pub(super) fn passed_on() -> Self {
+        Self { per_address: MAX_CONNECTIONS, ..Self::default() }
+    }
+
     /// Counts one more from there; none if that would be too many.
-    fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Entry> {
+    pub(super) fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Entry> {
         // ::ffff:a.b.c.d is a.b.c.d.
         let address = address.to_canonical();
         let mut counts = self.by_address.lock().expect("nothing panics while it holds this");
         let here = counts.of.get(&address).copied().unwrap_or(0);
-        if counts.all >= MAX_CONNECTIONS || here >= MAX_PER_ADDRESS {
+        if counts.all >= MAX_CONNECTIONS || here >= self.per_address {
             return None;
         }
         counts.all += 1;
@@ -48,7 +60,7 @@ impl Open {
 
 /// An open connection's place; given back when it is dropped.
 #[derive(Debug)]
-struct Entry {
+pub(super) struct Entry {
     open: Arc<Open>,
     address: IpAddr,
 }

@@ -30,6 +30,7 @@ use crate::history::History;
 use crate::keys::{KeyError, Wrapper};
 use crate::names::DEFAULT_TENANT;
 use crate::problem::Problem;
+use crate::store::etcd::EtcdStore;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
 
@@ -40,6 +41,7 @@ pub mod deadline;
 mod enrolment;
 mod errors;
 mod health;
+pub mod member;
 mod operator;
 mod status;
 
@@ -75,6 +77,8 @@ pub struct Config {
     pub report_interval: Duration,
     /// Address for Prometheus, over plain HTTP and open to who reaches it; none: there is none.
     pub metrics: Option<SocketAddr>,
+    /// The store that several coordinators share, held by this one; none: the embedded one in the data folder.
+    pub shared: Option<EtcdStore>,
 }
 
 impl Config {
@@ -87,6 +91,7 @@ impl Config {
             names: Vec::new(),
             report_interval: Duration::from_millis(250),
             metrics: None,
+            shared: None,
         }
     }
 }
@@ -175,6 +180,23 @@ impl Running {
         Ok(())
     }
 
+    /// As [`Self::stop`], and waits until nothing of it is left: only then may another life begin in this process.
+    ///
+    /// # Errors
+    /// Something has not ended within `within`.
+    pub(crate) async fn end(self, within: Duration) -> Result<(), ServeError> {
+        let left = Arc::downgrade(&self.coordinator);
+        self.stop().await;
+        let until = tokio::time::Instant::now() + within;
+        while left.strong_count() > 0 {
+            if tokio::time::Instant::now() > until {
+                return Err(ServeError::Config("what was being done has not ended: start it again".to_owned()));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
     /// Ends sessions and calls, in a bounded time. Operations that are being done go on with the next start.
     pub async fn stop(self) {
         self.coordinator.close();
@@ -219,18 +241,19 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 /// A setting, the folder, the store, or an address.
 pub async fn start(config: Config) -> Result<Running, ServeError> {
     install_crypto();
+    check_report(&config)?;
     let (report, dir) = (config.report_interval, &config.data_dir);
-    if !(Duration::from_millis(50)..=Duration::from_secs(1)).contains(&report) {
-        return Err(ServeError::Config(format!("report_interval is {report:?}; allowed: 50 ms to 1 s")));
-    }
-    if config.listen.is_empty() {
-        return Err(ServeError::Config("listen is empty; allowed: at least one address".to_owned()));
-    }
     make_folder(dir)?;
     // First of all: it is what keeps a second coordinator out.
-    let store = RedbStore::open(&dir.join("state.redb"))?;
-    only_owner(&dir.join("state.redb"))?;
-    check_whole(&store, dir).await?;
+    let store: Arc<dyn Store> = match &config.shared {
+        Some(shared) => Arc::new(shared.clone()),
+        None => {
+            let store = RedbStore::open(&dir.join("state.redb"))?;
+            only_owner(&dir.join("state.redb"))?;
+            Arc::new(store)
+        }
+    };
+    check_whole(store.as_ref(), dir).await?;
     let history = History::open(&dir.join("history.redb")).map_err(ServeError::Config)?;
     only_owner(&dir.join("history.redb"))?;
     let ca = Ca::open(&dir.join("ca.pem"))?;
@@ -261,11 +284,12 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
         .timeout(HANDSHAKE_WITHIN);
     let settings = Settings { endpoint, report_interval: report, data_dir: dir.clone() };
     // Opens the policy keys, too: with another key file it stops here rather than at the first failover.
-    let coordinator = Coordinator::open(settings, Arc::new(store), ca, keys, history).await?;
+    let coordinator = Coordinator::open(settings, store, ca, keys, history).await?;
     let admin = dir.join("admin.json");
     keep_admin(&coordinator, &admin)?;
     let mut servers = Vec::new();
-    let open = Arc::new(bound::Open::default());
+    let open = if config.shared.is_some() { bound::Open::passed_on() } else { bound::Open::default() };
+    let open = Arc::new(open);
     for (_, incoming) in incoming {
         let stop = coordinator.closed();
         let router = router(&coordinator, tls.clone()).await?;
@@ -316,9 +340,20 @@ async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<
         .add_service(bounded!(ProxyControlServer, control::ControlService(coordinator.clone()))))
 }
 
+fn check_report(config: &Config) -> Result<(), ServeError> {
+    let report = config.report_interval;
+    if !(Duration::from_millis(50)..=Duration::from_secs(1)).contains(&report) {
+        return Err(ServeError::Config(format!("report_interval is {report:?}; allowed: 50 ms to 1 s")));
+    }
+    if config.listen.is_empty() {
+        return Err(ServeError::Config("listen is empty; allowed: at least one address".to_owned()));
+    }
+    Ok(())
+}
+
 /// A store that is in use without the files beside it is half of a backup. New files would lock everybody out, and every
 /// journal with them.
-async fn check_whole(store: &RedbStore, dir: &std::path::Path) -> Result<(), ServeError> {
+async fn check_whole(store: &dyn Store, dir: &std::path::Path) -> Result<(), ServeError> {
     if store.get("term").await?.is_none() {
         return Ok(());
     }
@@ -355,9 +390,13 @@ fn endpoint(advertise: Option<&str>, bound: SocketAddr) -> Result<String, ServeE
         };
         return Ok(format!("https://{reach}"));
     };
-    let (host, port) = given.rsplit_once(':').unwrap_or_default();
-    if host.is_empty() || given.contains('/') || !port.parse::<u16>().is_ok_and(|p| p != 0) {
-        return Err(ServeError::Config(format!("advertise is {given:?}; allowed: \"host:port\"")));
+    let fits = |one: &str| {
+        let (host, port) = one.rsplit_once(':').unwrap_or_default();
+        !host.is_empty() && !one.contains('/') && port.parse::<u16>().is_ok_and(|p| p != 0)
+    };
+    if !given.split(',').all(fits) {
+        let allowed = "\"host:port\", or several with commas";
+        return Err(ServeError::Config(format!("advertise is {given:?}; allowed: {allowed}")));
     }
     Ok(format!("https://{given}"))
 }
@@ -389,7 +428,8 @@ mod tests {
         assert_eq!(endpoint(None, any).unwrap(), "https://127.0.0.1:7443");
         assert_eq!(endpoint(None, "[::]:1".parse().unwrap()).unwrap(), "https://[::1]:1");
         assert_eq!(endpoint(Some("dr.example:7443"), any).unwrap(), "https://dr.example:7443");
-        for bad in ["dr.example", ":1", "h:0", "h:x", "https://h:1"] {
+        assert_eq!(endpoint(Some("a:1,b:2"), any).unwrap(), "https://a:1,b:2");
+        for bad in ["a:1,", "a:1,b", "dr.example", ":1", "h:0", "h:x", "https://h:1"] {
             assert!(endpoint(Some(bad), any).unwrap_err().to_string().contains("advertise"), "{bad}");
         }
     }

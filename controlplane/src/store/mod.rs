@@ -1,13 +1,14 @@
 //! Where objects are kept: keys with a revision each, changed several at once or not at all, by compare-and-swap.
 //!
-//! One trait, so that several coordinators can share an `etcd` one day; [`redb`] is embedded. Small values only
+//! One trait for two stores: [`redb`] is embedded, [`etcd`] is shared by several coordinators. Small values only
 //! ([`MAX_VALUE`]): points, histograms and events do not belong here.
 
 use std::future::Future;
 use std::pin::Pin;
 
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, mpsc};
 
+pub mod etcd;
 pub mod redb;
 
 /// Longest value, bytes.
@@ -88,7 +89,13 @@ pub enum StoreError {
     /// Another process has it open.
     #[error("{0} is in use by another coordinator")]
     InUse(String),
-    /// The file or the disk fails.
+    /// This coordinator does not lead, or not any more.
+    #[error("this coordinator does not lead any more{}", if *maybe { "; whether the change was made, the next leader knows" } else { "" })]
+    Deposed {
+        /// The change may have been made: its answer was lost.
+        maybe: bool,
+    },
+    /// The file, the disk or the network fails.
     #[error("the store failed: {0}")]
     Failed(String),
 }
@@ -118,8 +125,14 @@ pub trait Store: Send + Sync + 'static {
     /// Once called it may happen even if the caller stops waiting.
     fn commit(&self, changes: Vec<Change>) -> Pending<'static, u64>;
 
-    /// Changes from now on.
-    fn watch(&self, prefix: &str) -> Watch;
+    /// Changes after this revision, which a [`Listing`] gave: all of them, each once, also over a store's member that
+    /// dies; or [`Watched::Compacted`] if they are not kept any more.
+    fn watch(&self, prefix: &str, after: u64) -> Watch;
+
+    /// Whether this process may still act on what it has read: false once another may have taken its place. Asks nobody.
+    fn in_office(&self) -> bool {
+        true
+    }
 }
 
 /// A change as a watch sees it.
@@ -145,21 +158,45 @@ pub enum Watched {
 }
 
 /// Changes under a prefix, in the order of their revisions.
-pub struct Watch {
-    prefix: String,
-    receiver: broadcast::Receiver<Seen>,
+pub struct Watch(From);
+
+enum From {
+    /// In this process.
+    Local {
+        prefix: String,
+        after: u64,
+        /// Something happened between `after` and now.
+        behind: bool,
+        receiver: broadcast::Receiver<Seen>,
+    },
+    /// By a task that knows the prefix.
+    Task(mpsc::Receiver<Watched>),
 }
 
 impl Watch {
-    pub(crate) fn new(prefix: &str, receiver: broadcast::Receiver<Seen>) -> Self {
-        Self { prefix: prefix.to_owned(), receiver }
+    /// `newest` is the store's revision, read after `receiver` was made.
+    pub(crate) fn local(prefix: &str, after: u64, newest: u64, receiver: broadcast::Receiver<Seen>) -> Self {
+        Self(From::Local { prefix: prefix.to_owned(), after, behind: newest > after, receiver })
+    }
+
+    pub(crate) fn from_task(receiver: mpsc::Receiver<Watched>) -> Self {
+        Self(From::Task(receiver))
     }
 
     /// The next change under the prefix.
     pub async fn next(&mut self) -> Watched {
+        let (prefix, after, behind, receiver) = match &mut self.0 {
+            From::Task(receiver) => return receiver.recv().await.unwrap_or(Watched::Closed),
+            From::Local { prefix, after, behind, receiver } => (prefix, after, behind, receiver),
+        };
+        if std::mem::take(behind) {
+            return Watched::Compacted;
+        }
         loop {
-            match self.receiver.recv().await {
-                Ok(seen) if seen.key.starts_with(&self.prefix) => return Watched::Change(seen),
+            match receiver.recv().await {
+                Ok(seen) if seen.revision > *after && seen.key.starts_with(prefix.as_str()) => {
+                    return Watched::Change(seen);
+                }
                 Ok(_) => {}
                 Err(broadcast::error::RecvError::Lagged(_)) => return Watched::Compacted,
                 Err(broadcast::error::RecvError::Closed) => return Watched::Closed,

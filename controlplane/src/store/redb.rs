@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use tokio::sync::broadcast;
@@ -15,7 +16,7 @@ const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// Schema of the tables and of the values in them.
 ///
 /// 1: first. 2: requests that have been done (`requests/`); the rest as before.
-const SCHEMA: u64 = 2;
+pub(crate) const SCHEMA: u64 = 2;
 /// The oldest that is read.
 const OLDEST_SCHEMA: u64 = 1;
 const SCHEMA_KEY: &str = "schema";
@@ -26,6 +27,8 @@ const REVISION_KEY: &str = "revision";
 pub struct RedbStore {
     database: Arc<Database>,
     seen: broadcast::Sender<Seen>,
+    /// Revision of the newest commit, known before it is told.
+    newest: Arc<AtomicU64>,
 }
 
 fn failed(error: impl std::fmt::Display) -> StoreError {
@@ -43,6 +46,7 @@ impl RedbStore {
             other => StoreError::Failed(format!("{}: {other}", path.display())),
         })?;
         let write = database.begin_write().map_err(failed)?;
+        let newest;
         {
             write.open_table(VALUES).map_err(failed)?;
             let mut meta = write.open_table(META).map_err(failed)?;
@@ -57,9 +61,11 @@ impl RedbStore {
                     meta.insert(REVISION_KEY, 0).map_err(failed)?;
                 }
             }
+            newest = meta.get(REVISION_KEY).map_err(failed)?.map_or(0, |v| v.value());
         }
         write.commit().map_err(failed)?;
-        Ok(Self { database: Arc::new(database), seen: broadcast::channel(WATCH_BACKLOG).0 })
+        let newest = Arc::new(AtomicU64::new(newest));
+        Ok(Self { database: Arc::new(database), seen: broadcast::channel(WATCH_BACKLOG).0, newest })
     }
 
     fn get_now(&self, key: &str) -> Result<Option<Entry>, StoreError> {
@@ -120,6 +126,7 @@ impl RedbStore {
             meta.insert(REVISION_KEY, revision).map_err(failed)?;
         }
         write.commit().map_err(failed)?;
+        self.newest.fetch_max(revision, Ordering::SeqCst);
         for change in changes {
             // Nobody watching is no error.
             let _ = self.seen.send(Seen { key: change.key, revision, value: change.value });
@@ -154,8 +161,9 @@ impl Store for RedbStore {
         })
     }
 
-    fn watch(&self, prefix: &str) -> Watch {
-        Watch::new(prefix, self.seen.subscribe())
+    fn watch(&self, prefix: &str, after: u64) -> Watch {
+        let receiver = self.seen.subscribe();
+        Watch::local(prefix, after, self.newest.load(Ordering::SeqCst), receiver)
     }
 }
 
@@ -220,7 +228,7 @@ mod tests {
     #[tokio::test]
     async fn a_watch_sees_changes_in_order_and_says_when_it_is_behind() {
         let (_folder, store) = store();
-        let mut watch = store.watch("a/");
+        let mut watch = store.watch("a/", 0);
         store.commit(vec![put("b/1", Expect::Any, "x"), put("a/1", Expect::Any, "x")]).await.unwrap();
         store.commit(vec![Change { key: "a/1".into(), expect: Expect::Any, value: None }]).await.unwrap();
         assert!(matches!(watch.next().await, Watched::Change(Seen { value: Some(_), .. })));
@@ -228,6 +236,17 @@ mod tests {
         let many: Vec<Change> = (0..WATCH_BACKLOG + 1).map(|i| put(&format!("a/{i}"), Expect::Any, "x")).collect();
         store.commit(many).await.unwrap();
         assert_eq!(watch.next().await, Watched::Compacted);
+    }
+
+    #[tokio::test]
+    async fn a_watch_misses_nothing_between_the_list_and_its_beginning() {
+        let (_folder, store) = store();
+        let listed = store.commit(vec![put("a", Expect::Any, "1")]).await.unwrap();
+        store.commit(vec![put("a", Expect::Any, "2")]).await.unwrap();
+        assert_eq!(store.watch("", listed).next().await, Watched::Compacted, "told to list again");
+        let mut watch = store.watch("", listed + 1);
+        let third = store.commit(vec![put("a", Expect::Any, "3")]).await.unwrap();
+        assert!(matches!(watch.next().await, Watched::Change(Seen { revision, .. }) if revision == third));
     }
 
     #[tokio::test]

@@ -266,7 +266,7 @@ pub struct Args {
     /// Folder for the certificate, the last desired state and the identity of this proxy.
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
-    /// The coordinator: HOST:PORT.
+    /// The coordinator: HOST:PORT; of several, all of them with commas.
     #[arg(long, value_name = "HOST:PORT")]
     pub coordinator: Option<String>,
     /// One-time token of the first join.
@@ -572,7 +572,10 @@ fn control(file: &FileCoordinator, args: &Args) -> Result<Control, ConfigError> 
         field: "coordinator.address",
         why: "desired state comes from there (or use --standalone or --serve)",
     })?;
-    host_port("coordinator.address", &address)?;
+    // Several coordinators with commas: any of them leads to who leads.
+    for one in address.split(',') {
+        host_port("coordinator.address", one.trim())?;
+    }
     let token_file = args.token_file.as_ref().or(file.token_file.as_ref());
     let token = match (args.token.clone().or_else(|| file.token.clone()), token_file) {
         (Some(_), Some(path)) => {
