@@ -292,7 +292,7 @@ class Rounds:
         self.handle.shutdown()
         self.three.replica_is_source()
         begun = threading.Thread(target=self.three.try_command, args=(
-            "failover", "start", Cluster.GROUP, "--to", "latest", "--timeout", "60s"))
+            "failover", "start", Cluster.GROUP, "--to", "latest", "--timeout", "10s"))
         begun.start()
         eventually("the operation is recorded", lambda: any(
             key.startswith(f"{PREFIX}/o/operations/") for _, key, _ in self.three.etcd.history()), 30, 0.005)
