@@ -72,7 +72,7 @@ fn endpoint(address: &str, ca_pem: &str, identity: Option<Identity>) -> Result<E
 }
 
 /// The innermost cause: what transport errors say by themselves is "transport error".
-fn cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn cause(error: &dyn std::error::Error) -> String {
     let mut inner = error;
     while let Some(next) = inner.source() {
         inner = next;

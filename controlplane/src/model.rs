@@ -10,7 +10,7 @@ use crate::names::Name;
 use crate::objects::{Disk, Group, GroupPhase, KeyRecord, Object, Operation, Policy, Proxy, View};
 use crate::problem::Problem;
 use crate::requests::RequestRecord;
-use crate::store::{Change, Expect, Listing};
+use crate::store::{Change, Expect, Listing, MAX_VALUE};
 use crate::token::TokenRecord;
 
 /// Most objects of a kind under a tenant.
@@ -19,6 +19,13 @@ pub const MAX_OBJECTS: usize = 4096;
 pub const MAX_ENDED_OPERATIONS: usize = 500;
 /// Most join tokens that are neither spent nor expired.
 pub const MAX_TOKENS: usize = 1000;
+
+/// Bytes of an object in one value of the store; what is longer lies in several.
+const PART: usize = MAX_VALUE - 1024;
+/// Most values of one object: what fits a transaction together with others. A group of the most disks needs seven.
+const MAX_PARTS: usize = 12;
+/// What the keys of parts begin with.
+const PARTS: &str = "parts/";
 
 /// Tenant and id.
 pub type Key = (String, String);
@@ -48,7 +55,31 @@ pub struct Model {
     pub keys: BTreeMap<String, KeyRecord>,
     /// Requests that have been done, by tenant and key. Many, and copied with each change.
     pub requests: BTreeMap<Key, Arc<RequestRecord>>,
+    /// Of every key: of an object, and of each of its parts.
     revisions: HashMap<String, u64>,
+}
+
+/// The values that hold an object, by key: one; or one that says how many parts there are, and those.
+fn values(object: &Object) -> Vec<(String, Vec<u8>)> {
+    let (key, value) = (object.key(), object.encode());
+    if value.len() <= PART {
+        return vec![(key, value)];
+    }
+    let parts: Vec<&[u8]> = value.chunks(PART).collect();
+    let head = serde_json::to_vec(&Parted { parts: parts.len() }).expect("a number");
+    let tail = parts.iter().enumerate().map(|(i, part)| (part_key(&key, i), part.to_vec()));
+    std::iter::once((key.clone(), head)).chain(tail).collect()
+}
+
+/// What stands at the key of an object that lies in parts. No object begins so.
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parted {
+    parts: usize,
+}
+
+fn part_key(key: &str, part: usize) -> String {
+    format!("{PARTS}{key}/{part:02}")
 }
 
 /// Changes to be made at once.
@@ -86,42 +117,85 @@ impl Model {
     /// A value that this program cannot read, by its key.
     pub fn load(listing: Listing) -> Result<Self, String> {
         let mut model = Self { revision: listing.revision, ..Self::default() };
-        for entry in listing.entries {
+        let (mut parts, whole): (HashMap<_, _>, Vec<_>) = {
+            let (parts, whole): (Vec<_>, Vec<_>) = listing.entries.into_iter().partition(|e| e.key.starts_with(PARTS));
+            (parts.into_iter().map(|e| (e.key.clone(), e)).collect(), whole)
+        };
+        for mut entry in whole {
+            if let Ok(Parted { parts: count }) = serde_json::from_slice(&entry.value) {
+                entry.value.clear();
+                for part in 0..count {
+                    let key = part_key(&entry.key, part);
+                    let found = parts.remove(&key).ok_or_else(|| format!("{key} is missing"))?;
+                    entry.value.extend(found.value);
+                    model.revisions.insert(key, found.revision);
+                }
+            }
             let object = Object::decode(&entry.key, &entry.value)?;
             if object.key() != entry.key {
                 return Err(format!("{}: the object in it is {}", entry.key, object.key()));
             }
-            model.insert(object, entry.revision);
+            model.revisions.insert(entry.key, entry.revision);
+            model.insert(object);
         }
-        Ok(model)
+        match parts.into_keys().next() {
+            Some(key) => Err(format!("{key} is a part of nothing")),
+            None => Ok(model),
+        }
     }
 
     /// What the store is asked to do: each key has to be as it is in this model.
     pub fn changes(&self, txn: &Txn) -> Vec<Change> {
-        let change = |object: &Object, value: Option<Vec<u8>>| {
-            let key = object.key();
+        let change = |key: String, value: Option<Vec<u8>>| {
             let expect = self.revisions.get(&key).map_or(Expect::Absent, |r| Expect::Revision(*r));
             Change { key, expect, value }
         };
-        let puts = txn.puts.iter().map(|o| change(o, Some(o.encode())));
-        puts.chain(txn.deletes.iter().map(|o| change(o, None))).collect()
+        let mut changes = Vec::new();
+        for object in &txn.puts {
+            let values = values(object);
+            let key = object.key();
+            let surplus = self.parts_from(&key, values.len() - 1);
+            changes.extend(values.into_iter().map(|(key, value)| change(key, Some(value))));
+            changes.extend(surplus.map(|key| change(key, None)));
+        }
+        for object in &txn.deletes {
+            let key = object.key();
+            changes.extend(self.parts_from(&key, 0).map(|key| change(key, None)));
+            changes.push(change(key, None));
+        }
+        changes
+    }
+
+    /// Keys of the parts of an object that are there, from this one on.
+    fn parts_from<'a>(&'a self, key: &'a str, from: usize) -> impl Iterator<Item = String> + 'a {
+        (from..).map(move |part| part_key(key, part)).take_while(|key| self.revisions.contains_key(key))
+    }
+
+    /// An object that is too long for the store, by its key, with its length and the bound: refused before anything is
+    /// changed.
+    pub fn too_long(txn: &Txn) -> Option<(String, usize, usize)> {
+        let most = PART * MAX_PARTS;
+        let lengths = txn.puts.iter().map(|o| (o.key(), o.encode().len(), most));
+        lengths.filter(|(_, length, _)| *length > most).next()
     }
 
     /// The model after the changes have been committed.
     pub fn applied(&self, txn: Txn, revision: u64) -> Self {
+        let changes = self.changes(&txn);
         let mut next = self.clone();
         next.revision = revision;
-        for object in txn.puts {
-            next.insert(object, revision);
+        for change in changes {
+            match change.value {
+                Some(_) => drop(next.revisions.insert(change.key, revision)),
+                None => drop(next.revisions.remove(&change.key)),
+            }
         }
-        for object in txn.deletes {
-            next.remove(&object);
-        }
+        txn.puts.into_iter().for_each(|object| next.insert(object));
+        txn.deletes.iter().for_each(|object| next.remove(object));
         next
     }
 
-    fn insert(&mut self, object: Object, revision: u64) {
-        self.revisions.insert(object.key(), revision);
+    fn insert(&mut self, object: Object) {
         match object {
             Object::Policy(o) => drop(self.policies.insert(pair(&o.tenant, &o.id), o)),
             Object::Group(o) => drop(self.groups.insert(pair(&o.tenant, &o.id), o)),
@@ -137,7 +211,6 @@ impl Model {
     }
 
     fn remove(&mut self, object: &Object) {
-        self.revisions.remove(&object.key());
         match object {
             Object::Policy(o) => drop(self.policies.remove(&pair(&o.tenant, &o.id))),
             Object::Group(o) => drop(self.groups.remove(&pair(&o.tenant, &o.id))),
@@ -266,5 +339,102 @@ impl Model {
         let surplus = ended.len().saturating_sub(MAX_ENDED_OPERATIONS);
         ended.truncate(surplus);
         ended
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failover::{Choice, Failover, Spec};
+    use crate::objects::ExportRecord;
+    use crate::store::Store;
+    use crate::store::redb::RedbStore;
+
+    /// A failover of so many disks.
+    fn operation(disks: usize, version: u64) -> Object {
+        let spec = Spec { to: Choice::Latest, unconfirmed: false, reason: String::new() };
+        let mut work = Failover::new(spec, &[], 0, 0, "ok".into(), 1);
+        work.facts.disks = (0..disks).map(|_| crate::objects::new_uid()).collect();
+        let export = |uid: &String| ExportRecord {
+            disk: "a-disk-with-a-name-of-usual-length".into(),
+            disk_uid: uid.clone(),
+            name: format!("shop.failover/{uid}"),
+            uris: vec![format!("nbd+unix:///shop.failover/{uid}?socket=/run/afterimage/views.sock")],
+            size: 1 << 40,
+        };
+        work.facts.exports = work.facts.disks.iter().map(export).collect();
+        let (tenant, uid, group) = ("default".to_owned(), "op".to_owned(), "shop".to_owned());
+        let (request_id, actor) = (String::new(), "admin/local".to_owned());
+        Object::Operation(Operation {
+            uid,
+            tenant,
+            version,
+            group,
+            request_id,
+            actor,
+            created_ns: 1,
+            ended_ns: 0,
+            work,
+        })
+    }
+
+    async fn put(store: &RedbStore, model: &Model, object: &Object) -> Model {
+        let mut txn = Txn::default();
+        txn.put(object.clone());
+        let revision = store.commit(model.changes(&txn)).await.unwrap();
+        let next = model.applied(txn, revision);
+        let read = Model::load(store.list("").await.unwrap()).unwrap();
+        assert_eq!((&next.operations, &next.revisions), (&read.operations, &read.revisions), "as it is read back");
+        next
+    }
+
+    #[tokio::test]
+    async fn an_object_of_any_group_fits_the_store_and_is_replaced_as_a_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = RedbStore::open(&folder.path().join("s.redb")).unwrap();
+        let mut model = Model::default();
+        let keys = async || store.list("").await.unwrap().entries.len();
+        // More, fewer, as many, one value, many again.
+        for (version, disks, least, most) in
+            [(1, afterimage_wire::MAX_DISKS, 5, 8), (2, 400, 3, 4), (3, 400, 3, 4), (4, 2, 1, 1), (5, 700, 4, 6)]
+        {
+            let object = operation(disks, version);
+            model = put(&store, &model, &object).await;
+            assert!((least..=most).contains(&keys().await), "{disks} disks: {} values", keys().await);
+            assert_eq!(Object::Operation(model.operations.values().next().unwrap().clone()), object);
+        }
+        let mut txn = Txn::default();
+        txn.delete(operation(1, 6));
+        store.commit(model.changes(&txn)).await.unwrap();
+        assert_eq!(keys().await, 0, "no part is left");
+        // Two coordinators with the same model: one of them is told that it has changed.
+        let empty = Model::default();
+        put(&store, &empty, &operation(900, 1)).await;
+        let mut txn = Txn::default();
+        txn.put(operation(900, 1));
+        assert!(store.commit(empty.changes(&txn)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_object_of_which_a_part_is_missing_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = RedbStore::open(&folder.path().join("s.redb")).unwrap();
+        put(&store, &Model::default(), &operation(900, 1)).await;
+        let whole = store.list("").await.unwrap();
+        let without = |key: &str| {
+            let entries = whole.entries.iter().filter(|e| e.key != key).cloned().collect();
+            Model::load(Listing { entries, revision: whole.revision }).unwrap_err()
+        };
+        assert!(without("parts/operations/default/op/01").contains("parts/operations/default/op/01 is missing"));
+        assert!(without("operations/default/op").contains("is a part of nothing"));
+    }
+
+    #[test]
+    fn what_is_too_long_for_any_store_is_named() {
+        let mut txn = Txn::default();
+        txn.put(operation(afterimage_wire::MAX_DISKS, 1));
+        assert_eq!(Model::too_long(&txn), None);
+        txn.put(operation(4 * afterimage_wire::MAX_DISKS, 1));
+        assert_eq!(Model::too_long(&txn).unwrap().0, "operations/default/op");
     }
 }

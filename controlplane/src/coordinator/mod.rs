@@ -200,6 +200,10 @@ impl Coordinator {
         if txn.is_empty() {
             return Ok(result);
         }
+        if let Some((key, bytes, most)) = Model::too_long(&txn) {
+            let what = format!("bytes of {key}, which would be {bytes}: nothing was changed");
+            return Err(Problem::Limit { what, limit: most as u64 });
+        }
         let coordinator = self.clone();
         let committed = tokio::spawn(async move {
             let revision = coordinator.store.commit(model.changes(&txn)).await?;
@@ -217,7 +221,14 @@ impl Coordinator {
                     let detail = format!("{e}: ask again, with the same request id");
                     return Err(Problem::Unreachable { proxy: "the coordinator".to_owned(), detail });
                 }
-                Err(Problem::Internal(format!("nothing was changed: {e}")))
+                Err(match e {
+                    // The object is named by its key.
+                    StoreError::TooLarge { what, key, size, limit } => Problem::Limit {
+                        what: format!("{what} of {key} would be {size}, so nothing was changed"),
+                        limit: limit as u64,
+                    },
+                    e => Problem::Internal(format!("nothing was changed: {e}")),
+                })
             }
             Err(e) => Err(Problem::Internal(format!("the change was interrupted: {e}"))),
         }

@@ -95,6 +95,14 @@ pub async fn start_member(config: Config, etcd: Etcd, reach: Option<String>) -> 
     crate::client::install_crypto();
     check_report(&config)?;
     make_folder(&config.data_dir)?;
+    let embedded = config.data_dir.join("state.redb");
+    if embedded.exists() {
+        let hint = "`afterimage coordinator move` takes it into the etcd; or set it aside if the etcd's is to count";
+        return Err(ServeError::Config(format!(
+            "{} holds the state of a single coordinator: {hint}",
+            embedded.display()
+        )));
+    }
     let mut listeners = Vec::new();
     let mut addresses = Vec::new();
     for address in &config.listen {

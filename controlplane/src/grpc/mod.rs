@@ -62,6 +62,9 @@ const LOCAL_ADMIN: &str = "local";
 /// The local operator's bundle is made anew when it ends sooner than this, nanoseconds.
 const ADMIN_RENEW_NS: u64 = 30 * 86_400 * 1_000_000_000;
 
+/// What an embedded store is called once it has been moved into an etcd.
+pub const MOVED: &str = "state.redb.moved";
+
 /// Where a coordinator stands.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -248,6 +251,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     let store: Arc<dyn Store> = match &config.shared {
         Some(shared) => Arc::new(shared.clone()),
         None => {
+            check_not_moved(dir)?;
             let store = RedbStore::open(&dir.join("state.redb"))?;
             only_owner(&dir.join("state.redb"))?;
             Arc::new(store)
@@ -367,6 +371,15 @@ async fn check_whole(store: &dyn Store, dir: &std::path::Path) -> Result<(), Ser
         }
     }
     Ok(())
+}
+
+/// A store that was moved away leaves nothing to go on from: an empty one in its place would know nobody.
+fn check_not_moved(dir: &std::path::Path) -> Result<(), ServeError> {
+    if dir.join("state.redb").exists() || !dir.join(MOVED).exists() {
+        return Ok(());
+    }
+    let folder = dir.display();
+    Err(ServeError::Config(format!("the state in {folder} was moved into an etcd ({MOVED}): start it with --etcd")))
 }
 
 fn make_folder(path: &std::path::Path) -> Result<(), ServeError> {

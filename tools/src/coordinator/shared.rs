@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use afterimage_controlplane::grpc::MOVED;
 use afterimage_controlplane::store::Store;
 use afterimage_controlplane::store::etcd::rpc::Tls;
 use afterimage_controlplane::store::etcd::{Etcd, import};
@@ -92,7 +93,7 @@ pub async fn move_into(etcd: &Etcd, dir: &Path, out: Output) -> Result<(), Failu
     let listing = store.list("").await.map_err(|e| failed(e.to_string()))?;
     let moved = import(etcd, listing).await.map_err(|e| failed(e.to_string()))?;
     drop(store);
-    let aside = dir.join("state.redb.moved");
+    let aside = dir.join(MOVED);
     std::fs::rename(&file, &aside).map_err(|e| {
         failed(format!("{} cannot be set aside: {e}", file.display()))
             .hint("move it away before a coordinator is started without --etcd")

@@ -218,7 +218,9 @@ async fn follow(
     let begun = Instant::now();
     let mut heard = Instant::now();
     let mut told = 0;
+    let mut newer: Option<Session> = None;
     loop {
+        let session = newer.as_ref().unwrap_or(session);
         if !session.out.json {
             told = tell(&operation, told);
         }
@@ -238,6 +240,9 @@ async fn follow(
             }
             Err(failure) if failure.kind == Kind::Unreachable && heard.elapsed() < WAIT_RETRY => {
                 tokio::time::sleep(WAIT_STEP).await;
+                if let Ok(opened) = session.again().await {
+                    newer = Some(opened);
+                }
             }
             Err(failure) => return Err(failure),
         }

@@ -115,12 +115,20 @@ impl Session {
         if let Some(endpoint) = common.endpoint() {
             bundle.endpoint = endpoint;
         }
-        let limit = Duration::from_nanos(common.timeout);
+        Self::connect(bundle, Duration::from_nanos(common.timeout), common.output()).await
+    }
+
+    async fn connect(bundle: Bundle, limit: Duration, out: Output) -> Result<Self, Failure> {
         let channel = match tokio::time::timeout(limit, client::connect(&bundle)).await {
             Ok(connected) => connected.map_err(|error| unconnected(&error))?,
-            Err(_) => return Err(silent(&bundle.endpoint, common.timeout)),
+            Err(_) => return Err(silent(&bundle.endpoint, limit.as_nanos() as u64)),
         };
-        Ok(Session { channel, bundle, limit, out: common.output() })
+        Ok(Session { channel, bundle, limit, out })
+    }
+
+    /// Another one, with whichever coordinator answers now: this one's may be gone, and others there.
+    pub async fn again(&self) -> Result<Self, Failure> {
+        Self::connect(self.bundle.clone(), self.limit, self.out).await
     }
 
     /// Awaits the answer to a call about `object`.

@@ -30,7 +30,7 @@ const BUNDLE_FILE: &str = "identity.json";
 /// First pause before the coordinator is tried again; doubles …
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// … up to this.
-const LAST_PAUSE: Duration = Duration::from_secs(5);
+const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// Messages to the coordinator that may wait.
 const OUTGOING: usize = 32;
 /// Reports whose answer may still come; an older one would be of no use to a lease.
@@ -154,7 +154,7 @@ pub async fn run(proxy: Rc<Proxy>, mut bundle: Bundle) -> Gone {
             pause = FIRST_PAUSE;
             told.clear();
         }
-        // A coordinator that stays away is named once, not every five seconds.
+        // A coordinator that stays away is named once, not at every try.
         let message = end.to_string();
         if message != told {
             agent.proxy.event(Severity::Warning, None, "coordinator", message.clone());

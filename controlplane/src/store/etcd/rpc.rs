@@ -234,6 +234,7 @@ pub struct Tls {
 
 /// All members.
 pub struct Client {
+    addresses: Vec<String>,
     members: Vec<Channel>,
     /// Where the last answer came from.
     current: AtomicUsize,
@@ -275,7 +276,7 @@ impl Client {
         if channels.is_empty() {
             return Err(StoreError::Failed("no member of etcd is named; allowed: at least one".to_owned()));
         }
-        Ok(Self { members: channels, current: AtomicUsize::new(0) })
+        Ok(Self { addresses: members.to_vec(), members: channels, current: AtomicUsize::new(0) })
     }
 
     /// How many there are.
@@ -296,8 +297,9 @@ impl Client {
         let at = self.current.load(Ordering::Relaxed);
         let call = async {
             let mut grpc = Grpc::new(self.members[at].clone()).max_decoding_message_size(MAX_ANSWER);
-            grpc.ready().await.map_err(|e| Status::unavailable(e.to_string()))?;
-            grpc.unary(Request::new(ask), PathAndQuery::from_static(path), ProstCodec::default()).await
+            grpc.ready().await.map_err(|e| Status::unavailable(self.why(at, &e)))?;
+            let path = PathAndQuery::from_static(path);
+            grpc.unary(Request::new(ask), path, ProstCodec::default()).await.map_err(|status| self.ended(at, status))
         };
         let answer = tokio::time::timeout(ANSWER_WITHIN, call).await;
         match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("it does not answer"))) {
@@ -349,7 +351,7 @@ impl Client {
         );
         let call = async {
             let mut grpc = Grpc::new(self.members[at].clone()).max_decoding_message_size(MAX_ANSWER);
-            grpc.ready().await.map_err(|e| Status::unavailable(e.to_string()))?;
+            grpc.ready().await.map_err(|e| Status::unavailable(self.why(at, &e)))?;
             grpc.streaming(Request::new(messages), PathAndQuery::from_static(path), ProstCodec::default()).await
         };
         let answer = tokio::time::timeout(ANSWER_WITHIN, call).await;
@@ -360,6 +362,24 @@ impl Client {
                 Err(status)
             }
         }
+    }
+
+    /// Why a member cannot be reached, and which.
+    fn why(&self, at: usize, error: &dyn std::error::Error) -> String {
+        format!("{}: {}", self.addresses[at], crate::client::cause(error))
+    }
+
+    /// A connection that ended before the answer came, and not by the member's word. With TLS that is how it turns away
+    /// whom it does not know.
+    fn ended(&self, at: usize, status: Status) -> Status {
+        let lost = std::error::Error::source(&status).is_some();
+        if !lost && status.code() != Code::Cancelled {
+            return status;
+        }
+        let address = &self.addresses[at];
+        let why = if lost { crate::client::cause(&status) } else { "it has ended the connection".to_owned() };
+        let hint = if address.starts_with("https") { "; does it accept this coordinator's certificate?" } else { "" };
+        Status::unavailable(format!("{address}: {why}{hint}"))
     }
 
     fn next(&self, from: usize) {

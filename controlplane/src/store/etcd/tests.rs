@@ -170,7 +170,8 @@ async fn a_commit_whose_answer_is_lost_happens_once() {
             async move { store.commit(vec![put("n", Expect::Revision(last), &round.to_string())]).await }
         });
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let direct = get(&Client::new(&[member.url.clone()], &Tls::default()).unwrap(), "test/o/n").await.unwrap();
+        let direct =
+            get(&Client::new(std::slice::from_ref(&member.url), &Tls::default()).unwrap(), "test/o/n").await.unwrap();
         assert_eq!(direct.unwrap().value, round.to_string().as_bytes(), "it has happened, and nobody was told");
         deaf.store(false, Ordering::SeqCst);
         last = committing.await.unwrap().unwrap();
@@ -202,6 +203,72 @@ async fn a_watch_goes_on_where_it_was_when_its_connection_is_lost() {
     }
     writer.commit(vec![Change { key: "w/3".into(), expect: Expect::Any, value: None }]).await.unwrap();
     assert_eq!(change(&mut watch).await.value, None);
+}
+
+/// What etcd forgets: everything before this revision.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Compact {
+    #[prost(int64, tag = "1")]
+    revision: i64,
+    #[prost(bool, tag = "2")]
+    physical: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Compacted {}
+
+async fn compact(store: &EtcdStore, revision: u64) {
+    let ask = Compact { revision: store.hidden(revision), physical: true };
+    let _: Compacted = store.client.once("/etcdserverpb.KV/Compact", ask).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_watch_that_lost_its_place_to_a_compaction_says_so_and_nothing_is_missed() {
+    let Some(member) = member().await else { return };
+    let (url, deaf) = relay(member.url.clone()).await;
+    let writer = EtcdStore::open(won(&member.url).await).await.unwrap();
+    let reader = EtcdStore { client: Arc::new(Client::new(&[url], &Tls::default()).unwrap()), ..writer.clone() };
+    let listed = writer.commit(vec![put("w/0", Expect::Any, "0")]).await.unwrap();
+    let mut watch = reader.watch("w/", listed);
+    writer.commit(vec![put("w/1", Expect::Any, "1")]).await.unwrap();
+    assert_eq!(change(&mut watch).await.key, "w/1");
+    // While nothing comes through: two changes, of which etcd then remembers none.
+    deaf.store(true, Ordering::SeqCst);
+    writer.commit(vec![put("w/2", Expect::Any, "2")]).await.unwrap();
+    writer.commit(vec![Change { key: "w/0".into(), expect: Expect::Any, value: None }]).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let newest = writer.commit(vec![put("w/3", Expect::Any, "3")]).await.unwrap();
+    compact(&writer, newest).await;
+    deaf.store(false, Ordering::SeqCst);
+    let told = tokio::time::timeout(Duration::from_secs(20), watch.next()).await.unwrap();
+    assert_eq!(told, Watched::Compacted, "neither silence nor a gap");
+    // As every watcher does then: a new list, which has all that was missed, and a watch from there on.
+    let listing = reader.list("w/").await.unwrap();
+    let keys: Vec<&str> = listing.entries.iter().map(|e| e.key.as_str()).collect();
+    assert_eq!(keys, ["w/1", "w/2", "w/3"]);
+    let mut watch = reader.watch("w/", listing.revision);
+    for i in 4..8 {
+        let revision = writer.commit(vec![put(&format!("w/{i}"), Expect::Any, "x")]).await.unwrap();
+        let seen = change(&mut watch).await;
+        assert_eq!((seen.key, seen.revision), (format!("w/{i}"), revision));
+        // One that keeps up is not disturbed.
+        compact(&writer, revision).await;
+    }
+    // What was compacted away does not trouble the holder's commits.
+    writer.commit(vec![put("w/1", Expect::Revision(listing.entries[0].revision), "again")]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_value_that_is_too_large_is_refused_by_its_name() {
+    let Some(member) = member().await else { return };
+    let store = EtcdStore::open(won(&member.url).await).await.unwrap();
+    let fits = "x".repeat(crate::store::MAX_VALUE);
+    store.commit(vec![put("groups/default/shop", Expect::Any, &fits)]).await.unwrap();
+    let refused =
+        store.commit(vec![put("other", Expect::Any, "x"), put("groups/default/shop", Expect::Any, &(fits + "x"))]);
+    let said = refused.await.unwrap_err().to_string();
+    assert!(said.contains("groups/default/shop") && said.contains("65537") && said.contains("65536"), "{said}");
+    assert_eq!(store.get("other").await.unwrap(), None, "nothing of it is done");
 }
 
 #[tokio::test]
