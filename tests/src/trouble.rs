@@ -206,6 +206,8 @@ impl Run {
                     self.fell_target(true)?;
                     world.restore(target, &copy);
                     self.robbed = true;
+                    // Whatever later frames proved, they are gone with it.
+                    self.proved = false;
                     self.watch.forget_points();
                     self.later(down, Mend::Target);
                     if both && self.stage.source.is_some() {
