@@ -33,7 +33,8 @@ use super::state::Proxy;
 const SUFFIX: &str = ".sock";
 /// `sun_path` holds 108 bytes with its final zero.
 const PATH_MAX: usize = 107;
-/// A look at what is on offer although nobody said that it has changed.
+/// A look at what is on offer although nobody said that it has changed: as long as an export has no socket, whose reason may
+/// go away by itself. Otherwise nobody is woken.
 const LOOK: Duration = Duration::from_secs(60);
 /// Pause after a listener failed (no descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -139,7 +140,11 @@ pub async fn follow<C: Core>(proxy: Rc<Proxy>, handle: Handle<C>, dir: PathBuf) 
                 }
             }
         }
-        let _ = tokio::time::timeout(LOOK, changes.changed()).await;
+        if refused.is_empty() {
+            let _ = changes.changed().await;
+        } else {
+            let _ = tokio::time::timeout(LOOK, changes.changed()).await;
+        }
     }
 }
 

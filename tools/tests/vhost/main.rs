@@ -85,19 +85,29 @@ impl Proxy {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
-    /// How often its data threads have gone to sleep.
+    /// How often its threads have gone to sleep, but for those of the kernel's own, which look every 5 s whether they are
+    /// to end once there was a flush.
     fn sleeps(&self) -> u64 {
         let tasks =
             std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().map(|task| task.unwrap().path());
-        let data = tasks.filter(|task| std::fs::read_to_string(task.join("comm")).unwrap().starts_with("data-"));
+        let ours = tasks.filter(|task| !std::fs::read_to_string(task.join("comm")).unwrap().starts_with("iou-"));
         let count = |task: PathBuf| {
             let status = std::fs::read_to_string(task.join("status")).unwrap();
             let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
             line.trim().parse::<u64>().unwrap()
         };
-        let counts: Vec<u64> = data.map(count).collect();
-        assert!(!counts.is_empty(), "there is no data thread");
+        let counts: Vec<u64> = ours.map(count).collect();
+        assert!(counts.len() >= 3, "the service's, the data and the connection's threads");
         counts.iter().sum()
+    }
+
+    /// How long the service's thread waits, milliseconds; -1: until something happens. None while it does something else.
+    fn patience(&self) -> Option<i32> {
+        let call = std::fs::read_to_string(format!("/proc/{}/syscall", self.child.id())).unwrap();
+        let words: Vec<&str> = call.split_ascii_whitespace().collect();
+        // `epoll_wait` of x86-64, `epoll_pwait` of both.
+        let waits = matches!(words.first(), Some(&("232" | "281" | "22"))) && words.len() > 4;
+        waits.then(|| u64::from_str_radix(words[4].trim_start_matches("0x"), 16).unwrap() as u32 as i32)
     }
 
     fn disk(&self) -> Vec<u8> {
@@ -317,6 +327,7 @@ fn a_guest_that_asks_nothing_wakes_nobody() {
     let before = proxy.sleeps();
     std::thread::sleep(Duration::from_secs(11));
     assert_eq!(proxy.sleeps(), before);
+    assert_eq!(proxy.patience(), Some(-1), "nor would anybody be woken later");
     // And it is not deaf.
     assert_eq!(guest.ask(&proxy, FLUSH, 0, &[], 0).0, 0);
     assert!(proxy.sleeps() > before);
