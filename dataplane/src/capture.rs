@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 
 use crate::host::{Answer, DiskKey, Geometry, HEADROOM, MAX_PART, Request};
 use crate::intent::IntentLog;
+use crate::io::guest::Scatter;
 use crate::io::{Done, Errno, File, FileInfo, Io, Nanos, Op, Part, Token};
 use crate::overlap::{LockId, RangeLock};
 use crate::resync::Resync;
@@ -91,6 +92,8 @@ enum Stage {
     Room,
     /// The disk.
     Disk,
+    /// The disk, which reads straight to where the bytes are to go.
+    Into,
 }
 
 /// How a piece of a request changes the disk.
@@ -123,6 +126,8 @@ struct Active {
     /// … to here, whole blocks.
     stop: u64,
     data: Option<Part>,
+    /// Where a read goes straight to; none if the host copies it.
+    into: Option<Scatter>,
     lock: Option<LockId>,
     /// Bits are held.
     held: bool,
@@ -145,6 +150,7 @@ const FREE: Active = Active {
     start: 0,
     stop: 0,
     data: None,
+    into: None,
     lock: None,
     held: false,
     room: 0,
@@ -381,6 +387,7 @@ impl Disk {
         }
         let (offset, len) = match &request {
             Request::Read { offset, len } => (*offset, *len as u64),
+            Request::ReadInto { offset, to } => (*offset, to.len() as u64),
             Request::Write { offset, data, .. } => (*offset, data.len as u64),
             Request::Zero { offset, len, .. } | Request::Discard { offset, len, .. } => (*offset, *len),
             Request::Flush => return self.flush_for(f, cookie, 0),
@@ -388,13 +395,19 @@ impl Disk {
         let Some(end) = offset.checked_add(len).filter(|end| *end <= self.info.size && len > 0) else {
             return self.answer(f, cookie, Err(Errno::INVAL));
         };
-        if self.config.read_only && !matches!(request, Request::Read { .. }) {
+        if self.config.read_only && !matches!(request, Request::Read { .. } | Request::ReadInto { .. }) {
             return self.answer(f, cookie, Err(READ_ONLY));
         }
         let new = Active { cookie, at: offset, end, ..FREE };
         match request {
             Request::Read { .. } if len <= MAX_PART as u64 => {
                 let slot = self.admit(Active { kind: Kind::Read, ..new });
+                self.read(f, slot);
+            }
+            Request::ReadInto { to, .. } if len <= MAX_PART as u64 => {
+                let block = self.info.block as usize;
+                let fits = offset.is_multiple_of(block as u64) && to.is_aligned(block);
+                let slot = self.admit(Active { kind: Kind::Read, into: fits.then_some(to), ..new });
                 self.read(f, slot);
             }
             Request::Write { data, fua, .. } => {
@@ -419,7 +432,9 @@ impl Disk {
                 let slot = self.admit(Active { kind: Kind::Discard, fua, at, end, ..new });
                 self.begin_piece(f, slot);
             }
-            Request::Read { .. } | Request::Flush => self.answer(f, cookie, Err(Errno::INVAL)),
+            Request::Read { .. } | Request::ReadInto { .. } | Request::Flush => {
+                self.answer(f, cookie, Err(Errno::INVAL));
+            }
         }
     }
 
@@ -464,6 +479,11 @@ impl Disk {
         op.start = op.at - op.at % block;
         op.stop = op.end.next_multiple_of(block);
         let len = (op.stop - op.start) as usize;
+        if let Some(to) = op.into.take() {
+            op.stage = Stage::Into;
+            let (file, offset) = (self.file, op.start);
+            return f.io.submit(self.token(kind::HOST, slot), Op::ReadInto { file, offset, to });
+        }
         let Some(buf) = f.io.pool().take(HEADROOM + len) else {
             op.stage = Stage::Buffer;
             return self.starved.push_back(slot);
@@ -476,7 +496,11 @@ impl Disk {
     fn read_done<I: Io>(&mut self, f: &mut Flow<'_, I>, slot: u32, done: Done) {
         let op = &self.active[slot as usize];
         let (skip, len) = ((op.at - op.start) as usize, (op.end - op.at) as usize);
+        let straight = op.stage == Stage::Into;
         let result = match (done.result, done.part) {
+            (Ok(_), None) if straight => Ok(None),
+            // Memory that has gone, or that the kernel does no such I/O on: whoever asked copies, and sees which.
+            (Err(Errno::FAULT | Errno::INVAL), _) if straight => return self.read(f, slot),
             (Ok(_), Some(part)) => Ok(Some(Part { buf: part.buf, at: part.at + skip, len })),
             (Err(errno), _) => Err(errno),
             (Ok(_), None) => Err(Errno::IO),

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use crate::io::guest::Scatter;
 use crate::io::{Allocation, Done, Errno, Io, Part, Token};
 
 /// Longest part of a read or write, bytes. Front ends cut at its multiples on the disk.
@@ -24,6 +25,15 @@ pub enum Request {
         offset: u64,
         /// Bytes.
         len: usize,
+    },
+    /// As [`Request::Read`], of at most [`MAX_PART`] bytes straight to where they are to go; only to disks that can, and
+    /// aligned as they say ([`HostDisk::reads_into`]). The answer has no part then. It has one, as that of a read, where it
+    /// could not be done after all.
+    ReadInto {
+        /// Byte offset.
+        offset: u64,
+        /// Memory that is shared with the host. What lies there after an error is not known.
+        to: Scatter,
     },
     /// Write the part's bytes, at most [`MAX_PART`].
     ///
@@ -114,7 +124,7 @@ impl FrontId {
 pub struct Answer {
     /// As given with the request.
     pub cookie: u64,
-    /// The data of a read, nothing for the others; or the error that the host gets.
+    /// The data of a [`Request::Read`], nothing for the others; or the error that the host gets.
     pub result: Result<Option<Part>, Errno>,
 }
 
@@ -143,6 +153,12 @@ pub trait HostDisk<I: Io> {
     /// Takes a request; its answer appears in [`HostDisk::answers`], in any order. `cookie` is the front end's, made by
     /// [`FrontId::cookie`].
     fn request(&mut self, io: &mut I, cookie: u64, request: Request);
+
+    /// Of what offset, addresses and lengths of a [`Request::ReadInto`] must be multiples; none if the disk can do no such
+    /// reads.
+    fn reads_into(&self) -> Option<u32> {
+        None
+    }
 
     /// Answers that are ready; each front end takes out its own ([`FrontId::take`]).
     fn answers(&mut self) -> &mut VecDeque<Answer>;

@@ -702,6 +702,10 @@ impl<I: Io> HostDisk<I> for SourceDisk<'_> {
         self.disk.request(&mut Flow { io, queue: self.queue.as_deref_mut() }, cookie, request);
     }
 
+    fn reads_into(&self) -> Option<u32> {
+        Some(self.disk.info.block)
+    }
+
     fn answers(&mut self) -> &mut VecDeque<Answer> {
         self.disk.answers()
     }

@@ -1,6 +1,7 @@
 //! The rules of `io`, held by both implementations: each case runs on the ring, with real files and sockets, and in the
 //! simulated world.
 
+use afterimage_dataplane::io::guest::{GuestMemory, Map, Region, Scatter, share};
 use afterimage_dataplane::io::sim::Rng;
 use afterimage_dataplane::io::{Errno, Io, Nanos, Op, OpenHow, Part};
 use bed::{Bed, bytes, part};
@@ -11,6 +12,23 @@ const NEW: OpenHow = OpenHow { write: true, create_new: true, lock: false };
 const WRITE: OpenHow = OpenHow { write: true, create_new: false, lock: false };
 const READ: OpenHow = OpenHow { write: false, create_new: false, lock: false };
 const LOCKED: OpenHow = OpenHow { write: true, create_new: false, lock: true };
+
+type Files = (std::os::fd::OwnedFd, std::os::fd::OwnedFd);
+
+/// Two mappings that lie side by side in the guest, filled with 0xee.
+fn shared() -> (Files, GuestMemory) {
+    let (first, second) = (share("one", 65_536).unwrap(), share("two", 65_536).unwrap());
+    let region = |guest, map: Map| Region { guest, user: guest, map: std::sync::Arc::new(map) };
+    let memory = GuestMemory::new(vec![region(0, first.1), region(65_536, second.1)]).unwrap();
+    memory.write(0, &[0xee; 131_072]).unwrap();
+    ((first.0, second.0), memory)
+}
+
+fn ranges(memory: &GuestMemory, ranges: &[(u64, usize)]) -> Scatter {
+    let mut to = Scatter::default();
+    ranges.iter().for_each(|(at, len)| memory.add_to(&mut to, *at, *len).unwrap());
+    to
+}
 
 /// Each case as a test of its own, on both beds.
 macro_rules! cases {
@@ -60,6 +78,71 @@ cases! {
         assert_eq!(bed.read(file, 4096, 8192), Err(Errno::IO));
         assert_eq!(bed.read(file, 8192, 4096), Err(Errno::IO));
         assert!(bed.read(file, 4096, 4096).is_ok());
+    }
+
+    fn a_read_fills_ranges_of_shared_memory_in_order(bed: &mut impl Bed) {
+        let path = bed.path("f");
+        let file = bed.io().open(&path, NEW).unwrap();
+        let data = bytes(1, 64 * 1024);
+        bed.write(file, 0, &data);
+        let (maps, memory) = shared();
+        // Two pieces of one mapping, in the other order, and one over the seam to the next.
+        let to = ranges(&memory, &[(40_960, 8192), (4096, 4096), (61_440, 8192)]);
+        let done = bed.run(3, Op::ReadInto { file, offset: 4096, to });
+        assert_eq!((done.token, done.result), (3, Ok(20_480)));
+        assert!(done.part.is_none() && done.parts.is_empty());
+        let mut expected = [vec![0xee; 65_536], vec![0xee; 65_536]].concat();
+        expected[40_960..49_152].copy_from_slice(&data[4096..12_288]);
+        expected[4096..8192].copy_from_slice(&data[12_288..16_384]);
+        expected[61_440..69_632].copy_from_slice(&data[16_384..24_576]);
+        let mut found = vec![0; 131_072];
+        memory.read(0, &mut found).unwrap();
+        assert!(found == expected, "these bytes, and no others");
+        drop(maps);
+    }
+
+    fn a_read_into_shared_memory_fails_as_others_do(bed: &mut impl Bed) {
+        let path = bed.path("f");
+        let file = bed.io().open(&path, NEW).unwrap();
+        bed.write(file, 0, &bytes(1, 8192));
+        let (_maps, memory) = shared();
+        let ends = [(4096, (0, 8192), Err(Errno::IO)), (8192, (0, 4096), Err(Errno::IO)), (4096, (4096, 4096), Ok(4096))];
+        for (offset, range, end) in ends {
+            let to = ranges(&memory, &[range]);
+            assert_eq!(bed.run(3, Op::ReadInto { file, offset, to }).result, end);
+        }
+    }
+
+    fn a_mapping_lives_as_long_as_a_read_into_it(bed: &mut impl Bed) {
+        let path = bed.path("f");
+        let file = bed.io().open(&path, NEW).unwrap();
+        let data = bytes(1, 65_536);
+        bed.write(file, 0, &data);
+        let (maps, memory) = shared();
+        let to = ranges(&memory, &[(0, 65_536)]);
+        let same = Map::new(std::os::fd::AsFd::as_fd(&maps.0), 0, 65_536).unwrap();
+        let weak = std::sync::Arc::downgrade(&memory.regions()[0].map);
+        drop(memory);
+        bed.io().submit(3, Op::ReadInto { file, offset: 0, to });
+        assert!(weak.upgrade().is_some());
+        assert_eq!(bed.wait().result, Ok(65_536));
+        assert!(weak.upgrade().is_none(), "and no longer");
+        let mut found = vec![0; 65_536];
+        same.read(0, &mut found).unwrap();
+        assert!(found == data);
+    }
+
+    fn a_read_into_memory_that_has_gone_is_an_error(bed: &mut impl Bed) {
+        let path = bed.path("f");
+        let file = bed.io().open(&path, NEW).unwrap();
+        bed.write(file, 0, &bytes(1, 65_536));
+        let whole = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&whole, 65_536).unwrap();
+        let map = std::sync::Arc::new(Map::new(std::os::fd::AsFd::as_fd(&whole), 0, 65_536).unwrap());
+        let memory = GuestMemory::new(vec![Region { guest: 0, user: 0, map }]).unwrap();
+        let to = ranges(&memory, &[(0, 65_536)]);
+        rustix::fs::ftruncate(&whole, 8192).unwrap();
+        assert_eq!(bed.run(3, Op::ReadInto { file, offset: 0, to }).result, Err(Errno::FAULT));
     }
 
     fn a_write_without_permission_is_an_error(bed: &mut impl Bed) {

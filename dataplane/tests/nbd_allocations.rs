@@ -167,6 +167,7 @@ impl HostDisk<SliceIo> for &mut Disk {
 
     fn request(&mut self, io: &mut SliceIo, cookie: u64, request: Request) {
         let result = match request {
+            Request::ReadInto { .. } => Err(Errno::INVAL),
             Request::Read { offset, len } => {
                 let mut buf = io.pool.take(HEADROOM + len).expect("a buffer is free");
                 buf[HEADROOM..HEADROOM + len].copy_from_slice(&self.data[offset as usize..][..len]);

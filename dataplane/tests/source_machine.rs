@@ -4,7 +4,11 @@
 #[allow(dead_code)]
 mod bed;
 
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+
 use afterimage_dataplane::host::{Disks, Request};
+use afterimage_dataplane::io::guest::{GuestMemory, Map, Region, Scatter};
 use afterimage_dataplane::io::sim::{Fault, Rng, SimIo, WorldConfig};
 use afterimage_dataplane::io::{Errno, Io};
 use afterimage_dataplane::source::{ProtectError, SourceEvent, SourceLimits};
@@ -148,6 +152,49 @@ fn unaligned_writes_and_zeroes_are_what_a_model_says() {
         bed.acked();
         bed.assert_equal();
     }
+}
+
+#[test]
+fn a_read_goes_straight_to_shared_memory_or_comes_in_a_buffer() {
+    let mut bed = Bed::usual(1);
+    bed.ready();
+    let model: Vec<u8> = (0..131_072u32).map(|at| (at / 500) as u8).collect();
+    bed.write(0, 0, &model).expect("written");
+    let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 131_072).unwrap();
+    let map = Arc::new(Map::new(file.as_fd(), 0, 131_072).unwrap());
+    let memory = GuestMemory::new(vec![Region { guest: 0, user: 0, map }]).unwrap();
+    let read = |bed: &mut Bed, offset: u64, pieces: &[(u64, usize)]| {
+        memory.write(0, &[0xee; 131_072]).unwrap();
+        let mut to = Scatter::default();
+        pieces.iter().for_each(|(at, len)| memory.add_to(&mut to, *at, *len).unwrap());
+        let result = bed.call(0, Request::ReadInto { offset, to });
+        let mut found = Vec::new();
+        for (at, len) in pieces {
+            let mut bytes = vec![0; *len];
+            memory.read(*at, &mut bytes).unwrap();
+            found.extend(bytes);
+        }
+        (result, found)
+    };
+    let (result, found) = read(&mut bed, 512, &[(65_536, 4096), (512, 8192)]);
+    assert_eq!(result, Ok(Vec::new()), "nothing is left to copy");
+    assert!(found == model[512..512 + 12_288]);
+    // An offset, a length, an address that the disk has no such reads for: whoever asked copies.
+    for (offset, pieces) in [(1, [(0, 512), (4096, 512)]), (0, [(0, 500), (4096, 524)]), (0, [(4, 512), (4096, 512)])] {
+        let (result, found) = read(&mut bed, offset, &pieces);
+        assert!(result.expect("read") == model[offset as usize..][..1024]);
+        assert!(found == [0xee; 1024]);
+    }
+    // Past the end; more than a part; an error of the disk.
+    assert_eq!(read(&mut bed, SIZE - 512, &[(0, 1024)]).0, Err(Errno::INVAL));
+    bed.world.fail(bed.node, &bed::path(0), Fault::Read, Errno::IO, 1);
+    assert_eq!(read(&mut bed, 0, &[(0, 4096)]).0, Err(Errno::IO));
+    // Memory that has gone under it: it comes in a buffer, and whoever copies sees it.
+    rustix::fs::ftruncate(&file, 4096).unwrap();
+    let mut to = Scatter::default();
+    memory.add_to(&mut to, 0, 65_536).unwrap();
+    assert!(bed.call(0, Request::ReadInto { offset: 0, to }).expect("read") == model[..65_536]);
 }
 
 #[test]

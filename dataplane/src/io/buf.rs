@@ -5,6 +5,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use afterimage_wire::ALIGN;
@@ -56,6 +57,14 @@ struct ClassState {
     class: Class,
     offset: usize,
     free: Mutex<Vec<u32>>,
+    /// How many are free; written with the lock held, read without: it is looked at in each turn of a data thread.
+    count: AtomicUsize,
+}
+
+impl ClassState {
+    fn free_bytes(&self) -> usize {
+        self.count.load(Ordering::Relaxed) * self.class.capacity
+    }
 }
 
 struct Inner {
@@ -82,7 +91,8 @@ impl Pool {
         let classes = classes
             .into_iter()
             .map(|class| {
-                let state = ClassState { class, offset, free: Mutex::new((0..class.count as u32).rev().collect()) };
+                let free = Mutex::new((0..class.count as u32).rev().collect());
+                let state = ClassState { class, offset, free, count: AtomicUsize::new(class.count) };
                 offset += class.capacity * class.count;
                 state
             })
@@ -96,7 +106,10 @@ impl Pool {
             if state.class.capacity < capacity {
                 continue;
             }
-            let index = state.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let mut free = state.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let index = free.pop();
+            state.count.store(free.len(), Ordering::Relaxed);
+            drop(free);
             if let Some(index) = index {
                 let at = state.offset + index as usize * state.class.capacity;
                 // SAFETY: `at + capacity` lies within the region by construction of `offset` and `count`.
@@ -115,19 +128,14 @@ impl Pool {
 
     /// Bytes that are free now, over all classes.
     pub fn free_bytes(&self) -> usize {
-        self.0
-            .classes
-            .iter()
-            .map(|s| s.free.lock().unwrap_or_else(PoisonError::into_inner).len() * s.class.capacity)
-            .sum()
+        self.0.classes.iter().map(ClassState::free_bytes).sum()
     }
 
     /// Of the buffers with at least `capacity` bytes, those that are free now, and all of them; bytes.
     pub fn bytes_from(&self, capacity: usize) -> (usize, usize) {
         let long = self.0.classes.iter().filter(|s| s.class.capacity >= capacity);
         long.fold((0, 0), |(free, all), state| {
-            let count = state.free.lock().unwrap_or_else(PoisonError::into_inner).len();
-            (free + count * state.class.capacity, all + state.class.count * state.class.capacity)
+            (free + state.free_bytes(), all + state.class.count * state.class.capacity)
         })
     }
 
@@ -213,7 +221,9 @@ impl DerefMut for Buf {
 impl Drop for Buf {
     fn drop(&mut self) {
         let state = &self.pool.0.classes[usize::from(self.class)];
-        state.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
+        let mut free = state.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.push(self.index);
+        state.count.store(free.len(), Ordering::Relaxed);
     }
 }
 

@@ -20,6 +20,8 @@ const LEN_MAX: u64 = 1 << 44;
 /// Magic of a file system of huge pages, whose mappings begin and end at its own pages.
 const HUGETLBFS: libc::__fsword_t = 0x9584_58f6;
 const PAGE: u64 = 4096;
+/// Most ranges that one operation fills.
+pub const PIECES_MAX: usize = 128;
 
 /// The other side has taken pages away from under a mapping, or the range lies outside.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -329,6 +331,97 @@ impl Window {
     }
 }
 
+#[derive(Clone, Debug)]
+struct Piece {
+    map: Arc<Map>,
+    at: usize,
+    len: usize,
+}
+
+/// Ranges of shared memory that one operation fills, in this order. Each keeps its mapping: whatever happens to the guest's
+/// memory meanwhile, the bytes go to where they were to go when the operation began.
+#[derive(Clone, Debug, Default)]
+pub struct Scatter {
+    pieces: Vec<Piece>,
+    len: usize,
+}
+
+impl Scatter {
+    /// Appends a range.
+    fn add(&mut self, map: &Arc<Map>, at: usize, len: usize) -> Result<(), Fault> {
+        map.check(at, len)?;
+        self.len += len;
+        if let Some(last) = self.pieces.last_mut()
+            && Arc::ptr_eq(&last.map, map)
+            && last.at + last.len == at
+        {
+            last.len += len;
+            return Ok(());
+        }
+        if self.pieces.len() == PIECES_MAX {
+            return Err(Fault);
+        }
+        self.pieces.push(Piece { map: Arc::clone(map), at, len });
+        Ok(())
+    }
+
+    /// Bytes, of all ranges together.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All addresses and lengths are multiples of `align`, a power of two.
+    pub fn is_aligned(&self, align: usize) -> bool {
+        let whole = |piece: &Piece| {
+            let address = piece.map.start.addr().get() + piece.map.skip + piece.at;
+            address.is_multiple_of(align) && piece.len.is_multiple_of(align)
+        };
+        self.pieces.iter().all(whole)
+    }
+
+    /// Nothing of it has gone.
+    ///
+    /// # Errors
+    /// [`Fault`]: what an operation put there may be nowhere.
+    pub fn check(&self) -> Result<(), Fault> {
+        self.pieces.iter().try_for_each(|piece| piece.map.copied())
+    }
+
+    /// Copies bytes in, from its first one on.
+    ///
+    /// # Errors
+    /// [`Fault`], also if there are more bytes than it has room for.
+    pub fn write(&self, mut bytes: &[u8]) -> Result<(), Fault> {
+        for piece in &self.pieces {
+            let (now, rest) = bytes.split_at(piece.len.min(bytes.len()));
+            piece.map.write(piece.at, now)?;
+            bytes = rest;
+        }
+        if bytes.is_empty() { Ok(()) } else { Err(Fault) }
+    }
+
+    /// Points at its ranges, but for their first `skip` bytes; returns how many vectors that takes.
+    pub(super) fn point(&self, vectors: &mut [libc::iovec; PIECES_MAX], mut skip: usize) -> usize {
+        let mut count = 0;
+        for piece in &self.pieces {
+            let from = skip.min(piece.len);
+            skip -= from;
+            if from < piece.len {
+                // In bounds: checked when it was added.
+                let base = piece.map.start.as_ptr().wrapping_add(piece.map.skip + piece.at + from);
+                vectors[count] = libc::iovec { iov_base: base.cast(), iov_len: piece.len - from };
+                count += 1;
+            }
+        }
+        count
+    }
+}
+
 /// One range of a guest's memory.
 #[derive(Clone, Debug)]
 pub struct Region {
@@ -371,7 +464,7 @@ impl GuestMemory {
     }
 
     /// The map that has this guest address, where in it, and how many bytes follow there.
-    fn find(&self, guest: u64) -> Result<(&Map, usize, usize), Fault> {
+    fn find(&self, guest: u64) -> Result<(&Arc<Map>, usize, usize), Fault> {
         let after = self.regions.partition_point(|region| region.guest <= guest);
         let region = after.checked_sub(1).and_then(|at| self.regions.get(at)).ok_or(Fault)?;
         let at = guest - region.guest;
@@ -423,6 +516,21 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Adds a range of the guest to those that an operation is to fill.
+    ///
+    /// # Errors
+    /// [`Fault`] if it is not there, or in more pieces than [`PIECES_MAX`].
+    pub fn add_to(&self, scatter: &mut Scatter, mut guest: u64, mut len: usize) -> Result<(), Fault> {
+        while len > 0 {
+            let (map, at, here) = self.find(guest)?;
+            let step = here.min(len);
+            scatter.add(map, at, step)?;
+            guest = guest.wrapping_add(step as u64);
+            len -= step;
+        }
+        Ok(())
+    }
+
     /// `len` bytes at an address of the process that runs the guest; none if no single region has them all.
     pub fn window(&self, user: u64, len: usize) -> Option<Window> {
         let region = self.regions.iter().find(|r| r.user <= user && user - r.user < r.len())?;
@@ -467,6 +575,35 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_scatter_joins_what_lies_together_and_takes_no_more_than_it_has_room_for() {
+        let memory = GuestMemory::new(vec![region(0, 0, 1 << 20), region(1 << 20, 1 << 30, 1 << 20)]).unwrap();
+        let mut to = Scatter::default();
+        memory.add_to(&mut to, 4096, 4096).unwrap();
+        memory.add_to(&mut to, 8192, 512).unwrap();
+        assert!(to.pieces.len() == 1 && to.is_aligned(512) && !to.is_aligned(4096));
+        // Over the seam of two mappings.
+        memory.add_to(&mut to, (1 << 20) - 4096, 8192).unwrap();
+        assert_eq!((to.pieces.len(), to.len()), (3, 4608 + 8192));
+        let bytes: Vec<u8> = (0..to.len()).map(|at| (at / 7) as u8).collect();
+        to.write(&bytes).unwrap();
+        assert_eq!(to.write(&vec![0; to.len() + 1]), Err(Fault));
+        to.write(&bytes).unwrap();
+        let mut back = vec![0; 8192];
+        memory.read((1 << 20) - 4096, &mut back).unwrap();
+        assert!(back == bytes[4608..]);
+        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let mut vectors = [none; PIECES_MAX];
+        assert_eq!(to.point(&mut vectors, 4608 + 100), 2);
+        assert_eq!((vectors[0].iov_len, vectors[1].iov_len), (4096 - 100, 4096));
+        assert_eq!(memory.add_to(&mut to, 2 << 20, 1), Err(Fault));
+        let mut many = Scatter::default();
+        for at in 0..PIECES_MAX as u64 {
+            memory.add_to(&mut many, at * 1024, 512).unwrap();
+        }
+        assert_eq!(memory.add_to(&mut many, 1 << 19, 512), Err(Fault));
+    }
+
+    #[test]
     fn regions_that_overlap_are_refused() {
         assert!(GuestMemory::new(vec![region(0, 0, 8192), region(4096, 0x10000, 4096)]).is_err());
         assert!(GuestMemory::new(vec![region(u64::MAX - 4095, 0, 4096)]).is_err());
@@ -496,6 +633,8 @@ pub(crate) mod tests {
         assert_eq!(map.read(0, &mut out), Err(Fault), "half of it is gone");
         assert!(map.is_broken() && !other.is_broken());
         assert_eq!(map.load16(0), Err(Fault));
+        let piece = Piece { map: Arc::new(map), at: 0, len: 512 };
+        assert_eq!(Scatter { pieces: vec![piece], len: 512 }.check(), Err(Fault));
         assert_eq!(other.load16(0), Ok(0x0101));
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! Rules, the same for both and held by the tests in `tests/conformance.rs`:
 //! - A buffer given to an operation belongs to the kernel until its [`Done`], which brings it back, also on error.
-//! - A [`Op::Read`], [`Op::Write`] or [`Op::Send`] completes when *all* its bytes are done, or with an error; a read
+//! - A [`Op::Read`], [`Op::ReadInto`], [`Op::Write`] or [`Op::Send`] completes when *all* its bytes are done, or with an error; a read
 //!   past the end of a file is `EIO`. [`Op::Recv`] completes with at least one byte, or 0 at the end of the stream.
 //! - Operations are not ordered among each other. Two sends (or two receives) on one socket must not be under way
 //!   together.
@@ -52,6 +52,7 @@ impl Errno {
     pub const BADF: Self = Self(9);
     pub const AGAIN: Self = Self(11);
     pub const NOMEM: Self = Self(12);
+    pub const FAULT: Self = Self(14);
     pub const BUSY: Self = Self(16);
     pub const EXIST: Self = Self(17);
     pub const NODEV: Self = Self(19);
@@ -104,6 +105,16 @@ pub enum Op {
         offset: u64,
         /// Into this.
         part: Part,
+    },
+    /// Fills memory that another process shares with us from the file. What lies there after an error is not known.
+    /// `EFAULT` if the memory has gone, or is of a kind that the kernel does no I/O on.
+    ReadInto {
+        /// From here.
+        file: File,
+        /// Byte offset.
+        offset: u64,
+        /// Into this; its addresses and lengths are multiples of the file's block, too. Does not come back.
+        to: guest::Scatter,
     },
     /// Writes `part`.
     Write {

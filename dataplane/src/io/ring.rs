@@ -221,8 +221,9 @@ impl Ring {
             let flight = self.flights[index as usize].as_mut().expect("the backlog names flights");
             let entry = flight.entry(&self.pool, self.pinning.registered()).user_data(u64::from(index));
             // SAFETY: buffers, vectors and header belong to the flight (they are on the heap, so that moving the slab
-            // moves none of them), which stays in the slab until this entry's completion was taken; the descriptor
-            // stays in the table as long as the flight is counted there.
+            // moves none of them), and so do its handles of mappings that other processes share, to which no reference
+            // exists; the flight stays in the slab until this entry's completion was taken; the descriptor stays in
+            // the table as long as the flight is counted there.
             unsafe { queue.push(&entry) }.expect("the queue is not full");
             self.backlog.pop_front();
             self.held += 1;

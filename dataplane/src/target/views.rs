@@ -228,6 +228,11 @@ impl<I: Io> Target<I> {
                 self.reads.ask(ReadRequest { key, cookie, slot, seq, delta, view, shelf, stream, offset, len });
                 return;
             }
+            Request::ReadInto { .. } => {
+                // What a view has comes out of many chunks: it says that it can do no such reads.
+                view.disks[disk].answers.push_back(answer(Err(Errno::INVAL)));
+                return;
+            }
             Request::Flush => {
                 match delta {
                     Some(delta) => delta.flush(key, cookie),

@@ -1,6 +1,6 @@
 //! The descriptors of one request: a list in the queue's table, or in a table of its own in the guest's memory.
 
-use crate::io::guest::{Fault, GuestMemory, Window};
+use crate::io::guest::{Fault, GuestMemory, Scatter, Window};
 
 /// Bytes of a descriptor.
 pub const DESC: usize = 16;
@@ -205,6 +205,26 @@ impl Chain {
             }
         }
         if out.is_empty() { Ok(()) } else { Err(Fault) }
+    }
+
+    /// `len` bytes of what we write, from `skip` on, as memory that the disk fills; none if they are not all there, or not
+    /// of addresses and lengths that are multiples of `align`, or in too many pieces: those are copied.
+    pub fn scatter(&self, memory: &GuestMemory, mut skip: u64, mut len: usize, align: usize) -> Option<Scatter> {
+        let mut scatter = Scatter::default();
+        for seg in &self.writable {
+            let here = u64::from(seg.len);
+            if skip >= here {
+                skip -= here;
+                continue;
+            }
+            let now = ((here - skip) as usize).min(len);
+            memory.add_to(&mut scatter, seg.addr + skip, now).ok()?;
+            (len, skip) = (len - now, 0);
+            if len == 0 {
+                return scatter.is_aligned(align).then_some(scatter);
+            }
+        }
+        None
     }
 
     /// Copies bytes into what we write, from `skip` on.

@@ -158,14 +158,7 @@ impl Device {
                     None => Outcome::Refused("a range that the configuration space does not have"),
                 }
             }
-            C::SetConfig { offset, bytes } => match (offset as usize, bytes.as_slice()) {
-                (CONFIG_WCE, [on @ 0..=1]) => {
-                    self.writeback = Some(*on == 1);
-                    self.keep_mode();
-                    Outcome::Done
-                }
-                _ => Outcome::Refused("a byte of the configuration space that cannot be set"),
-            },
+            C::SetConfig { offset, bytes } => self.set_config(offset as usize, &bytes),
             C::GetInflight { queues, size } => {
                 if !(1..=QUEUES_MAX).contains(&queues) || !(1..=QUEUE_SIZE_MAX).contains(&size) {
                     return Outcome::Refused("requests under way of more, or longer, queues than are possible");
@@ -221,6 +214,23 @@ impl Device {
                 self.vring_command(cx, number, command)
             }
         }
+    }
+
+    /// Of the configuration space, all that can be set is how the cache is used. What is written around that has to be what
+    /// stands there.
+    fn set_config<C>(&mut self, offset: usize, bytes: &[u8]) -> Outcome<C> {
+        let refused = Outcome::Refused("a byte of the configuration space that cannot be set");
+        let mut all = [0; CONFIG_MAX];
+        let config = proto::config(&self.geometry, self.is_writeback());
+        all[..config.len()].copy_from_slice(&config);
+        let Some(now) = all.get(offset..offset.saturating_add(bytes.len())) else { return refused };
+        let Some(at) = CONFIG_WCE.checked_sub(offset).filter(|at| *at < bytes.len()) else { return refused };
+        if bytes[at] > 1 || bytes[..at] != now[..at] || bytes[at + 1..] != now[at + 1..] {
+            return refused;
+        }
+        self.writeback = Some(bytes[at] == 1);
+        self.keep_mode();
+        Outcome::Done
     }
 
     fn no_queue<I: Io>(&mut self, cx: &mut Context<'_, I>, command: Command<Sock>) -> Outcome<Command<Sock>> {

@@ -9,7 +9,7 @@ use crate::io::{Errno, Io, Nanos, Part, Pool};
 use crate::nbd::request::Slab;
 
 use super::chain::{Chain, Nonsense};
-use super::events::Event;
+use super::events::{Events, Kind};
 use super::proto::{self, feature, status};
 use super::queue::{Addresses, Agreed, Queue};
 use super::request::{self, Ask};
@@ -23,6 +23,8 @@ const BLOCK: usize = 4096;
 const POLL_MIN: Nanos = 4_000;
 /// Most requests that one queue gives in one look: a guest that adds them faster than they end must leave time for others.
 const TAKE_MAX: usize = 128;
+/// Shorter reads are copied, bytes: from here on that costs more than to have the kernel find the guest's pages.
+const STRAIGHT_MIN: u64 = 16 * 1024;
 /// Most looks at the queues in one turn.
 const LOOKS_MAX: usize = 4;
 
@@ -40,9 +42,7 @@ pub(super) struct Vring {
     pub addresses: Option<Addresses>,
     pub base: u16,
     pub enabled: bool,
-    pub kick: Option<Event>,
-    pub call: Option<Event>,
-    pub err: Option<Event>,
+    pub events: Events,
     pub epoch: u8,
     /// A kick was heard since it stopped last.
     pub kicked: bool,
@@ -96,6 +96,8 @@ struct PartOp {
     len: u64,
     cost: usize,
     tries: u16,
+    /// The disk was given the guest's memory to read to.
+    straight: bool,
 }
 
 /// See the module.
@@ -252,7 +254,7 @@ impl Device {
         let vring = &mut self.vrings[usize::from(number)];
         let (Some(addresses), None) = (vring.addresses, &vring.queue) else { return };
         let told = vring.kicked || vring.unkicked || vring.based && (vring.enabled || self.inflight.is_some());
-        if !told || vring.kick.is_none() && !vring.unkicked {
+        if !told || !vring.events.has_kick() && !vring.unkicked {
             return;
         }
         if vring.size == 0 || vring.outstanding > 0 {
@@ -289,7 +291,7 @@ impl Device {
         }
         vring.addresses = None;
         cx.shared.counters.nonsense += 1;
-        self.tell(cx, number);
+        self.raise(cx, number, Kind::Err);
         tracing::warn!(device = self.id, queue = number, %why, "a vhost-user queue makes no sense and has been stopped");
     }
 
@@ -316,12 +318,7 @@ impl Device {
             return false;
         }
         for number in 0..self.vrings.len() as u16 {
-            // Those that found no buffer when it was their time.
-            let vring = &self.vrings[usize::from(number)];
-            if vring.call.as_ref().is_some_and(|call| call.again && !call.busy) {
-                self.raise(cx, number);
-            }
-            self.listen(cx, number);
+            self.catch_up(cx, number);
         }
         let retry = std::mem::take(&mut self.retry_due);
         (self.active, self.starved) = (false, !self.retry.is_empty());
@@ -480,7 +477,7 @@ impl Device {
                 continue;
             }
             let len = part_len(&req.ask, at);
-            let op = PartOp { req: number, at, len, cost: 0, tries: 0 };
+            let op = PartOp { req: number, at, len, cost: 0, tries: 0, straight: false };
             match self.ask(cx, disk, op) {
                 Asked::Given => any = true,
                 Asked::NoRoom(_) => {
@@ -503,13 +500,24 @@ impl Device {
         let fua = req.fua;
         let request = match &req.ask {
             Ask::Read { offset, .. } => {
+                let offset = offset + op.at;
+                let align = disk
+                    .reads_into()
+                    .filter(|align| op.len >= STRAIGHT_MIN && (offset | op.len).is_multiple_of(u64::from(*align)));
+                let to = align.and_then(|align| req.chain.scatter(&req.memory, op.at, op.len as usize, align as usize));
+                if let Some(to) = to {
+                    // It takes no buffer, unless it cannot be done after all: then it waits for one.
+                    op.straight = true;
+                    return self.give(cx, disk, op, Request::ReadInto { offset, to });
+                }
+                op.straight = false;
                 let cost = HEADROOM + op.len as usize + BLOCK;
                 if cx.shared.read_used > 0 && cx.shared.read_used + cost > cx.shared.read_limit() {
                     return Asked::NoRoom(op);
                 }
                 cx.shared.read_used += cost;
                 op.cost = cost;
-                Request::Read { offset: offset + op.at, len: op.len as usize }
+                Request::Read { offset, len: op.len as usize }
             }
             Ask::Write { offset, .. } => {
                 let (offset, len) = (offset + op.at, op.len as usize);
@@ -540,7 +548,20 @@ impl Device {
             }
             Ask::Identity(_) | Ask::Answer(_) => return Asked::Fault,
         };
-        req.outstanding += 1;
+        self.give(cx, disk, op, request)
+    }
+
+    /// Gives a part to the disk.
+    fn give<I: Io>(
+        &mut self,
+        cx: &mut Context<'_, I>,
+        disk: &mut impl HostDisk<I>,
+        op: PartOp,
+        request: Request,
+    ) -> Asked {
+        if let Some(req) = self.reqs.get(op.req) {
+            req.outstanding += 1;
+        }
         self.outstanding += 1;
         let number = self.ops.insert(op);
         disk.request(cx.io, FrontId::Vhost.cookie(u64::from(self.id) << 32 | u64::from(number)), request);
@@ -581,6 +602,7 @@ impl Device {
         self.outstanding -= 1;
         self.active = true;
         let (req_number, at, len, cost) = (op.req, op.at, op.len, std::mem::take(&mut op.cost));
+        let straight = op.straight;
         op.tries += 1;
         let (wait, req) = (op.tries < TRIES, self.reqs.get(req_number).expect("a part's request is under way"));
         if matches!(req.ask, Ask::Read { .. }) {
@@ -611,6 +633,7 @@ impl Device {
                     req.status = status::IOERR;
                 }
             }
+            Ok(None) if straight => cx.shared.counters.read_bytes += len,
             Ok(_) if matches!(req.ask, Ask::Read { .. }) => req.status = status::IOERR,
             Ok(_) => {
                 if matches!(req.ask, Ask::Write { .. }) {
@@ -704,7 +727,7 @@ impl Device {
         self.pending.clear();
         self.retry.clear();
         for vring in &mut self.vrings {
-            for event in [vring.kick.take(), vring.call.take(), vring.err.take()].into_iter().flatten() {
+            for event in vring.events.take() {
                 io.close_sock(event.sock);
             }
             vring.queue = None;

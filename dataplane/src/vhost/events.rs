@@ -12,9 +12,9 @@ const EVENT_BUFS: usize = 6 * proto::QUEUES_MAX as usize;
 const EVENT_BUF: usize = 4096;
 /// Bytes that go over an event counter.
 const EVENT: usize = 8;
-/// In the kind of a token: it is of an event counter for errors. Queues and the bit for calls have those below.
-const ERR: u16 = 1 << 7;
-const _: () = assert!(proto::QUEUES_MAX << 1 <= ERR);
+/// In the kind of a token: which of a queue's event counters, below the queue and its epoch.
+const KIND_BITS: u32 = 2;
+const _: () = assert!(proto::QUEUES_MAX << KIND_BITS <= 1 << u8::BITS);
 
 /// Buffers for a device.
 pub(super) fn pool() -> Pool {
@@ -27,9 +27,9 @@ pub(super) struct Event {
     pub sock: Sock,
     epoch: u8,
     /// An operation is under way on it.
-    pub busy: bool,
+    busy: bool,
     /// It is to be raised once more.
-    pub again: bool,
+    again: bool,
 }
 
 /// What an event counter is for.
@@ -43,21 +43,50 @@ pub(super) enum Kind {
     Err,
 }
 
+impl Kind {
+    const ALL: [Self; 3] = [Self::Kick, Self::Call, Self::Err];
+}
+
+/// The event counters of a queue.
+#[derive(Debug, Default)]
+pub(super) struct Events([Option<Event>; 3]);
+
+impl Events {
+    /// The one for this.
+    pub fn of(&mut self, kind: Kind) -> &mut Option<Event> {
+        &mut self.0[kind as usize]
+    }
+
+    /// There is one for kicks.
+    pub fn has_kick(&self) -> bool {
+        self.0[Kind::Kick as usize].is_some()
+    }
+
+    /// All, which are none from now on.
+    pub fn take(&mut self) -> impl Iterator<Item = Event> {
+        std::mem::take(&mut self.0).into_iter().flatten()
+    }
+}
+
+/// The kind of a token: of which event counter it is.
+fn name(queue: u16, kind: Kind, epoch: u8) -> u16 {
+    u16::from(epoch) << 8 | queue << KIND_BITS | kind as u16
+}
+
+fn unname(token: u16) -> Option<(u16, Kind, u8)> {
+    let kind = Kind::ALL.get(usize::from(token & ((1 << KIND_BITS) - 1)))?;
+    Some(((token & 0xff) >> KIND_BITS, *kind, (token >> 8) as u8))
+}
+
 impl Device {
     /// Takes another event counter in the place of the one there.
     pub fn set_event<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16, kind: Kind, sock: Option<Sock>) {
         let vring = &mut self.vrings[usize::from(queue)];
         vring.epoch = vring.epoch.wrapping_add(1);
-        let epoch = vring.epoch;
-        let slot = match kind {
-            Kind::Kick => &mut vring.kick,
-            Kind::Call => &mut vring.call,
-            Kind::Err => &mut vring.err,
-        };
-        if let Some(old) = slot.take() {
+        let fresh = sock.map(|sock| Event { sock, epoch: vring.epoch, busy: false, again: false });
+        if let Some(old) = std::mem::replace(vring.events.of(kind), fresh) {
             cx.io.close_sock(old.sock);
         }
-        *slot = sock.map(|sock| Event { sock, epoch, busy: false, again: false });
         match kind {
             Kind::Kick => self.listen(cx, queue),
             Kind::Call => {
@@ -73,43 +102,52 @@ impl Device {
 
     /// Waits for the next kick.
     pub fn listen<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
-        let Some(kick) = &mut self.vrings[usize::from(queue)].kick else { return };
+        let Some(kick) = self.vrings[usize::from(queue)].events.of(Kind::Kick) else { return };
         if !kick.busy
             && let Some(buf) = self.events.take(EVENT_BUF)
         {
             kick.busy = true;
-            let token = token(cx.base, self.id, u16::from(kick.epoch) << 8 | queue << 1);
+            let token = token(cx.base, self.id, name(queue, Kind::Kick, kick.epoch));
             cx.io.submit(token, Op::Recv { sock: kick.sock, part: Part { buf, at: 0, len: EVENT } });
         }
     }
 
-    pub fn raise<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
-        let Some(call) = &mut self.vrings[usize::from(queue)].call else { return };
-        if call.busy {
-            call.again = true;
+    /// Raises the one for calls, or for errors.
+    pub fn raise<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16, kind: Kind) {
+        let Some(event) = self.vrings[usize::from(queue)].events.of(kind) else { return };
+        if event.busy {
+            event.again = true;
             return;
         }
         let Some(mut buf) = self.events.take(EVENT_BUF) else {
-            (call.again, self.active) = (true, true);
+            (event.again, self.active) = (true, true);
             return;
         };
-        (call.busy, call.again) = (true, false);
+        (event.busy, event.again) = (true, false);
         buf[..EVENT].copy_from_slice(&1u64.to_ne_bytes());
-        cx.shared.counters.calls += 1;
-        let token = token(cx.base, self.id, u16::from(call.epoch) << 8 | queue << 1 | 1);
-        cx.io.submit(token, Op::Send { sock: call.sock, part: Part { buf, at: 0, len: EVENT } });
+        cx.shared.counters.calls += u64::from(kind == Kind::Call);
+        let token = token(cx.base, self.id, name(queue, kind, event.epoch));
+        cx.io.submit(token, Op::Send { sock: event.sock, part: Part { buf, at: 0, len: EVENT } });
+    }
+
+    /// Does what found no buffer when it was its time.
+    pub fn catch_up<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
+        for kind in [Kind::Call, Kind::Err] {
+            let event = self.vrings[usize::from(queue)].events.of(kind);
+            if event.as_ref().is_some_and(|event| event.again && !event.busy) {
+                self.raise(cx, queue, kind);
+            }
+        }
+        self.listen(cx, queue);
     }
 
     /// An operation on an event counter has ended.
-    pub fn event<I: Io>(&mut self, cx: &mut Context<'_, I>, kind: u16, done: Done) {
-        let (epoch, queue, is_call) = ((kind >> 8) as u8, (kind & 0xff) >> 1, kind & 1 == 1);
+    pub fn event<I: Io>(&mut self, cx: &mut Context<'_, I>, which: u16, done: Done) {
+        let Some((queue, kind, epoch)) = unname(which) else { return };
         let ok = matches!(done.result, Ok(1..));
         drop(done);
-        if kind & ERR != 0 {
-            return; // raised, or not: whoever listens there can do without
-        }
         let Some(vring) = self.vrings.get_mut(usize::from(queue)) else { return };
-        let slot = if is_call { &mut vring.call } else { &mut vring.kick };
+        let slot = vring.events.of(kind);
         let Some(event) = slot.as_mut().filter(|event| event.epoch == epoch) else { return };
         event.busy = false;
         if !ok {
@@ -118,9 +156,9 @@ impl Device {
             }
             return;
         }
-        if is_call {
+        if kind != Kind::Kick {
             if event.again {
-                self.raise(cx, queue);
+                self.raise(cx, queue, kind);
             }
             return;
         }
@@ -143,19 +181,10 @@ impl Device {
                 continue;
             }
             match vring.queue.as_mut().map(Queue::call_due) {
-                Some(Ok(true)) => self.raise(cx, number),
+                Some(Ok(true)) => self.raise(cx, number, Kind::Call),
                 Some(Err(fault)) => self.nonsense(cx, number, fault.into()),
                 Some(Ok(false)) | None => {}
             }
         }
-    }
-
-    /// Tells whoever runs the guest that a queue makes no sense.
-    pub fn tell<I: Io>(&mut self, cx: &mut Context<'_, I>, queue: u16) {
-        let Some(err) = &self.vrings[usize::from(queue)].err else { return };
-        let Some(mut buf) = self.events.take(EVENT_BUF) else { return };
-        buf[..EVENT].copy_from_slice(&1u64.to_ne_bytes());
-        let token = token(cx.base, self.id, ERR | queue);
-        cx.io.submit(token, Op::Send { sock: err.sock, part: Part { buf, at: 0, len: EVENT } });
     }
 }

@@ -105,6 +105,7 @@ impl MemDisk {
     fn execute(&mut self, pool: &Pool, request: Request) -> Result<Option<Part>, Errno> {
         self.requests += 1;
         match request {
+            Request::ReadInto { .. } => Err(Errno::INVAL),
             Request::Read { offset, len } => {
                 Self::part_check(offset, len);
                 self.check(offset, len as u64)?;

@@ -28,6 +28,12 @@ const VHOST_ID: u16 = 0x4001;
 pub struct MemDisk {
     pub geometry: Geometry,
     pub data: Vec<u8>,
+    /// It reads into the guest's memory what is aligned like this.
+    pub into: Option<u32>,
+    /// It cannot do the next such read after all.
+    pub copy_next: bool,
+    /// Such reads.
+    pub straight: usize,
     pub fail: Option<Errno>,
     /// So many requests find no room.
     pub no_room: usize,
@@ -35,6 +41,9 @@ pub struct MemDisk {
     pub late: bool,
     /// Answers wait until this is false.
     pub hold: bool,
+    /// Nothing is done until this is false.
+    pub later: bool,
+    postponed: Vec<(u64, Request)>,
     pub durable: usize,
     pub flushes: usize,
     pub writes: Vec<(u64, usize)>,
@@ -57,10 +66,15 @@ impl MemDisk {
         Self {
             geometry,
             data: vec![0; size],
+            into: Some(512),
+            copy_next: false,
+            straight: 0,
             fail: None,
             no_room: 0,
             late: false,
             hold: false,
+            later: false,
+            postponed: Vec::new(),
             durable: 0,
             flushes: 0,
             writes: Vec::new(),
@@ -94,6 +108,21 @@ impl MemDisk {
                 buf.fill(0xee);
                 buf[HEADROOM..HEADROOM + len].copy_from_slice(&self.data[offset as usize..][..len]);
                 Ok(Some(Part { buf, at: HEADROOM, len }))
+            }
+            Request::ReadInto { offset, to } => {
+                part_check(offset, to.len());
+                self.check(offset, to.len() as u64);
+                let block = self.into.expect("it said that it can") as usize;
+                assert!(offset.is_multiple_of(block as u64) && to.is_aligned(block));
+                let data = &self.data[offset as usize..][..to.len()];
+                if std::mem::take(&mut self.copy_next) {
+                    let mut buf = pool.take(HEADROOM + data.len() + 4096).ok_or(Errno::NOMEM)?;
+                    buf[HEADROOM..HEADROOM + data.len()].copy_from_slice(data);
+                    return Ok(Some(Part { buf, at: HEADROOM, len: to.len() }));
+                }
+                to.write(data).map_err(|_| Errno::FAULT)?;
+                self.straight += 1;
+                Ok(None)
             }
             Request::Write { offset, data: Part { mut buf, at, len }, fua } => {
                 part_check(offset, len);
@@ -133,9 +162,16 @@ impl<I: Io> HostDisk<I> for &mut MemDisk {
     }
 
     fn request(&mut self, io: &mut I, cookie: u64, request: Request) {
+        if self.later {
+            return self.postponed.push((cookie, request));
+        }
         let result = self.execute(&io.pool().clone(), request);
         let answer = Answer { cookie, result };
         if self.late || self.hold { self.waiting.push(answer) } else { self.ready.push_back(answer) }
+    }
+
+    fn reads_into(&self) -> Option<u32> {
+        self.into
     }
 
     fn answers(&mut self) -> &mut VecDeque<Answer> {
@@ -644,6 +680,13 @@ impl Bed {
 
     /// A turn of the loop: the disk answers what it will, the front end does the rest.
     pub fn turn(&mut self) {
+        if let Some(disk) = &mut self.disks.0
+            && !disk.later
+        {
+            for (cookie, request) in std::mem::take(&mut disk.postponed) {
+                HostDisk::request(&mut &mut *disk, &mut self.io, cookie, request);
+            }
+        }
         if let Some(disk) = &mut self.disks.0
             && !disk.hold
         {

@@ -37,7 +37,7 @@ fn the_configuration_space_says_what_the_disk_is() {
     // Only the cache can be set.
     bed.ok(Command::SetConfig { offset: 32, bytes: vec![0] });
     assert_eq!(config(&mut bed)[32], 0);
-    for (offset, bytes) in [(32, vec![2]), (0, vec![0]), (32, vec![0, 0]), (u32::MAX, vec![1])] {
+    for (offset, bytes) in [(32, vec![2]), (0, vec![0]), (32, vec![0, 9]), (u32::MAX, vec![1])] {
         assert!(matches!(bed.command(Command::SetConfig { offset, bytes }), Outcome::Refused(_)));
     }
     assert!(matches!(bed.command(Command::GetConfig { offset: 200, len: 57, flags: 0 }), Outcome::Refused(_)));

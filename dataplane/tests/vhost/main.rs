@@ -5,4 +5,5 @@ mod control;
 mod hostile;
 mod replay;
 mod requests;
+mod straight;
 mod text;

@@ -256,3 +256,61 @@ fn memory_is_taken_away_by_its_three_names_whatever_comes_along() {
     }
     bed.ok(Command::RemoveRegion { guest, user, len });
 }
+
+#[test]
+fn the_configuration_space_may_be_written_as_it_stands_but_for_the_cache() {
+    let mut bed = Bed::with(24, MemDisk::new(1 << 20), ALL | feature::CONFIG_WCE, 1, 64);
+    let Outcome::Reply(Reply::Config(_, _, all)) = bed.command(Command::GetConfig { offset: 0, len: 60, flags: 0 })
+    else {
+        panic!()
+    };
+    let with = |at: usize, byte: u8| {
+        let mut bytes = all.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    let set = |offset, bytes| Command::SetConfig { offset, bytes };
+    bed.ok(set(0, with(CONFIG_WCE, 0)));
+    assert_eq!(bed.ask(kind::OUT, 0, &pattern(1, 512), 0, &Layout::default()).status, status::OK);
+    assert_eq!(bed.disk().durable, 1, "it writes through now");
+    // The size is not the driver's; nor is there a third way; nor a byte that it could set alone.
+    let lies =
+        [(0, with(0, 77)), (0, with(34, 0)), (0, with(CONFIG_WCE, 2)), (20, all[20..24].to_vec()), (250, vec![0; 7])];
+    for (offset, bytes) in lies {
+        assert!(matches!(bed.command(set(offset, bytes)), Outcome::Refused(_)));
+    }
+    bed.ok(set(20, all[20..].to_vec()));
+    assert_eq!(bed.ask(kind::OUT, 0, &pattern(1, 512), 0, &Layout::default()).status, status::OK);
+    assert_eq!(bed.disk().durable, 1);
+}
+
+#[test]
+fn an_area_for_longer_queues_serves_shorter_ones_and_a_shorter_one_does_not() {
+    let plain = Layout::default();
+    for (longest, works) in [(128, true), (64, true), (32, false)] {
+        let mut bed = bed(ALL);
+        let (_, area) = share("inflight", inflight::bytes(2, longest)).unwrap();
+        let map = Arc::new(area);
+        bed.ok(Command::SetInflight { queues: 2, size: longest, map: Arc::clone(&map) });
+        bed.add_rings(2, 64);
+        let event = bed.new_err(1);
+        bed.ok(Command::VringErr { queue: 1, event: Some(event) });
+        bed.disk().hold = true;
+        let sent = bed.send(1, kind::OUT, 3, &pattern(1, 512), 0, &plain);
+        bed.kick(1);
+        bed.settle();
+        assert_eq!(bed.server.counters().nonsense > 0, !works);
+        if !works {
+            continue;
+        }
+        // The next process takes it from the same area.
+        bed.disk().writes.clear();
+        bed.restart_without_queues();
+        bed.ok(Command::SetInflight { queues: 2, size: longest, map });
+        bed.start(0);
+        bed.start(1);
+        bed.kick(1);
+        assert_eq!(bed.wait(&sent).status, status::OK);
+        assert_eq!((bed.server.counters().again, bed.disk().writes.len()), (1, 1));
+    }
+}

@@ -6,6 +6,7 @@
 
 use io_uring::{opcode, squeue, types};
 
+use crate::io::guest::{PIECES_MAX, Scatter};
 use crate::io::ublk::uapi::data_offset;
 use crate::io::{Errno, Op, Part, Pool, Token, UblkOp};
 
@@ -24,8 +25,10 @@ const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
 /// Header and vectors of a vectored operation, at an address that stays.
 pub(super) struct Message {
     header: libc::msghdr,
-    vectors: [libc::iovec; MAX_PARTS],
+    vectors: [libc::iovec; PIECES_MAX],
 }
+
+const _: () = assert!(MAX_PARTS <= PIECES_MAX);
 
 impl Message {
     pub(super) fn new() -> Box<Self> {
@@ -55,6 +58,7 @@ impl Message {
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
     Read,
+    ReadInto,
     Write {
         durable: bool,
     },
@@ -91,6 +95,7 @@ pub(super) struct Flight {
     pub(super) total: u64,
     pub(super) part: Option<Part>,
     pub(super) parts: Vec<Part>,
+    pub(super) to: Option<Scatter>,
     pub(super) message: Option<Box<Message>>,
 }
 
@@ -127,10 +132,16 @@ impl Flight {
             total,
             part,
             parts,
+            to: None,
             message: None,
         };
         match op {
             Op::Read { file, offset, part } => flight(file.0, Kind::Read, offset, check(&part), Some(part), Vec::new()),
+            Op::ReadInto { file, offset, to } => {
+                assert!(!to.is_empty(), "a read of nothing");
+                let flight = flight(file.0, Kind::ReadInto, offset, to.len() as u64, None, Vec::new());
+                Self { to: Some(to), ..flight }
+            }
             Op::Write { file, offset, part, durable } => {
                 flight(file.0, Kind::Write { durable }, offset, check(&part), Some(part), Vec::new())
             }
@@ -180,7 +191,7 @@ impl Flight {
     }
 
     pub(super) fn needs_message(&self) -> bool {
-        matches!(self.kind, Kind::RecvV | Kind::SendV)
+        matches!(self.kind, Kind::RecvV | Kind::SendV | Kind::ReadInto)
     }
 
     /// The submission entry for what is left to do. Of `pool` so many pieces, from the first on, are `registered` with
@@ -199,6 +210,13 @@ impl Flight {
                 opcode::Fallocate::new(fd, self.total).offset(self.offset).mode(mode).build()
             }
             Kind::Hear => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
+            Kind::ReadInto => {
+                let (message, to) = (self.message.as_mut(), self.to.as_ref());
+                let (message, to) = message.zip(to).expect("a read into shared memory has its vectors and its ranges");
+                let count = to.point(&mut message.vectors, self.done as usize);
+                let offset = self.offset + self.done;
+                opcode::Readv::new(fd, message.vectors.as_ptr(), count as u32).offset(offset).build()
+            }
             Kind::RecvV | Kind::SendV => {
                 let message = self.message.as_mut().expect("a vectored operation has its message");
                 let header = message.point(&mut self.parts, self.done as usize);
@@ -250,11 +268,13 @@ impl Flight {
             Kind::Recv | Kind::RecvV => Outcome::Over(Ok(result as u64)),
             Kind::Sync | Kind::Zero { .. } | Kind::UblkFetch { .. } => Outcome::Over(Ok(0)),
             Kind::Hear | Kind::Raise => Outcome::Over(Ok(EVENT_LEN)),
-            Kind::Read | Kind::Write { .. } | Kind::Send | Kind::SendV | Kind::UblkCopy { .. } => {
+            Kind::Read | Kind::ReadInto | Kind::Write { .. } | Kind::Send | Kind::SendV | Kind::UblkCopy { .. } => {
                 self.done += result as u64;
                 let direct = !self.is_net();
                 if self.done >= self.total {
-                    Outcome::Over(Ok(self.total))
+                    // Pages that have gone from under a mapping take what was read along.
+                    let gone = self.to.as_ref().is_some_and(|to| to.check().is_err());
+                    Outcome::Over(if gone { Err(Errno::FAULT) } else { Ok(self.total) })
                 } else if result == 0 || (direct && !self.done.is_multiple_of(512)) {
                     // The end of the file, maybe within a block, where direct I/O cannot go on.
                     Outcome::Over(Err(Errno::IO))

@@ -7,10 +7,12 @@ use super::Fault;
 use super::content::SECTOR;
 use super::names::InodeId;
 use super::state::{Event, LifeId, State};
+use crate::io::guest::Scatter;
 use crate::io::{Done, Errno, File, Part, Token};
 
 pub(super) enum DiskOp {
     Read { offset: u64, part: Part },
+    ReadInto { offset: u64, to: Scatter },
     Write { offset: u64, part: Part, durable: bool, from: usize },
     Sync,
     Zero { offset: u64, len: u64, unmap: bool },
@@ -57,7 +59,7 @@ impl State {
         self.settle(&flight);
         let part = match flight.op {
             DiskOp::Read { part, .. } | DiskOp::Write { part, .. } => Some(part),
-            DiskOp::Sync | DiskOp::Zero { .. } => None,
+            DiskOp::ReadInto { .. } | DiskOp::Sync | DiskOp::Zero { .. } => None,
         };
         let result = flight.landed.expect("it has taken effect");
         self.complete(flight.life, Done { token: flight.token, result, part, parts: Vec::new() });
@@ -92,6 +94,24 @@ impl State {
                     Ok(part.len as u64)
                 }
             },
+            DiskOp::ReadInto { offset, to } => {
+                let mut bytes = vec![0; to.len()];
+                let size = self.content(node, inode).size();
+                if *offset + bytes.len() as u64 > size {
+                    return Some(Err(Errno::IO));
+                }
+                if let Some(error) = self.fault(node, path, Fault::Read) {
+                    // Nobody may rely on what lies there now.
+                    bytes.fill(0xa5);
+                    let _ = to.write(&bytes);
+                    return Some(Err(error));
+                }
+                self.content(node, inode).read(*offset, &mut bytes);
+                match to.write(&bytes) {
+                    Ok(()) => Ok(bytes.len() as u64),
+                    Err(_) => Err(Errno::FAULT),
+                }
+            }
             DiskOp::Write { offset, part, durable, from } => {
                 if *from == 0
                     && let Some(error) = self.fault(node, path, Fault::Write)

@@ -59,6 +59,11 @@ impl Io for SimIo {
                 state.check_range(offset, part.at, part.len);
                 state.submit_disk(self.life, token, file, DiskOp::Read { offset, part });
             }
+            Op::ReadInto { file, offset, to } => {
+                state.check_range(offset, 0, to.len());
+                assert!(to.is_aligned(state.config.block as usize), "a read into ranges that are not made of blocks");
+                state.submit_disk(self.life, token, file, DiskOp::ReadInto { offset, to });
+            }
             Op::Write { file, offset, part, durable } => {
                 assert!(part.at + part.len <= part.buf.len(), "a write past its buffer");
                 state.check_range(offset, part.at, part.len);
