@@ -1,12 +1,16 @@
 #!/usr/bin/python3
-"""What a guest's requests cost whoever serves them by vhost-user-blk: our proxy, unprotected, beside qemu-storage-daemon, in one
-guest, on two files of one file system. Prints the ratio of requests per CPU second of the server's process, by queue depth, and
-how often the proxy's data thread wakes up while the guest is idle.
+"""What a disk by vhost-user-blk costs: ours, unprotected and protected, beside qemu-storage-daemon's, on files of one file system.
 
-A guest without KVM spends most of its time in QEMU: rates say little, the server's CPU time does. Needs what `tests/guests.py`
-needs. Arguments: rounds (3), seconds of each run (5).
+Requests per CPU second of the server come from a driver without a machine around it (`vhost_driver`), since a guest without KVM
+spends its time in QEMU: the process's own clock, all its threads, so that other programs on the host matter little. *Protected*
+is a source with its target, a coordinator beside them; the CPU is the source's, and in the second figure the source's and the
+target's. Latencies come from a guest, once on each disk in turn. Each figure is the median of the ratios of alternating pairs,
+ours over the other's, with the lowest and the highest; also how often the unprotected proxy wakes up while nobody asks anything.
+
+Needs what `tests/guests.py` needs. Arguments: pairs (5), seconds of each run (2), and `quick` for no guest.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,84 +19,145 @@ import subprocess
 import sys
 import time
 
-from cluster import MIB, eventually, workspace
+from cluster import AFTERIMAGE, MIB, Cluster, eventually, workspace
 from guest import Guest, Image
+from vhost_driver import READ, WRITE, Driver
 
-SIZE = 64 * MIB
-BINARY = pathlib.Path(os.environ.get("AFTERIMAGE", "target/release/afterimage")).resolve()
+SIZE = 256 * MIB
+JOBS = [("4 KiB reads, depth 1", READ, 1, 4096), ("4 KiB reads, depth 32", READ, 32, 4096),
+        ("4 KiB writes, depth 1", WRITE, 1, 4096), ("4 KiB writes, depth 32", WRITE, 32, 4096),
+        ("64 KiB reads, depth 32", READ, 32, 65536), ("1 MiB reads, depth 32", READ, 32, MIB)]
 
 
-def cpu_seconds(pid):
-    """Of all threads, by the scheduler's own count."""
-    total = 0
+def cpu_seconds(*pids):
+    """Of all threads, also of those that have ended."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+
+
+def sleeps(pid):
+    """How often each thread has gone to sleep. Those of the kernel's own (`iou-wrk`) look every 5 s whether they are to end."""
+    found = {}
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        total += int((task / "schedstat").read_text().split()[0])
-    return total / 1e9
-
-
-def wakes(pid, name):
-    """How often the threads of that name went to sleep."""
-    total = 0
-    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        if (task / "comm").read_text().startswith(name):
+        with contextlib.suppress(FileNotFoundError):
+            name = (task / "comm").read_text().strip()
             lines = (task / "status").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
-    return total
+            found[name, task.name] = next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
+    return {name: count for name, count in found.items() if not name[0].startswith("iou-")}
 
 
-def load(guest, disk, pid, depth, seconds):
-    """Requests, and seconds of the server's CPU, of one run."""
-    before = cpu_seconds(pid)
-    text = guest.do(f"fio --name=c --filename={guest.block(disk)} --rw=randrw --bs=4k --iodepth={depth} --ioengine=libaio "
-                    f"--direct=1 --time_based --runtime={seconds} --output-format=json", timeout=120)
-    spent = cpu_seconds(pid) - before
-    job = json.loads(text[text.index("{"):])["jobs"][0]
-    return job["read"]["total_ios"] + job["write"]["total_ios"], spent
+def spread(ratios):
+    ratios = sorted(ratios)
+    return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}–{ratios[-1]:.2f}]"
+
+
+def percentile(values):
+    return sorted(values)[len(values) * 99 // 100]
+
+
+class Disk:
+    """A socket, and the processes whose CPU its requests cost."""
+
+    def __init__(self, name, path, *pids):
+        self.name, self.path, self.pids = name, path, pids
+
+    def load(self, kind, depth, block, seconds):
+        """Requests per second of the CPU of the first process and of all, and the 99th percentile of the latency."""
+        driver = Driver(self.path, depth, block)
+        try:
+            driver.load(kind, 0.2)
+            before = cpu_seconds(*self.pids[:1]), cpu_seconds(*self.pids)
+            count, took = driver.load(kind, seconds)
+            return count / (cpu_seconds(*self.pids[:1]) - before[0]), count / (cpu_seconds(*self.pids) - before[1]), percentile(took)
+        finally:
+            driver.close()
+
+
+def compare(ours, peer, pairs, seconds):
+    for name, kind, depth, block in JOBS:
+        ratios = []
+        for number in range(pairs):
+            turn = [ours, peer] if number % 2 == 0 else [peer, ours]
+            found = {disk.name: disk.load(kind, depth, block, seconds) for disk in turn}
+            ratios.append([found[ours.name][at] / found[peer.name][at] for at in range(3)])
+        one, all_of_them, late = zip(*ratios)
+        both = f", with the target {spread(all_of_them)}" if len(ours.pids) > 1 else ""
+        print(f"{ours.name}, {name}: requests per CPU second {spread(one)}{both}; 99th percentile {spread(late)}", flush=True)
+
+
+def latencies(folder, disks, pairs, seconds):
+    """In one guest: the 99th percentile of fio's latencies, each disk's over that of the first."""
+    guest = Guest(folder, Image(), "cost", tools=True)
+    for disk in disks:
+        guest.vhost_user(disk.name, disk.path, reconnect=0)
+    guest.boot()
+    try:
+        for rw in ("randread", "randwrite"):
+            ratios = {disk.name: [] for disk in disks[1:]}
+            for number in range(pairs):
+                found = {}
+                for disk in disks if number % 2 == 0 else reversed(disks):
+                    text = guest.do(f"fio --name=c --filename={guest.block(disk.name)} --rw={rw} --bs=4k --iodepth=1 --ioengine=psync "
+                                    f"--direct=1 --time_based --runtime={seconds * 2} --output-format=json", timeout=120)
+                    job = json.loads(text[text.index("{"):])["jobs"][0]
+                    found[disk.name] = job[rw.removeprefix("rand")]["clat_ns"]["percentile"]["99.000000"]
+                for name, each in ratios.items():
+                    each.append(found[name] / found[disks[0].name])
+            for name, each in ratios.items():
+                print(f"in a guest, {rw}: 99th percentile of {name} over {disks[0].name} {spread(each)}", flush=True)
+        guest.shutdown()
+    finally:
+        guest.close()
+
+
+def fill(path):
+    """On the disk, not in the page cache: what is there would be written first by whoever reads it directly."""
+    with open(path, "wb") as out:
+        for _ in range(SIZE // MIB):
+            out.write(os.urandom(MIB))
+        os.fsync(out.fileno())
+        os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return path
 
 
 def main():
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    seconds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    with workspace("vhost-cost") as folder:
-        for name in ("ours", "peer"):
-            with open(folder / f"{name}.img", "wb") as out:
-                out.write(os.urandom(MIB) * (SIZE // MIB))
-        sockets = {"ours": folder / "vhost" / "ours.sock", "peer": folder / "peer.sock"}
-        servers = {
-            "ours": subprocess.Popen([BINARY, "proxy", "--serve", f"ours={folder / 'ours.img'}", "--vhost-user",
-                                      folder / "vhost"], stderr=subprocess.DEVNULL),
-            "peer": subprocess.Popen([
-                "qemu-storage-daemon", "--blockdev",
-                f"driver=file,node-name=peer,filename={folder / 'peer.img'},cache.direct=on,aio=io_uring", "--export",
-                f"type=vhost-user-blk,id=peer,node-name=peer,addr.type=unix,addr.path={sockets['peer']},writable=on"]),
-        }
-        guest = Guest(folder, Image(), "cost", tools=True)
-        for name, path in sockets.items():
-            guest.vhost_user(name, path, reconnect=0)
-        try:
-            for path in sockets.values():
-                eventually("the server listens", path.exists)
-            guest.boot()
-            pids = {name: server.pid for name, server in servers.items()}
-            for depth in (1, 32):
-                each = {"ours": [], "peer": []}
-                for _ in range(rounds):
-                    for name in each:
-                        count, spent = load(guest, name, pids[name], depth, seconds)
-                        each[name].append(count / spent)
-                ratios = sorted(ours / peer for ours, peer in zip(each["ours"], each["peer"]))
-                print(f"depth {depth}: requests per CPU second, ours over qemu-storage-daemon's: "
-                      f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}–{ratios[-1]:.2f}]", flush=True)
-            time.sleep(2)
-            before = wakes(pids["ours"], "data-")
-            time.sleep(10)
-            print(f"idle: {(wakes(pids['ours'], 'data-') - before) / 10:.1f} wake-ups of the data thread a second")
-            guest.shutdown()
-        finally:
-            guest.close()
-            for server in servers.values():
-                server.kill()
-                server.wait()
+    quick = "quick" in sys.argv
+    numbers = [int(word) for word in sys.argv[1:] if word != "quick"]
+    pairs, seconds = (numbers + [5, 2][len(numbers):])[:2]
+    with workspace("vhost-cost") as folder, contextlib.ExitStack() as at_end:
+        def serve(*command):
+            server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            at_end.callback(server.wait)
+            at_end.callback(server.kill)
+            return server.pid
+        sockets = folder / "vhost"
+        plain = Disk("unprotected", sockets / "plain.sock", serve(
+            AFTERIMAGE, "proxy", "--serve", f"plain={fill(folder / 'plain.img')}", "--vhost-user", sockets))
+        peer = Disk("qemu-storage-daemon", folder / "peer.sock", serve(
+            "qemu-storage-daemon", "--blockdev",
+            f"driver=file,node-name=peer,filename={fill(folder / 'peer.img')},cache.direct=on,aio=io_uring", "--export",
+            f"type=vhost-user-blk,id=peer,node-name=peer,addr.type=unix,addr.path={folder / 'peer.sock'},writable=on"))
+        for disk in (plain, peer):
+            eventually("the server listens", disk.path.exists)
+        compare(plain, peer, pairs, seconds)
+        time.sleep(2)
+        before = sleeps(plain.pids[0])
+        time.sleep(30)
+        print(f"idle for 30 s: {sum(sleeps(plain.pids[0]).values()) - sum(before.values())} wake-ups of the unprotected proxy")
+        fill(folder / "kept.img")
+        (folder / "source-vhost").mkdir()
+        cluster = Cluster(folder, {"kept": SIZE}, source_args=("--vhost-user", folder / "source-vhost"))
+        at_end.callback(cluster.close)
+        uris = [uri for entry in cluster.status()["disks"] for uri in entry["uris"]]
+        path = next(uri for uri in uris if uri.startswith("vhost-user:")).removeprefix("vhost-user:")
+        kept = Disk("protected", pathlib.Path(path), cluster.source.process.pid, cluster.target.process.pid)
+        eventually("the source listens", kept.path.exists)
+        compare(kept, peer, pairs, seconds)
+        time.sleep(2)
+        before = sleeps(kept.pids[0])
+        time.sleep(30)
+        print(f"idle for 30 s: {sum(sleeps(kept.pids[0]).values()) - sum(before.values())} wake-ups of the protected source")
+        if not quick:
+            latencies(folder, [plain, kept, peer], pairs, seconds)
 
 
 main()
