@@ -21,11 +21,13 @@ use crate::sealers::{Job, Sealing};
 
 mod keep;
 mod link;
+mod pace;
 mod queue;
 mod rate;
 
 use keep::{Frame, FrameState, Keep};
 pub(crate) use link::{Heard, Link, LinkState};
+pub(crate) use pace::Pacer;
 pub(crate) use queue::{Event, Queue, Room, SMALL_COST, Waiter};
 use rate::Rate;
 
@@ -57,6 +59,7 @@ pub(crate) struct ShipLimits {
 pub(crate) struct Shipper {
     pub queue: Queue,
     pub link: Link,
+    pub pacer: Pacer,
     stream: StreamId,
     pub incarnation: IncarnationId,
     key: Arc<DataKey>,
@@ -112,6 +115,7 @@ impl Shipper {
         Self {
             queue: Queue::new(queue_bytes, first_seq),
             link: Link::new(limits.link_silence),
+            pacer: Pacer::default(),
             stream,
             incarnation,
             key: Arc::new(key),
@@ -178,9 +182,14 @@ impl Shipper {
         crate::mutant::control_key(right, &self.key)
     }
 
+    /// Frames may leave: there is a link, and this is an hour for it.
+    pub fn takes(&self) -> bool {
+        self.link.is_ready() && !self.pacer.is_closed()
+    }
+
     /// The link takes what is sealed now: nothing older waits in the spill.
     pub fn is_flowing(&self) -> bool {
-        self.link.is_ready() && !self.keep.is_behind(self.acked_frame)
+        self.takes() && !self.keep.is_behind(self.acked_frame)
     }
 
     /// When the oldest unacknowledged record of this process was numbered.
@@ -316,11 +325,17 @@ impl Shipper {
         if self.keep.frame(acked, self.next_send).is_none_or(|frame| frame.state != FrameState::Ready) {
             return;
         }
+        let now = io.now();
+        let most = self.pacer.may_begin(now, MAX_SEND);
+        if most == 0 {
+            return;
+        }
         let mut parts = self.link.take_parts();
         let sent_at = io.since_boot();
-        while parts.len() < MAX_SEND
+        while parts.len() < most
             && let Some(frame) = self.keep.frame(acked, self.next_send)
             && frame.state == FrameState::Ready
+            && self.pacer.take(frame.len, now)
             && let Some(buf) = frame.buf.take()
         {
             frame.state = FrameState::Sending;
@@ -330,12 +345,16 @@ impl Shipper {
             self.sent_frame = self.sent_frame.max(self.next_send);
             self.next_send += 1;
         }
+        if parts.is_empty() {
+            return self.link.keep_parts(parts);
+        }
         self.link.sending = true;
         io.submit(token | u64::from(self.link.epoch()), Op::SendV { sock, parts });
     }
 
     /// Takes the buffers of a send back to their frames, whatever became of it.
-    pub fn sent(&mut self, parts: &mut Vec<Part>) {
+    pub fn sent(&mut self, parts: &mut Vec<Part>, now: Nanos) {
+        self.pacer.ended(now);
         let shipped = self.shipped_incarnation();
         for part in parts.drain(..) {
             let Ok(header) = FrameHeader::parse(&part.buf) else { continue };

@@ -35,7 +35,8 @@ mod stop;
 mod synchronous;
 
 pub use config::{
-    DiskConfig, GroupConfig, MAX_GROUPS, MAX_SOURCE_DISKS, MIN_SYNC_RATE, ProtectError, SourceLimits, pool_classes,
+    DiskConfig, GroupConfig, MAX_GROUPS, MAX_SOURCE_DISKS, MIN_SYNC_RATE, Pace, ProtectError, SourceLimits,
+    pool_classes,
 };
 use group::{Around, CUT_RESERVE, Group, Phase, SEQ_RESERVE};
 pub use lease::{MAX_LEASE, MIN_LEASE};
@@ -386,9 +387,13 @@ impl<I: Io> Source<I> {
     /// batch of completions and when [`Self::deadline`] has come.
     pub fn turn(&mut self, io: &mut I) {
         let shortage = self.shortage(io.pool());
+        let now = io.now();
+        let short = self.groups.iter().flatten().filter(|group| group.is_short(now));
+        let short = short.map(|group| group.ship.pacer.priority()).max().unwrap_or(0);
         let mut w = Around { io, disks: &mut self.disks, sealing: &mut self.sealing, events: &mut self.events };
         for slot in &mut self.groups {
             if let Some(group) = slot {
+                group.ship.pacer.gives_way = group.ship.pacer.priority() < short;
                 group.turn(&mut w, shortage);
                 if group.phase == Phase::Closed {
                     *slot = None;
@@ -488,6 +493,17 @@ impl<I: Io> Source<I> {
     ) -> Result<(), ProtectError> {
         config::check_cut_interval(cut_interval)?;
         self.with_group(io, stream, |group, w| group.set_policy(w.io.now(), cut_interval, compress));
+        Ok(())
+    }
+
+    /// When frames of a group may leave, from now on.
+    ///
+    /// # Errors
+    /// [`ProtectError::Value`]; nothing is changed.
+    pub fn set_pace(&mut self, io: &mut I, stream: StreamId, pace: Pace) -> Result<(), ProtectError> {
+        config::check_pace(&pace)?;
+        self.with_group(io, stream, |group, w| group.ship.pacer.set(pace, w.io.now()));
+        self.turn(io);
         Ok(())
     }
 

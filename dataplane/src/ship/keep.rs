@@ -348,7 +348,7 @@ impl Shipper {
     /// Reads frames back from the spill ahead of the sender.
     pub fn read_ahead(&mut self, io: &mut impl Io, spill: &mut Spill) -> ReadBack {
         let from = self.keep.head_end(self.acked_frame);
-        if !self.link.is_ready() || from >= self.keep.gap_end() {
+        if !self.takes() || from >= self.keep.gap_end() {
             return ReadBack::Fine;
         }
         // Where many are behind, each gets a little.
@@ -361,10 +361,7 @@ impl Shipper {
 
     /// The link waits for frames of the spill, and there is no memory to read them into.
     pub fn is_starved(&self, spill: &Spill) -> bool {
-        self.link.is_ready()
-            && self.keep.is_behind(self.acked_frame)
-            && self.keep.head.is_empty()
-            && !spill.is_reading()
+        self.takes() && self.keep.is_behind(self.acked_frame) && self.keep.head.is_empty() && !spill.is_reading()
     }
 
     /// Takes a completed read of the spill.
@@ -422,7 +419,7 @@ impl Shipper {
 
     /// When, as it looks now, everything that waits will be acknowledged: after so long; none if that cannot be said.
     pub fn catch_up(&self, spilled: u64) -> Option<Nanos> {
-        if !self.link.is_ready() {
+        if !self.takes() {
             return None;
         }
         let backlog = spilled + (self.queue.frames + self.queue.raw()) as u64;

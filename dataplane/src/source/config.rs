@@ -184,6 +184,20 @@ pub enum ProtectError {
     },
 }
 
+/// When frames of a group may leave. By default always, as fast as the link takes them.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pace {
+    /// Most bytes a second, 0 for no bound; else at least 64 KiB.
+    pub rate: u64,
+    /// None now: they queue, in memory and then in the spill, as without a link. While the group is held for a failover
+    /// neither this nor `rate` counts.
+    pub closed: bool,
+    /// A group gives way to those with a higher one while they fall behind on the link.
+    pub priority: u8,
+    /// A group has fallen behind when it is worse than half of this RPO.
+    pub rpo_target: Nanos,
+}
+
 fn refuse<T>(field: &'static str, value: impl fmt::Display, allowed: &'static str) -> Result<T, ProtectError> {
     Err(ProtectError::Value { field, value: value.to_string(), allowed })
 }
@@ -191,6 +205,13 @@ fn refuse<T>(field: &'static str, value: impl fmt::Display, allowed: &'static st
 pub(super) fn check_cut_interval(interval: Nanos) -> Result<(), ProtectError> {
     if !(10_000_000..=86_400_000_000_000).contains(&interval) {
         return refuse("cut_interval", interval, "10 ms to a day");
+    }
+    Ok(())
+}
+
+pub(super) fn check_pace(pace: &Pace) -> Result<(), ProtectError> {
+    if pace.rate != 0 && pace.rate < MIN_SYNC_RATE {
+        return refuse("rate", pace.rate, "0, or at least 65536 bytes a second");
     }
     Ok(())
 }

@@ -226,6 +226,7 @@ impl Group {
         let now = w.io.now();
         self.now = now;
         self.rpo.sample(now, self.ship.oldest());
+        self.ship.pacer.forced = self.held;
         self.hold_turn(w);
         self.logs(w, now);
         if self.phase == Phase::Opening && self.all_logs(w.disks, IntentLog::is_settled) {
@@ -407,8 +408,9 @@ impl Group {
 
     /// Notices when the pool runs dry although the queue has room by its own count.
     fn pressure<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        let healthy = self.ship.takes();
         let queue = &mut self.ship.queue;
-        queue.healthy = self.ship.link.is_ready();
+        queue.healthy = healthy;
         queue.pressed = self.shortage.is_some_and(|share| queue.used() > share.min(queue.limit() / 8));
         let stuck = self.ship.blocked_since.is_some_and(|since| self.now >= since + STUCK);
         let hopeless = match &self.spill {
@@ -417,7 +419,7 @@ impl Group {
                 let long = self.ship.blocked_since.is_some_and(|since| self.now >= since + STUCK_SPILLED);
                 long && self.ship.is_starved(spill)
             }
-            _ => self.ship.unacked() == 0 || !self.ship.link.is_ready(),
+            _ => self.ship.unacked() == 0 || !healthy,
         };
         if stuck && hopeless {
             // No buffer can come free by itself any more: the records are given up, their extents are not.
@@ -508,6 +510,11 @@ impl Group {
         }
     }
 
+    /// The link does not keep up with it.
+    pub fn is_short(&self, now: Nanos) -> bool {
+        self.ship.link.is_ready() && self.ship.pacer.is_short(self.ship.oldest(), now)
+    }
+
     /// Where the group stands.
     pub fn state(&self, disks: &[Option<Disk>]) -> GroupState {
         match (&self.phase, self.fenced, &self.refused) {
@@ -586,6 +593,7 @@ impl Group {
             self.ship.deadline().map(|at| at.max(soon)),
             self.ship.link.deadline().filter(|_| self.phase == Phase::Open || self.ship.link.is_up()),
             self.ship.queue.waiters.front().map(|w| w.since + self.limits.max_wait),
+            self.ship.pacer.due().filter(|_| self.ship.link.may_send().is_some()).map(|at| at.max(soon)),
             self.lease_due.filter(|at| *at > self.now),
             self.synchronous.due(self.awaits_since(disks)).map(|at| at.max(soon)),
             self.leave_due().map(|at| at.max(soon)),
@@ -598,7 +606,7 @@ impl Group {
             reads |= disk.sync.running().is_some();
             due = vec_min([due, disk.deadline().map(|at| at.max(soon))]);
         }
-        if reads && self.ship.link.is_ready() {
+        if reads && self.ship.takes() {
             due = vec_min([due, self.ship.queue.budget.due().map(|at| at.max(soon))]);
         }
         due

@@ -159,7 +159,7 @@ impl Group {
         self.spill.is_some()
             && !self.ship.queue.closed
             && !self.ship.is_drained()
-            && (!self.ship.link.is_ready() || now + self.limits.stop_wait >= self.stop_at + SHIP_WAIT)
+            && (!self.ship.takes() || now + self.limits.stop_wait >= self.stop_at + SHIP_WAIT)
     }
 
     /// Puts everything that is not acknowledged into the spill; what comes next when it is there, or cannot be.

@@ -241,6 +241,11 @@ impl Bed {
         }
     }
 
+    /// Connections that were asked for.
+    pub fn links(&self) -> u64 {
+        self.links
+    }
+
     pub fn protect(&mut self) -> Result<(), ProtectError> {
         let config = self.config();
         self.source.protect(&mut self.io, config)
