@@ -31,6 +31,9 @@ class Relay:
     def __init__(self, to):
         self.to = to
         self.rate = None
+        # Of all connections together, towards `to`.
+        self.shared = None
+        self.turn = threading.Lock()
         self.open = True
         self.pairs = []
         # Bytes passed on towards `to`.
@@ -63,12 +66,19 @@ class Relay:
             while data := one.recv(65536):
                 if self.rate:
                     time.sleep(len(data) / self.rate)
+                if counted and self.shared:
+                    with self.turn:
+                        time.sleep(len(data) / self.shared if self.shared else 0)
                 other.sendall(data)
                 if counted:
                     self.carried += len(data)
         for end in (one, other):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def share(self, rate):
+        """All connections together carry so much a second towards `to`; None: as fast as they can."""
+        self.shared = rate
 
     def cut(self):
         """Ends all connections; new ones are refused until `mend`."""

@@ -151,6 +151,11 @@ pub fn wanted(policy: &v1::Policy) -> Result<Wanted, Problem> {
         clear_after_ms: policy.clear_after_ms,
         lease_ms: policy.lease_ms,
         sync_deadline_ms: policy.sync_deadline_ms,
+        bandwidth_bytes_per_s: policy.bandwidth_bytes_per_s,
+        allowed_hours: policy.allowed_hours.clone(),
+        time_zone: policy.time_zone.clone(),
+        priority: policy.priority,
+        excluded_disks: policy.excluded_disks.clone(),
     })
 }
 
@@ -183,6 +188,12 @@ pub fn policy_to_proto(model: &Model, policy: &Policy) -> v1::Policy {
         clear_after_ms: Some(promises.clear_after_ms),
         lease_ms: Some(promises.lease_ms),
         sync_deadline_ms: Some(promises.sync_deadline_ms),
+        bandwidth_bytes_per_s: Some(promises.bandwidth_bytes_per_s),
+        allowed_hours: promises.allowed_hours.clone(),
+        time_zone: promises.time_zone.clone(),
+        priority: Some(promises.priority),
+        excluded_disks: promises.excluded_disks.clone(),
+        warnings: promises.shortfalls(),
     }
 }
 

@@ -78,6 +78,10 @@ fn source_group(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::SourceG
         lease_ms: promises.map_or(0, |p| p.lease_ms),
         sync_deadline_ms: promises.map_or(0, |p| p.sync_deadline_ms),
         left_slots: left_slots(model, group),
+        bandwidth_bytes_per_s: promises.map_or(0, |p| p.bandwidth_bytes_per_s),
+        allowed_hours: promises.map(|p| p.allowed_hours.clone()).unwrap_or_default(),
+        time_zone: promises.map(|p| p.time_zone.clone()).unwrap_or_default(),
+        priority: promises.map_or(0, |p| p.priority),
     }
 }
 

@@ -175,6 +175,10 @@ pub fn check_disks(model: &Model, group: &Group, disks: &[DiskWanted]) -> Result
         given => given.to_owned(),
     };
     for (i, disk) in disks.iter().enumerate() {
+        if let Some(pattern) = model.policy_of(group).and_then(|p| p.promises.excludes(&disk.id, &disk.path)) {
+            let allowed = format!("a disk that its policy does not exclude: \"{pattern}\" of policy {}", group.policy);
+            return Err(Problem::invalid("disk", format!("{}={}", disk.id, disk.path), allowed));
+        }
         let twin = "another disk of this request".to_owned();
         if own.iter().any(|d| d.id == disk.id) {
             return exists("disk.name", &disk.id, format!("a disk of {}", group.name()));

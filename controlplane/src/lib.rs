@@ -1,6 +1,7 @@
 //! The coordinator: what should be (policies, groups), what is (reports of proxies), and what is being done about it
 //! (operations). It stands at a group's target or at a third site; replication goes on without it.
 
+pub mod audit;
 pub mod bundle;
 pub mod ca;
 pub mod client;
@@ -14,6 +15,7 @@ pub mod filter;
 pub mod group;
 pub mod grpc;
 pub mod history;
+pub mod hours;
 pub mod keys;
 pub mod live;
 pub mod metrics;

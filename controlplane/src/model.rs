@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use crate::audit::Head;
 use crate::names::Name;
 use crate::objects::{Disk, Group, GroupPhase, KeyRecord, Object, Operation, Policy, Proxy, View};
 use crate::problem::Problem;
@@ -37,6 +38,8 @@ pub struct Model {
     pub revision: u64,
     /// Highest term.
     pub term: u64,
+    /// The newest record of the audit log.
+    pub audit: Head,
     /// Policies.
     pub policies: BTreeMap<Key, Policy>,
     /// Groups.
@@ -87,6 +90,8 @@ fn part_key(key: &str, part: usize) -> String {
 pub struct Txn {
     puts: Vec<Object>,
     deletes: Vec<Object>,
+    notes: Vec<String>,
+    outcome: Option<String>,
 }
 
 impl Txn {
@@ -100,9 +105,34 @@ impl Txn {
         self.deletes.push(object);
     }
 
+    /// Says what is done elsewhere: for the audit log, which gets a record even if no object changes.
+    pub fn note(&mut self, what: String) {
+        self.notes.push(what);
+    }
+
+    /// Says that it was not done, and why: all that is committed is the record of that.
+    pub fn denied(&mut self, why: String) {
+        self.outcome = Some(why);
+    }
+
+    /// What the audit log says of it.
+    pub fn outcome(&self) -> &str {
+        self.outcome.as_deref().unwrap_or("done")
+    }
+
     /// Nothing is to be changed.
     pub fn is_empty(&self) -> bool {
-        self.puts.is_empty() && self.deletes.is_empty()
+        self.puts.is_empty() && self.deletes.is_empty() && self.notes.is_empty() && self.outcome.is_none()
+    }
+
+    /// What is changed, for the audit log; nothing of its content. Records of requests are not named: they are there for
+    /// what is.
+    pub fn subjects(&self) -> Vec<String> {
+        let named = |verb: &str, objects: &[Object]| -> Vec<String> {
+            let objects = objects.iter().filter(|o| !matches!(o, Object::Request(_)));
+            objects.map(|o| format!("{verb} {}", o.key())).collect()
+        };
+        [self.notes.clone(), named("put", &self.puts), named("delete", &self.deletes)].concat()
     }
 }
 
@@ -207,6 +237,7 @@ impl Model {
             Object::Key(o) => drop(self.keys.insert(o.id.clone(), o)),
             Object::Request(o) => drop(self.requests.insert(pair(&o.tenant, &o.key), Arc::new(o))),
             Object::Term(term) => self.term = term,
+            Object::Audit(head) => self.audit = head,
         }
     }
 
@@ -222,6 +253,7 @@ impl Model {
             Object::Key(o) => drop(self.keys.remove(&o.id)),
             Object::Request(o) => drop(self.requests.remove(&pair(&o.tenant, &o.key))),
             Object::Term(_) => self.term = 0,
+            Object::Audit(_) => self.audit = Head::default(),
         }
     }
 

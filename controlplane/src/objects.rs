@@ -353,6 +353,8 @@ pub enum Object {
     Request(RequestRecord),
     /// The highest term.
     Term(u64),
+    /// The newest record of the audit log.
+    Audit(crate::audit::Head),
 }
 
 impl Object {
@@ -369,6 +371,7 @@ impl Object {
             Self::Key(o) => format!("keys/{}", o.id),
             Self::Request(o) => format!("requests/{}/{}", o.tenant, o.key),
             Self::Term(_) => "term".to_owned(),
+            Self::Audit(_) => "audit".to_owned(),
         }
     }
 
@@ -385,6 +388,7 @@ impl Object {
             Self::Key(o) => serde_json::to_vec(o),
             Self::Request(o) => serde_json::to_vec(o),
             Self::Term(o) => serde_json::to_vec(o),
+            Self::Audit(o) => serde_json::to_vec(o),
         };
         json.expect("objects are plain data with string keys")
     }
@@ -409,6 +413,7 @@ impl Object {
             "keys" => Self::Key(read(key, value)?),
             "requests" => Self::Request(read(key, value)?),
             "term" => Self::Term(read(key, value)?),
+            "audit" => Self::Audit(read(key, value)?),
             _ => return Err(format!("{key}: no kind of object that this program knows")),
         })
     }

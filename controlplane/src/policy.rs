@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::hours::Hours;
 use crate::problem::Problem;
 
 /// Longest description, bytes.
@@ -10,6 +11,15 @@ pub const MAX_DESCRIPTION: usize = 1024;
 pub const MIN_BUDGET: u64 = 256 * 1024 * 1024;
 /// Most journal budget, bytes (64 PiB).
 pub const MAX_BUDGET: u64 = 1 << 56;
+
+/// Least bandwidth, bytes a second.
+pub const MIN_BANDWIDTH: u64 = 64 * 1024;
+/// Most bandwidth, bytes a second.
+pub const MAX_BANDWIDTH: u64 = 1_000_000_000_000;
+/// Most patterns of excluded disks.
+const MAX_PATTERNS: usize = 64;
+/// Longest pattern, bytes.
+const MAX_PATTERN: usize = 256;
 
 /// Whether chunks are compressed.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -49,6 +59,29 @@ pub struct Promises {
     /// How long a write waits for the target at most, milliseconds; 0: asynchronous.
     #[serde(default)]
     pub sync_deadline_ms: u64,
+    /// Most bytes a second that a source sends for a group; 0: no bound.
+    #[serde(default)]
+    pub bandwidth_bytes_per_s: u64,
+    /// When it may send; none: always. See [`Hours`].
+    #[serde(default)]
+    pub allowed_hours: Vec<String>,
+    /// Zone of the hours.
+    #[serde(default = "utc")]
+    pub time_zone: String,
+    /// Higher ones go first.
+    #[serde(default = "priority")]
+    pub priority: u32,
+    /// Patterns of ids and paths of disks that no group has.
+    #[serde(default)]
+    pub excluded_disks: Vec<String>,
+}
+
+fn utc() -> String {
+    "UTC".to_owned()
+}
+
+fn priority() -> u32 {
+    50
 }
 
 fn error_after() -> u64 {
@@ -82,6 +115,16 @@ pub struct Wanted {
     pub lease_ms: Option<u64>,
     /// See [`Promises::sync_deadline_ms`].
     pub sync_deadline_ms: Option<u64>,
+    /// See [`Promises::bandwidth_bytes_per_s`].
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// See [`Promises::allowed_hours`].
+    pub allowed_hours: Vec<String>,
+    /// See [`Promises::time_zone`].
+    pub time_zone: String,
+    /// See [`Promises::priority`].
+    pub priority: Option<u32>,
+    /// See [`Promises::excluded_disks`].
+    pub excluded_disks: Vec<String>,
 }
 
 impl Promises {
@@ -132,7 +175,39 @@ impl Promises {
         };
         let lease_ms = or_none("lease_ms", wanted.lease_ms, 3_000, 3_600_000)?;
         let sync_deadline_ms = or_none("sync_deadline_ms", wanted.sync_deadline_ms, 200, 60_000)?;
+        let bandwidth = wanted.bandwidth_bytes_per_s.unwrap_or(0);
+        if bandwidth != 0 && !(MIN_BANDWIDTH..=MAX_BANDWIDTH).contains(&bandwidth) {
+            let allowed = format!("0 (no bound), or {MIN_BANDWIDTH} to {MAX_BANDWIDTH} bytes a second");
+            return Err(Problem::invalid("policy.bandwidth_bytes_per_s", bandwidth, allowed));
+        }
+        Hours::parse("policy.allowed_hours", &wanted.allowed_hours)?;
+        if !wanted.allowed_hours.is_empty() && (lease_ms > 0 || sync_deadline_ms > 0) {
+            let allowed = "nothing with a lease or a synchronous mode: both need the target at all times";
+            return Err(Problem::invalid("policy.allowed_hours", wanted.allowed_hours.join("; "), allowed));
+        }
+        let time_zone = if wanted.time_zone.is_empty() { utc() } else { wanted.time_zone.clone() };
+        if jiff::tz::TimeZone::get(&time_zone).is_err() {
+            let allowed = "a name of the time zone database, such as UTC or Europe/Vienna";
+            return Err(Problem::invalid("policy.time_zone", time_zone, allowed));
+        }
+        let given = wanted.priority.unwrap_or(priority());
+        let priority = within("priority", Some(given.into()), 0, 0, 100, "(50 if nothing is said)")? as u32;
+        if wanted.excluded_disks.len() > MAX_PATTERNS {
+            let allowed = format!("up to {MAX_PATTERNS} patterns");
+            return Err(Problem::invalid("policy.excluded_disks", wanted.excluded_disks.len(), allowed));
+        }
+        for (i, pattern) in wanted.excluded_disks.iter().enumerate() {
+            if pattern.is_empty() || pattern.len() > MAX_PATTERN || pattern.chars().any(char::is_control) {
+                let allowed = format!("1 to {MAX_PATTERN} bytes without control characters");
+                return Err(Problem::invalid(format!("policy.excluded_disks[{i}]"), pattern, allowed));
+            }
+        }
         Ok(Self {
+            bandwidth_bytes_per_s: bandwidth,
+            allowed_hours: wanted.allowed_hours.clone(),
+            time_zone,
+            priority,
+            excluded_disks: wanted.excluded_disks.clone(),
             lease_ms,
             sync_deadline_ms,
             rpo_target_us,
@@ -145,6 +220,64 @@ impl Promises {
             clear_after_ms,
         })
     }
+
+    /// The pattern by which a disk is excluded.
+    pub fn excludes(&self, id: &str, path: &str) -> Option<&str> {
+        let fits = |p: &&String| matches(p.as_bytes(), id.as_bytes()) || matches(p.as_bytes(), path.as_bytes());
+        self.excluded_disks.iter().find(fits).map(String::as_str)
+    }
+
+    /// What can hardly be kept whatever is written: the hours against the RPO.
+    pub fn shortfalls(&self) -> Vec<String> {
+        let gap = Hours::parse("", &self.allowed_hours).map_or(0, |hours| hours.longest_gap() as u64);
+        if gap * 60_000_000 <= self.rpo_target_us {
+            return Vec::new();
+        }
+        let target = self.rpo_target_us as f64 / 1e6;
+        vec![format!("nothing is sent for up to {gap} minutes on end: the RPO of {target} s is not kept then")]
+    }
+
+    /// What can hardly be kept of a group, by what has been measured of it: bytes captured and sent per second.
+    pub fn shortfalls_of(&self, group: &str, captured_per_s: f64, wire_per_s: f64) -> Vec<String> {
+        let mut short = Vec::new();
+        let bandwidth = self.bandwidth_bytes_per_s as f64;
+        // Compression is in what is sent, and a bound on what is sent hides what would be.
+        let ratio = if captured_per_s > 0.0 && wire_per_s > 0.0 { (wire_per_s / captured_per_s).min(1.0) } else { 1.0 };
+        if bandwidth > 0.0 && captured_per_s * ratio > bandwidth {
+            short.push(format!(
+                "{group} writes {captured_per_s:.0} bytes a second at present; {bandwidth:.0} may be sent"
+            ));
+        }
+        let needed = wire_per_s.max(captured_per_s * ratio) * self.retention_s as f64;
+        if self.journal_budget_bytes > 0 && needed > self.journal_budget_bytes as f64 {
+            short.push(format!(
+                "{group} fills {needed:.0} bytes of journal in the retention of {} s at present; the budget is {} bytes",
+                self.retention_s, self.journal_budget_bytes
+            ));
+        }
+        short
+    }
+}
+
+/// A pattern in which `*` stands for anything, also for nothing.
+fn matches(pattern: &[u8], text: &[u8]) -> bool {
+    let (mut p, mut t) = (0, 0);
+    // Where to go on if the rest does not fit: behind the last star, one character later.
+    let mut back = None;
+    while t < text.len() {
+        if pattern.get(p) == Some(&b'*') {
+            back = Some((p + 1, t));
+            p += 1;
+        } else if pattern.get(p) == Some(&text[t]) {
+            (p, t) = (p + 1, t + 1);
+        } else if let Some((star, from)) = back {
+            (p, t) = (star, from + 1);
+            back = Some((star, from + 1));
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|c| *c == b'*')
 }
 
 /// Checks a text for people.
@@ -205,5 +338,47 @@ mod tests {
         assert_eq!(field_of(Wanted { lease_ms: Some(2_999), ..Wanted::default() }), "policy.lease_ms");
         let field = field_of(Wanted { sync_deadline_ms: Some(199), ..Wanted::default() });
         assert_eq!(field, "policy.sync_deadline_ms");
+        let field = field_of(Wanted { bandwidth_bytes_per_s: Some(65_535), ..Wanted::default() });
+        assert_eq!(field, "policy.bandwidth_bytes_per_s");
+        assert_eq!(field_of(Wanted { priority: Some(101), ..Wanted::default() }), "policy.priority");
+        assert_eq!(field_of(Wanted { time_zone: "Mars/Base".into(), ..Wanted::default() }), "policy.time_zone");
+        let field = field_of(Wanted { excluded_disks: vec![String::new()], ..Wanted::default() });
+        assert_eq!(field, "policy.excluded_disks[0]");
+        let hours = vec!["08:00-09:00".to_owned()];
+        for waits in [
+            Wanted { lease_ms: Some(3_000), allowed_hours: hours.clone(), ..Wanted::default() },
+            Wanted { sync_deadline_ms: Some(200), allowed_hours: hours.clone(), ..Wanted::default() },
+        ] {
+            assert_eq!(field_of(waits), "policy.allowed_hours");
+        }
+    }
+
+    #[test]
+    fn patterns_exclude_by_id_and_by_path() {
+        let excluded_disks = vec!["swap*".to_owned(), "/dev/*/scratch".to_owned(), "*-tmp-*".to_owned()];
+        let promises = Promises::new(&Wanted { excluded_disks, ..Wanted::default() }).unwrap();
+        for (id, path) in [("swap", "/x"), ("swap1", "/x"), ("a", "/dev/vg0/scratch"), ("a", "/a-tmp-b-tmp-c")] {
+            assert!(promises.excludes(id, path).is_some(), "{id} {path}");
+        }
+        for (id, path) in [("data", "/x"), ("noswap", "/x"), ("a", "/dev/vg0/scratch2"), ("a-tmp", "/y")] {
+            assert!(promises.excludes(id, path).is_none(), "{id} {path}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_named_with_the_number() {
+        let wanted = Wanted {
+            allowed_hours: vec!["20:00-06:00".into()],
+            bandwidth_bytes_per_s: Some(1_000_000),
+            journal_budget_bytes: Some(MIN_BUDGET),
+            ..Wanted::default()
+        };
+        let promises = Promises::new(&wanted).unwrap();
+        assert!(promises.shortfalls()[0].contains("840 minutes"), "{:?}", promises.shortfalls());
+        assert!(promises.shortfalls_of("shop", 10_000.0, 5_000.0).is_empty());
+        let short = promises.shortfalls_of("shop", 4_000_000.0, 2_000_000.0);
+        assert!(short.len() == 2 && short[0].contains("4000000") && short[1].contains("28800000000"), "{short:?}");
+        let calm = Promises::new(&Wanted::default()).unwrap();
+        assert!(calm.shortfalls().is_empty() && calm.shortfalls_of("shop", 1e12, 1e12).is_empty());
     }
 }

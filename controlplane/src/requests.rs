@@ -1,6 +1,9 @@
 //! Requests that have been done, by the ids that their callers gave them: asked again they are not done again. A record is
 //! committed together with what the request changed, so a crash leaves both or neither.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +62,11 @@ impl Asked {
         })
     }
 
+    /// What it is known by; empty if it has no id.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
     /// The record of this request, if it has been done.
     ///
     /// # Errors
@@ -112,6 +120,31 @@ impl Asked {
             point,
             at_ns: now_ns,
         }));
+    }
+}
+
+/// Requests that are being done, by their keys: for those that are recorded only after something was done elsewhere.
+#[derive(Default)]
+pub struct Turns {
+    under_way: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
+}
+
+impl Turns {
+    /// Waits until no other one with this key is being done; it is while the result is held. An empty key waits for
+    /// nobody.
+    pub async fn of(&self, key: &str) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        if key.is_empty() {
+            return None;
+        }
+        let turn = {
+            let mut under_way = self.under_way.lock().expect("nothing panics while it holds this");
+            under_way.retain(|_, turn| turn.strong_count() > 0);
+            let known = under_way.get(key).and_then(Weak::upgrade);
+            let turn = known.unwrap_or_default();
+            under_way.insert(key.to_owned(), Arc::downgrade(&turn));
+            turn
+        };
+        Some(turn.lock_owned().await)
     }
 }
 
@@ -169,6 +202,19 @@ mod tests {
         assert!(asked("anna", "3", "a").done(&model).unwrap().is_some());
         let model = record(&model, &asked("anna", "x", "a"), REMEMBER_NS * 2);
         assert_eq!(model.requests.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn requests_with_one_key_take_turns() {
+        let turns = Turns::default();
+        let first = turns.of("a").await;
+        let waits = |key: &'static str| tokio::time::timeout(std::time::Duration::from_millis(20), turns.of(key));
+        assert!(waits("a").await.is_err());
+        assert!(waits("b").await.is_ok() && waits("").await.is_ok());
+        drop(first);
+        assert!(waits("a").await.is_ok());
+        drop(turns.of("c").await);
+        assert_eq!(turns.under_way.lock().unwrap().len(), 1, "what is over is forgotten");
     }
 
     #[test]

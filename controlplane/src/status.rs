@@ -130,6 +130,10 @@ impl Scene<'_> {
             v1::LinkState::Refused => out.push(finding("refused", Severity::Error, detail.clone())),
             _ => {}
         }
+        if report.outside_hours {
+            let message = "its policy lets nothing be sent at this hour: what is written queues at the source";
+            out.push(finding("outside-hours", Severity::Info, message));
+        }
         match report.rung() {
             v1::Rung::Spilling => {
                 let until = report.catch_up_ms.map(|ms| format!("; sent in about {} s", ms.div_ceil(1000)));

@@ -326,7 +326,7 @@ impl Shipper {
             return;
         }
         let now = io.now();
-        let most = self.pacer.may_begin(now, MAX_SEND);
+        let most = self.pacer.may_begin(now, MAX_SEND, self.next_send <= acked + 1);
         if most == 0 {
             return;
         }
@@ -353,8 +353,7 @@ impl Shipper {
     }
 
     /// Takes the buffers of a send back to their frames, whatever became of it.
-    pub fn sent(&mut self, parts: &mut Vec<Part>, now: Nanos) {
-        self.pacer.ended(now);
+    pub fn sent(&mut self, parts: &mut Vec<Part>) {
         let shipped = self.shipped_incarnation();
         for part in parts.drain(..) {
             let Ok(header) = FrameHeader::parse(&part.buf) else { continue };

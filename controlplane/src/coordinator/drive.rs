@@ -9,6 +9,7 @@ use afterimage_wire::v1::{self, Severity};
 use tokio::time::{Instant, sleep};
 
 use super::Coordinator;
+use crate::audit;
 use crate::convert;
 use crate::failover::{self, Action, Choice, FAILOVER_VIEW, Failover, Reply, Side, Spec, StepName, StepState};
 use crate::model::{Model, Txn};
@@ -163,6 +164,16 @@ impl Coordinator {
 
     /// Does an operation to its end.
     async fn drive(self: Arc<Self>, name: Name) {
+        let by_itself = audit::Caller {
+            tenant: name.tenant.clone(),
+            actor: "coordinator".to_owned(),
+            method: name.to_string(),
+            request_id: std::cell::RefCell::default(),
+        };
+        audit::CALLER.scope(by_itself, self.drive_on(name)).await;
+    }
+
+    async fn drive_on(self: Arc<Self>, name: Name) {
         let mut reply = None;
         let mut closing = self.closing();
         loop {

@@ -7,6 +7,7 @@ use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::{self, CommandErrorKind, Severity};
 use std::time::Duration;
 
+use super::policies::check_excluded;
 use super::{Coordinator, misfit, refusal, unreachable};
 use crate::convert;
 use crate::fields::{self, Rules};
@@ -141,7 +142,7 @@ impl Coordinator {
                 if policy.tenant != name.tenant {
                     return Err(Problem::invalid("group.policy", &policy, "of the group's own tenant"));
                 }
-                model.policy(&policy)?;
+                check_excluded(model, old, &model.policy(&policy)?.promises, "group.policy")?;
                 let made = Group {
                     version: old.version + 1,
                     updated_ns: now,

@@ -16,6 +16,7 @@ use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::{self, CommandErrorKind, Event, Severity};
 use tokio::sync::{broadcast, watch};
 
+use crate::audit::{self, AuditLog};
 use crate::ca::Ca;
 use crate::desired::desired;
 use crate::events::Events;
@@ -25,6 +26,7 @@ use crate::live::Live;
 use crate::model::{Model, Txn};
 use crate::objects::{Object, Proxy, new_uid};
 use crate::problem::Problem;
+use crate::requests::Turns;
 use crate::sessions::{CallError, Sessions};
 use crate::status::{Scene, Tracker};
 use crate::store::{Store, StoreError};
@@ -42,6 +44,8 @@ mod watchman;
 pub use drive::FailoverWanted;
 pub use points::page_size;
 
+/// How long a proxy may take to answer a caller who waits.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// Events that a watcher may be behind before it misses some.
 const EVENT_BACKLOG: usize = 1024;
 
@@ -92,6 +96,8 @@ pub struct Coordinator {
     keys: Wrapper,
     store: Arc<dyn Store>,
     history: History,
+    audit: audit::Shared,
+    turns: Turns,
     /// Taken while a change is decided and committed: one at a time.
     changing: Arc<tokio::sync::Mutex<()>>,
     model: RwLock<Arc<Model>>,
@@ -119,6 +125,9 @@ impl Coordinator {
         for key in model.keys.values() {
             keys.unwrap(key).map_err(|e| StoreError::Failed(format!("{e}: {}", settings.data_dir.display())))?;
         }
+        let dir = settings.data_dir.join("audit");
+        let audit =
+            open_audit(&dir, &model.audit).map_err(|e| StoreError::Failed(format!("{}: {e}", dir.display())))?;
         let coordinator = Arc::new(Self {
             settings,
             ca,
@@ -127,6 +136,8 @@ impl Coordinator {
             keys,
             store,
             history,
+            audit,
+            turns: Turns::default(),
             changing: Arc::default(),
             model: RwLock::new(Arc::new(model)),
             model_changed: watch::channel(0).0,
@@ -197,6 +208,7 @@ impl Coordinator {
         let model = self.model();
         let mut txn = Txn::default();
         let result = decide(&model, &mut txn)?;
+        let record = audit::of_caller(self.clock.wall_ns(), txn.subjects(), txn.outcome());
         if txn.is_empty() {
             return Ok(result);
         }
@@ -206,7 +218,18 @@ impl Coordinator {
         }
         let coordinator = self.clone();
         let committed = tokio::spawn(async move {
-            let revision = coordinator.store.commit(model.changes(&txn)).await?;
+            let head = coordinator.write_record(record.clone()).await?;
+            let seq = head.seq;
+            txn.put(Object::Audit(head));
+            let revision = match coordinator.store.commit(model.changes(&txn)).await {
+                Ok(revision) => revision,
+                Err(error) => {
+                    let outcome = format!("not done: record {seq}: {error}");
+                    // The next record tells as much by its number if this one cannot be written.
+                    let _ = coordinator.write_record(audit::Record { outcome, ..record }).await;
+                    return Err(error);
+                }
+            };
             let next = Arc::new(model.applied(txn, revision));
             *coordinator.model.write().expect("nothing panics while it holds this") = next;
             coordinator.model_changed.send_replace(revision);
@@ -232,6 +255,44 @@ impl Coordinator {
             }
             Err(e) => Err(Problem::Internal(format!("the change was interrupted: {e}"))),
         }
+    }
+
+    /// Writes a record of the audit log, durably. Only while it is this change's turn.
+    async fn write_record(&self, record: audit::Record) -> Result<audit::Head, StoreError> {
+        let log = self.audit.clone();
+        let write = move || log.lock().expect("nothing panics while it holds this").append(record);
+        let written = tokio::task::spawn_blocking(write).await;
+        let failed = |why: String| StoreError::Failed(format!("the audit log cannot be written: {why}"));
+        written.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
+    }
+
+    /// Records something that changes no object; done only if it could be recorded.
+    ///
+    /// # Errors
+    /// As [`Self::change`].
+    pub async fn record_act(self: &Arc<Self>, what: String) -> Result<(), Problem> {
+        self.change(|_, txn| {
+            txn.note(what);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Records a call that was denied.
+    pub async fn record_denial(self: &Arc<Self>, why: String) {
+        let recorded = self.change(|_, txn| {
+            txn.denied(why);
+            Ok(())
+        });
+        if let Err(error) = recorded.await {
+            tracing::warn!(%error, "a denied call is not in the audit log");
+        }
+    }
+
+    /// Where the audit log lies, and the head that the store knows.
+    pub fn audited(&self) -> (PathBuf, audit::Head) {
+        let dir = self.audit.lock().expect("nothing panics while it holds this").dir().to_owned();
+        (dir, self.model().audit.clone())
     }
 
     /// Something has happened.
@@ -292,12 +353,27 @@ impl Coordinator {
         connect: Duration,
         answer: Duration,
     ) -> Result<Outcome, CallError> {
+        self.command_once(&new_uid(), proxy, operation, step, tell, connect, answer).await
+    }
+
+    /// As [`Self::command`], with an id by which the proxy knows it again.
+    #[allow(clippy::too_many_arguments)]
+    async fn command_once(
+        &self,
+        id: &str,
+        proxy: &Proxy,
+        operation: &str,
+        step: &str,
+        tell: Tell,
+        connect: Duration,
+        answer: Duration,
+    ) -> Result<Outcome, CallError> {
         // What was decided by who leads no more is not to be done: the next leader goes on with it.
         if !self.store.in_office() {
             return Err(CallError::NotConnected);
         }
         let command = v1::Command {
-            id: new_uid(),
+            id: id.to_owned(),
             term: self.model().term,
             operation: operation.to_owned(),
             step: step.to_owned(),
@@ -312,11 +388,20 @@ impl Coordinator {
         proxy: &Proxy,
         tell: Tell,
     ) -> Result<Outcome, (Problem, Option<CommandErrorKind>)> {
-        const PATIENCE: Duration = Duration::from_secs(15);
         match self.command(proxy, "", "", tell, Duration::ZERO, PATIENCE).await {
             Ok(Outcome::Error(e)) => Err((refusal(proxy, &e), Some(e.kind()))),
             Ok(outcome) => Ok(outcome),
             Err(e) => Err((unreachable(proxy, &e), None)),
+        }
+    }
+
+    /// As [`Self::ask`], with an id by which the proxy knows it again: asked twice it is done once. An empty one is none.
+    pub(crate) async fn ask_once(&self, proxy: &Proxy, id: &str, tell: Tell) -> Result<Outcome, Problem> {
+        let id = if id.is_empty() { new_uid() } else { id.to_owned() };
+        match self.command_once(&id, proxy, "", "", tell, Duration::ZERO, PATIENCE).await {
+            Ok(Outcome::Error(e)) => Err(refusal(proxy, &e)),
+            Ok(outcome) => Ok(outcome),
+            Err(e) => Err(unreachable(proxy, &e)),
         }
     }
 
@@ -357,6 +442,12 @@ impl Coordinator {
             live.told(streams.iter().map(String::as_str));
         }
     }
+}
+
+fn open_audit(dir: &std::path::Path, head: &audit::Head) -> std::io::Result<audit::Shared> {
+    let mut log = AuditLog::open(dir)?;
+    log.follow(head)?;
+    Ok(Arc::new(Mutex::new(log)))
 }
 
 /// A proxy that is not there.

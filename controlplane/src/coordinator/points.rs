@@ -91,6 +91,8 @@ impl Coordinator {
             let allowed = format!("1 to {MAX_LABEL} bytes without control characters");
             return Err(Problem::invalid("label", label, allowed));
         }
+        // Two that come at once with one id make one cut: the second waits for the first.
+        let _turn = self.turns.of(request.key()).await;
         let model = self.model();
         if let Some(point) = request.done(&model)?.and_then(|done| done.point.as_ref()) {
             return Ok(convert::point_to_proto(name, point));
@@ -107,7 +109,10 @@ impl Coordinator {
             return Ok(v1::Point { label: label.to_owned(), ..v1::Point::default() });
         }
         let cut = v1::LabelCut { stream_uid: group.uid.clone(), label: label.to_owned() };
-        match self.ask(source, Tell::LabelCut(cut)).await? {
+        if request.key().is_empty() {
+            self.record_act(format!("cut {name}")).await?;
+        }
+        match self.ask_once(source, request.key(), Tell::LabelCut(cut)).await? {
             Outcome::Point(point) => {
                 let (now, uid) = (self.clock.wall_ns(), group.uid.clone());
                 let record = convert::point_from_proto(&point);

@@ -9,7 +9,7 @@ use crate::convert;
 use crate::fields::{self, Rules};
 use crate::model::{MAX_OBJECTS, Model};
 use crate::names::{Kind, Name, check_id};
-use crate::objects::{Object, Policy, new_uid};
+use crate::objects::{Group, Object, Policy, new_uid};
 use crate::policy::{Promises, check_text};
 use crate::problem::Problem;
 use crate::requests::{Asked, gone};
@@ -29,9 +29,28 @@ const UPDATE: Rules<'static> = Rules {
         "clear_after_ms",
         "lease_ms",
         "sync_deadline_ms",
+        "bandwidth_bytes_per_s",
+        "allowed_hours",
+        "time_zone",
+        "priority",
+        "excluded_disks",
     ],
     fixed: &[],
 };
+
+/// Groups of a policy that warnings are given of.
+const MAX_WARNED: usize = 100;
+
+/// Refuses promises that exclude a disk which the group has.
+pub(super) fn check_excluded(model: &Model, group: &Group, promises: &Promises, field: &str) -> Result<(), Problem> {
+    for disk in model.disks_of(group) {
+        if let Some(pattern) = promises.excludes(&disk.id, &disk.path) {
+            let allowed = format!("nothing that excludes a disk which is replicated: {} has {}", group.name(), disk.id);
+            return Err(Problem::invalid(field, pattern, allowed));
+        }
+    }
+    Ok(())
+}
 
 /// The policy that a request made or changed, as it is now.
 fn made_before(model: &Model, name: &Name, uid: &str) -> Result<Policy, Problem> {
@@ -85,7 +104,7 @@ impl Coordinator {
                 Ok(made)
             })
             .await?;
-        Ok(convert::policy_to_proto(&self.model(), &made))
+        Ok(self.policy_shown(&self.model(), &made))
     }
 
     /// Replaces a policy's fields.
@@ -118,6 +137,9 @@ impl Coordinator {
                     promises,
                     ..old.clone()
                 };
+                for group in model.groups.values().filter(|g| g.tenant == name.tenant && g.policy == name.id) {
+                    check_excluded(model, group, &made.promises, "policy.excluded_disks")?;
+                }
                 if !validate_only {
                     request.record(model, txn, now, &made.uid);
                     txn.put(Object::Policy(made.clone()));
@@ -125,7 +147,21 @@ impl Coordinator {
                 Ok(made)
             })
             .await?;
-        Ok(convert::policy_to_proto(&self.model(), &made))
+        Ok(self.policy_shown(&self.model(), &made))
+    }
+
+    /// A policy for the API, with what can hardly be kept of it by what is measured at present.
+    pub fn policy_shown(&self, model: &Model, policy: &Policy) -> v1::Policy {
+        let mut shown = convert::policy_to_proto(model, policy);
+        let now = self.clock.mono_ns();
+        let live = self.live.lock().expect("nothing panics while it holds this");
+        let named = model.groups.values().filter(|g| g.tenant == policy.tenant && g.policy == policy.id);
+        for group in named.take(MAX_WARNED) {
+            let Some(stream) = live.streams.get(&group.uid) else { continue };
+            let rates = stream.rates.shown(now);
+            shown.warnings.extend(policy.promises.shortfalls_of(&group.id, rates.captured, rates.wire));
+        }
+        shown
     }
 
     /// Deletes a policy.

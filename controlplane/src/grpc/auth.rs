@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use tonic::body::Body;
@@ -12,7 +13,9 @@ use tonic::{Extensions, Status};
 use tower::{Layer, Service};
 
 use super::deadline;
+use crate::audit::{CALLER, Caller};
 use crate::ca::{Identity, Role, identify};
+use crate::coordinator::Coordinator;
 use crate::names::{self, Kind, Name};
 use crate::problem::Problem;
 
@@ -45,6 +48,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Enrolment", "Join") => Needs::Nothing,
         ("Enrolment", "Renew") => Needs::Certificate,
         ("Enrolment", "CreateJoinToken") | ("Proxies", "DeleteProxy") => Needs::Admin,
+        ("Audit", "ListAuditRecords" | "VerifyAudit") => Needs::Admin,
         ("ProxyControl", "Session") => Needs::Proxy,
         ("Policies", "GetPolicy" | "ListPolicies")
         | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks")
@@ -98,6 +102,16 @@ fn check(path: &str, who: Option<&Identity>) -> Result<(), Problem> {
 /// "role/name".
 pub fn actor(who: &Identity) -> String {
     format!("{}/{}", who.role.as_str(), who.name)
+}
+
+fn caller_of(who: &Identity, path: &str) -> Caller {
+    caller_named(&who.tenant, &actor(who), path)
+}
+
+fn caller_named(tenant: &str, actor: &str, path: &str) -> Caller {
+    let method = path.trim_start_matches('/').trim_start_matches("afterimage.v1.").chars().take(100).collect();
+    let request_id = std::cell::RefCell::default();
+    Caller { tenant: tenant.to_owned(), actor: actor.to_owned(), method, request_id }
 }
 
 /// The caller of a method that needs a certificate.
@@ -161,13 +175,23 @@ impl Scope {
 
 /// Puts [`Authorised`] around the services.
 #[derive(Clone, Default)]
-pub struct AuthLayer;
+pub struct AuthLayer {
+    /// Who keeps the audit log; none: nobody does.
+    coordinator: Option<Arc<Coordinator>>,
+}
+
+impl AuthLayer {
+    /// For a coordinator's services.
+    pub fn of(coordinator: Arc<Coordinator>) -> Self {
+        Self { coordinator: Some(coordinator) }
+    }
+}
 
 impl<S> Layer<S> for AuthLayer {
     type Service = Authorised<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Authorised { inner }
+        Authorised { inner, coordinator: self.coordinator.clone() }
     }
 }
 
@@ -175,6 +199,7 @@ impl<S> Layer<S> for AuthLayer {
 #[derive(Clone)]
 pub struct Authorised<S> {
     inner: S,
+    coordinator: Option<Arc<Coordinator>>,
 }
 
 impl<S> Service<Request<Body>> for Authorised<S>
@@ -196,14 +221,23 @@ where
         let who = certificates.as_deref().and_then(|all| all.first()).and_then(|leaf| identify(leaf));
         if let Err(problem) = check(request.uri().path(), who.as_ref()) {
             tracing::warn!(%problem, "denied");
+            if let (Some(who), Some(coordinator)) = (&who, &self.coordinator) {
+                let (coordinator, caller) = (coordinator.clone(), caller_of(who, request.uri().path()));
+                let what = format!("denied: {problem}");
+                // The answer does not wait for the log: nothing is done.
+                tokio::spawn(CALLER.scope(caller, async move { coordinator.record_denial(what).await }));
+            }
             let response = Status::from(problem).into_http();
             return Box::pin(async move { Ok(response) });
         }
+        let caller = who.as_ref().map(|who| caller_of(who, request.uri().path()));
         if let Some(who) = who {
             request.extensions_mut().insert(who);
         }
         let within = deadline::of(request.headers());
-        let call = self.inner.call(request);
+        // By its token only: what it joins as is in the record.
+        let nobody = || Caller { actor: "nobody".to_owned(), ..caller_named("", "", "/Enrolment/Join") };
+        let call = CALLER.scope(caller.unwrap_or_else(nobody), self.inner.call(request));
         Box::pin(async move {
             let late = || Status::deadline_exceeded("the call has taken longer than it may").into_http();
             tokio::time::timeout(within, call).await.unwrap_or_else(|_| Ok(late()))
@@ -311,6 +345,7 @@ mod tests {
             ("Views", READ, "GetView ListViews"),
             ("Views", CHANGE, "CreateView DeleteView"),
             ("Status", READ, "GetStatus GetRpo Watch ListEvents"),
+            ("Audit", &[Role::Admin], "ListAuditRecords VerifyAudit"),
             ("Enrolment", &[Role::Admin], "CreateJoinToken"),
             ("Enrolment", EVERYBODY, "Join Renew"),
             ("ProxyControl", &[Role::Proxy], "Session"),
@@ -368,7 +403,7 @@ mod tests {
             if let Some(timeout) = timeout {
                 request.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
             }
-            AuthLayer.layer(Mute).call(request)
+            AuthLayer::default().layer(Mute).call(request)
         };
         for (timeout, least) in [(Some("300m"), 0.29), (Some("90S"), 89.0), (None, 600.0), (Some("99H"), 600.0)] {
             let begun = tokio::time::Instant::now();

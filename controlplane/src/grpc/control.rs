@@ -12,6 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::caller;
+use crate::audit::CALLER;
 use crate::ca::Identity;
 use crate::coordinator::Coordinator;
 use crate::problem::Problem;
@@ -71,7 +72,7 @@ impl proxy_control_server::ProxyControl for ControlService {
         let coordinator = self.0.clone();
         let (sender, receiver) = mpsc::channel(MAX_OUTBOX);
         // Answered at once: a client may wait for the response's head before it sends anything.
-        tokio::spawn(async move {
+        let task = async move {
             let register = match first(&mut messages).await {
                 Ok(register) => register,
                 Err(status) => return drop(sender.try_send(Err(status))),
@@ -90,7 +91,12 @@ impl proxy_control_server::ProxyControl for ControlService {
                 let _ = sender.try_send(Err(status));
             }
             coordinator.deregister(&who, &uid, epoch);
-        });
+        };
+        // What registering changes is the proxy's doing.
+        match CALLER.try_with(Clone::clone) {
+            Ok(caller) => tokio::spawn(CALLER.scope(caller, task)),
+            Err(_) => tokio::spawn(task),
+        };
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

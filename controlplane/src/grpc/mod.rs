@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage_wire::v1;
+use afterimage_wire::v1::audit_server::AuditServer;
 use afterimage_wire::v1::enrolment_server::EnrolmentServer;
 use afterimage_wire::v1::failovers_server::FailoversServer;
 use afterimage_wire::v1::groups_server::GroupsServer;
@@ -34,6 +35,7 @@ use crate::store::etcd::EtcdStore;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
 
+mod audit;
 pub mod auth;
 pub mod bound;
 mod control;
@@ -329,7 +331,7 @@ async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .layer(auth::AuthLayer)
+        .layer(auth::AuthLayer::of(coordinator.clone()))
         .add_service(health)
         .add_service(reflection)
         .add_service(bounded!(PoliciesServer, operator.clone()))
@@ -340,6 +342,7 @@ async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<
         .add_service(bounded!(OperationsServer, operator.clone()))
         .add_service(bounded!(ViewsServer, operator))
         .add_service(bounded!(StatusServer, status::StatusService(coordinator.clone())))
+        .add_service(bounded!(AuditServer, audit::AuditService(coordinator.clone())))
         .add_service(bounded!(EnrolmentServer, enrolment::EnrolmentService(coordinator.clone())))
         .add_service(bounded!(ProxyControlServer, control::ControlService(coordinator.clone()))))
 }

@@ -32,6 +32,7 @@ fn required<'a, T>(field: &str, value: &'a Option<T>) -> Result<&'a T, Problem> 
 
 /// What a caller asks to be done once, by the id that it gives.
 fn once(scope: &Scope, method: &str, id: &str, request: &impl prost::Message) -> Result<Asked, Problem> {
+    crate::audit::asked_with(id);
     Asked::new(&scope.0.tenant, &actor(&scope.0), method, id, request)
 }
 
@@ -53,7 +54,7 @@ impl policies_server::Policies for Operator {
     async fn get_policy(&self, request: Request<GetPolicyRequest>) -> Answer<v1::Policy> {
         let name = Scope::of(&request)?.name("name", Kind::Policy, &request.get_ref().name)?;
         let model = self.0.model();
-        ok(convert::policy_to_proto(&model, model.policy(&name)?))
+        ok(self.0.policy_shown(&model, model.policy(&name)?))
     }
 
     async fn list_policies(&self, request: Request<ListPoliciesRequest>) -> Answer<ListPoliciesResponse> {
@@ -63,7 +64,7 @@ impl policies_server::Policies for Operator {
         let page = Page::of::<v1::Policy>("policies", &r.parent, r.page_size, &r.page_token, &r.filter)?;
         let model = self.0.model();
         let own = model.policies.values().filter(|p| p.tenant == tenant);
-        let (policies, next_page_token) = page.take(own.map(|p| (p.id.clone(), convert::policy_to_proto(&model, p))));
+        let (policies, next_page_token) = page.take(own.map(|p| (p.id.clone(), self.0.policy_shown(&model, p))));
         ok(ListPoliciesResponse { policies, next_page_token })
     }
 

@@ -15,9 +15,9 @@ const VALUES: TableDefinition<&str, (u64, &[u8])> = TableDefinition::new("values
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// Schema of the tables and of the values in them.
 ///
-/// 1: first. 2: requests that have been done (`requests/`). 3: an object may lie in several values (`parts/`). The rest as
-/// before.
-pub(crate) const SCHEMA: u64 = 3;
+/// 1: first. 2: requests that have been done (`requests/`). 3: an object may lie in several values (`parts/`). 4: the head of
+/// the audit log (`audit`). The rest as before.
+pub(crate) const SCHEMA: u64 = 4;
 /// The oldest that is read.
 const OLDEST_SCHEMA: u64 = 1;
 const SCHEMA_KEY: &str = "schema";

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use afterimage_controlplane::bundle::Bundle;
-use afterimage_controlplane::{Config, Running, client, start};
+use afterimage_controlplane::store::StoreError;
+use afterimage_controlplane::{Config, Running, ServeError, client, start};
 use afterimage_wire::v1::command::Command as Tell;
 use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::coordinator_message::Message as Down;
@@ -44,7 +45,15 @@ pub struct World {
 async fn bring_up(folder: &std::path::Path, port: u16) -> (Running, Bundle, Channel) {
     let config = Config::new(folder.join("coordinator"), ([127, 0, 0, 1], port).into());
     let config = Config { report_interval: Duration::from_millis(50), ..config };
-    let running = start(config).await.expect("the coordinator starts");
+    let mut tries = 100;
+    let running = loop {
+        match start(config.clone()).await {
+            // A connection of the life before may be ending still.
+            Err(ServeError::Store(StoreError::InUse(_))) if tries > 0 => tries -= 1,
+            started => break started.expect("the coordinator starts"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
     let admin = Bundle::load(running.admin_bundle()).unwrap();
     let channel = client::connect(&admin).await.unwrap();
     (running, admin, channel)
@@ -59,8 +68,14 @@ impl World {
 
     /// Stops the coordinator and starts it again on the same port and folder.
     pub async fn restart(&mut self) {
+        self.restart_after(|| ()).await;
+    }
+
+    /// The same, with something done while it is down.
+    pub async fn restart_after(&mut self, meanwhile: impl FnOnce()) {
         let port = self.running.as_ref().unwrap().addresses()[0].port();
         self.running.take().unwrap().stop().await;
+        meanwhile();
         let (running, admin, channel) = bring_up(self.folder.path(), port).await;
         (self.running, self.admin, self.channel) = (Some(running), admin, channel);
     }

@@ -5,7 +5,8 @@ use crate::io::Nanos;
 use crate::resync::pace::Budget;
 use crate::source::Pace;
 
-/// A group gives way for this many times as long as its last send took: a tenth of the link stays its own.
+/// A group gives way for this many times as long as its last send took until it was acknowledged: a tenth of the link
+/// stays its own.
 const GIVE_WAY: Nanos = 9;
 /// Bounds of that pause: a quiet link is noticed soon, and nobody waits for ever.
 const PAUSE: (Nanos, Nanos) = (250_000_000, 10_000_000_000);
@@ -21,8 +22,8 @@ pub(crate) struct Pacer {
     pub forced: bool,
     /// A more important group is short of the link.
     pub gives_way: bool,
-    /// When the send under way, or the last one, began.
-    began: Nanos,
+    /// When the newest send began, until a pause follows from it.
+    began: Option<Nanos>,
     /// When the next send may begin while the group gives way.
     pause_until: Nanos,
     /// What is ready waits until then, by the last look.
@@ -53,13 +54,22 @@ impl Pacer {
         !self.is_closed() && self.waits.is_none() && oldest.is_some_and(|oldest| now >= oldest + bound)
     }
 
-    /// Most frames of the send that may begin now; 0: it waits, until [`Self::due`].
-    pub fn may_begin(&mut self, now: Nanos, most: usize) -> usize {
+    /// Most frames of the send that may begin now; 0: it waits, until [`Self::due`] or an acknowledgement. `settled`:
+    /// nothing is sent that is not acknowledged. A network takes more than it has carried, so that a send has ended says
+    /// nothing of a link.
+    pub fn may_begin(&mut self, now: Nanos, most: usize, settled: bool) -> usize {
         self.waits = None;
         if self.is_closed() {
             return 0;
         }
         if self.gives_way && !self.forced {
+            if !settled {
+                return 0;
+            }
+            if let Some(began) = self.began.take() {
+                let took = now.saturating_sub(began);
+                self.pause_until = now + (took * GIVE_WAY).clamp(PAUSE.0, PAUSE.1);
+            }
             if now < self.pause_until {
                 self.waits = Some(self.pause_until);
                 return 0;
@@ -75,14 +85,8 @@ impl Pacer {
             self.waits = self.budget.due();
             return false;
         }
-        self.began = now;
+        self.began = Some(now);
         true
-    }
-
-    /// The send under way has ended.
-    pub fn ended(&mut self, now: Nanos) {
-        let took = now.saturating_sub(self.began);
-        self.pause_until = now + (took * GIVE_WAY).clamp(PAUSE.0, PAUSE.1);
     }
 
     /// When what is ready may leave, if that is a matter of time.
@@ -100,11 +104,11 @@ mod tests {
     #[test]
     fn hours_close_and_a_failover_opens() {
         let mut pacer = Pacer::default();
-        assert_eq!(pacer.may_begin(0, 16), 16);
+        assert_eq!(pacer.may_begin(0, 16, false), 16);
         pacer.set(Pace { closed: true, ..Pace::default() }, 0);
-        assert_eq!((pacer.may_begin(0, 16), pacer.due()), (0, None));
+        assert_eq!((pacer.may_begin(0, 16, true), pacer.due()), (0, None));
         pacer.forced = true;
-        assert_eq!(pacer.may_begin(0, 16), 16);
+        assert_eq!(pacer.may_begin(0, 16, false), 16);
     }
 
     #[test]
@@ -113,7 +117,7 @@ mod tests {
         pacer.set(Pace { rate: 1 << 20, ..Pace::default() }, 0);
         let (mut now, mut sent) = (0, 0u64);
         while now < 10_000 * MS {
-            assert_eq!(pacer.may_begin(now, 16), 16);
+            assert_eq!(pacer.may_begin(now, 16, false), 16);
             if pacer.take(64 << 10, now) {
                 sent += 64 << 10;
             } else {
@@ -130,18 +134,18 @@ mod tests {
         let mut pacer = Pacer { gives_way: true, ..Pacer::default() };
         let (mut now, mut sending) = (0, 0);
         while now < 60_000 * MS {
-            if pacer.may_begin(now, 16) == 1 {
+            if pacer.may_begin(now, 16, true) == 1 {
                 assert!(pacer.take(512 << 10, now));
+                assert_eq!((pacer.may_begin(now, 16, false), pacer.due()), (0, None), "until it is acknowledged");
                 now += 200 * MS;
                 sending += 200 * MS;
-                pacer.ended(now);
             } else {
                 now = pacer.due().expect("a matter of time");
             }
         }
         assert!((5_000 * MS..=7_000 * MS).contains(&sending), "{sending}");
         pacer.gives_way = false;
-        assert_eq!(pacer.may_begin(now, 16), 16);
+        assert_eq!(pacer.may_begin(now, 16, false), 16);
     }
 
     #[test]

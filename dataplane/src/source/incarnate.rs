@@ -418,7 +418,7 @@ impl Group {
 
     /// Takes a completed send.
     pub fn sent<I: Io>(&mut self, w: &mut Around<'_, I>, epoch: u32, mut done: Done) {
-        self.ship.sent(&mut done.parts, w.io.now());
+        self.ship.sent(&mut done.parts);
         self.ship.link.keep_parts(done.parts);
         if epoch == self.ship.link.epoch() && self.ship.link.is_up() {
             self.ship.link.sending = false;

@@ -141,6 +141,12 @@ pub fn policy(policy: &v1::Policy) -> Value {
         "clear_after_ms": policy.clear_after_ms,
         "lease_ms": policy.lease_ms,
         "sync_deadline_ms": policy.sync_deadline_ms,
+        "bandwidth_bytes_per_s": policy.bandwidth_bytes_per_s,
+        "allowed_hours": policy.allowed_hours,
+        "time_zone": policy.time_zone,
+        "priority": policy.priority,
+        "excluded_disks": policy.excluded_disks,
+        "warnings": policy.warnings,
         "created": json_time(policy.create_time_ns),
         "updated": json_time(policy.update_time_ns),
     })
@@ -517,22 +523,28 @@ mod tests {
         assert_eq!(
             keys(&policy(&v1::Policy::default())),
             [
+                "allowed_hours",
+                "bandwidth_bytes_per_s",
                 "clear_after_ms",
                 "compression",
                 "created",
                 "cut_interval_ms",
                 "description",
                 "error_after_ms",
+                "excluded_disks",
                 "journal_budget_bytes",
                 "lease_ms",
                 "policy",
+                "priority",
                 "retention_s",
                 "rpo_target_ms",
                 "sync_deadline_ms",
+                "time_zone",
                 "uid",
                 "updated",
                 "version",
-                "warn_after_ms"
+                "warn_after_ms",
+                "warnings"
             ]
         );
         assert_eq!(

@@ -4,7 +4,7 @@
 //! session     identity, connection, names, errors of calls        values      what is typed and shown: times, sizes, points
 //! failure     what went wrong, what to do, exit code              output      tables, JSON, questions
 //! documents   the shapes of the JSON                              enrol       join, token
-//! proxies · policy · group · disk · point · failover · view · status · rpo · watch     a module for each command
+//! proxies · policy · group · disk · point · failover · view · status · rpo · watch · audit     a module for each command
 //! ```
 
 use std::process::ExitCode;
@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use afterimage_wire::v1;
 use clap::{Args, Subcommand};
 
+pub mod audit;
 pub mod disk;
 pub mod documents;
 pub mod enrol;
@@ -97,6 +98,8 @@ pub enum Command {
     /// What has happened since the coordinator started.
     #[command(after_help = "Examples:\n  afterimage events --limit 10\n  afterimage events --json")]
     Events(With<watch::Events>),
+    /// Who has changed what: the audit log.
+    Audit(Verbs<audit::Verb>),
     /// The versions of this program and of what it speaks.
     Version(With<Nothing>),
 }
@@ -148,6 +151,7 @@ impl Command {
             Command::Watch(with) => &with.common,
             Command::Rpo(with) => &with.common,
             Command::Events(with) => &with.common,
+            Command::Audit(verbs) => &verbs.common,
             Command::Version(with) => &with.common,
         }
     }
@@ -195,6 +199,10 @@ async fn act(command: Command) -> Result<(), Failure> {
         Command::Watch(with) => watch::run(with.own, &Session::open(&with.common).await?).await,
         Command::Rpo(with) => rpo::run(with.own, &Session::open(&with.common).await?).await,
         Command::Events(with) => watch::events(with.own, &Session::open(&with.common).await?).await,
+        Command::Audit(verbs) => match audit::copies(&verbs.verb, verbs.common.output()) {
+            Some(done) => done,
+            None => audit::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        },
         Command::Version(with) => {
             version(&with.common);
             Ok(())

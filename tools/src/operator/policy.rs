@@ -17,6 +17,7 @@ pub enum Verb {
     /// Create a policy; what is not given has the default that is named.
     #[command(after_help = "Examples:\n  \
         afterimage policy create gold --rpo 500ms --retention 4h\n  \
+        afterimage policy create night --bandwidth 10MiB --hours 'mon-fri 20:00-06:00' --hours 'sat,sun 00:00-24:00' \\\n    --time-zone Europe/Vienna\n  \
         afterimage policy create slow-link --cut-interval 5s --journal-budget 200GiB --rpo 1m")]
     Create {
         /// The policy's name: a-z, 0-9 and "-", at most 63 characters.
@@ -93,6 +94,22 @@ pub struct Promise {
     /// [default: 0s].
     #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
     sync_deadline: Option<u64>,
+    /// Most that is sent a second for a group, such as 10MiB; 0 for no bound [default: 0].
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    bandwidth: Option<u64>,
+    /// When the source may send, such as "mon-fri 20:00-06:00"; may be given many times; "" for always. A failover does
+    /// not wait for it [default: always].
+    #[arg(long, value_name = "[DAYS] HH:MM-HH:MM")]
+    hours: Vec<String>,
+    /// Zone of the hours, such as Europe/Vienna [default: UTC].
+    #[arg(long, value_name = "ZONE")]
+    time_zone: Option<String>,
+    /// Groups with a higher one go first when their link is short, 0 to 100 [default: 50].
+    #[arg(long, value_name = "NUMBER")]
+    priority: Option<u32>,
+    /// Disks that are never replicated, by id or path, with * for anything; may be given many times; "" for none.
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<String>,
     /// For people.
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
@@ -133,6 +150,22 @@ impl Promise {
         if let Some(ns) = self.sync_deadline {
             policy.sync_deadline_ms = Some(whole(ns, 1_000_000, "--sync-deadline", "milliseconds")?);
         }
+        if self.bandwidth.is_some() {
+            policy.bandwidth_bytes_per_s = self.bandwidth;
+        }
+        let given = |list: &[String]| list.iter().filter(|text| !text.is_empty()).cloned().collect();
+        if !self.hours.is_empty() {
+            policy.allowed_hours = given(&self.hours);
+        }
+        if !self.exclude.is_empty() {
+            policy.excluded_disks = given(&self.exclude);
+        }
+        if let Some(zone) = &self.time_zone {
+            policy.time_zone.clone_from(zone);
+        }
+        if self.priority.is_some() {
+            policy.priority = self.priority;
+        }
         if self.journal_budget.is_some() {
             policy.journal_budget_bytes = self.journal_budget;
         }
@@ -160,6 +193,11 @@ impl Promise {
             ("clear_after_ms", self.clear_after.is_some()),
             ("lease_ms", self.lease.is_some()),
             ("sync_deadline_ms", self.sync_deadline.is_some()),
+            ("bandwidth_bytes_per_s", self.bandwidth.is_some()),
+            ("allowed_hours", !self.hours.is_empty()),
+            ("time_zone", self.time_zone.is_some()),
+            ("priority", self.priority.is_some()),
+            ("excluded_disks", !self.exclude.is_empty()),
             ("description", self.description.is_some()),
         ];
         FieldMask { paths: given.into_iter().filter(|(_, is)| *is).map(|(field, _)| field.to_owned()).collect() }
@@ -256,6 +294,20 @@ fn budget(value: Option<u64>) -> String {
     }
 }
 
+fn bandwidth(policy: &v1::Policy) -> String {
+    match policy.bandwidth_bytes_per_s {
+        None | Some(0) => "no bound".to_owned(),
+        Some(bytes) => format!("{}/s", show_size(bytes)),
+    }
+}
+
+fn hours(policy: &v1::Policy) -> String {
+    match policy.allowed_hours.join(", ") {
+        hours if hours.is_empty() => "always".to_owned(),
+        hours => format!("{hours} ({})", policy.time_zone),
+    }
+}
+
 fn rpo(policy: &v1::Policy) -> String {
     policy.rpo_target_us.map_or_else(String::new, |us| show_duration(us.saturating_mul(1_000)))
 }
@@ -297,6 +349,11 @@ fn shown(policy: &v1::Policy) -> String {
         ("compression", compression_word(policy.compression()).to_owned()),
         ("lease", or_none(policy.lease_ms)),
         ("synchronous", or_none(policy.sync_deadline_ms)),
+        ("bandwidth", bandwidth(policy)),
+        ("hours", hours(policy)),
+        ("priority", policy.priority.map_or_else(String::new, |p| p.to_string())),
+        ("excluded disks", policy.excluded_disks.join(" ")),
+        ("warnings", policy.warnings.join("; ")),
         ("uid", policy.uid.clone()),
         ("version", policy.version.to_string()),
         ("created", show_time(policy.create_time_ns)),

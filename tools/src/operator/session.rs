@@ -241,6 +241,11 @@ impl Session {
     }
 
     /// Certificates by join tokens.
+    pub fn audit(&self) -> v1::audit_client::AuditClient<Channel> {
+        v1::audit_client::AuditClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    /// Enrolment.
     pub fn enrolment(&self) -> v1::enrolment_client::EnrolmentClient<Channel> {
         v1::enrolment_client::EnrolmentClient::new(self.channel.clone())
     }

@@ -22,6 +22,8 @@ const RETRY: Duration = Duration::from_millis(500);
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// Time between two looks at such a lock: hosts wait meanwhile.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// Time between two looks at the clock, for hours that begin or end.
+const LOOK_AT_HOURS: Duration = Duration::from_secs(1);
 /// How long a group may take to stop before it is started anew with other disks or generations.
 pub const STOP_WAIT: Duration = Duration::from_secs(10);
 
@@ -48,7 +50,12 @@ pub async fn run(proxy: Rc<Proxy>) -> Gone {
         match once(&proxy).await {
             Err(gone) => return gone,
             Ok(_) if super::ublk::converge(&proxy).await.is_err() => return Gone,
-            Ok(_) if proxy.problems.borrow().is_empty() => proxy.changed.notified().await,
+            Ok(_) if proxy.problems.borrow().is_empty() => {
+                // Hours begin and end by the clock, which may also be set.
+                let hours = proxy.desired.borrow().sources.iter().any(|group| !group.allowed_hours.is_empty());
+                let wait = if hours { LOOK_AT_HOURS } else { Duration::MAX };
+                let _ = tokio::time::timeout(wait, proxy.changed.notified()).await;
+            }
             Ok(_) => {
                 let _ = tokio::time::timeout(RETRY, proxy.changed.notified()).await;
             }
@@ -165,6 +172,29 @@ fn raised(was: &SourceGroup, group: &SourceGroup) -> Vec<(DiskId, u64)> {
 }
 
 async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone> {
+    converge_disks(proxy, group).await?;
+    converge_pace(proxy, group).await
+}
+
+/// When frames of a group may leave: by its policy, and by the clock.
+async fn converge_pace(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone> {
+    let Some(source) = &proxy.source else { return Ok(()) };
+    let pace = convert::pace(group, jiff::Timestamp::now()).map_err(problem)?;
+    let stream: StreamId = convert::id("stream_uid", &group.stream_uid).map_err(problem)?;
+    let was = proxy.applied.borrow().paces.get(&stream).copied().unwrap_or_default();
+    if was == pace || !proxy.applied.borrow().groups.contains_key(&stream) {
+        return Ok(());
+    }
+    source.call(move |desk| desk.core.set_pace(desk.io, stream, pace)).await?.map_err(problem)?;
+    proxy.applied.borrow_mut().paces.insert(stream, pace);
+    if was.closed != pace.closed {
+        let message = if pace.closed { "nothing is sent from now on" } else { "it is sent again" };
+        proxy.event(Severity::Info, Some(stream), "hours", format!("by the hours of its policy {message}"));
+    }
+    Ok(())
+}
+
+async fn converge_disks(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone> {
     let Some(source) = &proxy.source else {
         return Err(problem("this proxy has no source role: `source.nbd` is not set"));
     };
@@ -180,7 +210,13 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
             for dir in [&places.intent, &places.witness].into_iter().flatten() {
                 keep::folder(dir).map_err(|e| problem(format!("{}: {e}", dir.display())))?;
             }
-            source.call(move |desk| desk.core.protect(desk.io, config)).await?.map_err(|error| match error {
+            let pace = convert::pace(group, jiff::Timestamp::now()).map_err(problem)?;
+            let protected = source.call(move |desk| {
+                desk.core.protect(desk.io, config)?;
+                // Before the first frame could leave.
+                desk.core.set_pace(desk.io, stream, pace)
+            });
+            protected.await?.map_err(|error| match error {
                 ProtectError::Locked { .. } => Undone::Locked(error.to_string()),
                 error => problem(error),
             })?;
@@ -191,6 +227,7 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
                 format!("group `{}` is protected from here", group.name),
             );
             proxy.applied.borrow_mut().groups.insert(stream, group.clone());
+            proxy.applied.borrow_mut().paces.insert(stream, pace);
             Ok(())
         }
         Some(was) if disks_differ(&was, group) && !group.hold => {
@@ -248,6 +285,7 @@ pub async fn unprotect(proxy: &Proxy, stream: StreamId) -> Result<Option<bool>, 
     let clean = tokio::time::timeout(STOP_WAIT, stopped).await.ok().and_then(Result::ok);
     if clean.is_some() {
         proxy.applied.borrow_mut().groups.remove(&stream);
+        proxy.applied.borrow_mut().paces.remove(&stream);
     }
     Ok(clean)
 }

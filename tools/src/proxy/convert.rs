@@ -4,8 +4,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use afterimage_controlplane::hours::Hours;
 use afterimage_dataplane::seal;
-use afterimage_dataplane::source::{DiskConfig, GroupConfig};
+use afterimage_dataplane::source::{DiskConfig, GroupConfig, Pace};
 use afterimage_dataplane::target::{Choice, PointInfo, StreamConfig, ViewConfig};
 use afterimage_wire::ids::{DiskId, PolicyKeyId, StreamId, TimelineId};
 use afterimage_wire::record::DiskInfo;
@@ -14,6 +15,8 @@ use afterimage_wire::v1::{
     Compression, OpenView, Point, PointChoice, PolicyKey, SourceDisk, SourceGroup, TargetDisk, TargetStream, ViewKind,
     point_choice,
 };
+
+use jiff::tz::TimeZone;
 
 use super::config::Listen;
 
@@ -80,6 +83,28 @@ pub fn group(group: &SourceGroup, places: &Places, trust_reboot: bool) -> Result
         lease: group.lease_ms.saturating_mul(1_000_000),
         sync_deadline: group.sync_deadline_ms.saturating_mul(1_000_000),
         left: group.left_slots.iter().map(|s| slot(*s)).collect::<Result<_, _>>()?,
+    })
+}
+
+/// When frames of a group may leave at `now`.
+///
+/// # Errors
+/// Names the field.
+pub fn pace(group: &SourceGroup, now: jiff::Timestamp) -> Result<Pace, Senseless> {
+    let hours = Hours::parse("allowed_hours", &group.allowed_hours)
+        .or_else(|e| senseless("allowed_hours", e, "hours of a policy"))?;
+    let zone = match group.time_zone.as_str() {
+        "" => TimeZone::UTC,
+        name => TimeZone::get(name).or_else(|_| senseless("time_zone", name, "a zone of the time zone database"))?,
+    };
+    let local = now.to_zoned(zone);
+    let day = local.weekday().to_monday_zero_offset() as usize;
+    let minute = (day * 24 + local.hour() as usize) * 60 + local.minute() as usize;
+    Ok(Pace {
+        rate: group.bandwidth_bytes_per_s,
+        closed: !hours.is_open(minute),
+        priority: u8::try_from(group.priority).unwrap_or(u8::MAX),
+        rpo_target: group.rpo_target_us.saturating_mul(1000),
     })
 }
 
@@ -242,6 +267,21 @@ mod tests {
     fn a_group_without_a_key_is_refused_by_name() {
         let said = SourceGroup { stream_uid: StreamId::random().to_string(), ..SourceGroup::default() };
         assert_eq!(group(&said, &Places::default(), false).unwrap_err().field, "key");
+    }
+
+    #[test]
+    fn hours_are_those_of_the_policy_s_zone() {
+        let said = SourceGroup {
+            allowed_hours: vec!["mon 00:00-01:00".into()],
+            time_zone: "Europe/Vienna".into(),
+            ..SourceGroup::default()
+        };
+        let closed = |at: &str| pace(&said, at.parse().unwrap()).unwrap().closed;
+        // Monday 00:30 in Vienna: Sunday 23:30 in winter and 22:30 in summer.
+        assert!(!closed("2026-01-04T23:30:00Z") && closed("2026-01-05T00:30:00Z"));
+        assert!(!closed("2026-07-05T22:30:00Z") && closed("2026-07-05T23:30:00Z"));
+        let odd = SourceGroup { time_zone: "Mars/Base".into(), ..said.clone() };
+        assert_eq!(pace(&odd, jiff::Timestamp::UNIX_EPOCH).unwrap_err().field, "time_zone");
     }
 
     #[test]

@@ -102,6 +102,7 @@ impl Reporter {
                 rung: rung(group.rung, link).into(),
                 held: group.held.is_some(),
                 held_reason: group.held.map(held_word).unwrap_or_default().to_owned(),
+                outside_hours: proxy.applied.borrow().paces.get(&group.stream).is_some_and(|pace| pace.closed),
                 lease_ms: lease(proxy, &group),
                 lease_left_ms: group.lease_left / 1_000_000,
                 synchronous: group.synchronous.is_some(),

@@ -194,7 +194,7 @@ fn source_group(group: &Group) -> Result<SourceGroup, ConfigError> {
         rpo_target_us: 1_000_000,
         lease_ms: group.lease_ms,
         sync_deadline_ms: group.sync_deadline_ms,
-        left_slots: Vec::new(),
+        ..SourceGroup::default()
     })
 }
 

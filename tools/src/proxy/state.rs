@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use afterimage_dataplane::host::DiskKey;
+use afterimage_dataplane::source::Pace;
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::v1::{DesiredState, OpenView, Problem, ProxyEvent, Severity, SourceGroup, TargetStream};
 use prost::Message;
@@ -63,6 +64,8 @@ pub struct Applied {
     pub groups: HashMap<StreamId, SourceGroup>,
     /// Streams given to the target core, as they were given.
     pub streams: HashMap<StreamId, TargetStream>,
+    /// When frames of groups may leave, as the source core was last told.
+    pub paces: HashMap<StreamId, Pace>,
     /// Views open, by name.
     pub views: HashMap<String, View>,
 }
