@@ -12,7 +12,7 @@
 use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -221,7 +221,7 @@ impl AuditLog {
     }
 
     fn open_with(dir: &Path, file_bytes: u64, max_files: usize) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let files = files(dir)?;
         let floor = files.first().map_or(1, |(first, _)| *first);
         let mut head = Head { floor, ..Head::default() };

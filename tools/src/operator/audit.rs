@@ -34,7 +34,7 @@ pub enum Verb {
     #[command(after_help = "Examples:\n  \
         afterimage audit verify\n  \
         afterimage audit verify --expect 4711:9f86d081…            what an earlier verification said\n  \
-        afterimage audit verify --dir /backup/c1/audit --dir /backup/c2/audit    copies, without a coordinator")]
+        afterimage audit verify --dir c1/audit --dir c2/audit    copies, without a coordinator")]
     Verify {
         /// This record must have this hash, as an earlier verification said.
         #[arg(long, value_name = "NUMBER:HASH", value_parser = expected)]

@@ -17,7 +17,7 @@ pub enum Verb {
     /// Create a policy; what is not given has the default that is named.
     #[command(after_help = "Examples:\n  \
         afterimage policy create gold --rpo 500ms --retention 4h\n  \
-        afterimage policy create night --bandwidth 10MiB --hours 'mon-fri 20:00-06:00' --hours 'sat,sun 00:00-24:00' \\\n    --time-zone Europe/Vienna\n  \
+        afterimage policy create night --hours 'mon-fri 20:00-06:00' --time-zone Europe/Vienna\n  \
         afterimage policy create slow-link --cut-interval 5s --journal-budget 200GiB --rpo 1m")]
     Create {
         /// The policy's name: a-z, 0-9 and "-", at most 63 characters.
