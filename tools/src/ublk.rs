@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use afterimage_dataplane::io::ublk::control::{Control, ControlError};
-use afterimage_dataplane::io::ublk::uapi::{SECTOR, state};
+use afterimage_dataplane::io::ublk::control::{Commands as _, Control, ControlError};
+use afterimage_dataplane::io::ublk::uapi::{SECTOR, feature, state};
 use clap::{Args as ClapArgs, Subcommand};
 use serde::Serialize;
 
@@ -33,13 +33,22 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Say whose an unprivileged device is, as numbers of user and group: for a rule of udev.
+    Owner {
+        /// The device: ublkcN or ublkbN, or its path.
+        device: String,
+    },
 }
+
+/// How long a device that has ended is waited for to be gone.
+const GONE: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Runs it. Exit code 0: done; 1: could not.
 pub fn run(args: Args) -> ExitCode {
     let result = match args.verb {
         Verb::List { json } => list().map_err(|error| error.to_string()).and_then(|all| show(&all, json)),
         Verb::Remove { device, force } => number(&device).and_then(|number| remove(number, force)),
+        Verb::Owner { device } => owner(&device),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -96,7 +105,7 @@ struct Listed {
 
 /// All of this host.
 fn list() -> Result<Vec<Listed>, ControlError> {
-    let (mut control, _) = Control::open()?;
+    let mut control = Control::open()?;
     let mut all = Vec::new();
     for number in numbers() {
         let Ok(info) = control.info(number) else { continue };
@@ -105,6 +114,7 @@ fn list() -> Result<Vec<Listed>, ControlError> {
         let state = match info.state {
             state::LIVE => "live",
             state::QUIESCED => "waiting",
+            state::FAIL_IO => "failing",
             _ => "dead",
         };
         let links = [LINKS, VIEW_LINKS].iter().flat_map(|dir| links_to(Path::new(dir), &device, 0)).collect();
@@ -131,17 +141,32 @@ fn links_to(dir: &Path, device: &str, depth: usize) -> Vec<String> {
     found
 }
 
+/// Of a device that an ordinary user has made: `UID GID`. It fails of others, which stay root's.
+fn owner(device: &str) -> Result<(), String> {
+    let name = device.strip_prefix("/dev/").unwrap_or(device);
+    let digits = name.strip_prefix("ublkc").or_else(|| name.strip_prefix("ublkb"));
+    let number = digits.and_then(|digits| digits.parse().ok()).ok_or(format!("`{device}` is not ublkcN or ublkbN"))?;
+    let mut control = Control::open().map_err(|error| error.to_string())?;
+    let info = control.info(number).map_err(|errno| format!("{device}: {errno}"))?;
+    if info.flags & feature::UNPRIVILEGED_DEV == 0 {
+        return Err(format!("{device} is root's"));
+    }
+    println!("{} {}", info.owner_uid, info.owner_gid);
+    Ok(())
+}
+
 /// Ends a device that nobody serves any more (its proxy will not come back). What its hosts wait for fails.
 fn remove(number: u32, force: bool) -> Result<(), String> {
-    let (mut control, _) = Control::open().map_err(|error| error.to_string())?;
+    let mut control = Control::open().map_err(|error| error.to_string())?;
     let info = control.info(number).map_err(|errno| format!("/dev/ublkb{number}: {errno}"))?;
     let device = format!("/dev/ublkb{number}");
     if info.state == state::LIVE && !force {
         let pid = info.ublksrv_pid;
         return Err(format!("{device} is served by process {pid}: take its disk out of protection, or use --force"));
     }
-    let ended = control.stop(number).and_then(|()| control.delete(number));
-    ended.map_err(|errno| format!("{device}: {errno}"))?;
+    if !crate::proxy::ublk::remove(&mut control, number, GONE).map_err(|why| format!("{device}: {why}"))? {
+        eprintln!("afterimage: ublk: {device} has ended; somebody has it open still, and its number is free after that");
+    }
     for path in [LINKS, VIEW_LINKS].iter().flat_map(|dir| links_to(Path::new(dir), &device, 0)) {
         let _ = std::fs::remove_file(path);
     }

@@ -387,6 +387,11 @@ impl Io for Ring {
         if self.table.get(flight.number).is_some_and(|entry| entry.event) {
             flight.on_event();
         }
+        if let Some(result) = self.prepare_ublk(&mut flight) {
+            self.table.end(&self.uring, flight.number);
+            self.ready.push(Done { token, result, part: flight.part, parts: flight.parts });
+            return;
+        }
         if flight.needs_message() {
             flight.message = Some(self.messages.pop().unwrap_or_else(Message::new));
         }

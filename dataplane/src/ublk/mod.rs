@@ -11,6 +11,7 @@
 //! Making, recovering and ending devices is control ([`crate::io::ublk::control`]): it blocks, and stands elsewhere.
 
 use crate::host::{Geometry, MAX_PART};
+use crate::io::ublk::control::Mode;
 use crate::io::ublk::uapi::{Basic, DeviceInfo, Discard, Params, SECTOR, attr, feature, param};
 
 pub(crate) mod device;
@@ -21,19 +22,34 @@ pub use server::{AttachError, Counters, DeviceId, DeviceStatus, Limits, Queue, S
 
 /// Tags of a device.
 pub const DEPTH: u16 = 128;
+/// Tags of an unprivileged device: each has memory for the longest request.
+pub const UNPRIVILEGED_DEPTH: u16 = 32;
 /// Longest request of a device, bytes: a part, so that most requests are one.
 pub const MAX_REQUEST: u32 = MAX_PART as u32;
 /// Longest discard or zeroing, sectors (2 GiB).
 const MAX_ZERO_SECTORS: u32 = 1 << 22;
 
-/// A device to be made. `own` comes back from the kernel as long as the device lives: it tells whose it is.
-pub fn device_info(dev_id: u32, own: u64) -> DeviceInfo {
+/// Features that a device of this mode cannot do without.
+pub const fn needed(mode: Mode) -> u64 {
+    match mode {
+        Mode::Full => feature::USER_COPY | feature::USER_RECOVERY | feature::USER_RECOVERY_REISSUE,
+        Mode::Unprivileged => feature::UNPRIVILEGED_DEV,
+    }
+}
+
+/// A device to be made, by a driver with these features. `own` comes back from the kernel as long as the device lives: it
+/// tells whose it is.
+pub fn device_info(dev_id: u32, own: u64, mode: Mode, features: u64) -> DeviceInfo {
+    let wanted = feature::CMD_IOCTL_ENCODE | feature::UPDATE_SIZE;
     DeviceInfo {
         nr_hw_queues: 1,
-        queue_depth: DEPTH,
+        queue_depth: match mode {
+            Mode::Full => DEPTH,
+            Mode::Unprivileged => UNPRIVILEGED_DEPTH,
+        },
         max_io_buf_bytes: MAX_REQUEST,
         dev_id,
-        flags: feature::USER_COPY | feature::USER_RECOVERY | feature::USER_RECOVERY_REISSUE | feature::CMD_IOCTL_ENCODE,
+        flags: needed(mode) | wanted & features,
         ublksrv_flags: own,
         ..DeviceInfo::default()
     }

@@ -298,6 +298,34 @@ async fn open_view(proxy: &Proxy, said: &OpenView) -> Result<Outcome, Refused> {
     Ok(Outcome::View(ViewOpened { exports: exports.collect() }))
 }
 
+/// The view is no part of what should be any more, durably.
+fn forget_view(proxy: &Proxy, view: &str) -> Result<(), String> {
+    let mut desired = std::mem::take(&mut *proxy.desired.borrow_mut());
+    desired.targets.iter_mut().for_each(|stream| stream.views.retain(|known| known.view != view));
+    *proxy.desired.borrow_mut() = desired;
+    proxy.keep_desired().map_err(|error| error.to_string())
+}
+
+/// The target has given a view up: what its hosts ask fails, and nothing of them waits. A device that is mounted ends, too:
+/// what it showed is not there any more.
+pub async fn lose_view(proxy: &Proxy, view: &str) {
+    if let Err(error) = forget_view(proxy, view) {
+        // It would be tried again at the next start, and refused, since its point has gone.
+        tracing::warn!(view, error, "a view that was given up is not forgotten");
+    }
+    let devices = proxy.ublk.of_view(view);
+    let open = proxy.applied.borrow_mut().views.remove(view);
+    let keys = open.map(|view| view.keys).unwrap_or_default();
+    if let Some(target) = &proxy.target {
+        let close = target.call(move |desk| keys.into_iter().for_each(|key| desk.fronts.close_export(desk.io, key)));
+        if close.await.is_err() {
+            return;
+        }
+    }
+    proxy.offers.send_replace(());
+    ublk::end(proxy, Role::Target, &devices).await;
+}
+
 /// The view is part of what should be from now on, also if the coordinator is lost before it says so.
 fn remember_view(proxy: &Proxy, said: &OpenView) {
     let mut desired = proxy.desired.borrow_mut();
@@ -334,10 +362,7 @@ async fn close_view(proxy: &Proxy, said: CloseView) -> Result<Outcome, Refused> 
         })
         .await?;
     ublk::end(proxy, Role::Target, &devices).await;
-    let mut desired = std::mem::take(&mut *proxy.desired.borrow_mut());
-    desired.targets.iter_mut().for_each(|stream| stream.views.retain(|view| view.view != said.view));
-    *proxy.desired.borrow_mut() = desired;
-    proxy.keep_desired().or_else(|error| refused(Kind::Io, error))?;
+    forget_view(proxy, &said.view).or_else(|error| refused(Kind::Io, error))?;
     match closed {
         Ok(()) | Err(TargetError::UnknownView(_)) => Ok(Outcome::Done(Done {})),
         Err(error) => Err(error.into()),

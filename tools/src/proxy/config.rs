@@ -13,6 +13,8 @@ use clap::ValueEnum;
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 
+use super::ublk::Wish;
+
 /// Most seal threads that make sense on one source.
 pub const MAX_SEAL_THREADS: usize = 64;
 /// Smallest pool that the largest operations fit into, bytes.
@@ -222,7 +224,7 @@ struct FileCoordinator {
 struct FileSource {
     nbd: Option<Vec<Listen>>,
     vhost_user: Option<PathBuf>,
-    ublk: Option<bool>,
+    ublk: Option<Wish>,
     memory: Option<Size>,
     queue: Option<Size>,
     seal_threads: Option<usize>,
@@ -244,7 +246,7 @@ struct FileTarget {
     advertise: Option<String>,
     views: Option<Vec<Listen>>,
     vhost_user: Option<PathBuf>,
-    ublk: Option<bool>,
+    ublk: Option<Wish>,
     memory: Option<Size>,
     budget: Option<Size>,
     segment: Option<Size>,
@@ -281,9 +283,10 @@ pub struct Args {
     /// Source role: folder in which each disk has a socket (GROUP-DISK.sock) for guests, by vhost-user-blk.
     #[arg(long, value_name = "DIR")]
     pub vhost_user: Option<PathBuf>,
-    /// Source role: each disk is also a block device of this host (ublk), /dev/afterimage/GROUP/DISK.
-    #[arg(long)]
-    pub ublk: bool,
+    /// Source role: each disk is also a block device of this host (ublk), /dev/afterimage/GROUP/DISK. "unprivileged": by
+    /// an ordinary user; such a device ends with its proxy, without mercy for what is mounted.
+    #[arg(long, value_name = "full|unprivileged", num_args = 0..=1, require_equals = true, default_missing_value = "full")]
+    pub ublk: Option<Wish>,
     /// Target role: folder of the journals and replicas.
     #[arg(long, value_name = "DIR")]
     pub journal: Option<PathBuf>,
@@ -300,8 +303,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub view_vhost_user: Option<PathBuf>,
     /// Target role: each disk of a view is also a block device of this host, /dev/afterimage-views/VIEW/DISK.
-    #[arg(long)]
-    pub view_ublk: bool,
+    #[arg(long, value_name = "full|unprivileged", num_args = 0..=1, require_equals = true, default_missing_value = "full")]
+    pub view_ublk: Option<Wish>,
     /// Buffer memory of each role, pinned, e.g. 512MiB.
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
@@ -355,7 +358,8 @@ The file:
   [source]                           # only where disks are protected
   nbd = [\"unix:/run/afterimage/nbd.sock\", \"tcp:127.0.0.1:10809\"]
   vhost_user = \"/run/afterimage/vhost\" # a socket for each disk, for guests; unset: none
-  ublk = false                       # true: each disk is also /dev/afterimage/GROUP/DISK (nbd may then be unset)
+  ublk = false                       # true: each disk is also /dev/afterimage/GROUP/DISK (nbd may then be unset);
+                                     # \"unprivileged\": by an ordinary user, but the device ends with the proxy
   memory = \"512MiB\"
   queue = \"256MiB\"                   # captured, not yet acknowledged
   seal_threads = 2
@@ -405,7 +409,7 @@ pub struct SourceRole {
     /// Folder of the sockets of guests.
     pub vhost_user: Option<PathBuf>,
     /// Disks are block devices of this host, too.
-    pub ublk: bool,
+    pub ublk: Wish,
     /// Pool, bytes.
     pub memory: u64,
     /// Most bytes captured and not yet acknowledged.
@@ -453,7 +457,7 @@ pub struct TargetRole {
     /// Folder of the sockets of guests.
     pub vhost_user: Option<PathBuf>,
     /// Disks of views are block devices of this host, too.
-    pub ublk: bool,
+    pub ublk: Wish,
     /// Pool, bytes.
     pub memory: u64,
     /// Journal bytes of a stream whose policy sets none; unset: the core's default.
@@ -660,8 +664,8 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
     let spill = spill_role(&file, state_dir);
     let nbd = if args.nbd.is_empty() { file.nbd.unwrap_or_default() } else { args.nbd.clone() };
     let vhost_user = socket_folder("source.vhost_user", args.vhost_user.clone().or(file.vhost_user))?;
-    let ublk = args.ublk || file.ublk.unwrap_or(false);
-    if nbd.is_empty() && vhost_user.is_none() && !ublk {
+    let ublk = args.ublk.or(file.ublk).unwrap_or_default();
+    if nbd.is_empty() && vhost_user.is_none() && !ublk.is_some() {
         return Ok(None);
     }
     let memory = args.memory.or(file.memory).unwrap_or(Size(DEFAULT_POOL)).0;
@@ -727,7 +731,7 @@ fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, Conf
         advertise,
         views,
         vhost_user,
-        ublk: args.view_ublk || file.ublk.unwrap_or(false),
+        ublk: args.view_ublk.or(file.ublk).unwrap_or_default(),
         memory,
         budget,
         segment,

@@ -89,6 +89,8 @@ fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
             let what = if whole { "all of it" } else { "what is in doubt" };
             let message = format!("a synchronisation of disk {disk} begins ({what})");
             proxy.event(Severity::Info, Some(stream), "resync", message);
+            // It may have grown: block devices are told.
+            proxy.changed.notify_one();
         }
         SourceEvent::SyncEnded { stream, disk, .. } => {
             let message = format!("disk {disk} is synchronised");
@@ -297,7 +299,10 @@ pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetEv
                 (Severity::Warning, stream, "retention", format!("history now begins at record {floor}: {why}"))
             }
             TargetEvent::ViewLost { stream, view, why } => {
-                (Severity::Error, stream, "view", format!("view `{view}` was given up: {why}"))
+                let message = format!("view `{view}` was given up: {why}");
+                let proxy = Rc::clone(&proxy);
+                tokio::task::spawn_local(async move { super::commands::lose_view(&proxy, &view).await });
+                (Severity::Error, stream, "view", message)
             }
             TargetEvent::Mended { stream, what } => {
                 (Severity::Info, stream, "damage", format!("newer data has taken the place of what was lost: {what}"))

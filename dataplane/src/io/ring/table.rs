@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use io_uring::IoUring;
 
-use super::ublk::Descriptors;
+use super::ublk::Attached;
 use crate::io::Errno;
 
 /// An open file or socket.
@@ -15,8 +15,8 @@ pub(super) struct Entry {
     pub(super) event: bool,
     /// [`crate::io::FileInfo::discard`]; found out when it was opened.
     pub(super) discard: bool,
-    /// Of a ublk device. They hold the file open, so they go with it.
-    pub(super) descriptors: Option<Descriptors>,
+    /// Of a ublk device. It holds the file open, so it goes with it.
+    pub(super) ublk: Option<Attached>,
     in_flight: u32,
     closing: bool,
 }
@@ -48,7 +48,7 @@ impl Table {
     pub(super) fn insert(&mut self, ring: &IoUring, fd: OwnedFd, socket: bool, discard: bool) -> Result<u32, Errno> {
         self.insert_as(
             ring,
-            Entry { fd, socket, event: false, discard, descriptors: None, in_flight: 0, closing: false },
+            Entry { fd, socket, event: false, discard, ublk: None, in_flight: 0, closing: false },
         )
     }
 
@@ -56,7 +56,7 @@ impl Table {
     pub(super) fn insert_event(&mut self, ring: &IoUring, fd: OwnedFd) -> Result<u32, Errno> {
         self.insert_as(
             ring,
-            Entry { fd, socket: true, event: true, discard: false, descriptors: None, in_flight: 0, closing: false },
+            Entry { fd, socket: true, event: true, discard: false, ublk: None, in_flight: 0, closing: false },
         )
     }
 
@@ -70,10 +70,10 @@ impl Table {
         Ok(u32::from(place.generation) << 16 | u32::from(slot))
     }
 
-    /// Keeps the descriptors of a ublk device as long as its file.
-    pub(super) fn keep_descriptors(&mut self, number: u32, descriptors: Descriptors) {
+    /// Keeps what a ublk device has beside its file as long as that.
+    pub(super) fn keep_attached(&mut self, number: u32, attached: Attached) {
         if let Some(entry) = &mut self.slots[usize::from(number as u16)].entry {
-            entry.descriptors = Some(descriptors);
+            entry.ublk = Some(attached);
         }
     }
 
@@ -130,7 +130,10 @@ impl Table {
     fn release(&mut self, ring: &IoUring, number: u32) {
         let index = number as u16;
         let slot = &mut self.slots[usize::from(index)];
-        let Some(entry) = slot.entry.take_if(|entry| entry.closing && entry.in_flight == 0) else { return };
+        let Some(mut entry) = slot.entry.take_if(|entry| entry.closing && entry.in_flight == 0) else { return };
+        if let Some(attached) = entry.ublk.take() {
+            attached.let_go();
+        }
         if !entry.socket {
             // The kernel may let go of a registered file only later; its lock ends now.
             let _ = rustix::fs::flock(&entry.fd, rustix::fs::FlockOperation::Unlock);

@@ -34,6 +34,7 @@ pub mod cmd {
     pub const END_USER_RECOVERY: u32 = control(3, 0x11);
     pub const GET_DEV_INFO2: u32 = control(2, 0x12);
     pub const GET_FEATURES: u32 = control(2, 0x13);
+    pub const DEL_DEV_ASYNC: u32 = control(2, 0x14);
     pub const UPDATE_SIZE: u32 = control(3, 0x15);
 }
 
@@ -49,11 +50,15 @@ pub mod io_cmd {
 /// Features, of a device and of the driver.
 pub mod feature {
     #![allow(missing_docs)]
+    pub const SUPPORT_ZERO_COPY: u64 = 1 << 0;
+    pub const NEED_GET_DATA: u64 = 1 << 2;
     pub const USER_RECOVERY: u64 = 1 << 3;
     pub const USER_RECOVERY_REISSUE: u64 = 1 << 4;
     pub const UNPRIVILEGED_DEV: u64 = 1 << 5;
     pub const CMD_IOCTL_ENCODE: u64 = 1 << 6;
     pub const USER_COPY: u64 = 1 << 7;
+    pub const ZONED: u64 = 1 << 8;
+    pub const USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
     pub const UPDATE_SIZE: u64 = 1 << 10;
 }
 
@@ -63,6 +68,7 @@ pub mod state {
     pub const DEAD: u16 = 0;
     pub const LIVE: u16 = 1;
     pub const QUIESCED: u16 = 2;
+    pub const FAIL_IO: u16 = 3;
 }
 
 /// What a request wants; bits 0 to 7 of [`Descriptor::op_flags`].
@@ -114,6 +120,12 @@ pub const fn data_offset(tag: u16, at: u32) -> u64 {
     BUFFER_OFFSET + ((tag as u64) << BUFFER_BITS | at as u64)
 }
 
+/// Whose data an offset is, and which byte of it: see [`data_offset`].
+pub const fn data_place(offset: u64) -> (u16, u32) {
+    let place = offset - BUFFER_OFFSET;
+    ((place >> BUFFER_BITS) as u16, (place & (MAX_REQUEST as u64 - 1)) as u32)
+}
+
 /// A control command (`ublksrv_ctrl_cmd`).
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -128,7 +140,7 @@ pub struct ControlCommand {
     pub addr: u64,
     /// Inline.
     pub data: u64,
-    /// For unprivileged devices.
+    /// Of unprivileged devices: so many bytes at `addr` are the path of `/dev/ublkcN`, and what is else there follows.
     pub dev_path_len: u16,
     /// Unused.
     pub pad: u16,
@@ -238,7 +250,7 @@ pub struct QueueCommand {
     pub tag: u16,
     /// Of the request that it answers: bytes of a read or write, 0 of others, or a negated errno.
     pub result: i32,
-    /// 0 with `UBLK_F_USER_COPY`.
+    /// Where the kernel copies data from and to, itself; 0 with `UBLK_F_USER_COPY`.
     pub addr: u64,
 }
 
@@ -281,7 +293,10 @@ mod tests {
         // Computed by a C compiler from linux/ublk_cmd.h.
         assert_eq!(cmd::GET_DEV_INFO, 0x8020_7502);
         assert_eq!(cmd::ADD_DEV, 0xc020_7504);
+        assert_eq!(cmd::GET_DEV_INFO2, 0x8020_7512);
         assert_eq!(cmd::GET_FEATURES, 0x8020_7513);
+        assert_eq!(cmd::DEL_DEV_ASYNC, 0x8020_7514);
+        assert_eq!(cmd::UPDATE_SIZE, 0xc020_7515);
         assert_eq!(io_cmd::FETCH_REQ, 0xc010_7520);
         assert_eq!(io_cmd::COMMIT_AND_FETCH_REQ, 0xc010_7521);
     }
@@ -291,6 +306,9 @@ mod tests {
         assert_eq!(data_offset(0, 0), 0x8000_0000);
         assert_eq!(data_offset(1, 512), 0x8000_0000 + (1 << 25) + 512);
         assert_eq!(data_offset(MAX_DEPTH - 1, MAX_REQUEST - 1), 0x8000_0000 + (4096u64 << 25) - 1);
+        for place in [(0, 0), (1, 512), (MAX_DEPTH - 1, MAX_REQUEST - 1)] {
+            assert_eq!(data_place(data_offset(place.0, place.1)), place);
+        }
     }
 
     #[test]
