@@ -7,6 +7,10 @@ _list:
 build:
     cargo build --release
 
+# The program as one file that needs nothing of its host: target/release/afterimage.
+static:
+    cargo rustc --release --locked -p afterimage --bin afterimage -- -C target-feature=+crt-static
+
 # Every check, or the parts named: lint docs unit sim clients guests postgres api fuzz demo bench-smoke.
 test *parts:
     tests/all {{ parts }}

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Real machines on protected disks: Linux guests in QEMU, as `tests/guest` makes them.
 
-Needs qemu-system-x86, qemu-utils, busybox-static, zstd, e2fsprogs, dmsetup, fio, libnbd-bin, nbd-client, python3-cryptography,
+Needs qemu-system-x86, qemu-utils, busybox-static, zstd, e2fsprogs, dmsetup, lvm2, fio, libnbd-bin, nbd-client, python3-cryptography,
 python3-lz4; `tests/all guests` installs them. Arguments: parts of names of the tests to run.
 """
 
@@ -274,12 +274,65 @@ def shapes(folder, image):
             cluster.close()
 
 
+BLOCK = 4096
+PAIRS = f"""
+n=0
+while [ $n -lt {32 * MIB // BLOCK} ]; do
+    yes "number $n" 2>/dev/null | dd bs={BLOCK} count=1 iflag=fullblock of=%s seek=$n conv=notrunc,fsync 2>/dev/null
+    echo "first $n" >&9
+    yes "number $n" 2>/dev/null | dd bs={BLOCK} count=1 iflag=fullblock of=%s seek=$n conv=notrunc,fsync 2>/dev/null
+    echo "second $n" >&9
+    n=$((n + 1))
+done"""
+
+
+def numbers(folder, nbd_uri):
+    """How many blocks from the start hold their number; nothing may lie behind them."""
+    out = folder / "view.img"
+    out.unlink(missing_ok=True)
+    run("nbdcopy", nbd_uri, out)
+    count, data = 0, out.read_bytes()
+    for n in range(len(data) // BLOCK):
+        line = b"number %d\n" % n
+        if data[n * BLOCK:(n + 1) * BLOCK] != (line * (BLOCK // len(line) + 1))[:BLOCK]:
+            break
+        count += 1
+    expect(not any(data[count * BLOCK:]), f"something lies behind block {count}")
+    return count
+
+
+def judge_prefix(folder, cluster, least, durable):
+    """After the end of the source: the newest point holds what was synced before the last wait, and no point is ahead on one
+    of the disks."""
+    def together(view, what):
+        first, second = numbers(folder, view["first"]), numbers(folder, view["second"])
+        expect(0 <= first - second <= 1, f"{what}: {first} numbers on one disk, {second} on the other")
+        return first
+
+    found = {disk: next(u for u in uris if u.startswith("nbd+unix"))
+             for disk, uris in fail_over(cluster, "--unconfirmed", Cluster.GROUP).items()}
+    newest = together(found, "after the failover")
+    expect(newest >= least, f"{least} numbers were synced before a point that is durable, {newest} are there")
+    points = cluster.command("point", "list", Cluster.GROUP, "--writes", "--limit", "600")["points"]
+    seen = set()
+    whole = [p["seq"] for p in points if p["seq"] <= durable and len(p["disk_uids"]) == 2]
+    for point in random.sample(whole, 6):
+        view = cluster.open_view(f"past{point}", f"seq:{point}")
+        seen.add(together(view, f"record {point}"))
+        cluster.close_view(f"past{point}")
+    expect(len(seen) > 2 and max(seen) <= newest, f"the points are not of different moments: {seen}")
+    print(f"{least} pairs before the last wait, {newest} after the failover, at points before {sorted(seen)}")
+
+
+def synced(guest):
+    return sum(line.startswith("first") for _, line in list(guest.witnessed))
+
+
 def one_prefix(folder, image):
     """A machine writes to two disks, each through another front end: a number to the one, synced, then to the other. At
     each point of its history, and after a failover with the source gone in the middle, neither is more than that ahead."""
     front = VhostUser(folder)
     cluster = guest = None
-    block = 4096
     try:
         cluster = Cluster(folder, {"first": 32 * MIB, "second": 32 * MIB}, source_args=front.source_args,
                           target_args=front.target_args)
@@ -287,65 +340,51 @@ def one_prefix(folder, image):
         Nbd.attach(guest, "first", uri(cluster, "first", Nbd))
         front.attach(guest, "second", uri(cluster, "second", front))
         guest.boot()
-        guest.start("pairs", f"""
-n=0
-while [ $n -lt {32 * MIB // block} ]; do
-    yes "number $n" 2>/dev/null | dd bs={block} count=1 iflag=fullblock of={guest.block('first')} seek=$n conv=notrunc,fsync 2>/dev/null
-    echo "first $n" >&9
-    yes "number $n" 2>/dev/null | dd bs={block} count=1 iflag=fullblock of={guest.block('second')} seek=$n conv=notrunc,fsync 2>/dev/null
-    echo "second $n" >&9
-    n=$((n + 1))
-done""")
+        guest.start("pairs", PAIRS % (guest.block("first"), guest.block("second")))
         eventually("some pairs are written", lambda: len(guest.witnessed) > 100, 120)
         cluster.source.kill()
         time.sleep(1)
         cluster.source.start()
         count = len(guest.witnessed)
         eventually("the guest goes on", lambda: len(guest.witnessed) > count + 100, 120)
-        least = sum(line.startswith("first") for _, line in list(guest.witnessed))
-        durable = cluster.settle()
+        least, durable = synced(guest), cluster.settle()
         time.sleep(random.uniform(0.5, 1.5))
         cluster.source.kill()
         guest.power_cut()
-
-        def numbers(nbd_uri):
-            """How many blocks from the start hold their number; nothing may lie behind them."""
-            out = folder / "view.img"
-            out.unlink(missing_ok=True)
-            run("nbdcopy", nbd_uri, out)
-            count, data = 0, out.read_bytes()
-            for n in range(len(data) // block):
-                line = b"number %d\n" % n
-                if data[n * block:(n + 1) * block] != (line * (block // len(line) + 1))[:block]:
-                    break
-                count += 1
-            expect(not any(data[count * block:]), f"something lies behind block {count}")
-            return count
-
-        def together(view, what):
-            first, second = numbers(view["first"]), numbers(view["second"])
-            expect(0 <= first - second <= 1, f"{what}: {first} numbers on one disk, {second} on the other")
-            return first
-
-        done = cluster.command("failover", "start", Cluster.GROUP, "--to", "latest", "--unconfirmed", Cluster.GROUP, timeout=180)
-        expect(done["state"] == "done", f"the failover: {done}")
-        found = {e["disk"]: next(u for u in e["uris"] if u.startswith("nbd+unix")) for e in done["result"]["view"]["exports"]}
-        newest = together(found, "after the failover")
-        expect(newest >= least, f"{least} numbers were synced before a point that is durable, {newest} are there")
-        points = cluster.command("point", "list", Cluster.GROUP, "--writes", "--limit", "600")["points"]
-        seen = set()
-        whole = [p["seq"] for p in points if p["seq"] <= durable and len(p["disk_uids"]) == 2]
-        for point in random.sample(whole, 6):
-            view = cluster.open_view(f"past{point}", f"seq:{point}")
-            seen.add(together(view, f"record {point}"))
-            cluster.close_view(f"past{point}")
-        expect(len(seen) > 2 and max(seen) <= newest, f"the points are not of different moments: {seen}")
-        print(f"{least} pairs before the last wait, {newest} after the failover, at points before {sorted(seen)}")
+        judge_prefix(folder, cluster, least, durable)
     finally:
         if guest:
             guest.close()
         if cluster:
             cluster.close()
+
+
+def one_prefix_inside(folder, image):
+    """The same by ublk and NBD: a machine that protects its disks itself, whose power is cut in the middle."""
+    guest = Guest(folder, image, "machine", memory=512, net=True)
+    bare.product(guest)
+    guest.files.program("/usr/sbin/nbd-client", at="bin/nbd-client")
+    for disk in ("first", "second"):
+        guest.file(disk, blank(folder / f"{disk}.img", 32 * MIB))
+    cluster = None
+    try:
+        guest.boot()
+        for module in ("ublk_drv", "nbd"):
+            guest.load(module)
+        cluster = Bare(folder, guest, {disk: guest.block(disk) for disk in ("first", "second")},
+                       source='nbd = ["tcp:127.0.0.1:10809"]')
+        guest.do(f"nbd-client -N {Cluster.GROUP}/second 127.0.0.1 10809 /dev/nbd0 2>&1", timeout=60)
+        guest.start("pairs", PAIRS % (cluster.device("first"), "/dev/nbd0"))
+        eventually("some pairs are written", lambda: len(guest.witnessed) > 150, 120)
+        least, durable = synced(guest), cluster.settle()
+        time.sleep(random.uniform(0.5, 1.5))
+        expect(guest.complaints() == "", guest.complaints())
+        guest.power_cut()
+        judge_prefix(folder, cluster, least, durable)
+    finally:
+        if cluster:
+            cluster.close()
+        guest.close()
 
 
 def flush_points(folder, image, kind):
@@ -355,7 +394,7 @@ def flush_points(folder, image, kind):
         guest = Guest(folder, image, "machine", memory=768 if kind is None else 384, net=kind is None, tools=True)
         if kind is None:
             # A machine that protects its own disk.
-            guest.files.program(AFTERIMAGE, at="bin/afterimage")
+            bare.product(guest)
             guest.file("data", blank(folder / "data.img", 32 * MIB))
         else:
             front = kind(folder)
@@ -366,7 +405,7 @@ def flush_points(folder, image, kind):
         guest.load("dm_log_writes")
         if kind is None:
             guest.load("ublk_drv")
-            cluster = Bare(folder, guest, {"data": 0})
+            cluster = Bare(folder, guest, {"data": guest.block("data")})
         disk = guest.block("data") if kind else cluster.device()
         guest.do(flushes.script(disk, guest.block("log")), timeout=240)
         expect(guest.complaints() == "", guest.complaints())
@@ -429,6 +468,7 @@ TESTS = {
     "laboratory": laboratory,
     "bare metal by ublk": bare.bare,
     "views by ublk": bare.views,
+    "ublk of an ordinary user": bare.ordinary_user,
     "survive by nbd": lambda folder, image: survive(folder, image, Nbd),
     "survive by vhost-user": lambda folder, image: survive(folder, image, VhostUser),
     "shapes of disks": shapes,
@@ -436,6 +476,7 @@ TESTS = {
     "flush points by vhost-user": lambda folder, image: flush_points(folder, image, VhostUser),
     "flush points by ublk": lambda folder, image: flush_points(folder, image, None),
     "one prefix by two front ends": one_prefix,
+    "one prefix by ublk and nbd": one_prefix_inside,
     "the kernel's own client of NBD": kernel_client,
 }
 

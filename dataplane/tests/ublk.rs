@@ -341,3 +341,67 @@ fn a_device_that_somebody_else_ends_while_it_is_busy_is_let_go() {
     }
     assert!(rig.server.is_gone(rig.ids[0]) && rig.free());
 }
+
+/// A view that is given up: whatever of its requests was where, copied, asked or waiting, ends with an error, and so does what
+/// comes; nothing waits for a disk that will not come back, so that the kernel can end the device.
+#[test]
+fn a_disk_that_will_not_come_back_leaves_nothing_waiting() {
+    for at in 0..60 {
+        let mut rig = Rig::new(5000 + at);
+        rig.disks.0[0].late = at % 3 != 0;
+        let mut asked = Vec::new();
+        for n in 0..24 {
+            asked.push(match n % 3 {
+                0 => rig.read(n * 4096, 4096),
+                1 => rig.write(n * 4096, &[1; 4096]),
+                _ => rig.ask(0, u32::from(op::FLUSH), 0, Vec::new(), 0),
+            });
+        }
+        rig.steps(at as usize);
+        let answered: Vec<u64> = rig.answers.keys().copied().collect();
+        // The one or the other is heard of first.
+        let (id, gone) = (rig.ids[0], rig.disks.0.remove(0));
+        if at % 2 == 0 {
+            rig.server.close_export(&mut rig.io, gone.export.key);
+            rig.steps(at as usize % 7);
+        }
+        rig.server.retire(&mut rig.io, id);
+        asked.push(rig.read(0, 512));
+        rig.turn();
+        for request in asked {
+            let result = rig.result(request);
+            assert!(result == -5 || answered.contains(&request) && result >= 0, "{request}: {result}");
+        }
+        assert!(rig.free() && rig.pending() == 0);
+        rig.world.ublk_stop(rig.devices[0]);
+        rig.steps(100);
+        assert!(rig.server.is_gone(id) && !rig.world.ublk_served(rig.devices[0]));
+    }
+}
+
+#[test]
+fn a_disk_that_has_grown_is_served_to_its_new_end() {
+    let mut rig = Rig::new(11);
+    let (id, behind) = (rig.ids[0], SIZE);
+    rig.disks.0[0].data.resize(SIZE as usize + 8192, 0);
+    rig.disks.0[0].written.resize(SIZE as usize / 4096 + 2, false);
+    rig.disks.0[0].export.geometry.size = SIZE + 8192;
+    // Hosts have not heard of it.
+    let early = rig.write(behind, &[7; 4096]);
+    assert_eq!(rig.result(early), -5);
+    rig.server.resize(id, SIZE + 8192);
+    let write = rig.write(behind, &[7; 8192]);
+    assert_eq!(rig.result(write), 8192);
+    let read = rig.read(behind - 512, 1024);
+    assert_eq!(rig.answer(read).data, [[0; 512], [7; 512]].concat());
+    let past = rig.read(behind + 8192, 512);
+    assert_eq!(rig.result(past), -5);
+    // A disk that comes back as small as it was is not the one that hosts know now.
+    rig.disks.0[0].export.geometry.size = SIZE;
+    let mut disk = rig.disks.0.remove(0);
+    rig.server.close_export(&mut rig.io, DiskKey(7));
+    disk.export.key = DiskKey(8);
+    rig.disks.0.push(disk);
+    rig.server.rebind(&mut rig.io, &mut rig.disks);
+    assert!(!rig.server.list()[0].serving);
+}

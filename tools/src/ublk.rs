@@ -165,7 +165,9 @@ fn remove(number: u32, force: bool) -> Result<(), String> {
         return Err(format!("{device} is served by process {pid}: take its disk out of protection, or use --force"));
     }
     if !crate::proxy::ublk::remove(&mut control, number, GONE).map_err(|why| format!("{device}: {why}"))? {
-        eprintln!("afterimage: ublk: {device} has ended; somebody has it open still, and its number is free after that");
+        eprintln!(
+            "afterimage: ublk: {device} has ended; somebody has it open still, and its number is free after that"
+        );
     }
     for path in [LINKS, VIEW_LINKS].iter().flat_map(|dir| links_to(Path::new(dir), &device, 0)) {
         let _ = std::fs::remove_file(path);

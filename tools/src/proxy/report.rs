@@ -17,10 +17,10 @@ use hdrhistogram::serialization::{Serializer, V2Serializer};
 
 use super::convert;
 use super::cores::TargetCore;
+use super::fronts;
 use super::runtime::{Desk, Gone};
 use super::state::Proxy;
 use super::ublk::Role;
-use super::vhost;
 
 /// Highest RPO that a report tells, microseconds: a day.
 const RPO_HIGHEST_US: u64 = 86_400_000_000;
@@ -73,8 +73,6 @@ impl Reporter {
             .await?;
         let clients = by_export(&clients);
         self.rpo.retain(|stream, _| groups.iter().any(|(group, _)| group.stream == *stream));
-        let listens = proxy.config.source.as_ref().map(|role| role.nbd.clone()).unwrap_or_default();
-        let vhost_user = proxy.config.source.as_ref().and_then(|role| role.vhost_user.clone());
         let mut reports = Vec::with_capacity(groups.len());
         for (group, rpo) in groups {
             let histogram = rpo.map(|rpo| self.new_samples(group.stream, rpo)).unwrap_or_default();
@@ -86,11 +84,7 @@ impl Reporter {
                     disk_state(&group, disk).to_owned()
                 },
                 generation: disk.generation,
-                uris: convert::uris(&listens, &disk.name)
-                    .into_iter()
-                    .chain(vhost::uri(vhost_user.as_deref(), &disk.name))
-                    .chain(proxy.ublk.uri(Role::Source, &disk.name))
-                    .collect(),
+                uris: fronts::uris(proxy, Role::Source, &disk.name),
                 clients: clients.get(&disk.key).copied().unwrap_or_default(),
                 sync: sync(disk),
             });
@@ -294,17 +288,11 @@ fn exports_of(proxy: &Proxy, stream: &StreamStatus, view: &str, open: &super::st
 
 /// An export of a view, as the coordinator takes it.
 pub fn view_export(proxy: &Proxy, disk_uid: String, disk: &str, export_name: &str, size: u64) -> ViewExport {
-    let listens = proxy.config.target.as_ref().map(|role| role.views.as_slice()).unwrap_or_default();
-    let vhost_user = proxy.config.target.as_ref().and_then(|role| role.vhost_user.as_deref());
     ViewExport {
         disk: disk.to_owned(),
         disk_uid,
         export_name: export_name.to_owned(),
-        uris: convert::uris(listens, export_name)
-            .into_iter()
-            .chain(vhost::uri(vhost_user, export_name))
-            .chain(proxy.ublk.uri(Role::Target, export_name))
-            .collect(),
+        uris: fronts::uris(proxy, Role::Target, export_name),
         size_bytes: size,
     }
 }

@@ -46,10 +46,7 @@ impl Table {
 
     /// Registers the descriptor and numbers it.
     pub(super) fn insert(&mut self, ring: &IoUring, fd: OwnedFd, socket: bool, discard: bool) -> Result<u32, Errno> {
-        self.insert_as(
-            ring,
-            Entry { fd, socket, event: false, discard, ublk: None, in_flight: 0, closing: false },
-        )
+        self.insert_as(ring, Entry { fd, socket, event: false, discard, ublk: None, in_flight: 0, closing: false })
     }
 
     /// As [`Table::insert`], of an event counter.

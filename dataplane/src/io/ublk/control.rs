@@ -190,9 +190,7 @@ impl Control {
         let ring = ring.map_err(|error| ControlError::Ring(Errno(error.raw_os_error().unwrap_or(libc::EIO))))?;
         let mut control = Self { ring, file, features: 0 };
         let mut features = 0u64;
-        control
-            .command(cmd::GET_FEATURES, About::default(), features.as_mut_bytes())
-            .map_err(ControlError::TooOld)?;
+        control.command(cmd::GET_FEATURES, About::default(), features.as_mut_bytes()).map_err(ControlError::TooOld)?;
         control.features = features;
         Ok(control)
     }

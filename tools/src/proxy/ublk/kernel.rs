@@ -145,7 +145,9 @@ fn make(control: &mut impl Commands, sought: &Sought, patience: Patience) -> Res
         let ours = until(patience.owner, || control.info(number).is_ok());
         if !ours {
             let path = device_path(number);
-            return Err(format!("{path} is not given to this user: is the rule of udev for unprivileged devices there?"));
+            return Err(format!(
+                "{path} is not given to this user: is the rule of udev for unprivileged devices there?"
+            ));
         }
     }
     let params = params(&sought.geometry);

@@ -128,7 +128,8 @@ impl Commands for Driver {
         self.asked.push("set_params");
         let made = self.device(number)?;
         let basic = params.basic;
-        if basic.max_sectors > made.info.max_io_buf_bytes / 512 || basic.logical_bs_shift > 12 || basic.dev_sectors == 0 {
+        if basic.max_sectors > made.info.max_io_buf_bytes / 512 || basic.logical_bs_shift > 12 || basic.dev_sectors == 0
+        {
             return Err(Errno::INVAL);
         }
         if params.discard.discard_granularity == 0 || params.discard.max_discard_segments != 1 {
