@@ -241,7 +241,7 @@ impl Control {
 
     /// A command to a device that is there. Of an unprivileged one the kernel wants the path, whoever asks; of others it takes
     /// none.
-    fn to_device(&mut self, number: u32, dev_id: u32, data: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+    fn tell(&mut self, number: u32, dev_id: u32, data: u64, buffer: &mut [u8]) -> Result<(), Errno> {
         let path = self.info(dev_id)?.flags & feature::UNPRIVILEGED_DEV != 0;
         self.command(number, About { dev_id, data, path }, buffer)
     }
@@ -286,21 +286,21 @@ impl Commands for Control {
 
     fn set_params(&mut self, dev_id: u32, params: Params) -> Result<(), Errno> {
         let mut params = Params { len: size_of::<Params>() as u32, ..params };
-        self.to_device(cmd::SET_PARAMS, dev_id, 0, params.as_mut_bytes())
+        self.tell(cmd::SET_PARAMS, dev_id, 0, params.as_mut_bytes())
     }
 
     fn params(&mut self, dev_id: u32) -> Result<Params, Errno> {
         let mut params = Params { len: size_of::<Params>() as u32, ..Params::default() };
-        self.to_device(cmd::GET_PARAMS, dev_id, 0, params.as_mut_bytes())?;
+        self.tell(cmd::GET_PARAMS, dev_id, 0, params.as_mut_bytes())?;
         Ok(params)
     }
 
     fn start(&mut self, dev_id: u32) -> Result<(), Errno> {
-        self.to_device(cmd::START_DEV, dev_id, u64::from(std::process::id()), &mut [])
+        self.tell(cmd::START_DEV, dev_id, u64::from(std::process::id()), &mut [])
     }
 
     fn stop(&mut self, dev_id: u32) -> Result<(), Errno> {
-        self.to_device(cmd::STOP_DEV, dev_id, 0, &mut [])
+        self.tell(cmd::STOP_DEV, dev_id, 0, &mut [])
     }
 
     fn delete(&mut self, dev_id: u32) -> Result<(), Errno> {
@@ -316,15 +316,15 @@ impl Commands for Control {
     }
 
     fn begin_recovery(&mut self, dev_id: u32) -> Result<(), Errno> {
-        self.to_device(cmd::START_USER_RECOVERY, dev_id, 0, &mut [])
+        self.tell(cmd::START_USER_RECOVERY, dev_id, 0, &mut [])
     }
 
     fn end_recovery(&mut self, dev_id: u32) -> Result<(), Errno> {
-        self.to_device(cmd::END_USER_RECOVERY, dev_id, u64::from(std::process::id()), &mut [])
+        self.tell(cmd::END_USER_RECOVERY, dev_id, u64::from(std::process::id()), &mut [])
     }
 
     fn update_size(&mut self, dev_id: u32, size: u64) -> Result<(), Errno> {
-        self.to_device(cmd::UPDATE_SIZE, dev_id, size / uapi::SECTOR, &mut [])
+        self.tell(cmd::UPDATE_SIZE, dev_id, size / uapi::SECTOR, &mut [])
     }
 }
 
@@ -345,7 +345,7 @@ mod tests {
     #[test]
     fn a_driver_that_lacks_something_is_named_and_what_it_has_besides_does_not_matter() {
         for (mode, bits, name) in NEEDED {
-            assert_eq!(check(u64::MAX & !bits, mode), Err(ControlError::Feature(name)));
+            assert_eq!(check(!bits, mode), Err(ControlError::Feature(name)));
         }
         assert_eq!((check(u64::MAX, Mode::Full), check(u64::MAX, Mode::Unprivileged)), (Ok(()), Ok(())));
         // Linux 6.5, and 6.12.
