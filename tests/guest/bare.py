@@ -263,10 +263,18 @@ def bare(folder, image):
 
 
 PAIR = """
-[ -d /var/tmp/j ] || {{ mkdir /var/tmp/j; mount -t tmpfs -o size=90m j /var/tmp/j; }}
+[ -d /var/tmp/j ] || {{ mkdir /var/tmp/j; mount -t tmpfs -o size=60m j /var/tmp/j; }}
 afterimage proxy --new-pair /tmp/pair --serve d={disk} --listen 127.0.0.1:7800
 printf '[target]\nsegment = "5MiB"\nbudget = "20MiB"\nreserve = "0"\n' >/tmp/role.toml
 replica() {{ exec afterimage proxy --config /tmp/role.toml --standalone /tmp/pair/target.toml --journal /var/tmp/j --listen 127.0.0.1:7800 --memory 64MiB "$@"; }}
+# Behind the file system; never more at once than the journal has room for.
+overwrite() {{
+    for at in 20 24 28 32 36 40; do
+        ! grep -q "given up" /tmp/t2.log 2>/dev/null || return 0
+        dd if=/dev/urandom of=/dev/afterimage/d bs=1M count=4 seek=$at oflag=direct conv=notrunc,fsync 2>/dev/null
+        sleep 1
+    done
+}}
 machine() {{ exec afterimage proxy --standalone /tmp/pair/source.toml --state /tmp/source-state --memory 64MiB --ublk; }}
 waited() {{ for try in $(seq 1200); do "$@" && return; usleep 50000; done; cat /tmp/*.log; exit 1; }}
 """
@@ -290,8 +298,9 @@ def views(folder, image):
             replica >/tmp/t.log 2>&1 </dev/null & target=$!
             machine >/tmp/s.log 2>&1 </dev/null & source=$!
             waited [ -e /dev/afterimage/d ]
-            mkfs.ext4 -q /dev/afterimage/d; mount /dev/afterimage/d /mnt; seq 50000 >/mnt/numbers; sync
+            mkfs.ext4 -q /dev/afterimage/d 18M; mount /dev/afterimage/d /mnt; seq 50000 >/mnt/numbers; sync
             waited grep -q protected /tmp/s.log
+            overwrite
             sync; sleep 4; umount /mnt; sleep 4
             kill $source; wait $source || true; kill $target; wait $target || true
             # A device that nobody serves is ended by name.
@@ -320,12 +329,7 @@ def views(folder, image):
             machine >/tmp/s2.log 2>&1 </dev/null & source=$!
             waited [ -e /dev/afterimage/d ]
             waited grep -q protected /tmp/s2.log
-            # Never more at once than the journal has room for.
-            for slice in $(seq 0 43); do
-                grep -q "given up" /tmp/t2.log && break
-                dd if=/dev/urandom of=/dev/afterimage/d bs=1M count=4 seek=$((slice % 11 * 4)) oflag=direct conv=notrunc,fsync 2>/dev/null
-                sleep 1
-            done
+            for round in 1 2 3 4; do overwrite; done
             waited grep -q "view .v. was given up" /tmp/t2.log
             waited grep -q "v/d.*/dev/ublkb0 has ended" /tmp/t2.log
             [ ! -e /dev/afterimage-views/v/d ]
@@ -342,7 +346,8 @@ def views(folder, image):
 # As the rules of udev in tools/systemd do it, which has no place in a guest: a device belongs to who has made it.
 RULES = """
 chmod 666 /dev/ublk-control
-(while :; do
+(set +e
+while :; do
     for d in /dev/ublkc* /dev/ublkb*; do
         [ -e $d ] && owner=$(/usr/bin/afterimage ublk owner ${d##*/} 2>/dev/null) && chown ${owner% *}:${owner#* } $d
     done
@@ -353,8 +358,8 @@ USER = """
 user() { su -s /bin/sh lab -c "PATH=$PATH; $*"; }
 serve() { user "exec afterimage proxy --serve d=/var/tmp/lab/disk $*" >>/tmp/lab.log 2>&1 </dev/null & }
 waited() { for try in $(seq 1200); do "$@" && return; usleep 50000; done; cat /tmp/lab.log; exit 1; }
-pid() { pgrep -f 'afterimage proxy --serve'; }
-ended() { ! pid >/dev/null; }
+pid() { ps -o pid,args | awk '/[a]fterimage proxy --serve/ { print $1 }'; }
+ended() { [ -z "$(pid)" ]; }
 """
 
 
@@ -384,13 +389,14 @@ def ordinary_user(folder, image):
             [ $(cat /sys/block/ublkb0/queue/fua) = 1 ]; [ $(blockdev --getsize64 /dev/ublkb0) = 50331648 ]""", timeout=180)
         # By the user, past the cache: all sizes, read back and compared.
         guest.do(USER + """
-            user "env LD_LIBRARY_PATH=$LD_LIBRARY_PATH fio --name=v --filename=/dev/ublkb0 --size=16M --rw=randwrite --bsrange=512-1M --bs_unaligned=0 \
-                --blockalign=512 --iodepth=24 --ioengine=libaio --direct=1 --fsync=32 --verify=crc32c --do_verify=1 --verify_fatal=1 \
-                --output-format=terse" >/tmp/fio.out 2>&1 || { cat /tmp/fio.out; exit 1; }
-            yes zeroed | dd of=/dev/ublkb0 bs=1M seek=20 count=4 iflag=fullblock oflag=direct 2>/dev/null
+            cd /tmp
+            user "env LD_LIBRARY_PATH=$LD_LIBRARY_PATH fio --name=v --filename=/dev/ublkb0 --size=6M --rw=randwrite --bsrange=4k-512k \\
+                --blockalign=4k --iodepth=24 --ioengine=libaio --direct=1 --fsync=32 --verify=crc32c --do_verify=1 --verify_fatal=1 \\
+                --verify_state_save=0 --output-format=terse" >/tmp/fio.out 2>&1 || { cat /tmp/fio.out; exit 1; }
+            yes | dd of=/dev/ublkb0 bs=1M seek=20 count=4 iflag=fullblock oflag=direct 2>/dev/null
             /sbin/blkdiscard -z -o 21M -l 1M /dev/ublkb0; /sbin/blkdiscard -o 23M -l 1M /dev/ublkb0
             for at in 21 23; do dd if=/dev/ublkb0 bs=1M skip=$at count=1 iflag=direct 2>/dev/null | tr -d '\\0' | cmp - /dev/null; done
-            yes zeroed | head -c 1048576 >/tmp/z; dd if=/dev/ublkb0 bs=1M skip=22 count=1 iflag=direct 2>/dev/null | cmp - /tmp/z
+            yes | head -c 1048576 >/tmp/z; dd if=/dev/ublkb0 bs=1M skip=22 count=1 iflag=direct 2>/dev/null | cmp - /tmp/z
             sync /dev/ublkb0; dd if=/dev/ublkb0 bs=1M iflag=direct 2>/dev/null | cmp - /var/tmp/lab/disk""", timeout=240)
         # LVM on top of a device; root sees and ends devices of others.
         guest.do(LVM + USER + """
