@@ -405,17 +405,17 @@ async fn start<C: Core>(proxy: &Proxy, handle: &Handle<C>, wanted: &Wanted) -> R
         desk.fronts.ublk.attach(desk.io, queue(file), &name, desk.core).map_err(|error| error.to_string())
     });
     let id = attached.await.map_err(|gone| gone.to_string())??;
-    {
-        let mut all = proxy.ublk.all.borrow_mut();
-        match all.get_mut(&(role, wanted.name.clone())) {
-            Some(Stage::Starting(known)) => *known = Some((number, id)),
-            // It is to be ended before it has begun.
-            _ => {
-                drop(all);
-                end_one(Some(handle), number, id).await?;
-                return Err("its disk has gone".to_owned());
-            }
+    let awaited = match proxy.ublk.all.borrow_mut().get_mut(&(role, wanted.name.clone())) {
+        Some(Stage::Starting(known)) => {
+            *known = Some((number, id));
+            true
         }
+        _ => false,
+    };
+    if !awaited {
+        // It is to be ended before it has begun.
+        end_one(Some(handle), number, id).await?;
+        return Err("its disk has gone".to_owned());
     }
     names::name_for_udev(role, &wanted.name, number);
     blocking(move || {
