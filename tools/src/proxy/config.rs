@@ -13,8 +13,6 @@ use clap::ValueEnum;
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 
-use super::ublk::Wish;
-
 /// Most seal threads that make sense on one source.
 pub const MAX_SEAL_THREADS: usize = 64;
 /// Smallest pool that the largest operations fit into, bytes.
@@ -192,6 +190,54 @@ impl FromStr for Serve {
                 Ok(Self { name: name.to_owned(), path: path.into() })
             }
             _ => Err(format!("`{s}`: allowed is NAME=PATH")),
+        }
+    }
+}
+
+/// Whether disks have devices, and which: what `ublk` is set to.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum Wish {
+    /// None.
+    #[default]
+    No,
+    /// Ones that outlive this process.
+    Full,
+    /// Ones that an ordinary user may have. Root has the others all the same: they can do more.
+    Unprivileged,
+}
+
+impl Wish {
+    /// Any.
+    pub fn is_some(self) -> bool {
+        self != Self::No
+    }
+}
+
+impl FromStr for Wish {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word {
+            "full" => Ok(Self::Full),
+            "unprivileged" => Ok(Self::Unprivileged),
+            _ => Err("it is `full` or `unprivileged`".to_owned()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Wish {
+    /// `true`, `false`, or a word.
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "true, false, \"full\" or \"unprivileged\"")]
+        enum Said {
+            Flag(bool),
+            Word(String),
+        }
+        match Said::deserialize(from)? {
+            Said::Flag(false) => Ok(Self::No),
+            Said::Flag(true) => Ok(Self::Full),
+            Said::Word(word) => word.parse().map_err(de::Error::custom),
         }
     }
 }

@@ -21,6 +21,7 @@ use afterimage_wire::v1::Severity;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+use super::config::Wish;
 use super::runtime::{Core, Gone, Handle};
 use super::state::Proxy;
 
@@ -37,60 +38,11 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How long hosts' requests may take to end when a device is ended.
 const END_WAIT: Duration = Duration::from_secs(10);
 
-/// Whether disks have devices, and which: what `ublk` is set to.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
-pub enum Wish {
-    /// None.
-    #[default]
-    No,
-    /// Ones that outlive this process.
-    Full,
-    /// Ones that an ordinary user may have. Root has the others all the same: they can do more.
-    Unprivileged,
-}
-
 impl Wish {
-    /// As words say it.
-    pub const WORDS: [&str; 2] = ["full", "unprivileged"];
-
-    /// Any.
-    pub fn is_some(self) -> bool {
-        self != Self::No
-    }
-
     fn mode(self) -> Mode {
         match self {
             Self::Unprivileged if !control::is_privileged() => Mode::Unprivileged,
             _ => Mode::Full,
-        }
-    }
-}
-
-impl std::str::FromStr for Wish {
-    type Err = String;
-
-    fn from_str(word: &str) -> Result<Self, String> {
-        match word {
-            "full" => Ok(Self::Full),
-            "unprivileged" => Ok(Self::Unprivileged),
-            _ => Err(format!("it is one of {}", Self::WORDS.join(", "))),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Wish {
-    /// `true`, `false`, or a word.
-    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged, expecting = "true, false, \"full\" or \"unprivileged\"")]
-        enum Said {
-            Flag(bool),
-            Word(String),
-        }
-        match Said::deserialize(from)? {
-            Said::Flag(false) => Ok(Self::No),
-            Said::Flag(true) => Ok(Self::Full),
-            Said::Word(word) => word.parse().map_err(serde::de::Error::custom),
         }
     }
 }
