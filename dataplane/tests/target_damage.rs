@@ -600,3 +600,30 @@ fn what_an_older_copy_of_a_target_lacks_is_known_and_made_good_once() {
         }
     }
 }
+
+/// A frame proves a loss that lies more than one read before it.
+#[test]
+fn a_loss_that_is_proved_far_behind_it_is_gone_on_from_where_it_ends() {
+    let (mut rig, mut feeder, mut model) = begun(60);
+    let good = write(&mut rig, &mut feeder, &mut model, 0, 0, noise(1, 4096));
+    let lost = feeder.acked.0 + 1;
+    // All sealed before the first of them is acknowledged: none says of another that it is safe.
+    for round in 0..40 {
+        feeder.write(0, 0, noise(2 + round, 128 << 10));
+    }
+    for (record, payload) in &feeder.records {
+        model.note(record, payload);
+    }
+    feeder.seal(1);
+    rig.ship_more(&mut feeder);
+    let last = write(&mut rig, &mut feeder, &mut model, 0, 0, noise(99, 4096));
+    let path = segments(&rig)[0].clone();
+    assert!(at(&feeder, feeder.frames.len()) - at(&feeder, lost as usize) > 4 << 20, "more than one read");
+    rig.world.rot(rig.node, &path, at(&feeder, lost as usize), 200);
+    rig.restart(true);
+    let found: Vec<_> = told(&rig).iter().map(|damage| (damage.first_frame, damage.last_frame)).collect();
+    assert_eq!(found, [(lost, lost)]);
+    rig.check(&model, good);
+    let status = rig.target.status()[0].clone();
+    assert_eq!(status.durable_seq, last, "all that follows is there");
+}

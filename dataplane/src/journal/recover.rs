@@ -524,7 +524,10 @@ impl Recovery {
         let size = self.file.map_or(0, |(_, size)| size);
         let incarnation = journal.segments.back().map(|segment| segment.writer.incarnation);
         while self.pos < start + window.len() as u64 {
-            let at = (self.pos - start) as usize;
+            // Behind a hole it goes on with the frame that was found there, which may be in an earlier window than the one
+            // that proves the hole: that one is read again.
+            let Some(at) = self.pos.checked_sub(start) else { return };
+            let at = at as usize;
             let header = FrameHeader::parse(&window[at..]).ok().copied().filter(|header| {
                 header.stream == journal.config.stream
                     && Some(header.incarnation) == incarnation
