@@ -145,7 +145,7 @@ def main():
         print(f"idle for 30 s: {sum(sleeps(plain.pids[0]).values()) - sum(before.values())} wake-ups of the unprotected proxy")
         fill(folder / "kept.img")
         (folder / "source-vhost").mkdir()
-        cluster = Cluster(folder, {"kept": SIZE}, source_args=("--vhost-user", folder / "source-vhost"))
+        cluster = Cluster(folder, {"kept": SIZE}, cut_interval="1s", source_args=("--vhost-user", folder / "source-vhost"))
         at_end.callback(cluster.close)
         uris = [uri for entry in cluster.status()["disks"] for uri in entry["uris"]]
         path = next(uri for uri in uris if uri.startswith("vhost-user:")).removeprefix("vhost-user:")
