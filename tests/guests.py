@@ -375,7 +375,7 @@ def one_prefix_inside(folder, image):
                        source='nbd = ["tcp:127.0.0.1:10809"]')
         guest.do(f"nbd-client -N {Cluster.GROUP}/second 127.0.0.1 10809 /dev/nbd0 2>&1", timeout=60)
         guest.start("pairs", PAIRS % (cluster.device("first"), "/dev/nbd0"))
-        eventually("some pairs are written", lambda: len(guest.witnessed) > 150, 120)
+        eventually("some pairs are written", lambda: len(guest.witnessed) > 80, 120)
         least, durable = synced(guest), cluster.settle()
         time.sleep(random.uniform(0.5, 1.5))
         expect(guest.complaints() == "", guest.complaints())
