@@ -195,7 +195,7 @@ class Cluster:
 
     def __init__(self, folder, disks, retention="4h", cut_interval="200ms", stream_port=None, advertise=None,
                  journal=None, images=None, source_config="", source_args=(), target_args=(), options=None,
-                 source_port=None):
+                 source_port=None, coordinator_args=()):
         """`source_port` is where the source finds the coordinator, if something stands between: given the coordinator's
         port, it says the other."""
         self.folder = folder
@@ -207,7 +207,7 @@ class Cluster:
         self.views_socket = folder / "views.sock"
         state = folder / "coordinator"
         self.coordinator = self.begin("coordinator", "coordinator", "--data-dir", state,
-                                      "--listen", f"127.0.0.1:{self.port}")
+                                      "--listen", f"127.0.0.1:{self.port}", *coordinator_args)
         self.identity = state / "admin.json"
         eventually("the coordinator made an identity for the operator",
                    lambda: self.coordinator.check() and self.identity.exists())

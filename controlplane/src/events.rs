@@ -1,4 +1,4 @@
-//! What has happened, for people: kept in memory, in order, bounded.
+//! What has happened, for people: in memory, in order, bounded; [`crate::eventlog`] keeps it over a restart.
 
 use std::collections::VecDeque;
 
@@ -17,6 +17,12 @@ pub struct Events {
 }
 
 impl Events {
+    /// With what an earlier life has kept, oldest first; numbers go on from there.
+    pub fn restored(mut kept: Vec<Event>) -> Self {
+        kept.drain(..kept.len().saturating_sub(MAX_EVENTS));
+        Self { next: kept.last().map_or(0, |e| e.number), kept: kept.into() }
+    }
+
     /// Adds one and returns it with its number.
     pub fn push(&mut self, time_ns: u64, severity: Severity, kind: &str, subject: &str, message: &str) -> Event {
         let mut end = message.len().min(MAX_MESSAGE);
@@ -70,6 +76,15 @@ mod tests {
         assert_eq!((all[0].number, all[MAX_EVENTS - 1].number), (6, MAX_EVENTS as u64 + 5));
         assert_eq!(events.from(10_000, 3, |_| true).len(), 3);
         assert!(events.from(0, 10, |e| e.subject == "other").is_empty());
+    }
+
+    #[test]
+    fn numbers_go_on_after_what_was_kept() {
+        let mut events = Events::default();
+        let kept: Vec<Event> = (0..3).map(|i| events.push(i, Severity::Info, "k", "s", "m")).collect();
+        let mut next = Events::restored(kept);
+        assert_eq!(next.push(9, Severity::Info, "k", "s", "m").number, 4);
+        assert_eq!(next.from(0, 10, |_| true).len(), 4);
     }
 
     #[test]

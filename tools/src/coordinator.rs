@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use afterimage_controlplane::grpc::member::start_member;
 use afterimage_controlplane::grpc::{Config, ServeError, start};
+use afterimage_controlplane::hooks::{self, HookConfig};
 use afterimage_controlplane::store::etcd::Etcd;
 use clap::ValueEnum;
 use serde::Deserialize;
@@ -52,7 +53,7 @@ pub struct Args {
     action: Option<Action>,
     #[command(flatten)]
     etcd: EtcdArgs,
-    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, etcd, log.
+    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, etcd, log, hook.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Address to listen on; port 0 takes one that is free; may be given many times [default: 0.0.0.0:7700].
@@ -114,6 +115,8 @@ struct File {
     log: Option<LogFormat>,
     #[serde(default)]
     etcd: EtcdArgs,
+    #[serde(default)]
+    hook: Vec<HookConfig>,
 }
 
 /// What it runs with.
@@ -127,6 +130,7 @@ struct Settings {
     data_dir: PathBuf,
     metrics: Option<SocketAddr>,
     log: LogFormat,
+    hooks: Vec<HookConfig>,
 }
 
 impl Settings {
@@ -145,7 +149,10 @@ impl Settings {
             data_dir: args.data_dir.clone().or(file.data_dir).unwrap_or_else(|| PathBuf::from(DATA_DIR)),
             metrics: args.metrics.or(file.metrics),
             log: args.log.or(file.log).unwrap_or_default(),
+            hooks: file.hook,
         };
+        // Also of one that does not lead yet.
+        hooks::check(&settings.hooks).map_err(Failure::usage)?;
         if let Some(address) = &settings.advertise {
             check_advertised(address)?;
         }
@@ -210,6 +217,7 @@ async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
         listen: settings.listen.clone(),
         advertise: settings.advertise,
         metrics: settings.metrics,
+        hooks: settings.hooks,
         ..Config::new(settings.data_dir, settings.listen[0])
     };
     if let Some(etcd) = settings.etcd {
@@ -329,6 +337,15 @@ mod tests {
         let settings = load("data_dir = '/file'\nlisten = ['127.0.0.1:1']\nlog = 'json'\n", args).unwrap();
         assert_eq!(settings.data_dir, Path::new("/flag"));
         assert_eq!((settings.listen[0].port(), settings.log), (1, LogFormat::Json));
+    }
+
+    #[test]
+    fn a_hook_that_cannot_work_is_refused_at_the_start() {
+        let good = "[[hook]]\nname = 'pager'\ncommand = ['/bin/cat']\nseverity = 'error'\n";
+        assert_eq!(load(good, Args::default()).unwrap().hooks.len(), 1);
+        let refused = load("[[hook]]\nname = 'pager'\nurl = 'gopher://x/'\n", Args::default()).unwrap_err();
+        assert!(refused.kind == Kind::Usage && refused.message.contains("\"pager\": url"), "{refused}");
+        assert!(load("[[hook]]\nname = 'pager'\nurll = 'http://x/'\n", Args::default()).is_err());
     }
 
     #[test]

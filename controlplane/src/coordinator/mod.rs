@@ -19,8 +19,10 @@ use tokio::sync::{broadcast, watch};
 use crate::audit::{self, AuditLog};
 use crate::ca::Ca;
 use crate::desired::desired;
+use crate::eventlog::EventLog;
 use crate::events::Events;
 use crate::history::History;
+use crate::hooks::Hook;
 use crate::keys::Wrapper;
 use crate::live::Live;
 use crate::model::{Model, Txn};
@@ -34,6 +36,7 @@ use crate::store::{Store, StoreError};
 mod drive;
 mod enrol;
 mod groups;
+mod hooks;
 mod points;
 mod policies;
 mod report;
@@ -58,6 +61,8 @@ pub struct Settings {
     pub report_interval: Duration,
     /// Where the keys lie, for error messages.
     pub data_dir: PathBuf,
+    /// Who is told of events.
+    pub hooks: Vec<Hook>,
 }
 
 /// The clock: monotonic for ages, wall for people.
@@ -105,6 +110,9 @@ pub struct Coordinator {
     live: Mutex<Live>,
     tracker: Mutex<Tracker>,
     events: Mutex<Events>,
+    event_log: EventLog,
+    /// The newest event that is kept over a restart.
+    kept_events: watch::Sender<u64>,
     event_feed: broadcast::Sender<Event>,
     closing: watch::Sender<bool>,
 }
@@ -128,6 +136,8 @@ impl Coordinator {
         let dir = settings.data_dir.join("audit");
         let audit =
             open_audit(&dir, &model.audit).map_err(|e| StoreError::Failed(format!("{}: {e}", dir.display())))?;
+        let event_log = EventLog::open(&settings.data_dir.join("events.redb")).map_err(StoreError::Failed)?;
+        let events = Events::restored(event_log.read().map_err(|e| StoreError::Failed(e.to_string()))?);
         let coordinator = Arc::new(Self {
             settings,
             ca,
@@ -143,7 +153,9 @@ impl Coordinator {
             model_changed: watch::channel(0).0,
             live: Mutex::default(),
             tracker: Mutex::default(),
-            events: Mutex::default(),
+            kept_events: watch::channel(events.newest()).0,
+            events: Mutex::new(events),
+            event_log,
             event_feed: broadcast::channel(EVENT_BACKLOG).0,
             closing: watch::channel(false).0,
         });
@@ -162,7 +174,13 @@ impl Coordinator {
     pub fn start(self: &Arc<Self>) -> Vec<tokio::task::JoinHandle<()>> {
         self.resume_operations();
         self.drop_half_made_views();
-        vec![tokio::spawn(self.clone().converge_always()), tokio::spawn(self.clone().watch_over())]
+        let mut tasks = vec![
+            tokio::spawn(self.clone().converge_always()),
+            tokio::spawn(self.clone().watch_over()),
+            tokio::spawn(self.clone().keep_events()),
+        ];
+        tasks.extend(self.settings.hooks.iter().map(|hook| tokio::spawn(self.clone().feed_hook(hook.clone()))));
+        tasks
     }
 
     /// Ends sessions and streams, so that the server can stop.

@@ -28,6 +28,7 @@ use crate::ca::{Ca, CaError, Role};
 use crate::client::install_crypto;
 use crate::coordinator::{Coordinator, Settings};
 use crate::history::History;
+use crate::hooks::{self, HookConfig};
 use crate::keys::{KeyError, Wrapper};
 use crate::names::DEFAULT_TENANT;
 use crate::problem::Problem;
@@ -82,6 +83,8 @@ pub struct Config {
     pub report_interval: Duration,
     /// Address for Prometheus, over plain HTTP and open to who reaches it; none: there is none.
     pub metrics: Option<SocketAddr>,
+    /// Who is told of events.
+    pub hooks: Vec<HookConfig>,
     /// The store that several coordinators share, held by this one; none: the embedded one in the data folder.
     pub shared: Option<EtcdStore>,
 }
@@ -96,6 +99,7 @@ impl Config {
             names: Vec::new(),
             report_interval: Duration::from_millis(250),
             metrics: None,
+            hooks: Vec::new(),
             shared: None,
         }
     }
@@ -248,6 +252,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     install_crypto();
     check_report(&config)?;
     let (report, dir) = (config.report_interval, &config.data_dir);
+    let hooks = hooks::check(&config.hooks).map_err(ServeError::Config)?;
     make_folder(dir)?;
     // First of all: it is what keeps a second coordinator out.
     let store: Arc<dyn Store> = match &config.shared {
@@ -288,7 +293,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
         .client_ca_root(Certificate::from_pem(ca.certificate_pem()))
         .client_auth_optional(true)
         .timeout(HANDSHAKE_WITHIN);
-    let settings = Settings { endpoint, report_interval: report, data_dir: dir.clone() };
+    let settings = Settings { endpoint, report_interval: report, data_dir: dir.clone(), hooks };
     // Opens the policy keys, too: with another key file it stops here rather than at the first failover.
     let coordinator = Coordinator::open(settings, store, ca, keys, history).await?;
     let admin = dir.join("admin.json");

@@ -95,7 +95,7 @@ pub enum Command {
         afterimage rpo shop --last 1h\n  \
         afterimage rpo shop --from 2026-11-01T00:00:00Z --to 2026-12-01T00:00:00Z --step 24h --json")]
     Rpo(With<rpo::Rpo>),
-    /// What has happened since the coordinator started.
+    /// What has happened: the newest 10,000 events.
     #[command(after_help = "Examples:\n  afterimage events --limit 10\n  afterimage events --json")]
     Events(With<watch::Events>),
     /// Who has changed what: the audit log.
