@@ -34,6 +34,7 @@ pub mod recover;
 mod salvage;
 pub mod segment;
 
+pub(crate) use append::close_made;
 pub use append::{Batch, Written};
 pub(crate) use lost::Verdict;
 pub(crate) use prune::Prune;

@@ -65,6 +65,7 @@ mutants! {
     AckBeforeSync = "ack-before-sync": "frames are acknowledged when written, durable or not",
     AckOnReceipt = "ack-on-receipt": "frames are acknowledged when received",
     HeadNotDurable = "head-not-durable": "a segment's head, with its key, is not durable before its frames",
+    NameNotDurable = "name-not-durable": "a segment is used before its name is durable",
     WriteErrorIgnored = "write-error-ignored": "a failed write of the journal counts as done",
     HealedBeforeFound = "healed-before-found": "a synchronisation makes good what was found to be lost only after it",
     TornNotDamaged = "torn-not-damaged": "damage to what was acknowledged is taken for a torn tail",

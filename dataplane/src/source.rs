@@ -367,7 +367,7 @@ impl<I: Io> Source<I> {
                 _ => group.received(&mut w, low, done),
             };
         }
-        if [spill::kind::WRITE, spill::kind::READ, spill::kind::SYNC].contains(&kind) {
+        if [spill::kind::WRITE, spill::kind::READ, spill::kind::SYNC, spill::kind::SPARE].contains(&kind) {
             let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else { return };
             let (disks, sealing, events) = (&mut self.disks, &mut self.sealing, &mut self.events);
             return group.spill_done(&mut Around { io, disks, sealing, events }, kind, low, done);

@@ -5,7 +5,8 @@
 //! - `recover`: what an earlier process left, after a stop or a crash.
 //!
 //! Segments are those of the journal (the same head, the same frames, byte for byte as they would have left), one
-//! writer's frames each. Together they hold a stretch without gaps that begins at or before the first frame that is
+//! writer's frames each. The next segment's file is made while the present one fills, beside this thread, under a name of
+//! its own: the *spare*. Together they hold a stretch without gaps that begins at or before the first frame that is
 //! not acknowledged. Rules that keep it so:
 //! - frames are written in the order of their numbers, and count as written when all before them are;
 //! - nothing is written to a new segment before everything in the old one is durable, and a segment's name is durable
@@ -34,6 +35,8 @@ pub(crate) use write::{Prepared, Returned};
 
 /// Writes under way.
 const MAX_WRITES: usize = 4;
+/// Name of the file that becomes the next segment. Nothing in it counts: a start removes it.
+const SPARE: &str = "spare.seg.new";
 /// After a failed write, or with no room on the disk, the next attempt comes this much later.
 const RETRY: Nanos = 1_000_000_000;
 
@@ -46,6 +49,7 @@ pub(crate) mod kind {
     pub const WRITE: u64 = 0x10;
     pub const READ: u64 = 0x11;
     pub const SYNC: u64 = 0x12;
+    pub const SPARE: u64 = 0x13;
 }
 
 /// Where and how much.
@@ -94,7 +98,7 @@ pub(crate) struct Spill {
     /// Oldest first.
     segments: VecDeque<Segment>,
     next_number: u64,
-    /// Bytes of all segment files.
+    /// Bytes of all segment files, with the spare.
     bytes: u64,
     write: write::Write,
     read: read::Read,
@@ -135,6 +139,10 @@ impl Spill {
             trouble: None,
             faults: 0,
         }
+    }
+
+    fn spare_path(&self) -> String {
+        format!("{}/{SPARE}", self.config.dir)
     }
 
     fn op(&self, kind: u64, serial: u32) -> Token {
@@ -185,6 +193,7 @@ impl Spill {
             }
             self.remove_front(io);
         }
+        self.reap_spare(io);
     }
 
     /// Everything of `incarnation` is acknowledged.
@@ -200,6 +209,7 @@ impl Spill {
         while !self.segments.is_empty() {
             self.remove_front(io);
         }
+        self.drop_spare(io);
     }
 
     fn remove_front<I: Io>(&mut self, io: &mut I) {
@@ -207,6 +217,7 @@ impl Spill {
         self.close_read(io, segment.number);
         if self.segments.is_empty() {
             self.close_active(io);
+            self.drop_spare(io);
         }
         self.remove_file(io, &segment);
         self.room_made();
@@ -232,6 +243,7 @@ impl Spill {
     /// Closes its files. What is under way ends by itself.
     pub fn close<I: Io>(&mut self, io: &mut I) {
         self.forget_writes(io);
+        self.drop_spare(io);
         self.close_reader(io);
     }
 }
@@ -262,7 +274,9 @@ mod tests {
         let incarnation = IncarnationId([0xcd; 16]);
         let name = file_name(0x1f, incarnation, 7);
         assert_eq!(parse_name(&name), Some((0x1f, incarnation, 7)));
-        for other in ["timelines", "x.seg", "", "0000000000000001.seg", "0000000000000001-xyz-0000000000000001.seg"] {
+        for other in
+            ["timelines", "x.seg", SPARE, "", "0000000000000001.seg", "0000000000000001-xyz-0000000000000001.seg"]
+        {
             assert_eq!(parse_name(other), None, "{other}");
         }
     }

@@ -18,6 +18,7 @@ use afterimage_wire::timeline::TimelineKind;
 use crate::host::{Answer, DiskKey};
 use crate::io::{Done, Io, Nanos, Sock, Token};
 use crate::journal::append::NoRoom;
+use crate::journal::{Journal, close_made};
 use crate::receive::{Connection, End};
 use crate::seal::ControlKey;
 use crate::view::{Reads, View};
@@ -365,6 +366,13 @@ impl<I: Io> Target<I> {
                     delta.on_append(serial, done);
                 }
             }
+            Purpose::Prepare(id, number) => self.prepared(io, id, number, &done),
+            Purpose::Name(id, number) => {
+                if let Some(journal) = self.journal(id) {
+                    journal.on_name(number, &done);
+                }
+                self.pump(io, id);
+            }
             Purpose::AppendSync(JournalId::Stream(id)) => {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     stream.journal.on_sync(&done);
@@ -397,6 +405,40 @@ impl<I: Io> Target<I> {
             }
             Purpose::Chunk(number) => self.reads.on_chunk(number, done),
             Purpose::Image(number) => self.reads.on_image(number, done),
+        }
+    }
+
+    fn journal(&mut self, id: JournalId) -> Option<&mut Journal> {
+        match id {
+            JournalId::Stream(id) => self.streams.get_mut(&id).map(|stream| &mut stream.journal),
+            JournalId::Delta(id) => self.delta(id).map(|delta| &mut delta.journal),
+        }
+    }
+
+    /// A segment has been made ahead, or not; maybe for a journal that is gone.
+    fn prepared(&mut self, io: &mut impl Io, id: JournalId, number: u64, done: &Done) {
+        match self.journal(id) {
+            Some(journal) => journal.on_prepare(io, number, done),
+            None => {
+                close_made(io, done);
+                self.streams.values_mut().for_each(|stream| stream.end_leaving(io, id));
+            }
+        }
+        self.pump(io, id);
+    }
+
+    /// What waited for a segment goes on.
+    fn pump(&mut self, io: &mut impl Io, id: JournalId) {
+        let (streams, ops) = (&mut self.streams, &mut self.ops);
+        let journal = match id {
+            JournalId::Stream(id) => streams.get_mut(&id).map(|stream| &mut stream.journal),
+            JournalId::Delta(id) => {
+                let deltas = streams.values_mut().flat_map(|stream| &mut stream.deltas);
+                deltas.filter(|delta| delta.id == id).map(|delta| &mut delta.journal).next()
+            }
+        };
+        if let Some(journal) = journal {
+            journal.pump(&mut Ctx { io, ops });
         }
     }
 

@@ -3,7 +3,7 @@
 
 use afterimage_dataplane::io::guest::{GuestMemory, Map, Region, Scatter, share};
 use afterimage_dataplane::io::sim::Rng;
-use afterimage_dataplane::io::{Errno, Io, Nanos, Op, OpenHow, Part};
+use afterimage_dataplane::io::{Errno, File, Io, Nanos, Op, OpenHow, Part};
 use bed::{Bed, bytes, part};
 
 mod bed;
@@ -217,6 +217,27 @@ cases! {
         assert_eq!(bed.io().info(file).unwrap().size, 8192);
         assert_eq!(bed.io().set_len(file, 1 << 43, true), Err(Errno::NOSPC));
         assert_eq!(bed.io().info(file).unwrap().size, 8192);
+    }
+
+    fn a_file_is_made_beside_the_thread(bed: &mut impl Bed) {
+        let path = bed.path("made");
+        let done = bed.run(7, Op::Create { path: path.clone(), len: 1 << 20 });
+        let file = File(done.result.unwrap() as u32);
+        assert_eq!((done.token, bed.io().info(file).unwrap().size), (7, 1 << 20));
+        assert!(bed.read(file, (1 << 20) - 4096, 4096).unwrap().iter().all(|b| *b == 0));
+        assert_eq!(bed.io().open(&path, LOCKED), Err(Errno::AGAIN));
+        let dir = path.rsplit_once('/').map_or(".", |(dir, _)| dir).to_owned();
+        assert_eq!(bed.run(8, Op::SyncDir { dir }).result, Ok(0));
+        bed.write(file, 4096, &bytes(5, 8192));
+        assert_eq!(bed.read(file, 4096, 8192).unwrap(), bytes(5, 8192));
+        assert_eq!(bed.run(9, Op::Create { path: path.clone(), len: 4096 }).result, Err(Errno::EXIST));
+        assert_eq!(bed.io().info(file).unwrap().size, 1 << 20);
+        let vast = bed.path("vast");
+        assert_eq!(bed.run(10, Op::Create { path: vast.clone(), len: 1 << 43 }).result, Err(Errno::NOSPC));
+        assert_eq!(bed.io().open(&vast, READ), Err(Errno::NOENT));
+        bed.io().close(file);
+        assert!(bed.io().open(&path, LOCKED).is_ok());
+        assert_eq!(bed.run(11, Op::SyncDir { dir: bed.path("none") }).result, Err(Errno::NOENT));
     }
 
     fn files_say_what_they_are(bed: &mut impl Bed) {

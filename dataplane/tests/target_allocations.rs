@@ -106,6 +106,11 @@ impl Io for StillIo {
                     self.files[file.0 as usize][offset as usize..][..part.len].copy_from_slice(data);
                     answer.part = Some(part);
                 }
+                Op::Create { path, len } => {
+                    let made = self.open(&path, OpenHow { write: true, create_new: true, lock: true });
+                    answer.result = made.map(|file| u64::from(file.0));
+                    self.files.last_mut().expect("just made").resize(len as usize, 0);
+                }
                 Op::Recv { part, .. } => {
                     self.receive(token, part, done);
                     continue;

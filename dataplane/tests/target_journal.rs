@@ -56,6 +56,109 @@ fn killed_at_any_step_nothing_acknowledged_is_lost() {
     }
 }
 
+/// A rig with the shortest segments, in which making one takes `slow` times as often a hundred times as long.
+fn short(seed: u64, slow: f64) -> (Rig, Feeder, Model) {
+    let world = WorldConfig { slow_folders: slow, ..WorldConfig::default() };
+    let settings = afterimage_dataplane::target::TargetConfig { segment_bytes: 5 << 20, ..config() };
+    let mut rig = Rig::new(seed, world, settings, 3600 * SECOND);
+    let mut feeder = Feeder::new(1, 1, Predecessor::default());
+    feeder.join_and_sync(1);
+    feeder.seal(100);
+    rig.ship(&mut feeder);
+    (rig, feeder, Model::default())
+}
+
+/// Ships until another segment's file is there.
+fn ship_to_the_next_segment(rig: &mut Rig, feeder: &mut Feeder, model: &mut Model, dice: &mut Dice) {
+    let before = segments(rig).len();
+    while segments(rig).len() == before {
+        scribble(feeder, model, dice, 80);
+        feeder.seal(40);
+        let (last, from) = (feeder.frames.len() as u64, feeder.acked.0);
+        rig.send_from(feeder, from);
+        rig.until("acknowledged or made", |rig| rig.acked().0 == last || segments(rig).len() > before);
+        feeder.acked = rig.acked().max(feeder.acked);
+    }
+}
+
+fn assert_numbers(rig: &Rig) {
+    let number = |path: &String| u64::from_str_radix(&path[path.len() - 20..path.len() - 4], 16).expect("a number");
+    let numbers: Vec<_> = segments(rig).iter().map(number).collect();
+    assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{numbers:?}");
+}
+
+#[test]
+fn killed_while_the_next_segment_is_made_nothing_is_lost_and_no_number_is_left_out() {
+    let mut left = [0; 2];
+    for seed in 0..16 {
+        let (mut rig, mut feeder, mut model) = short(seed, if seed % 4 == 0 { 0.0 } else { 1.0 });
+        let mut dice = Dice(seed);
+        for life in 0..4 {
+            ship_to_the_next_segment(&mut rig, &mut feeder, &mut model, &mut dice);
+            for _ in 0..dice.roll(8) {
+                rig.step();
+            }
+            let (frame, seq) = rig.acked().max(feeder.acked);
+            let newest = segments(&rig).pop().expect("one");
+            let size = rig.world.file(rig.node, &newest).map_or(0, |bytes| bytes.len());
+            left[usize::from(size > 0)] += 1;
+            rig.restart((seed + life) % 2 == 0);
+            assert!(!rig.events.iter().any(|event| matches!(event, TargetEvent::Damaged { .. })), "{:?}", rig.events);
+            let (position, whole) = rig.connect(&feeder);
+            assert!(position.frame >= frame && position.seq >= seq, "seed {seed}: {position:?} after {frame}");
+            assert!(!whole);
+            assert_numbers(&rig);
+            feeder.acked = (position.frame, position.seq);
+            if position.frame < feeder.frames.len() as u64 {
+                rig.ship_more(&mut feeder);
+            }
+            rig.check(&model, feeder.next_seq - 1);
+        }
+        assert_numbers(&rig);
+    }
+    assert!(left[0] > 0 && left[1] > 0, "half made and whole: {left:?}");
+}
+
+#[test]
+fn frames_are_acknowledged_while_the_next_segment_is_made() {
+    let (mut rig, mut feeder, mut model) = short(1, 0.0);
+    let mut dice = Dice(1);
+    // Nothing but making the next one takes long.
+    rig.world.configure(|world| {
+        world.disk_latency = (10_000_000, 10_000_000);
+        world.slow_folders = 1.0;
+    });
+    ship_to_the_next_segment(&mut rig, &mut feeder, &mut model, &mut dice);
+    rig.until("all of it", |rig| rig.acked().0 == feeder.frames.len() as u64);
+    feeder.acked = (feeder.frames.len() as u64, feeder.next_seq - 1);
+    let begun = rig.world.now();
+    scribble(&mut feeder, &mut model, &mut dice, 20);
+    feeder.seal(20);
+    rig.ship_more(&mut feeder);
+    assert!(rig.world.now() - begun < 500_000_000, "it waited for the segment");
+    rig.check(&model, feeder.next_seq - 1);
+}
+
+#[test]
+fn no_room_for_the_next_segment_stops_nothing_before_it_is_needed() {
+    let (mut rig, mut feeder, mut model) = short(2, 0.0);
+    let mut dice = Dice(2);
+    rig.world.set_space(rig.node, rig.world.used_space(rig.node) + (2 << 20));
+    // Past the middle of the segment, where the next one is asked for.
+    while feeder.frames.iter().map(|frame| frame.0.len()).sum::<usize>() < 4 << 20 {
+        scribble(&mut feeder, &mut model, &mut dice, 40);
+        feeder.seal(40);
+        rig.ship_more(&mut feeder);
+    }
+    assert_eq!(segments(&rig).len(), 1);
+    assert!(!rig.events.iter().any(|event| matches!(event, TargetEvent::NoRoom { .. })), "{:?}", rig.events);
+    rig.world.set_space(rig.node, 1 << 40);
+    ship_to_the_next_segment(&mut rig, &mut feeder, &mut model, &mut dice);
+    rig.until("all of it", |rig| rig.acked().0 == feeder.frames.len() as u64);
+    rig.check(&model, feeder.next_seq - 1);
+    assert_numbers(&rig);
+}
+
 #[test]
 fn a_torn_tail_is_written_over() {
     let (mut rig, mut feeder, mut model) = begun(1, WorldConfig::default());

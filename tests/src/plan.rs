@@ -31,6 +31,8 @@ pub enum Moment {
     Folding,
     /// A folded segment has been dropped.
     Folded,
+    /// A file has appeared that is to become a segment: of the target's journal, or of the source's spill.
+    Made,
 }
 
 /// Something bad.
@@ -339,6 +341,7 @@ impl Plan {
         plan.wait();
         plan.harm();
         plan.doubt();
+        plan.prepare();
         plan
     }
 
@@ -402,6 +405,24 @@ impl Plan {
             }
             self.faults.sort_by_key(|(at, _)| *at);
         }
+    }
+
+    /// Making a segment takes long in some seeds; in some an end falls while it is made.
+    fn prepare(&mut self) {
+        let mut rng = Rng::new(self.seed ^ 0x005e_97e7);
+        let rng = &mut rng;
+        self.world.slow_folders = [0.0, 0.05, 0.3, 1.0][rng.below(4) as usize];
+        if self.theme == Theme::Doubt || !rng.chance(0.25) {
+            return;
+        }
+        for _ in 0..rng.between(1, 3) {
+            let (power, down) = (rng.chance(0.5), rng.between(1, 300) * MS);
+            let side = if self.setup.spill_bytes > 0 && rng.chance(0.3) { Side::Source } else { Side::Target };
+            let within = [0, rng.below(1000) * 1000, rng.between(1, 40) * MS][rng.below(3) as usize];
+            let fault = Box::new(Fault::Fall { side, power, down });
+            self.faults.push((rng.below(self.length), Fault::When { moment: Moment::Made, within, fault }));
+        }
+        self.faults.sort_by_key(|(at, _)| *at);
     }
 
     /// Some of the mixed seeds become one schedule each in which a single word of a log is all that tells what is in

@@ -253,6 +253,12 @@ impl Stage {
         format!("{ROOT}/streams/{}/segments/", self.stream)
     }
 
+    /// How many files there are of segments, and of what is to become one, at both ends.
+    pub fn segment_files(&self) -> usize {
+        let spilled = self.world.paths(self.source_node, SPILL).len();
+        self.world.paths(self.target_node, &self.segments()).len() + spilled
+    }
+
     /// Starts the source's process. It opens its disks as soon as nothing of an older life holds them.
     pub fn start_source(&mut self) {
         self.source_lives += 1;

@@ -40,6 +40,8 @@ pub(crate) struct Happened {
     running: usize,
     floor: u64,
     folded: u64,
+    /// Files of segments, and of what is to become one.
+    segments: usize,
 }
 
 impl Happened {
@@ -51,6 +53,7 @@ impl Happened {
             running: group.map_or(0, |group| group.disks.iter().filter(|disk| disk.sync.is_some()).count()),
             floor: stream.as_ref().map_or(0, |stream| stream.floor),
             folded: stream.as_ref().map_or(0, |stream| stream.folded_segments),
+            segments: run.stage.segment_files(),
         }
     }
 
@@ -61,6 +64,7 @@ impl Happened {
             Moment::SyncDrawn => now.running < self.running,
             Moment::Folding => now.floor > self.floor,
             Moment::Folded => now.folded > self.folded,
+            Moment::Made => now.segments > self.segments,
         }
     }
 }

@@ -11,7 +11,8 @@
 //!   together.
 //! - A write is on stable storage when it was submitted `durable`, or when a [`Op::Sync`] submitted after its
 //!   completion has succeeded. After a failed sync nothing is known about the writes before it.
-//! - Opening, creating, renaming, removing and syncing folders are blocking calls: cold paths only.
+//! - Opening, creating, renaming, removing and syncing folders are blocking calls: cold paths only. What a path that is not
+//!   cold needs of them is an operation, too: [`Op::Create`] and [`Op::SyncDir`].
 
 use std::fmt;
 
@@ -172,6 +173,20 @@ pub enum Op {
         /// These, at most 64.
         parts: Vec<Part>,
     },
+    /// Makes a file, takes its lock, and makes sure that all of `len` has room on the disk: what [`Io::open`] and
+    /// [`Io::set_len`] do, without stopping whoever else this thread serves. The result is the number of the [`File`]. After
+    /// an error (`EEXIST`, `ENOSPC`, `ENFILE`) there is no file. A process that dies meanwhile may leave it, of any length.
+    Create {
+        /// Its path. Durable after a [`Op::SyncDir`] of its folder that is submitted later.
+        path: String,
+        /// Bytes, at least 1.
+        len: u64,
+    },
+    /// What [`Io::sync_dir`] does, without stopping the thread: creations, renames and removals before it are durable.
+    SyncDir {
+        /// The folder.
+        dir: String,
+    },
     /// Completes at or soon after `at`.
     Timer {
         /// On the monotonic clock.
@@ -186,7 +201,7 @@ pub enum Op {
 pub struct Done {
     /// As submitted.
     pub token: Token,
-    /// Bytes (receive: as many as came; read, write, send: all), or why not.
+    /// Bytes (receive: as many as came; read, write, send: all; create: the number of the file), or why not.
     pub result: Result<u64, Errno>,
     /// The buffer, for operations with one.
     pub part: Option<Part>,

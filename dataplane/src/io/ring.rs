@@ -1,7 +1,8 @@
 //! Raw io_uring: one [`Ring`] for each data thread.
 //!
 //! `kernel` what the kernel must have · `pinning` registered memory · `table` registered files · `flight` operations
-//! under way · `files` names, lengths, locks · `wake` waking from other threads.
+//! under way · `files` names, lengths, locks · `helper` those of them that must not stop the thread · `wake` waking from
+//! other threads.
 //!
 //! One `io_uring_enter` both submits and waits; with nothing to submit and nothing reported by the kernel, a poll makes
 //! no system call. The kernel runs this ring's completions only within that call (DEFER_TASKRUN), on this thread, the
@@ -19,11 +20,13 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::{Allocation, Done, Errno, File, FileInfo, Io, Nanos, Op, OpenHow, Pool, Sock, Token};
 use flight::{Flight, Message, Outcome};
+use helper::{Helper, Job};
 use pinning::Pinning;
 use table::Table;
 
 mod files;
 mod flight;
+mod helper;
 mod kernel;
 mod pinning;
 mod table;
@@ -103,6 +106,7 @@ pub struct Ring {
     /// Completions just taken from the queue: `user_data` and result.
     taken: Vec<(u64, i32)>,
     waker: Waker,
+    helper: Helper,
     /// Where the wake-up read puts the counter; boxed, since the kernel has its address.
     wake_count: Box<u64>,
     /// The wake-up read is with the kernel.
@@ -148,6 +152,7 @@ impl Ring {
             ready: Vec::new(),
             taken: Vec::with_capacity(expected),
             waker: Waker::new()?,
+            helper: Helper::default(),
             wake_count: Box::new(0),
             wake_armed: false,
             woken: false,
@@ -325,6 +330,25 @@ impl Ring {
         }
     }
 
+    fn help(&mut self, token: Token, job: Job) {
+        if let Err(errno) = self.helper.submit(token, job, &self.waker) {
+            self.ready.push(Done { token, result: Err(errno), part: None, parts: Vec::new() });
+        }
+    }
+
+    /// Takes what the helper has done.
+    fn helped(&mut self, done: &mut Vec<Done>) {
+        while let Some((token, result)) = self.helper.take() {
+            let result = result.and_then(|made| {
+                let Some(made) = made else { return Ok(0) };
+                self.table.insert(&self.uring, made.fd, false, made.discard).map(u64::from).inspect_err(|_| {
+                    let _ = files::remove(&made.path);
+                })
+            });
+            done.push(Done { token, result, part: None, parts: Vec::new() });
+        }
+    }
+
     /// Completes the timers whose time has come.
     fn expire(&mut self, now: Nanos, done: &mut Vec<Done>) {
         while let Some(Reverse((at, _, token))) = self.timers.peek().copied() {
@@ -378,6 +402,11 @@ impl Io for Ring {
             self.timers.push(Reverse((at, self.timer_order, token)));
             return;
         }
+        let op = match op {
+            Op::Create { path, len } => return self.help(token, Job::Create { path, len }),
+            Op::SyncDir { dir } => return self.help(token, Job::SyncDir { dir }),
+            op => op,
+        };
         let mut flight = Flight::new(token, op);
         if !self.table.begin(flight.number, flight.is_net()) {
             let Flight { part, parts, .. } = flight;
@@ -413,6 +442,7 @@ impl Io for Ring {
         self.woken = false;
         done.append(&mut self.ready);
         self.reap(done);
+        self.helped(done);
         loop {
             self.fill();
             // The clock is read only where time matters.
@@ -439,6 +469,7 @@ impl Io for Ring {
             }
             let accepted = self.enter(queued, wait);
             self.reap(done);
+            self.helped(done);
             if !accepted && done.len() == before {
                 // The kernel is short of memory, or of room for completions. What is queued stays queued.
                 self.enter(0, Some(NO_MEMORY_PAUSE));

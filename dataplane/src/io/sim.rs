@@ -4,7 +4,7 @@
 //! that has something to poll. Time passes only there and in [`World::advance`].
 //!
 //! `content` the bytes of a file, visible and durable · `names` folders likewise · `disk` operations on files ·
-//! `net` connections · `ublk` block devices whose requests come to a process · `state` the queue of events · `life` what a machine sees.
+//! `folders` making files and making folders durable, beside the process's thread · `net` connections · `ublk` block devices whose requests come to a process · `state` the queue of events · `life` what a machine sees.
 //!
 //! A breach of the rules of [`super`] (a range that is no multiple of the block, two receives on a socket, use of what
 //! was closed) panics.
@@ -18,6 +18,7 @@ use state::State;
 
 mod content;
 mod disk;
+mod folders;
 mod life;
 mod names;
 mod net;
@@ -56,6 +57,8 @@ pub struct WorldConfig {
     pub write_error: f64,
     /// A sync fails with `EIO`; some of what it should have kept never will be.
     pub sync_error: f64,
+    /// A step of [`super::Op::Create`] or [`super::Op::SyncDir`] takes a hundred times as long as a disk operation.
+    pub slow_folders: f64,
     /// Each unsynced sector of 512 bytes outlives a power loss.
     pub keep_unsynced: f64,
     /// A write that was in flight when its process died lands (later) nevertheless.
@@ -81,6 +84,7 @@ impl Default for WorldConfig {
             read_error: 0.0,
             write_error: 0.0,
             sync_error: 0.0,
+            slow_folders: 0.0,
             keep_unsynced: 0.5,
             land_after_crash: 0.5,
             late: 4_000_000_000,

@@ -3,6 +3,9 @@
 //! ```text
 //! push(batch) ─▶ queue ─pump─▶ (roll?) ─▶ write under way ─completion, in order─▶ written ─▶ the owner
 //! ```
+//! The next segment's file is made while the present one fills, beside this thread, which never waits for it: a batch that
+//! needs it before it is there waits in the queue. One is made ahead, and only behind a segment whose head is durable: so
+//! of all files without one only the newest may be something else than damage.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,7 +15,7 @@ use afterimage_wire::record::DiskInfo;
 
 use super::segment::{Segment, Writer, head};
 use super::{Journal, Place, segment_name};
-use crate::io::{Done, Errno, File, Io, Nanos, Op, OpenHow, Part};
+use crate::io::{Done, Errno, File, Io, Nanos, Op, Part};
 use crate::target::ops::{Ctx, Purpose};
 
 /// Writes of one journal under way. Blocks of a new segment were never written, so a durable write into them also commits
@@ -72,15 +75,31 @@ struct Active {
     file: File,
     at: u64,
     size: u64,
+    /// Its head is durable.
+    headed: bool,
 }
 
-/// The next segment's file: allocated, its name durable, without a head.
+/// How far the next segment's file is.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum Step {
+    /// It is being made.
+    Making,
+    /// It is there and allocated. Its name may be gone after a loss of power.
+    Made,
+    /// Its name is being made durable.
+    Naming,
+    /// It can be used.
+    Ready,
+}
+
+/// The next segment's file, without a head.
 #[derive(Debug)]
 struct Prepared {
     number: u64,
     path: String,
-    file: File,
     size: u64,
+    file: Option<File>,
+    step: Step,
 }
 
 /// Why no new segment can be made.
@@ -144,8 +163,8 @@ impl Append {
     }
 
     pub(super) fn close<I: Io>(&mut self, io: &mut I) {
-        if let Some(prepared) = self.prepared.take() {
-            io.close(prepared.file);
+        if let Some(file) = self.prepared.take().and_then(|prepared| prepared.file) {
+            io.close(file);
         }
         self.active = None;
         self.queue.clear();
@@ -180,7 +199,17 @@ impl Journal {
 
     /// Nothing was given to the kernel that has not come back.
     pub(crate) fn is_settled(&self) -> bool {
-        self.append.under_way.is_empty() && self.append.syncing.is_none()
+        self.append.under_way.is_empty() && self.append.syncing.is_none() && !self.is_preparing()
+    }
+
+    /// The next segment's file may come to be at any moment.
+    pub(crate) fn is_making(&self) -> bool {
+        self.append.prepared.as_ref().is_some_and(|next| next.step == Step::Making)
+    }
+
+    /// The next segment's file is being made, or its name made durable.
+    fn is_preparing(&self) -> bool {
+        self.append.prepared.as_ref().is_some_and(|next| matches!(next.step, Step::Making | Step::Naming))
     }
 
     /// Nothing is written any more: the files lose the lock that writing needs. What is in them stays readable.
@@ -311,37 +340,34 @@ impl Journal {
         }
         let Some(batch) = self.append.queue.front() else { return false };
         let (writer, first) = (batch.writer.clone(), batch.first);
-        if self.append.prepared.is_none() {
-            match self.create(ctx.io) {
-                Ok(prepared) => self.append.prepared = Some(prepared),
-                Err(Some(why)) => {
-                    self.append.no_room = Some((why, ctx.io.now() + ROOM_AGAIN));
-                    return false;
-                }
-                Err(None) => return false,
+        let Some(next) = self.append.prepared.as_ref() else {
+            if let Err(why) = self.make_next(ctx) {
+                self.append.no_room = Some((why, ctx.io.now() + ROOM_AGAIN));
             }
-        }
+            return false;
+        };
+        let (true, Some(file)) = (next.step == Step::Ready, next.file) else { return false };
         self.append.no_room = None;
-        let number = self.append.prepared.as_ref().map_or(0, |prepared| prepared.number);
+        let number = next.number;
         let disks = if self.append.disks.is_empty() { writer.disks.clone() } else { self.append.disks.clone() };
         let (stream, timeline) = (self.config.stream, self.config.timeline);
         let bytes = head(stream, timeline, number, &writer, first, disks, ctx.io.wall()).encode();
         let Some(mut buf) = ctx.io.pool().take(bytes.len()) else { return false };
         buf[..bytes.len()].copy_from_slice(&bytes);
-        let prepared = self.append.prepared.take().expect("made above");
+        let Some(next) = self.append.prepared.take() else { return false };
         self.close_active(ctx.io);
         let uid = self.next_uid;
         self.next_uid += 1;
-        let mut segment = Segment::new(uid, number, prepared.path, stream, writer, prepared.size, first.1);
-        segment.file = Some(prepared.file);
+        let mut segment = Segment::new(uid, number, next.path, stream, writer, next.size, first.1);
+        segment.file = Some(file);
         self.segments.push_back(segment);
-        let (file, at, size) = (prepared.file, bytes.len() as u64, prepared.size);
-        self.append.active = Some(Active { uid, file, at, size });
+        let (at, size) = (bytes.len() as u64, next.size);
+        self.append.active = Some(Active { uid, file, at, size, headed: false });
         let serial = self.append.next_serial;
         self.append.next_serial += 1;
         self.append.under_way.push_back(UnderWay { serial, kind: Kind::Head, finished: None });
         let part = Part { buf, at: 0, len: bytes.len() };
-        let op = Op::Write { file: prepared.file, offset: 0, part, durable: !mutant!(HeadNotDurable) };
+        let op = Op::Write { file, offset: 0, part, durable: !mutant!(HeadNotDurable) };
         ctx.submit(Purpose::Append(self.id, serial), op);
         true
     }
@@ -360,53 +386,84 @@ impl Journal {
         }
     }
 
-    /// Makes the next segment's file. `Err(None)`: the journal has failed.
-    fn create<I: Io>(&mut self, io: &mut I) -> Result<Prepared, Option<NoRoom>> {
-        let number = self.next_number;
-        let size = self.config.segment_bytes;
+    /// Begins to make the next segment's file.
+    ///
+    /// # Errors
+    /// There is no room for it.
+    fn make_next<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) -> Result<(), NoRoom> {
+        let (number, size) = (self.next_number, self.config.segment_bytes);
         let path = format!("{}/{}", self.config.dir, segment_name(self.config.timeline, number));
         if self.bytes.saturating_add(size) > self.append.budget {
-            return Err(Some(NoRoom::Budget));
+            return Err(NoRoom::Budget);
         }
         if self.append.reserve > 0
-            && io.free_space(&self.config.dir).is_ok_and(|free| free < self.append.reserve.saturating_add(size))
+            && ctx.io.free_space(&self.config.dir).is_ok_and(|free| free < self.append.reserve.saturating_add(size))
         {
-            return Err(Some(NoRoom::Space));
+            return Err(NoRoom::Space);
         }
-        let result = io.open(&path, OpenHow { write: true, create_new: true, lock: true }).and_then(|file| {
-            io.set_len(file, size, true).map(|()| file).inspect_err(|_| {
-                io.close(file);
-                let _ = io.remove(&path);
-            })
-        });
-        // The folder is synced before any frame can be acknowledged in the file.
-        let result = result.and_then(|file| io.sync_dir(&self.config.dir).map(|()| file));
-        match result {
-            Ok(file) => {
-                self.next_number += 1;
-                self.bytes += size;
-                Ok(Prepared { number, path, file, size })
+        self.next_number += 1;
+        self.bytes += size;
+        self.append.prepared = Some(Prepared { number, path: path.clone(), size, file: None, step: Step::Making });
+        ctx.submit(Purpose::Prepare(self.id, number), Op::Create { path, len: size });
+        Ok(())
+    }
+
+    /// Goes on with the next segment's file, before it is needed.
+    fn prepare<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
+        if let Some(next) = &mut self.append.prepared {
+            if next.step == Step::Made {
+                // Before any frame can be acknowledged in the file.
+                next.step = Step::Naming;
+                let number = next.number;
+                ctx.submit(Purpose::Name(self.id, number), Op::SyncDir { dir: self.config.dir.clone() });
             }
-            Err(Errno::NOSPC) => Err(Some(NoRoom::Space)),
+            return;
+        }
+        let half = self.append.active.as_ref().is_some_and(|active| active.headed && active.at >= active.size / 2);
+        if half && ctx.io.now() >= self.append.prepare_at && self.make_next(ctx).is_err() {
+            // Not needed yet: the roll says it when it is.
+            self.append.prepare_at = ctx.io.now() + ROOM_AGAIN;
+        }
+    }
+
+    /// The next segment's file is made, or cannot be.
+    pub(crate) fn on_prepare<I: Io>(&mut self, io: &mut I, number: u64, done: &Done) {
+        let making = |next: &&mut Prepared| next.number == number && next.step == Step::Making;
+        let Some(next) = self.append.prepared.as_mut().filter(making) else { return close_made(io, done) };
+        match done.result {
+            Ok(file) => {
+                next.file = Some(File(file as u32));
+                next.step = if mutant!(NameNotDurable) { Step::Ready } else { Step::Made };
+            }
             Err(errno) => {
-                tracing::error!(path, %errno, "a segment cannot be made");
-                self.append.failed = Some(errno);
-                Err(None)
+                // There is no such file. Its number goes to the next one: nothing else took one meanwhile.
+                self.bytes -= next.size;
+                self.next_number = number;
+                self.append.prepared = None;
+                if errno != Errno::NOSPC {
+                    return self.fail(errno);
+                }
+                let again = io.now() + ROOM_AGAIN;
+                if self.append.queue.front().is_some_and(|batch| self.must_roll(batch, batch.part.len as u64)) {
+                    self.append.no_room = Some((NoRoom::Space, again));
+                } else {
+                    self.append.prepare_at = again;
+                }
             }
         }
     }
 
-    /// Makes the next segment's file before it is needed.
-    fn prepare<I: Io>(&mut self, ctx: &mut Ctx<'_, I>) {
-        let half = self.append.active.as_ref().is_some_and(|active| active.at >= active.size / 2);
-        if !half || ctx.io.now() < self.append.prepare_at || self.append.prepared.is_some() {
-            return;
-        }
-        match self.create(ctx.io) {
-            Ok(prepared) => self.append.prepared = Some(prepared),
-            // Not needed yet: the roll says it when it is.
-            Err(Some(_)) => self.append.prepare_at = ctx.io.now() + ROOM_AGAIN,
-            Err(None) => {}
+    /// The name of the next segment's file is durable, or not.
+    pub(crate) fn on_name(&mut self, number: u64, done: &Done) {
+        let naming = |next: &&mut Prepared| next.number == number && next.step == Step::Naming;
+        let Some(next) = self.append.prepared.as_mut().filter(naming) else { return };
+        match done.result {
+            Ok(_) => next.step = Step::Ready,
+            Err(errno) => {
+                // Whether the name outlives a loss of power is not known; the file is found again by reading.
+                next.step = Step::Made;
+                self.fail(errno);
+            }
         }
     }
 
@@ -425,6 +482,9 @@ impl Journal {
             if self.append.failed.is_some() {
                 // What completed behind a failure is in the file, but nothing in front of it may be missing.
                 continue;
+            }
+            if let (Kind::Head, Some(active)) = (&write.kind, &mut self.append.active) {
+                active.headed = true;
             }
             if let (Kind::Frames { segment, at, place, durable, tag }, Some(part)) = (write.kind, part) {
                 self.complete = place;
@@ -470,11 +530,18 @@ impl Journal {
 
     /// Goes on in the newest segment at byte `at` (after recovery).
     pub(crate) fn resume(&mut self, uid: u64, file: File, at: u64, size: u64) {
-        self.append.active = Some(Active { uid, file, at, size });
+        self.append.active = Some(Active { uid, file, at, size, headed: true });
     }
 
-    /// A file without a head, found by recovery, is the next segment.
+    /// A file without a head, found by recovery, is the next segment. Nobody knows whether its name is durable.
     pub(crate) fn adopt_prepared(&mut self, number: u64, path: String, file: File, size: u64) {
-        self.append.prepared = Some(Prepared { number, path, file, size });
+        self.append.prepared = Some(Prepared { number, path, size, file: Some(file), step: Step::Made });
+    }
+}
+
+/// A file was made for a journal that is no more.
+pub(crate) fn close_made<I: Io>(io: &mut I, done: &Done) {
+    if let Ok(file) = done.result {
+        io.close(File(file as u32));
     }
 }

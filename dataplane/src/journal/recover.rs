@@ -431,7 +431,11 @@ impl Recovery {
                 self.open(ctx.io)?;
                 match self.file.take_if(|(_, size)| *size == journal.config.segment_bytes) {
                     Some((file, size)) => journal.adopt_prepared(number, path, file, size),
-                    None => self.remove(ctx.io, journal, &path)?,
+                    None => {
+                        // The process died while it was being made; the next one is made in its place.
+                        self.remove(ctx.io, journal, &path)?;
+                        journal.next_number = number;
+                    }
                 }
             } else if journal.segments.is_empty() && self.is_folded(points.floor()) {
                 // It was kept because nobody knew what was in it; by now the history begins behind it.

@@ -302,6 +302,7 @@ impl Group {
         match kind {
             spill::kind::WRITE => spill.write_done(w.io.now(), serial, done),
             spill::kind::SYNC => spill.sync_done(serial, &done),
+            spill::kind::SPARE => spill.spare_done(w.io, serial, &done),
             _ => read = self.ship.read_back(w.io, &mut spill, serial, done),
         }
         self.spill = Some(spill);

@@ -13,6 +13,7 @@ use crate::intent::IntentLog;
 use crate::io::{Io, Nanos};
 use crate::sealers::Payload;
 use crate::ship::{Event, SMALL_COST};
+use crate::spill::Spill;
 
 /// With a spill, acknowledgements are waited for at most this long: a restart is quicker than a long queue.
 const SHIP_WAIT: Nanos = 500_000_000;
@@ -141,7 +142,9 @@ impl Group {
             {
                 StopStage::Close
             }
-            StopStage::Close if self.all_disks(w.disks, Disk::is_quiet) => {
+            StopStage::Close
+                if self.all_disks(w.disks, Disk::is_quiet) && !self.spill.as_ref().is_some_and(Spill::is_making) =>
+            {
                 self.close(w);
                 return;
             }

@@ -7,7 +7,7 @@ use afterimage_wire::frame::{FrameHeader, check_frame};
 use afterimage_wire::ids::{IncarnationId, StreamId};
 use afterimage_wire::segment::{Predecessor, SegmentHead, WrappedKey};
 
-use super::{CLOSED_AFTER, Segment, Spill, SpillConfig, parse_name};
+use super::{CLOSED_AFTER, SPARE, Segment, Spill, SpillConfig, parse_name};
 use crate::io::{Errno, File, Io, Nanos, OpenHow, Token};
 use crate::source::ProtectError;
 
@@ -118,6 +118,11 @@ pub(crate) fn recover<I: Io>(
     let dir = config.dir.clone();
     let names = io.list(&dir).map_err(|errno| failed(&dir, "list", errno))?;
     let mut spill = Spill::new(config, stream, token);
+    if names.iter().any(|name| name == SPARE) {
+        // Made ahead, and not used or not yet counted.
+        let path = spill.spare_path();
+        io.remove(&path).map_err(|errno| failed(&path, "remove", errno))?;
+    }
     let mut found: Vec<_> = names.iter().filter_map(|name| Some((parse_name(name)?, name))).collect();
     found.sort();
     for ((number, incarnation, first_frame), name) in found {

@@ -1,4 +1,5 @@
-//! Writing to the spill: one write for each frame, a few under way, counted in order.
+//! Writing to the spill: one write for each frame, a few under way, counted in order. A new segment's name, made durable
+//! beside this thread, is the first of them, its head the second.
 
 use std::collections::VecDeque;
 
@@ -7,7 +8,7 @@ use afterimage_wire::ids::IncarnationId;
 use afterimage_wire::segment::Predecessor;
 
 use super::{MAX_WRITES, RETRY, Segment, Spill, SpillWriter, file_name, head, kind};
-use crate::io::{Buf, Done, Errno, File, Io, Nanos, Op, OpenHow, Part};
+use crate::io::{Buf, Done, Errno, File, Io, Nanos, Op, Part};
 
 /// Whether a frame may be written now.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -32,7 +33,7 @@ pub(crate) struct Returned {
 #[derive(Debug)]
 struct UnderWay {
     serial: u32,
-    /// 0 for a head.
+    /// 0 for a head, and for the name of a segment.
     number: u64,
     last_seq: u64,
     len: u64,
@@ -51,6 +52,16 @@ struct Active {
     broken: bool,
 }
 
+/// The file that becomes the next segment.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+enum Spare {
+    #[default]
+    None,
+    /// It is being made, by this operation.
+    Making(u32),
+    Made(File),
+}
+
 /// The writing half of a [`Spill`].
 #[derive(Debug, Default)]
 pub(super) struct Write {
@@ -61,6 +72,11 @@ pub(super) struct Write {
     syncing: Option<u32>,
     returned: VecDeque<Returned>,
     retry_at: Option<Nanos>,
+    spare: Spare,
+    /// A frame has waited for the spare since this was last looked at.
+    spare_wanted: bool,
+    /// It could not be made ahead; when to try again.
+    spare_at: Nanos,
     /// The last frame that is in the spill, in order, and its last record.
     place: Predecessor,
     /// A sync failed: after a loss of power not everything counted may be there.
@@ -115,10 +131,10 @@ impl Spill {
             return Prepared::Wait;
         }
         match self.create(io, incarnation, first) {
-            Ok(()) => {
+            Ok(made) => {
                 self.write.retry_at = None;
                 self.trouble = None;
-                Prepared::Go
+                if made { Prepared::Go } else { Prepared::Wait }
             }
             Err(why) => {
                 self.write.retry_at = Some(io.now() + RETRY);
@@ -128,13 +144,53 @@ impl Spill {
         }
     }
 
-    /// Begins a new segment.
-    fn create<I: Io>(&mut self, io: &mut I, incarnation: IncarnationId, first: (u64, u64)) -> Result<(), String> {
+    /// Begins a new segment; false while its file is still being made.
+    fn create<I: Io>(&mut self, io: &mut I, incarnation: IncarnationId, first: (u64, u64)) -> Result<bool, String> {
         self.close_active(io);
         if self.segments.back().is_some_and(|segment| segment.last_frame == 0) {
             // Not one frame came to be in it.
             self.remove_back(io);
         }
+        let file = match self.write.spare {
+            Spare::Made(file) => file,
+            Spare::Making(_) => {
+                self.write.spare_wanted = true;
+                return Ok(false);
+            }
+            Spare::None => {
+                self.make_spare(io)?;
+                self.write.spare_wanted = true;
+                return Ok(false);
+            }
+        };
+        let Some(writer) = &self.write.writer else { return Err("no writer is known".into()) };
+        let number = self.next_number;
+        let bytes = head(self.stream, writer, number, first, io.wall()).encode();
+        let Some(mut buf) = io.pool().take(bytes.len()) else { return Err("no buffer for a head".into()) };
+        buf[..bytes.len()].copy_from_slice(&bytes);
+        let path = format!("{}/{}", self.config.dir, file_name(number, incarnation, first.0));
+        io.rename(&self.spare_path(), &path).map_err(|errno| {
+            self.faults += 1;
+            self.drop_spare(io);
+            format!("{path}: {errno}")
+        })?;
+        self.write.spare = Spare::None;
+        self.next_number += 1;
+        let (size, len) = (self.config.segment_bytes, bytes.len() as u64);
+        let (first_frame, end) = (first.0, 0);
+        self.segments.push_back(Segment { number, path, incarnation, first_frame, last_frame: 0, end, size });
+        self.write.active = Some(Active { file, at: len, next_frame: first.0, synced: false, broken: false });
+        // The name is durable before anything counts that is in it; so are the names gone that were removed.
+        let serial = self.begin(0, 0, 0);
+        io.submit(self.op(kind::WRITE, serial), Op::SyncDir { dir: self.config.dir.clone() });
+        let serial = self.begin(0, 0, len);
+        let part = Part { buf, at: 0, len: bytes.len() };
+        io.submit(self.op(kind::WRITE, serial), Op::Write { file, offset: 0, part, durable: false });
+        Ok(true)
+    }
+
+    /// Begins to make the file of the next segment.
+    fn make_spare<I: Io>(&mut self, io: &mut I) -> Result<(), String> {
         let size = self.config.segment_bytes;
         if self.bytes + size > self.config.bytes {
             return Err(format!("the spill holds {} bytes and may hold {}", self.bytes, self.config.bytes));
@@ -143,34 +199,62 @@ impl Spill {
         if reserve > 0 && io.free_space(&self.config.dir).is_ok_and(|free| free < reserve.saturating_add(size)) {
             return Err(format!("less than {reserve} bytes would be left free in {}", self.config.dir));
         }
-        let Some(writer) = &self.write.writer else { return Err("no writer is known".into()) };
-        let number = self.next_number;
-        let bytes = head(self.stream, writer, number, first, io.wall()).encode();
-        let Some(mut buf) = io.pool().take(bytes.len()) else { return Err("no buffer for a head".into()) };
-        buf[..bytes.len()].copy_from_slice(&bytes);
-        let path = format!("{}/{}", self.config.dir, file_name(number, incarnation, first.0));
-        let made = io.open(&path, OpenHow { write: true, create_new: true, lock: true }).and_then(|file| {
-            // The name is durable before anything counts that is in it; so are the names gone that were removed.
-            let ready = io.set_len(file, size, true).and_then(|()| io.sync_dir(&self.config.dir));
-            ready.map(|()| file).inspect_err(|_| {
-                io.close(file);
-                let _ = io.remove(&path);
-            })
-        });
-        let file = made.map_err(|errno| {
-            self.faults += u64::from(errno != Errno::NOSPC);
-            format!("{path}: {errno}")
-        })?;
-        self.next_number += 1;
         self.bytes += size;
-        let len = bytes.len() as u64;
-        let (first_frame, end) = (first.0, 0);
-        self.segments.push_back(Segment { number, path, incarnation, first_frame, last_frame: 0, end, size });
-        self.write.active = Some(Active { file, at: len, next_frame: first.0, synced: false, broken: false });
-        let serial = self.begin(0, 0, len);
-        let part = Part { buf, at: 0, len: bytes.len() };
-        io.submit(self.op(kind::WRITE, serial), Op::Write { file, offset: 0, part, durable: false });
+        self.write.serial = (self.write.serial + 1) & SERIALS;
+        self.write.spare = Spare::Making(self.write.serial);
+        io.submit(self.op(kind::SPARE, self.write.serial), Op::Create { path: self.spare_path(), len: size });
         Ok(())
+    }
+
+    /// Takes a spare that has been made, or could not be. No room for it is no trouble before it is needed.
+    pub fn spare_done<I: Io>(&mut self, io: &mut I, serial: u32, done: &Done) {
+        if self.write.spare != Spare::Making(serial) {
+            if let Ok(file) = done.result {
+                io.close(File(file as u32));
+            }
+            return;
+        }
+        self.write.spare = match done.result {
+            Ok(file) => Spare::Made(File(file as u32)),
+            Err(errno) => {
+                self.bytes -= self.config.segment_bytes;
+                if errno == Errno::EXIST {
+                    let _ = io.remove(&self.spare_path());
+                }
+                let again = io.now() + RETRY;
+                self.write.spare_at = again;
+                if self.write.spare_wanted {
+                    self.write.retry_at = Some(again);
+                    self.trouble = Some(format!("{}: {errno}", self.spare_path()));
+                    self.faults += u64::from(errno != Errno::NOSPC);
+                }
+                Spare::None
+            }
+        };
+    }
+
+    /// The file of the next segment is being made.
+    pub fn is_making(&self) -> bool {
+        matches!(self.write.spare, Spare::Making(_))
+    }
+
+    /// With nothing in the spill, a spare that no frame waits for goes.
+    pub(super) fn reap_spare<I: Io>(&mut self, io: &mut I) {
+        let wanted = self.is_making() || std::mem::take(&mut self.write.spare_wanted);
+        if self.segments.is_empty() && !wanted {
+            self.drop_spare(io);
+        }
+    }
+
+    /// The spare is not needed. One that is still being made is looked at again when it is.
+    pub(super) fn drop_spare<I: Io>(&mut self, io: &mut I) {
+        let Spare::Made(file) = self.write.spare else { return };
+        self.write.spare = Spare::None;
+        self.bytes -= self.config.segment_bytes;
+        io.close(file);
+        if let Err(errno) = io.remove(&self.spare_path()) {
+            tracing::warn!(path = self.spare_path(), %errno, "a spare spill segment cannot be removed");
+        }
     }
 
     fn begin(&mut self, number: u64, last_seq: u64, len: u64) -> u32 {
@@ -193,6 +277,10 @@ impl Spill {
         let serial = self.begin(number, last_seq, len as u64);
         let part = Part { buf, at: 0, len };
         io.submit(self.op(kind::WRITE, serial), Op::Write { file, offset, part, durable: false });
+        let half = offset + len as u64 >= self.config.segment_bytes / 2;
+        if half && self.write.spare == Spare::None && io.now() >= self.write.spare_at && self.make_spare(io).is_err() {
+            self.write.spare_at = io.now() + RETRY;
+        }
     }
 
     /// Takes a completed write.
@@ -290,6 +378,7 @@ impl Spill {
     /// The room that was missing may be there.
     pub(super) fn room_made(&mut self) {
         self.write.retry_at = None;
+        self.write.spare_at = 0;
     }
 
     /// Writes under way end unseen.

@@ -37,6 +37,10 @@ pub(crate) enum Purpose {
     Control(u32),
     /// A head or frames into a journal.
     Append(JournalId, u64),
+    /// Making a journal's next segment, by its number.
+    Prepare(JournalId, u64),
+    /// Making that segment's name durable.
+    Name(JournalId, u64),
     /// A journal's active segment to stable storage.
     AppendSync(JournalId),
     /// Reading a journal back.

@@ -108,6 +108,8 @@ pub(crate) struct Stream {
     pub fold: Fold,
     pub shelving: Shelving,
     pub deltas: Vec<Delta>,
+    /// Deltas that are being removed, whose last segment is still being made; each with its branch.
+    leaving: Vec<(u32, TimelineId)>,
     /// Points that open views without a delta need.
     pub view_pins: Vec<ViewPin>,
     pub damage: Ledger,
@@ -173,6 +175,7 @@ impl Stream {
             fold: Fold::default(),
             shelving: Shelving::default(),
             deltas: Vec::new(),
+            leaving: Vec::new(),
             view_pins: Vec::new(),
             damage: Ledger::default(),
             scrub: Scrub::new(bounds.scrub_interval, bounds.scrub_rate),
@@ -533,8 +536,24 @@ impl Stream {
         let timeline = self.deltas[at].timeline();
         self.history.begin_removal(io, timeline)?;
         let mut delta = self.deltas.remove(at);
+        let making = delta.journal.is_making();
         delta.journal.close(io);
+        if making {
+            // Its last segment may come to be at any moment, and goes then, with the others.
+            self.leaving.push((delta.id, timeline));
+            return Ok(());
+        }
         self.remove_delta_files(io, timeline)
+    }
+
+    /// A segment has been made for a journal that is gone: nothing more comes of it.
+    pub fn end_leaving<I: Io>(&mut self, io: &mut I, id: JournalId) {
+        let Some(at) = self.leaving.iter().position(|(delta, _)| JournalId::Delta(*delta) == id) else { return };
+        let (_, timeline) = self.leaving.swap_remove(at);
+        if let Err(error) = self.remove_delta_files(io, timeline) {
+            // A start goes on with it.
+            tracing::warn!(stream = %self.config.stream, %error, "what is left of a view cannot be removed yet");
+        }
     }
 
     /// Removes what is left of a delta that is marked as being removed.

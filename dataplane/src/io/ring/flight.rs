@@ -121,7 +121,7 @@ fn check(part: &Part) -> u64 {
 }
 
 impl Flight {
-    /// From anything but a timer.
+    /// From anything but a timer and what [`super::helper`] does.
     pub(super) fn new(token: Token, op: Op) -> Self {
         let flight = |number, kind, offset, total, part, parts| Self {
             token,
@@ -167,7 +167,9 @@ impl Flight {
                 let kind = Kind::UblkCopy { out: true };
                 flight(device.0, kind, data_offset(tag, at), check(&part), Some(part), Vec::new())
             }
-            Op::Timer { .. } => unreachable!("timers do not go to the kernel"),
+            Op::Timer { .. } | Op::Create { .. } | Op::SyncDir { .. } => {
+                unreachable!("timers, and what blocks, do not go to the kernel's ring")
+            }
         }
     }
 

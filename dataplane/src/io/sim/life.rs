@@ -82,6 +82,8 @@ impl Io for SimIo {
                 let at = state.world_time(self.node.0 as usize, at);
                 state.complete_at(at, self.life, token, Ok(0));
             }
+            Op::Create { path, len } => state.submit_create(self.life, token, &path, len),
+            Op::SyncDir { dir } => state.submit_sync_dir(self.life, token, &dir),
             Op::Ublk(op) => state.submit_ublk(self.life, token, op),
             other => state.submit_net(self.life, token, other),
         }
@@ -175,22 +177,7 @@ impl Io for SimIo {
 
     fn set_len(&mut self, file: File, len: u64, allocate: bool) -> Result<(), Errno> {
         let life = self.life;
-        self.with(|state, node| {
-            let open = state.open_file(life, file);
-            if !open.write {
-                return Err(Errno::INVAL);
-            }
-            let inode = open.inode;
-            let space = state.free_space(node);
-            let wall = state.wall(node);
-            let content = state.content(node, inode);
-            if allocate && content.growth(0, len) > space {
-                return Err(Errno::NOSPC);
-            }
-            content.set_len(len, allocate);
-            content.mtime_ns = wall;
-            Ok(())
-        })
+        self.with(|state, _| state.set_len(life, file, len, allocate))
     }
 
     fn list(&mut self, dir: &str) -> Result<Vec<String>, Errno> {
@@ -206,11 +193,7 @@ impl Io for SimIo {
     }
 
     fn rename(&mut self, from: &str, to: &str) -> Result<(), Errno> {
-        self.with(|state, node| {
-            state.nodes[node].names.rename(&tidy(from), &tidy(to))?;
-            state.collect(node);
-            Ok(())
-        })
+        self.with(|state, node| state.rename(node, &tidy(from), &tidy(to)))
     }
 
     fn remove(&mut self, path: &str) -> Result<(), Errno> {
@@ -222,18 +205,7 @@ impl Io for SimIo {
     }
 
     fn sync_dir(&mut self, dir: &str) -> Result<(), Errno> {
-        self.with(|state, node| {
-            let dir = tidy(dir);
-            if !state.nodes[node].names.is_dir(&dir) {
-                return Err(Errno::NOENT);
-            }
-            if let Some(error) = state.fault(node, &dir, Fault::Sync) {
-                return Err(error);
-            }
-            state.nodes[node].names.sync(&dir);
-            state.collect(node);
-            Ok(())
-        })
+        self.with(|state, node| state.sync_dir(node, &tidy(dir)))
     }
 
     fn free_space(&mut self, dir: &str) -> Result<u64, Errno> {

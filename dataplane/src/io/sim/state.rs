@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::content::Content;
 use super::disk::{DiskOp, Flight};
+use super::folders::Errand;
 use super::names::{InodeId, Names, tidy};
 use super::net::Conn;
 use super::ublk::Device;
@@ -21,6 +22,8 @@ pub(super) enum Event {
     Land(u64),
     /// A disk operation completes.
     Finish(u64),
+    /// The next step of making a file, or of making a folder durable.
+    Errand(u64),
     /// A completion that is settled already.
     Complete(LifeId, Done),
     /// A poll's time is up.
@@ -100,6 +103,7 @@ pub(super) struct State {
     pub(super) lives: Vec<Life>,
     ready: VecDeque<LifeId>,
     pub(super) flights: BTreeMap<u64, Flight>,
+    pub(super) errands: BTreeMap<u64, Errand>,
     next_id: u64,
     pub(super) conns: Vec<Conn>,
     pub(super) ublk: Vec<Device>,
@@ -120,6 +124,7 @@ impl State {
             lives: Vec::new(),
             ready: VecDeque::new(),
             flights: BTreeMap::new(),
+            errands: BTreeMap::new(),
             next_id: 0,
             conns: Vec::new(),
             ublk: Vec::new(),
@@ -231,6 +236,8 @@ impl State {
     fn end_life(&mut self, life: LifeId) {
         let node = self.lives[life].node;
         self.suspend(node, false, false);
+        // What it was about to do to folders is not done: a thread of its own would have done it.
+        self.errands.retain(|_, errand| errand.life != life);
         let ended = &mut self.lives[life];
         ended.alive = false;
         ended.done.clear();
@@ -363,6 +370,7 @@ impl State {
         match event {
             Event::Land(id) => self.land(id),
             Event::Finish(id) => self.finish(id),
+            Event::Errand(id) => self.errand(id),
             Event::Complete(life, done) => self.complete(life, done),
             Event::Wake(life) => {
                 self.lives[life].wake = None;
