@@ -113,6 +113,8 @@ pub(crate) struct Fold {
     /// When to look next whether something is due; looking costs.
     look_at: Nanos,
     skipped: bool,
+    /// A view's shelf is being filled: completions go on with it.
+    shelving: bool,
     /// The file system is about to be too full for another segment.
     space_low: bool,
     /// A buffer is waited for.
@@ -137,6 +139,7 @@ impl Fold {
     /// When to look again although nothing completes.
     pub fn retry_at(&self) -> Option<Nanos> {
         match (&self.job, &self.error) {
+            (None, Some(_)) if self.shelving => None,
             (None, Some(_)) => Some(self.again.max(self.look_at)),
             (None, None) => self.skipped.then_some(self.look_at),
             (Some(_), _) => None,
@@ -230,9 +233,13 @@ impl Stream {
                 self.fold.look_at = now + LOOK;
                 return false;
             };
+            self.fold.shelving = false;
             match self.make_shelves(ctx, next_id, reads) {
                 Ok(true) => {}
-                Ok(false) => return false,
+                Ok(false) => {
+                    self.fold.shelving = self.fold.gave_way.is_none();
+                    return false;
+                }
                 Err(error) => {
                     tracing::error!(stream = %self.config.stream, error, "folding waits");
                     self.fold.error = Some(error);

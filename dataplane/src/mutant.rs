@@ -79,6 +79,7 @@ mutants! {
     FloorAfterImage = "floor-after-image": "the floor is raised after the image was overwritten",
     ImageNotSynced = "image-not-synced": "a folded segment goes before the image is durable",
     ViewReadsOn = "view-reads-on": "a view shows what was written after its point",
+    ViewAskUnheard = "view-ask-unheard": "what a view is asked after a round's turn waits until something else happens",
     DeltaFlushEarly = "delta-flush-early": "a flush of a view is answered before the delta is durable",
 }
 

@@ -326,7 +326,7 @@ pub(crate) fn read_point(run: &mut Run, opened: Opened, floor: u64) -> Result<Ve
     // The records that the view rests on are read before they may be folded.
     ends(run)?;
     let mut images = Vec::new();
-    for (id, key, size) in exports {
+    for (id, key, size) in exports.iter().copied() {
         let disk = (0..run.plan.setup.disks.len()).find(|d| disk_id(*d) == id).ok_or("an unknown disk")?;
         match read_disk(run, key, size)? {
             Some((bytes, holes)) => images.push(Image { disk, bytes, holes }),
@@ -336,6 +336,7 @@ pub(crate) fn read_point(run: &mut Run, opened: Opened, floor: u64) -> Result<Ve
     if !lives(run) {
         return Ok(Vec::new());
     }
+    exports.iter().for_each(|(_, key, _)| run.stage.forget_view(*key));
     if let Some(life) = &mut run.stage.target {
         life.core.close_view(&mut life.io, &name, false).map_err(|e| format!("view {name}: {e}"))?;
         run.stage.world.wake(run.stage.target_node);
@@ -419,7 +420,7 @@ pub(crate) fn read_disk(run: &mut Run, key: DiskKey, size: u64) -> Result<Option
         match ask(run, key, Request::Read { offset, len })? {
             None => return Ok(None),
             Some(Ok(None)) => return Err(format!("a view's read of {len} bytes at {offset} gives no data")),
-            Some(Ok(Some(part))) => image.extend_from_slice(&part.buf[part.at..part.at + part.len]),
+            Some(Ok(Some(bytes))) => image.extend_from_slice(&bytes),
             Some(Err(_)) if whole => {
                 // The same place again, in small pieces.
                 whole = false;
@@ -432,7 +433,6 @@ pub(crate) fn read_disk(run: &mut Run, key: DiskKey, size: u64) -> Result<Option
         }
         whole |= (image.len() as u64).is_multiple_of(MAX_PART as u64);
     }
-    run.stage.forget_view(key);
     Ok(Some((image, holes)))
 }
 
@@ -451,13 +451,14 @@ pub(crate) fn flush_view(run: &mut Run, key: DiskKey) -> Result<(), String> {
     done(ask(run, key, Request::Flush)?)
 }
 
-fn done(answer: Option<Result<Option<Part>, Errno>>) -> Result<(), String> {
+fn done(answer: Option<Result<Option<Vec<u8>>, Errno>>) -> Result<(), String> {
     let answer = answer.ok_or("the target died")?;
     answer.map(|_| ()).map_err(|errno| format!("a view answers a write or a flush with {errno:?}"))
 }
 
 /// Asks a view's disk and waits; none if the target died over it.
-fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Option<Result<Option<Part>, Errno>>, String> {
+#[allow(clippy::type_complexity)]
+fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Option<Result<Option<Vec<u8>>, Errno>>, String> {
     let lives = run.stage.target_lives;
     let what = format!("{request:?}").chars().take(60).collect::<String>();
     if !run.stage.view_request(key, 7, request) {
@@ -474,6 +475,10 @@ fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Option<Result<Op
         }
         if let Some((_, answer)) = run.stage.view_answers.pop_front() {
             return Ok(Some(answer.result));
+        }
+        if !run.stage.view_offered(key) {
+            // A view gives way when the disk is full.
+            return if run.stage.lenient { Ok(None) } else { Err(format!("{key:?} went while it was asked {what}")) };
         }
         if run.stage.world.now() >= limit {
             return Err(format!("a view does not answer {what}"));

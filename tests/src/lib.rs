@@ -16,6 +16,7 @@
 pub mod check;
 pub mod coordinate;
 pub mod ending;
+pub mod front;
 pub mod history;
 pub mod limits;
 #[cfg(feature = "mutants")]

@@ -4,6 +4,7 @@ use afterimage_dataplane::io::Nanos;
 use afterimage_dataplane::source::{GroupState, GroupStatus, Rung};
 use afterimage_dataplane::target::{StreamState, StreamStatus};
 
+use crate::front::Front;
 use crate::plan::{Fault, Moment};
 use crate::run::{MS, Run};
 use crate::trouble::Happened;
@@ -69,6 +70,8 @@ impl Run {
             && now > oldest.max(self.watch.calm_at) + STALL + self.plan.setup.sync_deadline
             && !self.stage.still[0]
             && !self.stage.hold
+            // A front end that is being shut lets go of hosts whose requests it has not taken.
+            && !(self.stage.stopping && self.plan.setup.front != Front::Direct)
             // Who has been fenced holds everything, also what it had taken before it learned of it.
             && group.is_none_or(|group| group.held.is_none())
         {

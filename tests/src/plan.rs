@@ -3,6 +3,7 @@
 use afterimage_dataplane::io::Nanos;
 use afterimage_dataplane::io::sim::{Errors, Rng, WorldConfig};
 
+use crate::front::Front;
 use crate::stage::Setup;
 use crate::workload::Habits;
 
@@ -288,6 +289,8 @@ impl Plan {
             lease: 0,
             confirmed: false,
             sync_deadline: 0,
+            front: Front::Direct,
+            view_front: Front::Direct,
         };
         let discard = rng.chance(0.8);
         // Bursts leave time in which extents grow cold.
@@ -307,6 +310,7 @@ impl Plan {
             hot: rng.between(2, 60),
             longest: if rng.chance(0.7) { 64 * 1024 } else { 512 * 1024 },
             flushes: if cycles { rng.between(1, 10) } else { 10 },
+            unit: 1,
             work,
             idle,
         };
@@ -342,6 +346,7 @@ impl Plan {
         plan.harm();
         plan.doubt();
         plan.prepare();
+        plan.front();
         plan
     }
 
@@ -423,6 +428,30 @@ impl Plan {
             self.faults.push((rng.below(self.length), Fault::When { moment: Moment::Made, within, fault }));
         }
         self.faults.sort_by_key(|(at, _)| *at);
+    }
+
+    /// Hosts ask through front ends.
+    fn front(&mut self) {
+        let mut rng = Rng::new(self.seed ^ 0x0f20_97e2);
+        let rng = &mut rng;
+        self.setup.view_front = match rng.below(10) {
+            0..=2 => Front::Direct,
+            // Points are read in pieces of 512 bytes, too.
+            3..=5 if self.world.block == 512 => Front::Ublk,
+            _ => Front::Nbd,
+        };
+        // What a schedule meets that is about one word of a log is moved by whatever stands in between.
+        self.setup.front = match rng.below(10) {
+            _ if self.theme == Theme::Doubt => Front::Direct,
+            0..=4 => Front::Direct,
+            5..=7 => Front::Nbd,
+            _ => Front::Ublk,
+        };
+        match self.setup.front {
+            Front::Direct => {}
+            Front::Nbd => self.world.net_window = self.world.net_window.max(512 * 1024),
+            Front::Ublk => self.habits.unit = u64::from(self.world.block),
+        }
     }
 
     /// Some of the mixed seeds become one schedule each in which a single word of a log is all that tells what is in

@@ -221,7 +221,7 @@ impl Run {
     pub(crate) fn step(&mut self, end: Nanos) -> Result<bool, String> {
         let host = if self.stage.takes_requests() { self.host.deadline() } else { Nanos::MAX };
         let until = end.min(host).min(self.next_sample);
-        let went = self.stage.step(until);
+        let went = self.stage.step(until)?;
         self.strike_armed();
         if self.restarts > 0 && self.stage.ready {
             // At once: what the target lost must be forgotten before a newer writer adds to what it kept.

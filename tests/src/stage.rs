@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use afterimage_dataplane::host::{Answer, DiskKey, Disks, HostDisk, Request};
+use afterimage_dataplane::host::{DiskKey, Disks, HostDisk, Request};
 use afterimage_dataplane::io::sim::{NodeId, Rng, SimIo, World};
 use afterimage_dataplane::io::{Done, Io, Nanos, Pool, Sock};
 use afterimage_dataplane::seal::{ControlKey, PolicyKey};
@@ -19,6 +19,8 @@ use afterimage_wire::handshake::{Hello, Welcome};
 use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::record::DiskInfo;
 
+use crate::front::{Clients, Device, Front, Heard, Life, Way};
+
 /// Upper bits of the cores' tokens.
 const SOURCE_BASE: u16 = 0x0001;
 const TARGET_BASE: u16 = 0x0002;
@@ -32,8 +34,8 @@ const RETRY: Nanos = 50_000_000;
 const STOP_WAIT: Nanos = 1_500_000_000;
 /// Between two reports of the source to its coordinator.
 const ASKS: Nanos = 1_000_000_000;
-/// Most polls of a node at one moment of the world: more is a core that spins.
-const MAX_ROUNDS: usize = 20_000;
+/// How long a process that is being stopped waits for its hosts' requests to end.
+const HOSTS_END: Nanos = 3_000_000_000;
 
 /// Where the target keeps its journal.
 pub const ROOT: &str = "/journal";
@@ -68,14 +70,10 @@ pub struct Setup {
     pub confirmed: bool,
     /// How long an answer may wait for the target's acknowledgement; 0: it does not.
     pub sync_deadline: Nanos,
-}
-
-/// One life of a process.
-pub struct Life<C> {
-    /// Its operations.
-    pub io: SimIo,
-    /// Its core.
-    pub core: C,
+    /// Through what hosts ask the source's disks.
+    pub front: Front,
+    /// Through what views are asked.
+    pub view_front: Front,
 }
 
 /// Something that happens later.
@@ -88,6 +86,10 @@ enum Later {
     Unreachable(u64),
     /// Open the source's disks again.
     Protect(u64),
+    /// Hosts connect again where they could not (to this life).
+    Connect(u64),
+    /// The source (of this life) stops, whether its hosts are gone or not.
+    StopCore(u64),
     /// The coordinator has heard the source and confirms what it was asked at that time since boot (of this life).
     Confirm(Nanos, u64),
 }
@@ -102,8 +104,13 @@ pub struct Stage {
     pub source_node: NodeId,
     /// The target's node.
     pub target_node: NodeId,
-    clock_node: NodeId,
-    clock: SimIo,
+    host_node: NodeId,
+    clients: Clients,
+    /// The hosts' way to each disk of the source, and to each view.
+    ways: Vec<Way>,
+    view_ways: BTreeMap<DiskKey, Way>,
+    /// The source's core has been told to stop, after its hosts.
+    core_stops: bool,
     /// The source's process, while it lives.
     pub source: Option<Life<Source<SimIo>>>,
     /// The target's process, while it lives.
@@ -158,10 +165,9 @@ pub struct Stage {
     later: BTreeMap<(Nanos, u64), Later>,
     order: u64,
     /// Answers of the source's disks, by disk.
-    pub answers: VecDeque<(usize, Answer)>,
+    pub answers: VecDeque<(usize, Heard)>,
     /// Answers of views, by key.
-    pub view_answers: VecDeque<(DiskKey, Answer)>,
-    views: Vec<DiskKey>,
+    pub view_answers: VecDeque<(DiskKey, Heard)>,
     /// What the cores reported, for the trace.
     pub log: VecDeque<String>,
     /// Losses of unknown records that the target has told of, and its floor then.
@@ -193,18 +199,21 @@ pub fn disk_id(disk: usize) -> DiskId {
 impl Stage {
     /// Puts the disks in place with this content. Nothing runs yet.
     pub fn new(world: World, rng: Rng, setup: Setup, content: &[Vec<u8>]) -> Self {
-        let (source_node, target_node, clock_node) = (world.node("source"), world.node("target"), world.node("clock"));
+        let (source_node, target_node, host_node) = (world.node("source"), world.node("target"), world.node("hosts"));
         for (disk, bytes) in content.iter().enumerate() {
             world.put_file(source_node, &disk_path(disk), bytes);
         }
-        let clock = world.io(clock_node);
+        let clients = Clients::new(world.io(host_node));
         Self {
             world,
             setup,
             source_node,
             target_node,
-            clock_node,
-            clock,
+            host_node,
+            clients,
+            ways: Vec::new(),
+            view_ways: BTreeMap::new(),
+            core_stops: false,
             source: None,
             target: None,
             source_lives: 0,
@@ -236,7 +245,6 @@ impl Stage {
             order: 0,
             answers: VecDeque::new(),
             view_answers: VecDeque::new(),
-            views: Vec::new(),
             log: VecDeque::new(),
             losses: Vec::new(),
             done: Vec::new(),
@@ -274,16 +282,20 @@ impl Stage {
             stop_wait: STOP_WAIT,
             ..SourceLimits::default()
         };
-        self.source = Some(Life { io, core: Source::new(SOURCE_BASE, limits, Sealer::Inline) });
+        self.source = Some(Life::new(io, Source::new(SOURCE_BASE, limits, Sealer::Inline)));
         self.protected = false;
-        (self.stopping, self.stopped, self.held) = (false, None, false);
+        (self.stopping, self.core_stops, self.stopped, self.held) = (false, false, None, false);
         (self.first_seq, self.syncs_begun) = (0, 0);
         self.protect();
     }
 
     /// The source takes requests.
     pub fn takes_requests(&self) -> bool {
-        self.protected && !self.stopping && !self.still[0]
+        let there = |way: &Way| match way {
+            Way::Nbd(client) => self.clients.is_serving(*client),
+            Way::Direct | Way::Ublk(_) => true,
+        };
+        self.protected && !self.stopping && !self.still[0] && self.ways.iter().all(there)
     }
 
     /// The monotonic clock of the source's machine.
@@ -295,8 +307,54 @@ impl Stage {
     pub fn stop_cleanly(&mut self) {
         self.stopping = true;
         if let Some(life) = &mut self.source {
+            life.let_go();
+            self.world.wake(self.source_node);
+        }
+        let (at, life) = (self.world.now() + HOSTS_END, self.source_lives);
+        self.at(at, Later::StopCore(life));
+        self.go_on_stopping(false);
+    }
+
+    /// Once its hosts are gone, or have had their time, the core stops.
+    fn go_on_stopping(&mut self, late: bool) {
+        let Some(life) = self.source.as_mut().filter(|_| self.stopping && !self.core_stops) else { return };
+        if late || life.is_free() {
+            self.core_stops = true;
             life.core.stop(&mut life.io);
             self.world.wake(self.source_node);
+        }
+    }
+
+    /// Hosts find their way to the source's disks.
+    fn connect_hosts(&mut self) {
+        let Some(life) = self.source.as_mut().filter(|_| self.protected && !self.stopping) else { return };
+        let mut again = false;
+        for disk in 0..self.setup.disks.len() {
+            let name = format!("group/disk{disk}");
+            let way = match (self.setup.front, self.ways.get(disk)) {
+                (Front::Direct, None) => Way::Direct,
+                (Front::Ublk, None) => Way::Ublk(Device::make(&self.world, life, &name).expect("it is protected")),
+                (Front::Nbd, None) => {
+                    let (near, far) = self.world.connect(self.host_node, self.source_node);
+                    life.nbd.attach(&mut life.io, far, &life.core).expect("there is room for a client of each disk");
+                    Way::Nbd(self.clients.open(near, &name))
+                }
+                (_, Some(Way::Nbd(client))) if self.clients.is_closed(*client) => {
+                    let (near, far) = self.world.connect(self.host_node, self.source_node);
+                    again |= life.nbd.attach(&mut life.io, far, &life.core).is_err();
+                    self.clients.close(*client);
+                    self.ways[disk] = Way::Nbd(self.clients.open(near, &name));
+                    continue;
+                }
+                (_, Some(_)) => continue,
+            };
+            self.ways.push(way);
+        }
+        self.world.wake(self.source_node);
+        let waits = |way: &Way| matches!(way, Way::Nbd(client) if !self.clients.is_serving(*client));
+        if again || self.ways.iter().any(waits) {
+            let (at, life) = (self.world.now() + RETRY, self.source_lives);
+            self.at(at, Later::Connect(life));
         }
     }
 
@@ -333,6 +391,7 @@ impl Stage {
                     life.core.fence(&mut life.io, self.stream, true);
                 }
                 self.world.wake(self.source_node);
+                self.connect_hosts();
             }
             Err(error) if self.lenient || matches!(error, ProtectError::Locked { .. }) => {
                 let (at, life) = (self.world.now() + RETRY, self.source_lives);
@@ -352,9 +411,8 @@ impl Stage {
             ..TargetConfig::new(ROOT)
         };
         let core = Target::new(TARGET_BASE, config).expect("the harness's configuration is allowed");
-        self.target = Some(Life { io: self.world.io(self.target_node), core });
+        self.target = Some(Life::new(self.world.io(self.target_node), core));
         (self.ready, self.sick) = (false, None);
-        self.views.clear();
         if !self.infos.is_empty() {
             self.open_stream();
         }
@@ -396,6 +454,9 @@ impl Stage {
         self.protected = false;
         self.still[0] = false;
         self.answers.clear();
+        for way in std::mem::take(&mut self.ways) {
+            self.close_way(way);
+        }
         if power { self.world.power_loss(self.source_node) } else { self.world.crash(self.source_node) }
     }
 
@@ -406,35 +467,117 @@ impl Stage {
         self.ready = false;
         self.still[1] = false;
         self.view_answers.clear();
+        for way in std::mem::take(&mut self.view_ways).into_values() {
+            self.close_way(way);
+        }
         if power { self.world.power_loss(self.target_node) } else { self.world.crash(self.target_node) }
+    }
+
+    fn close_way(&mut self, way: Way) {
+        if let Way::Nbd(client) = way {
+            self.clients.close(client);
+        }
     }
 
     /// Gives a disk of the source a request.
     pub fn request(&mut self, disk: usize, cookie: u64, request: Request) {
-        let life = self.source.as_mut().expect("the source lives");
-        let key = life.core.disk_key(self.stream, disk_id(disk)).expect("the group is protected");
-        let mut disk = life.core.disk(key).expect("a protected disk is on offer");
-        disk.request(&mut life.io, cookie, request);
-        drop(disk);
-        self.world.wake(self.source_node);
+        match &mut self.ways[disk] {
+            Way::Direct => {
+                let life = self.source.as_mut().expect("the source lives");
+                let key = life.core.disk_key(self.stream, disk_id(disk)).expect("the group is protected");
+                let mut disk = life.core.disk(key).expect("a protected disk is on offer");
+                disk.request(&mut life.io, cookie, request);
+                drop(disk);
+                self.world.wake(self.source_node);
+            }
+            Way::Nbd(client) => self.clients.ask(*client, cookie, request),
+            Way::Ublk(device) => device.ask(&self.world, cookie, request),
+        }
+    }
+
+    /// The hosts' way to a view.
+    fn view_way(&mut self, key: DiskKey) -> Option<Way> {
+        let life = self.target.as_mut()?;
+        if self.setup.view_front == Front::Direct {
+            return Some(Way::Direct);
+        }
+        let name = life.core.exports().into_iter().find(|export| export.key == key)?.name;
+        if self.setup.view_front == Front::Ublk {
+            return Device::make(&self.world, life, &name).ok().map(Way::Ublk);
+        }
+        let (near, far) = self.world.connect(self.host_node, self.target_node);
+        life.nbd.attach(&mut life.io, far, &life.core).ok()?;
+        self.world.wake(self.target_node);
+        Some(Way::Nbd(self.clients.open(near, &name)))
     }
 
     /// Gives a disk of a view a request; false if it is not on offer any more.
     pub fn view_request(&mut self, key: DiskKey, cookie: u64, request: Request) -> bool {
-        let Some(life) = &mut self.target else { return false };
-        let Some(mut disk) = life.core.disk(key) else { return false };
-        disk.request(&mut life.io, cookie, request);
-        drop(disk);
-        if !self.views.contains(&key) {
-            self.views.push(key);
+        if !self.view_offered(key) {
+            return false;
         }
-        self.world.wake(self.target_node);
+        if !self.view_ways.contains_key(&key) {
+            let Some(way) = self.view_way(key) else { return false };
+            self.view_ways.insert(key, way);
+        }
+        match (self.view_ways.get_mut(&key), &mut self.target) {
+            (Some(Way::Nbd(client)), _) => self.clients.ask(*client, cookie, request),
+            // Nobody but the device's kernel wakes the target.
+            (Some(Way::Ublk(device)), _) => device.ask(&self.world, cookie, request),
+            (_, Some(life)) => {
+                let Some(mut disk) = life.core.disk(key) else { return false };
+                disk.request(&mut life.io, cookie, request);
+                drop(disk);
+                self.world.wake(self.target_node);
+            }
+            _ => return false,
+        }
         true
     }
 
-    /// The view's disk answers no more.
+    /// The view's disk is there, and so is the way to it.
+    pub fn view_offered(&mut self, key: DiskKey) -> bool {
+        let closed = matches!(self.view_ways.get(&key), Some(Way::Nbd(client)) if self.clients.is_closed(*client));
+        !closed && self.target.as_mut().is_some_and(|life| life.core.disk(key).is_some())
+    }
+
+    /// Nobody asks the view's disk any more.
     pub fn forget_view(&mut self, key: DiskKey) {
-        self.views.retain(|k| *k != key);
+        let Some(way) = self.view_ways.remove(&key) else { return };
+        if let (Way::Ublk(device), Some(life)) = (&way, &mut self.target) {
+            life.ublk.retire(&mut life.io, device.served);
+            self.world.ublk_stop(device.id);
+            self.world.wake(self.target_node);
+        }
+        self.close_way(way);
+    }
+
+    /// Takes what hosts have heard by connections and devices.
+    ///
+    /// # Errors
+    /// What no server may say.
+    fn hear(&mut self) -> Result<(), String> {
+        for (disk, way) in self.ways.iter_mut().enumerate() {
+            match way {
+                Way::Direct => {}
+                Way::Nbd(client) => self.answers.extend(self.clients.heard(*client).into_iter().map(|h| (disk, h))),
+                Way::Ublk(device) => {
+                    self.answers.extend(device.heard(&self.world)?.into_iter().map(|heard| (disk, heard)));
+                }
+            }
+        }
+        for (key, way) in &mut self.view_ways {
+            match way {
+                Way::Direct => {}
+                Way::Nbd(client) => {
+                    self.view_answers.extend(self.clients.heard(*client).into_iter().map(|h| (*key, h)))
+                }
+                Way::Ublk(device) => {
+                    self.view_answers.extend(device.heard(&self.world)?.into_iter().map(|heard| (*key, heard)));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The source has introduced itself once.
@@ -467,44 +610,40 @@ impl Stage {
     }
 
     /// Lets the world go on to the next thing that happens, but not past `until`; false when that is reached.
-    pub fn step(&mut self, until: Nanos) -> bool {
+    ///
+    /// # Errors
+    /// What no server may say.
+    pub fn step(&mut self, until: Nanos) -> Result<bool, String> {
         self.run_later();
         let next = self.later.keys().next().map_or(until, |(at, _)| until.min(*at));
         if self.world.now() >= until {
-            return false;
+            return Ok(false);
         }
-        let mut none = Vec::new();
-        self.clock.poll(Some(next), &mut none);
+        self.clients.run(next)?;
         match self.world.step() {
             Some(node) if node == self.source_node => self.pump_source(),
             Some(node) if node == self.target_node => self.pump_target(),
-            Some(node) => debug_assert_eq!(node, self.clock_node),
-            None => unreachable!("the clock's node always has a time to wake at"),
+            Some(node) => {
+                debug_assert_eq!(node, self.host_node);
+                self.clients.run(next)?;
+            }
+            None => unreachable!("the hosts' node always has a time to wake at"),
         }
-        true
+        self.hear()?;
+        Ok(true)
     }
 
     fn pump_source(&mut self) {
         let Some(life) = &mut self.source else { return };
-        let begun = self.world.now();
-        for round in 0.. {
-            assert!(round < MAX_ROUNDS, "the source spins at {begun}");
-            life.io.poll(life.core.deadline(), &mut self.done);
-            if self.done.is_empty() && round > 0 {
-                break;
-            }
-            for done in self.done.drain(..) {
-                debug_assert!(life.core.owns(done.token));
-                life.core.done(&mut life.io, done);
-            }
-            life.core.turn(&mut life.io);
-        }
-        for disk in 0..self.setup.disks.len() {
+        life.run(&mut self.done);
+        for disk in (0..self.ways.len()).filter(|disk| matches!(self.ways[*disk], Way::Direct)) {
             let Some(key) = life.core.disk_key(self.stream, disk_id(disk)) else { continue };
             if let Some(mut source_disk) = life.core.disk(key) {
-                self.answers.extend(source_disk.answers().drain(..).map(|answer| (disk, answer)));
+                self.answers.extend(source_disk.answers().drain(..).map(|answer| (disk, answer.into())));
             }
         }
+        self.go_on_stopping(false);
+        let Some(life) = &mut self.source else { return };
         let mut events = Vec::new();
         while let Some(event) = life.core.next_event() {
             events.push(event);
@@ -540,22 +679,10 @@ impl Stage {
 
     fn pump_target(&mut self) {
         let Some(life) = &mut self.target else { return };
-        let begun = self.world.now();
-        for round in 0.. {
-            assert!(round < MAX_ROUNDS, "the target spins at {begun}");
-            life.io.poll(life.core.deadline(), &mut self.done);
-            if self.done.is_empty() && round > 0 {
-                break;
-            }
-            for done in self.done.drain(..) {
-                debug_assert!(life.core.owns(done.token));
-                life.core.done(&mut life.io, done);
-            }
-            life.core.turn(&mut life.io);
-        }
-        for key in &self.views {
+        life.run(&mut self.done);
+        for (key, _) in self.view_ways.iter().filter(|(_, way)| matches!(way, Way::Direct)) {
             if let Some(mut disk) = life.core.disk(*key) {
-                self.view_answers.extend(disk.answers().drain(..).map(|answer| (*key, answer)));
+                self.view_answers.extend(disk.answers().drain(..).map(|answer| (*key, answer.into())));
             }
         }
         while let Some(event) = life.core.next_event() {
@@ -614,6 +741,8 @@ impl Stage {
             }
             match entry.remove() {
                 Later::Protect(life) if life == self.source_lives => self.protect(),
+                Later::Connect(life) if life == self.source_lives => self.connect_hosts(),
+                Later::StopCore(life) if life == self.source_lives => self.go_on_stopping(true),
                 Later::Confirm(asked, life) if life == self.source_lives && !self.cut_off => {
                     if let Some(life) = self.source.as_mut().filter(|_| self.protected) {
                         life.core.confirm(&mut life.io, self.stream, asked);

@@ -33,6 +33,8 @@ pub struct Habits {
     pub favours: bool,
     /// Flushes, per cent of the requests.
     pub flushes: u64,
+    /// What offsets and lengths are multiples of, bytes.
+    pub unit: u64,
     /// It works for so long …
     pub work: Nanos,
     /// … and then rests for so long, and goes on elsewhere on its disks.
@@ -244,6 +246,7 @@ impl Host {
         } else {
             1
         };
+        let unit = unit.max(self.habits.unit);
         let base = (size - span) * self.place / 100;
         let offset = (base + self.rng.below(span)) / unit * unit;
         let len = self.rng.between(least, longest.max(least)).next_multiple_of(unit);
@@ -285,11 +288,10 @@ impl Host {
                     }
                 }
                 Pending::Read { disk, offset, issued } => {
-                    if let Ok(part) = answer.result {
-                        let part = part.ok_or("a read is answered without data")?;
-                        let bytes = &part.buf[part.at..part.at + part.len];
-                        let judged = history.judge_read(disk, offset, bytes, issued);
-                        judged.map_err(|v| format!("a read of {} bytes at {offset}: {v}", part.len))?;
+                    if let Ok(bytes) = answer.result {
+                        let bytes = bytes.ok_or("a read is answered without data")?;
+                        let judged = history.judge_read(disk, offset, &bytes, issued);
+                        judged.map_err(|v| format!("a read of {} bytes at {offset}: {v}", bytes.len()))?;
                     }
                 }
             }

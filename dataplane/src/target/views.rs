@@ -212,7 +212,7 @@ impl<I: Io> Target<I> {
 
     fn ask(&mut self, key: DiskKey, cookie: u64, request: Request, (view, disk): (usize, usize)) {
         // It may be asked after this round's turn, and nothing of it completes by itself.
-        self.more = true;
+        self.more |= !mutant!(ViewAskUnheard);
         let view = &mut self.views[view];
         let (slot, read_only) = (view.disks[disk].slot, view.disks[disk].geometry.read_only);
         let (id, stream, seq) = (view.id, view.stream, view.seq);
