@@ -4,13 +4,12 @@ use std::collections::{BTreeMap, VecDeque};
 
 use afterimage_dataplane::host::{Answer, Disks, FrontEnd as _, Request};
 use afterimage_dataplane::io::sim::{SimIo, UblkId, World};
-use afterimage_dataplane::io::ublk::uapi::{Descriptor, op, op_flag};
+use afterimage_dataplane::io::ublk::uapi::{op, op_flag};
 use afterimage_dataplane::io::{Done, Errno, Io, Nanos, Op, Part, Sock};
 use afterimage_dataplane::nbd::proto::{self, RequestHeader, be16, be32, be64, cmd, cmd_flag, option, rep};
 use afterimage_dataplane::source::Source;
 use afterimage_dataplane::target::Target;
 use afterimage_dataplane::{nbd, ublk};
-use zerocopy::IntoBytes as _;
 
 /// Machine ids of the front ends.
 const NBD_BASE: u16 = 0x4000;
@@ -205,9 +204,11 @@ impl Device {
             }
             Request::Flush => (op::FLUSH, 0, (0, 0), Vec::new()),
         };
-        let descriptor = Descriptor { op_flags: u32::from(kind) | flags, nr_sectors, start_sector, addr: 0 };
+        // As the kernel writes it: operation and flags, sectors, first sector, an address that says nothing here.
         let mut bytes = [0; 24];
-        bytes.copy_from_slice(descriptor.as_bytes());
+        bytes[..4].copy_from_slice(&(u32::from(kind) | flags).to_ne_bytes());
+        bytes[4..8].copy_from_slice(&nr_sectors.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&start_sector.to_ne_bytes());
         let request = world.ublk_ask(self.id, bytes, data);
         self.asked.insert(request, (cookie, kind == op::READ));
     }
