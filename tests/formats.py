@@ -100,12 +100,13 @@ def pinned_bytes():
          [(0, 2, ident(0x31), 1), (7, 1, ident(0x30), 0)])
     same(table["fences"], [{"generation": 2, "seq": up(0x31), "incarnation": ident(0x40), "wall": up(0x41), "zero_loss": 1,
                             "reason": "failover", "disks": [ident(0x10), ident(0x17)]}])
-    for version, name in ((1, ""), (2, "-2")):
+    for version, name in ((1, ""), (2, "-2"), (3, "-3")):
         log = golden(f"intent-header{name}") + bytes(4096)
         header, _ = journal_reader.intent_log(log)
         same((header["serial"], header["disk"], header["stream"], header["bits"], header["generation"], header["lease_at"]),
              (up(1), ident(0x10), ident(0x20), 63, up(0x61), 0x21 << 56 | up(0xA1) & (1 << 56) - 1))
-        same((header["identity"], header["log_identity"]), (up(0xA1), up(0xB1) if version == 2 else 0))
+        same((header["identity"], header["log_identity"]), (up(0xA1), up(0xB1) if version > 1 else 0))
+        same(header["promised"], 0xC1C2C3C4 if version > 2 else 0)
     frame = golden("frame-unsealed")
     same(journal_reader.crc_with_hole(frame, 12), int.from_bytes(frame[12:16], "little"))
     same(journal_reader.seal_of(frame, up(1), 0x0A0B0C0D), (golden("nonce"), golden("associated-data")))

@@ -293,7 +293,7 @@ def intent_log(data):
         raw = data[at:at + BLOCK]
         magic, version, zero, crc, zeros, serial = struct.unpack_from("<4sHHIIQ", raw)
         if magic == b"AIIL" and crc_with_hole(raw, 8) == crc and (best is None or serial > best["serial"]):
-            check(version in (1, 2) and zero == 0 and zeros == 0, "header of a write-intent log")
+            check(version in (1, 2, 3) and zero == 0 and zeros == 0, "header of a write-intent log")
             source = Input(raw, 24)
             best = {"serial": serial, "disk": source.id(), "size": source.take("Q"), "stream": source.id(),
                     "incarnation": source.id(), "boot": source.id()}
@@ -301,7 +301,8 @@ def intent_log(data):
             best.update(zip(names, source.take("QQQQQQBQ")))
             best["prior"], best["spilled"] = source.place(), source.place()
             best["complete"], best["identity"], best["lease_at"], best["log_identity"] = source.take("QQQQ")
-            check(version == 2 or best["log_identity"] == 0, "version 1 knows no identity of the log")
+            best["promised"] = source.take("I") if version > 2 else 0
+            check(version > 1 or best["log_identity"] == 0, "version 1 knows no identity of the log")
             check(best["bits"] < 64 and not any(raw[source.at:]), "the end of a header")
     check(best is not None, "no header of the log is whole")
     marked = set()

@@ -58,6 +58,7 @@ mutants! {
     EndOwedForgotten = "end-owed-forgotten": "a new incarnation forgets that a synchronisation was begun",
     AnnounceNotAwaited = "announce-not-awaited": "frames leave before the logs name their writer",
     PlaceNotCompared = "place-not-compared": "a target that lost acknowledged frames is gone on with",
+    PromiseForgotten = "promise-forgotten": "a new process keeps the promise of its own policy, not of the one before",
     NonceReused = "nonce-reused": "a restarted writer uses its old key",
     AcksByDataKey = "acks-by-data-key": "acknowledgements are sealed with the data key",
     RpoForgetsQueue = "rpo-forgets-queue": "records that are not sealed yet do not count for the RPO",

@@ -157,6 +157,9 @@ impl<I: Io> Source<I> {
         let mut disks = Vec::with_capacity(opened.len());
         let of_this_boot = headers.iter().flatten().filter(|h| h.boot == boot && h.lease_at > 0);
         let word_at = of_this_boot.map(|h| h.lease_at).max();
+        // What an earlier process promised outlives its policy.
+        let promised = headers.iter().flatten().map(|h| h.promised_ms).max().unwrap_or(0);
+        let promised_ms = promised.max(synchronous::millis(config.sync_deadline));
         for ((one, config_of), odd) in opened.drain(..).zip(&config.disks).zip(&lineage.odd) {
             let number = self.disks.len() as u32;
             let token = self.base | u64::from(number) << 24;
@@ -196,6 +199,7 @@ impl<I: Io> Source<I> {
                 left: left && fenced.is_some(),
                 lease_at: word_at.unwrap_or(0),
                 log_identity: one.log_identity,
+                promised_ms,
             };
             let mut disk = Disk::new(config_of.clone(), DiskKey(number), Some(index), one.file, one.info, token);
             let Some(buf) = bufs.pop() else { break };
@@ -245,6 +249,7 @@ impl<I: Io> Source<I> {
             alternative,
             (tokens(kind::SEND), tokens(kind::RECV)),
             word_at,
+            promised_ms,
             io.now(),
         );
         if let Some(left) = left {

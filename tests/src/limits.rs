@@ -78,6 +78,9 @@ impl Run {
             let waits = (now - oldest) / MS;
             return Err(format!("a request has waited for {waits} ms; {group:#?}"));
         }
+        if self.stage.shuts_out() && now > self.watch.calm_at + STALL {
+            return Err("a host is not let in".into());
+        }
         if let Some(group) = group {
             if group.queue_bytes > group.queue_limit + QUEUE_SLACK {
                 return Err(format!("the queue holds {} bytes of {}", group.queue_bytes, group.queue_limit));

@@ -147,6 +147,15 @@ pub enum Fault {
         /// What.
         fault: Box<Fault>,
     },
+    /// The policy is changed: at once if the source runs, and for every later life of it.
+    Policy {
+        /// As [`Setup::sync_deadline`].
+        sync_deadline: Nanos,
+        /// As [`Setup::cut_interval`].
+        cut_interval: Nanos,
+        /// As [`Setup::compress`].
+        compress: bool,
+    },
     /// A restore point is looked at while everything goes on.
     Look,
     /// A restore point is opened, and looked at only after this time.
@@ -347,6 +356,7 @@ impl Plan {
         plan.doubt();
         plan.prepare();
         plan.front();
+        plan.policies();
         plan
     }
 
@@ -392,6 +402,12 @@ impl Plan {
         self.faults.iter().any(|(_, fault)| fault.fails_requests())
     }
 
+    /// Answers may wait for the target at some time.
+    pub fn may_hold_answers(&self) -> bool {
+        let policy = |(_, fault): &(Nanos, Fault)| matches!(fault, Fault::Policy { .. } | Fault::Many(_));
+        self.setup.sync_deadline > 0 || self.faults.iter().any(policy)
+    }
+
     /// Storage in it may fail or lie.
     pub fn lenient(&self) -> bool {
         self.faults.iter().any(|(_, fault)| fault.is_of_storage())
@@ -426,6 +442,38 @@ impl Plan {
             let within = [0, rng.below(1000) * 1000, rng.between(1, 40) * MS][rng.below(3) as usize];
             let fault = Box::new(Fault::Fall { side, power, down });
             self.faults.push((rng.below(self.length), Fault::When { moment: Moment::Made, within, fault }));
+        }
+        self.faults.sort_by_key(|(at, _)| *at);
+    }
+
+    /// Policies change: while the source runs, or while it is down and the target has a promise of it.
+    fn policies(&mut self) {
+        let mut rng = Rng::new(self.seed ^ 0x0b01_1c7e);
+        let rng = &mut rng;
+        if self.theme == Theme::Doubt {
+            return;
+        }
+        let policy = |rng: &mut Rng| Fault::Policy {
+            sync_deadline: if rng.chance(0.4) { 0 } else { rng.between(200, 2500) * MS },
+            cut_interval: rng.between(10, 200) * MS,
+            compress: rng.chance(0.5),
+        };
+        if self.setup.sync_deadline > 0 && rng.chance(0.5) {
+            let away = Fault::Partition(rng.between(500, 3000) * MS);
+            let fall = Fault::Fall { side: Side::Source, power: rng.chance(0.3), down: rng.between(2, 200) * MS };
+            let shorter = Fault::Policy {
+                sync_deadline: if rng.chance(0.6) { 0 } else { 200 * MS },
+                cut_interval: self.setup.cut_interval,
+                compress: self.setup.compress,
+            };
+            let after = Fault::After(MS, Box::new(shorter));
+            self.faults.push((rng.below(self.length), Fault::Many(vec![away, fall, after])));
+        } else if !rng.chance(0.15) {
+            return;
+        }
+        for _ in 0..rng.between(1, 3) {
+            let change = policy(rng);
+            self.faults.push((rng.below(self.length), change));
         }
         self.faults.sort_by_key(|(at, _)| *at);
     }

@@ -222,6 +222,14 @@ impl Run {
                     }
                 }
             }
+            Fault::Policy { sync_deadline, cut_interval, compress } => {
+                // What waits may wait for what was promised before.
+                self.watch.calm(world.now() + self.plan.setup.sync_deadline);
+                for setup in [&mut self.plan.setup, &mut self.stage.setup] {
+                    (setup.sync_deadline, setup.cut_interval, setup.compress) = (sync_deadline, cut_interval, compress);
+                }
+                self.stage.set_policy();
+            }
             Fault::Look => self.look()?,
             Fault::Hold(time) => {
                 if self.stage.stream().is_some() {
@@ -363,7 +371,7 @@ impl Run {
         self.say(if clean { "the source has stopped cleanly" } else { "the source has stopped, and owes" });
         // Who has been fenced, or has no lease, answers nothing any more; nor may a synchronous source that cannot reach
         // its target answer a write: whoever asked loses the connection, and asks the next life.
-        let waits = self.plan.setup.sync_deadline > 0 && self.host.waits_for_writes_only();
+        let waits = self.plan.may_hold_answers() && self.host.waits_for_writes_only();
         // A front end answers what it has taken, not what is still on its way to it.
         let direct = self.plan.setup.front == Front::Direct;
         if self.host.pending() > 0 && !self.stage.held && !waits && direct {

@@ -10,7 +10,8 @@
 //! a header, its lower half as the stamp of a page. How far they go tells an older copy of the log from the newest, against
 //! the [`Witness`] in another file.
 //!
-//! Version 1 had no stamps (0), and no identity of the log's file; it is read, and written anew as version 2.
+//! Version 1 had no stamps (0), and no identity of the log's file; version 2 had no promise. Both are read, and written anew
+//! as version 3.
 //!
 //! A page that fails its CRC (torn) counts as all set. A bit is durable before the first write into its extent is
 //! issued, and is cleared only after the header that names the acknowledged place covering it is durable.
@@ -22,7 +23,7 @@ use crate::segment::Predecessor;
 use crate::{ALIGN, FormatError, MAX_NUMBER, get_id, get_number, need};
 
 /// Version of the log that is written.
-pub const INTENT_VERSION: u16 = 2;
+pub const INTENT_VERSION: u16 = 3;
 /// Oldest version that is read.
 const OLDEST_VERSION: u16 = 1;
 /// Version of a witness.
@@ -103,6 +104,9 @@ pub struct IntentHeader {
     pub lease_at: u64,
     /// Which file this log is, as the system tells files apart; 0 if it does not, or in version 1. A copy differs.
     pub log_identity: u64,
+    /// Longest deadline of synchronous mode that a frame of this writer, or of one before that no target has ended the
+    /// promises of, may name, milliseconds; 0 for none. The next process keeps it before it answers a write.
+    pub promised_ms: u32,
 }
 
 impl IntentHeader {
@@ -142,6 +146,7 @@ impl IntentHeader {
         out.put_u64_le(self.identity);
         out.put_u64_le(self.lease_at);
         out.put_u64_le(self.log_identity);
+        out.put_u32_le(self.promised_ms);
         let crc = crc32c::crc32c(&page);
         page[8..12].copy_from_slice(&crc.to_le_bytes());
         page
@@ -207,6 +212,7 @@ impl IntentHeader {
             identity: input.get_u64_le(),
             lease_at: get_number(&mut input, WHAT)?,
             log_identity: if version == 1 { 0 } else { input.get_u64_le() },
+            promised_ms: if version < 3 { 0 } else { input.get_u32_le() },
         })
     }
 }

@@ -390,13 +390,16 @@ fn intent_header() {
         left: true,
         lease_at: 0x21a2_a3a4_a5a6_a7a8,
         log_identity: 0xb1b2_b3b4_b5b6_b7b8,
+        promised_ms: 0xc1c2_c3c4,
     };
     let bytes = header.encode();
-    golden("intent-header-2", &bytes);
+    golden("intent-header-3", &bytes);
     assert_eq!(IntentHeader::decode(&bytes), Ok(header));
-    // As the version before wrote it.
-    let old = from_hex("intent-header");
-    assert_eq!(IntentHeader::decode(&old), Ok(IntentHeader { log_identity: 0, ..header }));
+    // As the versions before wrote it.
+    let old = from_hex("intent-header-2");
+    assert_eq!(IntentHeader::decode(&old), Ok(IntentHeader { promised_ms: 0, ..header }));
+    let oldest = from_hex("intent-header");
+    assert_eq!(IntentHeader::decode(&oldest), Ok(IntentHeader { log_identity: 0, promised_ms: 0, ..header }));
 }
 
 #[test]

@@ -150,7 +150,7 @@ fn control() -> impl Strategy<Value = Control> {
 }
 
 prop_compose! {
-    fn intent()(numbers in prop::array::uniform16(number()), log_identity in any::<u64>(), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
+    fn intent()(numbers in prop::array::uniform16(number()), log_identity in any::<u64>(), promised_ms in any::<u32>(), disk in id(), stream in id(), incarnation in id(), before in id(), end in id(), boot in any::<[u8; 16]>(),
         whole_owed in any::<bool>(), clean in any::<bool>(), sync_owed in any::<bool>(), mapped in any::<bool>(),
         fenced in any::<bool>(), left in any::<bool>()) -> IntentHeader {
         let [serial, size, acked_frame, acked_seq, reserved_seq, cut, sync, generation, mtime_ns, frame, seq, last, last_seq, complete_wall_ns, identity, lease_at] = numbers;
@@ -165,6 +165,7 @@ prop_compose! {
             left,
             lease_at,
             log_identity,
+            promised_ms,
         }
     }
 }

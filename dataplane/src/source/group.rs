@@ -102,6 +102,8 @@ pub(super) struct Group {
     pub clean: bool,
     /// A clean stop rests on the spill's holding everything up to here.
     pub spilled: Option<Predecessor>,
+    /// What the logs' headers say, or are about to: see [`IntentHeader::promised_ms`].
+    pub promised_ms: u32,
     reported: u8,
     rung_reported: Rung,
     /// The pool is short of buffers: a queue that holds more bytes than this gets no more.
@@ -140,12 +142,14 @@ impl Group {
         alternative: Option<Predecessor>,
         tokens: (Token, Token),
         word_at: Option<Nanos>,
+        promised_ms: u32,
         now: Nanos,
     ) -> Self {
         Self {
             next_cut: now + config.cut_interval,
             lease: Lease::new(config.lease, word_at),
-            synchronous: Synchronous::new(config.sync_deadline),
+            synchronous: Synchronous::new(config.sync_deadline, promised_ms),
+            promised_ms,
             config,
             limits,
             disks,

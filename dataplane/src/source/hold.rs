@@ -12,7 +12,7 @@ use afterimage_wire::record::RecordKind;
 
 use super::group::{Around, Group, Phase};
 use super::status::{HoldReason, SourceEvent};
-use super::synchronous::Seen;
+use super::synchronous::{Seen, millis};
 use crate::io::{Io, Nanos};
 use crate::sealers::Payload;
 use crate::ship::{Event, LinkState, SMALL_COST};
@@ -55,12 +55,19 @@ impl Group {
 
     /// Goes on with synchronous mode: answers whoever may be answered. Before frames are composed.
     pub fn sync_mode_turn<I: Io>(&mut self, w: &mut Around<'_, I>, now: Nanos) {
+        let named = millis(self.synchronous.deadline());
+        if named != self.promised_ms && !self.synchronous.owes() {
+            self.promised_ms = named;
+            self.set_headers(w.disks, |h| h.promised_ms = named);
+        }
         if self.synchronous.deadline() == 0 && !self.synchronous.holds_answers() {
             return;
         }
         let queue = &self.ship.queue;
         let whole = !matches!(self.phase, Phase::Opening | Phase::Closed) && !queue.closed && !queue.overflow;
-        let complete = whole && self.all_disks(w.disks, |disk| !disk.sync.is_open() && !disk.sync.whole_owed);
+        let complete = whole
+            && self.all_disks(w.disks, |disk| !disk.sync.is_open() && !disk.sync.whole_owed)
+            && self.all_logs(w.disks, |log| log.durable_header().promised_ms >= named);
         let seen = Seen {
             ready: self.ship.link.is_ready(),
             complete,

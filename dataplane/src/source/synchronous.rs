@@ -12,7 +12,8 @@
 //! decides to part, it lets half of the deadline pass since the last acknowledgement *came*, which is later. Frames
 //! composed after the decision promise nothing, so the claim is not prolonged meanwhile.
 //!
-//! An earlier process may have promised, too. A new one therefore answers nothing before half of the deadline has passed
+//! An earlier process may have promised, too, under another policy. The longest deadline that it may have named is in the
+//! write-intent logs, durably before it is named. A new process therefore answers nothing before half of that has passed
 //! since its start, or the target has accepted it, which ends every claim made by its predecessor's frames.
 //!
 //! A write thus waits for at most the deadline: half of it until the decision, half of it until the promise is over.
@@ -44,7 +45,7 @@ enum Mode {
 pub(crate) struct Seen {
     /// The link carries frames.
     pub ready: bool,
-    /// Every disk is complete at the target, and every write becomes a record.
+    /// Every disk is complete at the target, every write becomes a record, and the logs name the deadline.
     pub complete: bool,
     /// Newest record drawn.
     pub drawn: u64,
@@ -64,13 +65,27 @@ pub(crate) struct Synchronous {
     heard: Nanos,
     /// Why hosts are answered without waiting.
     why: &'static str,
+    /// How long an earlier process's promise is kept, at most.
+    kept: Nanos,
+}
+
+/// A deadline in whole milliseconds, as logs and frames name it: not below the true one.
+pub(crate) fn millis(deadline: Nanos) -> u32 {
+    u32::try_from(deadline.div_ceil(1_000_000)).unwrap_or(u32::MAX)
 }
 
 impl Synchronous {
-    /// With this deadline; 0 for asynchronous.
-    pub fn new(deadline: Nanos) -> Self {
-        let mode = if deadline > 0 { Mode::Beginning(None) } else { Mode::Apart(0) };
-        Self { deadline, mode, heard: 0, why: "not synchronised yet" }
+    /// With this deadline, 0 for asynchronous; an earlier process may have promised `promised_ms`.
+    pub fn new(deadline: Nanos, promised_ms: u32) -> Self {
+        let promised = if mutant!(PromiseForgotten) { 0 } else { Nanos::from(promised_ms) * 1_000_000 };
+        let kept = promised.max(deadline) / 2;
+        let mode = if kept > 0 { Mode::Beginning(None) } else { Mode::Apart(0) };
+        Self { deadline, mode, heard: 0, why: "not synchronised yet", kept }
+    }
+
+    /// Something that was promised under another deadline may still be out.
+    pub fn owes(&self) -> bool {
+        matches!(self.mode, Mode::Beginning(_) | Mode::Parting(_))
     }
 
     /// The deadline; 0 if the policy is asynchronous.
@@ -150,7 +165,7 @@ impl Synchronous {
             }
         }
         match self.mode {
-            Mode::Beginning(None) => self.mode = Mode::Beginning(Some(now + self.deadline / 2)),
+            Mode::Beginning(None) => self.mode = Mode::Beginning(Some(now + self.kept)),
             Mode::Beginning(Some(until)) | Mode::Parting(until) if now >= until => {
                 self.mode = Mode::Apart(now + self.deadline)
             }
@@ -188,7 +203,7 @@ mod tests {
     }
 
     fn together() -> Synchronous {
-        let mut mode = Synchronous::new(1000 * MS);
+        let mut mode = Synchronous::new(1000 * MS, 0);
         mode.accepted(0);
         mode.turn(0, &seen(5, 3, None));
         assert!(mode.holds_answers() && mode.promise_ms() == 0, "what was drawn may have been answered");
@@ -200,7 +215,7 @@ mod tests {
 
     #[test]
     fn an_asynchronous_policy_never_waits() {
-        let mut mode = Synchronous::new(0);
+        let mut mode = Synchronous::new(0, 0);
         mode.turn(0, &seen(5, 5, None));
         assert!(!mode.holds_answers());
     }
@@ -208,7 +223,7 @@ mod tests {
     #[test]
     fn what_an_earlier_process_promised_is_kept() {
         let unlinked = Seen { ready: false, ..seen(5, 3, Some(10 * MS)) };
-        let mut mode = Synchronous::new(1000 * MS);
+        let mut mode = Synchronous::new(1000 * MS, 0);
         assert!(mode.holds_answers());
         mode.turn(10 * MS, &unlinked);
         mode.turn(509 * MS, &unlinked);
@@ -217,7 +232,7 @@ mod tests {
         mode.turn(510 * MS, &unlinked);
         assert!(!mode.holds_answers());
         // Once the target has accepted this process it claims nothing by what the other one said.
-        let mut mode = Synchronous::new(1000 * MS);
+        let mut mode = Synchronous::new(1000 * MS, 0);
         mode.turn(10 * MS, &unlinked);
         mode.accepted(20 * MS);
         assert!(!mode.holds_answers());
