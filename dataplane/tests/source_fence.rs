@@ -263,6 +263,54 @@ fn a_cut_off_synchronous_source_keeps_its_promise_until_it_is_over() {
 }
 
 #[test]
+fn what_a_process_promised_is_kept_by_the_next_one_under_a_shorter_policy() {
+    for deadline in [0, 200 * MS] {
+        let mut bed = Bed::usual(1);
+        bed.sync_deadline = 2000 * MS;
+        bed.ready();
+        bed.until("together", |bed| bed.status().synchronous.is_some_and(|s| s.together));
+        bed.write(0, 0, &[1; 4096]).expect("written");
+        bed.acked();
+        bed.unreachable = true;
+        bed.world.crash(bed.node);
+        let begun = bed.world.now();
+        bed.sync_deadline = deadline;
+        bed.restart();
+        let cookie = ask_write(&mut bed, 0, 4096, 2);
+        bed.answer(cookie).expect("written");
+        assert!(bed.world.now() - begun >= 1000 * MS, "{} ms", (bed.world.now() - begun) / MS);
+        // From then on its own policy counts, also for the process after it.
+        bed.pass(500 * MS);
+        bed.world.crash(bed.node);
+        let begun = bed.world.now();
+        bed.restart();
+        let cookie = ask_write(&mut bed, 0, 8192, 3);
+        bed.answer(cookie).expect("written");
+        let took = bed.world.now() - begun;
+        assert!(took < deadline / 2 + 300 * MS, "{} ms", took / MS);
+    }
+}
+
+#[test]
+fn a_policy_made_asynchronous_lets_everybody_go_whatever_was_waited_for() {
+    // Before the target has accepted this writer, while it is being joined, and together.
+    for steps in (0..400).step_by(16) {
+        let mut bed = Bed::usual(1);
+        bed.sync_deadline = 2000 * MS;
+        bed.protect().expect("the disks are there");
+        for _ in 0..steps {
+            bed.step();
+        }
+        let waits = ask_write(&mut bed, 0, 0, 1);
+        bed.source.set_waiting(&mut bed.io, STREAM, 0, 0).expect("allowed");
+        let asked = bed.world.now();
+        bed.answer(waits).expect("written");
+        bed.write(0, 4096, &[2; 4096]).expect("written");
+        assert!(bed.world.now() - asked < 1500 * MS, "after {steps} steps");
+    }
+}
+
+#[test]
 fn a_disk_leaves_and_the_others_go_on() {
     let mut bed = Bed::usual(2);
     bed.ready();

@@ -60,7 +60,8 @@ impl Group {
             self.promised_ms = named;
             self.set_headers(w.disks, |h| h.promised_ms = named);
         }
-        if self.synchronous.deadline() == 0 && !self.synchronous.holds_answers() {
+        // Not before whoever waited under another policy, or for what was promised, has been let go.
+        if self.synchronous.deadline() == 0 && !self.synchronous.holds_answers() && !self.ship.queue.holds_answers {
             return;
         }
         let queue = &self.ship.queue;
