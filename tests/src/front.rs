@@ -203,6 +203,7 @@ impl Device {
                 (op::DISCARD, flag(fua, op_flag::FUA), sectors(offset, len), Vec::new())
             }
             Request::Flush => (op::FLUSH, 0, (0, 0), Vec::new()),
+            Request::ReadInto { .. } => unreachable!("no host of a device asks so"),
         };
         // As the kernel writes it: operation and flags, sectors, first sector, an address that says nothing here.
         let mut bytes = [0; 24];
@@ -325,6 +326,7 @@ impl Clients {
             }
             Request::Discard { offset, len, fua } => (cmd::TRIM, flag(fua, cmd_flag::FUA), offset, len as u32, None),
             Request::Flush => (cmd::FLUSH, 0, 0, 0, None),
+            Request::ReadInto { .. } => unreachable!("no client asks so"),
         };
         let mut bytes = RequestHeader { flags, kind, cookie, offset, len }.bytes().to_vec();
         if let Some(data) = data {
