@@ -15,7 +15,7 @@ pub fn desired(
     proxy: &Proxy,
     mut key: impl FnMut(&str) -> Option<Vec<u8>>,
 ) -> (v1::DesiredState, Vec<String>) {
-    let mut state = v1::DesiredState { term: model.term, version: model.revision, ..v1::DesiredState::default() };
+    let mut state = v1::DesiredState { term: model.term, version: model.version(), ..v1::DesiredState::default() };
     let mut without_key = Vec::new();
     let groups = model.groups.values().filter(|g| g.tenant == proxy.tenant && g.phase != GroupPhase::Deleting);
     for group in groups {

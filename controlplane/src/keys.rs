@@ -77,10 +77,18 @@ impl Wrapper {
     /// The system gives no random numbers.
     pub fn generate(&self) -> Result<KeyRecord, KeyError> {
         let mut key = [0; KEY_LEN];
-        let mut nonce = [0; NONCE_LEN];
         self.random.fill(&mut key).map_err(|_| KeyError::Random)?;
+        self.wrap(&new_uid(), &key)
+    }
+
+    /// A key that a proxy has, wrapped.
+    ///
+    /// # Errors
+    /// The system gives no random numbers.
+    pub fn wrap(&self, id: &str, key: &[u8]) -> Result<KeyRecord, KeyError> {
+        let mut nonce = [0; NONCE_LEN];
         self.random.fill(&mut nonce).map_err(|_| KeyError::Random)?;
-        let id = new_uid();
+        let id = id.to_owned();
         let mut sealed = key.to_vec();
         self.key
             .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(id.as_bytes()), &mut sealed)

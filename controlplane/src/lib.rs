@@ -2,6 +2,7 @@
 //! (operations). It stands at a group's target or at a third site; replication goes on without it.
 
 pub mod audit;
+pub mod backup;
 pub mod bundle;
 pub mod ca;
 pub mod client;
@@ -28,6 +29,7 @@ pub mod paging;
 pub mod policy;
 pub mod problem;
 pub mod requests;
+pub mod restore;
 pub mod rpo;
 pub mod sessions;
 pub mod status;

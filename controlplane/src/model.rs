@@ -11,6 +11,7 @@ use crate::names::Name;
 use crate::objects::{Disk, Group, GroupPhase, KeyRecord, Object, Operation, Policy, Proxy, View};
 use crate::problem::Problem;
 use crate::requests::RequestRecord;
+use crate::restore::Restored;
 use crate::store::{Change, Expect, Listing, MAX_VALUE};
 use crate::token::TokenRecord;
 
@@ -58,6 +59,8 @@ pub struct Model {
     pub keys: BTreeMap<String, KeyRecord>,
     /// Requests that have been done, by tenant and key. Many, and copied with each change.
     pub requests: BTreeMap<Key, Arc<RequestRecord>>,
+    /// That the store was restored, if it was.
+    pub restored: Option<Restored>,
     /// Of every key: of an object, and of each of its parts.
     revisions: HashMap<String, u64>,
 }
@@ -205,8 +208,8 @@ impl Model {
     /// changed.
     pub fn too_long(txn: &Txn) -> Option<(String, usize, usize)> {
         let most = PART * MAX_PARTS;
-        let lengths = txn.puts.iter().map(|o| (o.key(), o.encode().len(), most));
-        lengths.filter(|(_, length, _)| *length > most).next()
+        let mut lengths = txn.puts.iter().map(|o| (o.key(), o.encode().len(), most));
+        lengths.find(|(_, length, _)| *length > most)
     }
 
     /// The model after the changes have been committed.
@@ -238,6 +241,7 @@ impl Model {
             Object::Request(o) => drop(self.requests.insert(pair(&o.tenant, &o.key), Arc::new(o))),
             Object::Term(term) => self.term = term,
             Object::Audit(head) => self.audit = head,
+            Object::Restored(o) => self.restored = Some(o),
         }
     }
 
@@ -254,7 +258,23 @@ impl Model {
             Object::Request(o) => drop(self.requests.remove(&pair(&o.tenant, &o.key))),
             Object::Term(_) => self.term = 0,
             Object::Audit(_) => self.audit = Head::default(),
+            Object::Restored(_) => self.restored = None,
         }
+    }
+
+    /// Version of desired states: rises with the store's revision, and over a restore.
+    pub fn version(&self) -> u64 {
+        self.revision + self.restored.as_ref().map_or(0, |r| r.offset)
+    }
+
+    /// Restored from a backup, and not confirmed.
+    pub fn observing(&self) -> bool {
+        self.restored.as_ref().is_some_and(|r| r.observing)
+    }
+
+    /// Whether what this proxy has is still to be asked for, before it is told anything.
+    pub fn unasked(&self, proxy_uid: &str) -> bool {
+        self.restored.as_ref().is_some_and(|r| !r.seen.iter().any(|s| s == proxy_uid))
     }
 
     /// A policy.

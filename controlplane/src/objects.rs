@@ -6,6 +6,7 @@ use crate::failover::Failover;
 use crate::names::{Kind, Name, child};
 use crate::policy::Promises;
 use crate::requests::RequestRecord;
+use crate::restore::Restored;
 use crate::token::TokenRecord;
 
 /// A policy.
@@ -355,6 +356,8 @@ pub enum Object {
     Term(u64),
     /// The newest record of the audit log.
     Audit(crate::audit::Head),
+    /// That the store was restored from a backup.
+    Restored(Restored),
 }
 
 impl Object {
@@ -372,6 +375,7 @@ impl Object {
             Self::Request(o) => format!("requests/{}/{}", o.tenant, o.key),
             Self::Term(_) => "term".to_owned(),
             Self::Audit(_) => "audit".to_owned(),
+            Self::Restored(_) => "restored".to_owned(),
         }
     }
 
@@ -389,6 +393,7 @@ impl Object {
             Self::Request(o) => serde_json::to_vec(o),
             Self::Term(o) => serde_json::to_vec(o),
             Self::Audit(o) => serde_json::to_vec(o),
+            Self::Restored(o) => serde_json::to_vec(o),
         };
         json.expect("objects are plain data with string keys")
     }
@@ -414,6 +419,7 @@ impl Object {
             "requests" => Self::Request(read(key, value)?),
             "term" => Self::Term(read(key, value)?),
             "audit" => Self::Audit(read(key, value)?),
+            "restored" => Self::Restored(read(key, value)?),
             _ => return Err(format!("{key}: no kind of object that this program knows")),
         })
     }
@@ -423,3 +429,7 @@ impl Object {
 pub fn new_uid() -> String {
     uuid::Uuid::new_v4().to_string()
 }
+
+#[cfg(test)]
+#[path = "pinned_tests.rs"]
+mod pinned;

@@ -128,6 +128,11 @@ pub struct Wanted {
 }
 
 impl Promises {
+    /// With the defaults.
+    pub fn usual() -> Self {
+        Self::new(&Wanted::default()).expect("the defaults are within their bounds")
+    }
+
     /// Fills in the defaults and checks every bound.
     ///
     /// # Errors

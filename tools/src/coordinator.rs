@@ -18,6 +18,7 @@ use tracing_subscriber::EnvFilter;
 use crate::operator::failure::{Failure, Kind};
 use crate::operator::output::{Output, fields};
 
+mod backup;
 mod shared;
 
 use shared::EtcdArgs;
@@ -38,6 +39,8 @@ Examples:
   afterimage coordinator --etcd http://10.0.0.1:2379 --etcd http://10.0.0.2:2379 --etcd http://10.0.0.3:2379 \
     --advertise 10.0.0.1:7700,10.0.0.2:7700,10.0.0.3:7700       one of three that share an etcd
   afterimage coordinator move --etcd http://10.0.0.1:2379       the state of a single one into an etcd
+  afterimage coordinator backup /srv/backup/state               every night; beside it, once: DIR/ca.pem and DIR/keys.bin
+  afterimage coordinator restore /srv/backup/state              then start it, and: afterimage coordinator confirm
 
 The first start makes a certificate authority and an identity for an admin, DIR/admin.json. With it:
   export AFTERIMAGE_IDENTITY=DIR/admin.json
@@ -90,6 +93,12 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
+    /// Write the state into a file: of a coordinator that runs, or (--data-dir) of one that does not.
+    Backup(backup::Backup),
+    /// Begin from a backup, in a folder or etcd that holds no state: it then only observes, until `confirm`.
+    Restore(backup::Restore),
+    /// Show what a restored coordinator has found at its proxies, and let it go on.
+    Confirm(backup::Confirm),
 }
 
 /// How a log is written.
@@ -180,7 +189,14 @@ fn check_advertised(address: &str) -> Result<(), Failure> {
 
 /// Runs the coordinator until it is told to stop.
 pub fn run(args: Args) -> ExitCode {
-    let json = args.json || matches!(args.action, Some(Action::Move { json: true, .. }));
+    let json = args.json
+        || match &args.action {
+            None => false,
+            Some(Action::Move { json, .. }) => *json,
+            Some(Action::Backup(backup)) => backup.common.json,
+            Some(Action::Restore(restore)) => restore.json,
+            Some(Action::Confirm(confirm)) => confirm.common.json,
+        };
     match serve(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => crate::operator::report(&failure, json),
@@ -188,11 +204,17 @@ pub fn run(args: Args) -> ExitCode {
 }
 
 fn serve(mut args: Args) -> Result<(), Failure> {
-    if let Some(Action::Move { data_dir, etcd, json }) = args.action.take() {
-        start_log(LogFormat::Text);
-        let etcd = etcd.etcd()?.ok_or_else(|| Failure::usage("where to: --etcd URL, once for each member"))?;
-        let dir = data_dir.unwrap_or_else(|| PathBuf::from(DATA_DIR));
-        return runtime()?.block_on(shared::move_into(&etcd, &dir, Output { json, yes: false }));
+    match args.action.take() {
+        None => {}
+        Some(Action::Move { data_dir, etcd, json }) => {
+            start_log(LogFormat::Text);
+            let etcd = etcd.etcd()?.ok_or_else(|| Failure::usage("where to: --etcd URL, once for each member"))?;
+            let dir = data_dir.unwrap_or_else(|| PathBuf::from(DATA_DIR));
+            return runtime()?.block_on(shared::move_into(&etcd, &dir, Output { json, yes: false }));
+        }
+        Some(Action::Backup(args)) => return runtime()?.block_on(backup::backup(args)),
+        Some(Action::Restore(args)) => return runtime()?.block_on(backup::restore(args)),
+        Some(Action::Confirm(args)) => return runtime()?.block_on(backup::confirm(args)),
     }
     let settings = Settings::load(&args)?;
     start_log(settings.log);

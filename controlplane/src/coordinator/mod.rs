@@ -40,6 +40,7 @@ mod hooks;
 mod points;
 mod policies;
 mod report;
+mod restore;
 mod rpo;
 mod views;
 mod watchman;
@@ -115,6 +116,8 @@ pub struct Coordinator {
     kept_events: watch::Sender<u64>,
     event_feed: broadcast::Sender<Event>,
     closing: watch::Sender<bool>,
+    /// What proxies have, as they said after a restore.
+    observed: Mutex<Vec<crate::restore::Observed>>,
 }
 
 impl Coordinator {
@@ -158,9 +161,14 @@ impl Coordinator {
             event_log,
             event_feed: broadcast::channel(EVENT_BACKLOG).0,
             closing: watch::channel(false).0,
+            observed: Mutex::default(),
         });
         let raised = coordinator
-            .change(|model, txn| {
+            .change_always(|model, txn| {
+                if let Some(restored) = model.restored.as_ref().filter(|r| r.observing && !r.seen.is_empty()) {
+                    // What they said was in memory: they are asked again.
+                    txn.put(Object::Restored(crate::restore::Restored { seen: Vec::new(), ..restored.clone() }));
+                }
                 txn.put(Object::Term(model.term + 1));
                 Ok(model.term + 1)
             })
@@ -172,8 +180,10 @@ impl Coordinator {
 
     /// Starts what goes on by itself: convergence, conditions, and operations that an earlier life had begun.
     pub fn start(self: &Arc<Self>) -> Vec<tokio::task::JoinHandle<()>> {
-        self.resume_operations();
-        self.drop_half_made_views();
+        if !self.model().observing() {
+            self.resume_operations();
+            self.drop_half_made_views();
+        }
         let mut tasks = vec![
             tokio::spawn(self.clone().converge_always()),
             tokio::spawn(self.clone().watch_over()),
@@ -219,6 +229,21 @@ impl Coordinator {
     /// # Errors
     /// As decided; or the store failed and nothing was changed.
     pub async fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        decide: impl FnOnce(&Model, &mut Txn) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        self.change_always(|model, txn| {
+            let result = decide(model, txn)?;
+            if model.observing() && !txn.is_empty() {
+                return Err(restore::only_observes());
+            }
+            Ok(result)
+        })
+        .await
+    }
+
+    /// As [`Self::change`], also before a restore has been confirmed.
+    async fn change_always<T: Send + 'static>(
         self: &Arc<Self>,
         decide: impl FnOnce(&Model, &mut Txn) -> Result<T, Problem>,
     ) -> Result<T, Problem> {
@@ -298,7 +323,7 @@ impl Coordinator {
 
     /// Records a call that was denied.
     pub async fn record_denial(self: &Arc<Self>, why: String) {
-        let recorded = self.change(|_, txn| {
+        let recorded = self.change_always(|_, txn| {
             txn.denied(why);
             Ok(())
         });
@@ -387,7 +412,7 @@ impl Coordinator {
         answer: Duration,
     ) -> Result<Outcome, CallError> {
         // What was decided by who leads no more is not to be done: the next leader goes on with it.
-        if !self.store.in_office() {
+        if !self.store.in_office() || (self.model().observing() && !restore::only_looks(&tell)) {
             return Err(CallError::NotConnected);
         }
         let command = v1::Command {
@@ -445,7 +470,7 @@ impl Coordinator {
 
     /// Sends a proxy what it should be, unless it has been told.
     pub(crate) fn converge(&self, model: &Model, proxy: &Proxy, first: bool) {
-        if !self.store.in_office() {
+        if !self.store.in_office() || model.observing() || model.unasked(&proxy.uid) {
             return;
         }
         let key = |id: &str| model.keys.get(id).and_then(|k| self.keys.unwrap(k).ok()).map(|k| k.to_vec());

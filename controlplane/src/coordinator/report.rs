@@ -54,18 +54,34 @@ impl Coordinator {
         let subject = proxy.name().to_string();
         check_register(&proxy, &register)?;
         let model = self.model();
-        if register.observed_version > model.revision || register.observed_term > model.term {
+        let unasked = model.unasked(&proxy.uid);
+        let ahead = register.observed_version > model.version() || register.observed_term > model.term;
+        if ahead && !unasked {
             // The store is older than what this proxy has seen: it was restored from a backup, or is another one.
             let state = format!(
                 "ahead of this coordinator: it has seen version {} in term {}, the store is at {} in {}",
-                register.observed_version, register.observed_term, model.revision, model.term
+                register.observed_version,
+                register.observed_term,
+                model.version(),
+                model.term
             );
             self.tell(Severity::Error, "proxy", &subject, &state);
             return Err(Problem::state(subject, state, "start the coordinator with its newest store"));
         }
         let pin = hex(&who.pin);
+        let seen = (register.observed_term, register.observed_version);
         let changed = self
-            .change(|model, txn| {
+            .change_always(|model, txn| {
+                if let Some(restored) = model.restored.as_ref().filter(|_| unasked) {
+                    // Above all that it has seen, so that it takes what comes.
+                    if seen.0 >= model.term {
+                        txn.put(Object::Term(seen.0 + 1));
+                    }
+                    if seen.1 >= model.version() {
+                        let offset = restored.offset + (seen.1 - model.version()) + 1;
+                        txn.put(Object::Restored(crate::restore::Restored { offset, ..restored.clone() }));
+                    }
+                }
                 let old = model.proxy(&proxy.name())?;
                 let new = Proxy {
                     data_address: register.data_address,
@@ -92,7 +108,11 @@ impl Coordinator {
         // Its outbox is new and empty.
         let _ = outbox.try_send(Ok(first));
         self.live.lock().expect("nothing panics while it holds this").proxies.entry(proxy.uid.clone()).or_default();
-        self.converge(&model, &proxy, true);
+        if model.unasked(&proxy.uid) {
+            self.observe(proxy.clone(), epoch);
+        } else {
+            self.converge(&model, &proxy, true);
+        }
         self.tell(Severity::Info, "proxy", &subject, "connected");
         Ok((proxy.uid, epoch))
     }
@@ -118,6 +138,9 @@ impl Coordinator {
                 && g.phase == crate::objects::GroupPhase::Protecting
                 && !g.hold
                 && g.generation == g.writer_generation
+                // After a restore only the target knows whether that is still so.
+                && !model.unasked(uid)
+                && !model.target_of(g).is_some_and(|t| model.unasked(&t.uid))
         };
         let streams = report.sources.iter().filter_map(|s| model.group_by_uid(&s.stream_uid));
         let stream_uids = streams.filter(own).map(|g| g.uid.clone()).collect();

@@ -49,6 +49,8 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Enrolment", "Renew") => Needs::Certificate,
         ("Enrolment", "CreateJoinToken") | ("Proxies", "DeleteProxy") => Needs::Admin,
         ("Audit", "ListAuditRecords" | "VerifyAudit") => Needs::Admin,
+        ("Backups", "CreateBackup" | "ConfirmRestore") => Needs::Admin,
+        ("Backups", "GetRestore") => Needs::Viewer,
         ("ProxyControl", "Session") => Needs::Proxy,
         ("Policies", "GetPolicy" | "ListPolicies")
         | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks")
@@ -348,6 +350,8 @@ mod tests {
             ("Audit", &[Role::Admin], "ListAuditRecords VerifyAudit"),
             ("Enrolment", &[Role::Admin], "CreateJoinToken"),
             ("Enrolment", EVERYBODY, "Join Renew"),
+            ("Backups", &[Role::Admin], "CreateBackup ConfirmRestore"),
+            ("Backups", READ, "GetRestore"),
             ("ProxyControl", &[Role::Proxy], "Session"),
         ];
         let mut left = methods();

@@ -12,14 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ring::digest::{SHA256, digest};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::bound::Open;
 use super::{Config, Running, ServeError, check_report, make_folder, start};
-use crate::ca::hex;
+use crate::backup::{SHARED_FILES, fingerprint};
 use crate::store::StoreError;
 use crate::store::etcd::office::{Candidate, LEASE, LOOK, Office, Stood};
 use crate::store::etcd::{Etcd, EtcdStore};
@@ -28,8 +27,6 @@ use crate::store::etcd::{Etcd, EtcdStore};
 const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 /// How long what a time in office has begun may take to end.
 const END_WITHIN: Duration = Duration::from_secs(20);
-/// Files that all coordinators of one etcd share.
-const SHARED_FILES: [&str; 2] = ["ca.pem", "keys.bin"];
 
 /// One of several coordinators.
 pub struct Member {
@@ -152,15 +149,6 @@ async fn check_shared(candidate: &Candidate, dir: &Path) -> Result<(), ServeErro
         dir.display(),
         SHARED_FILES.join(" and ")
     )))
-}
-
-/// Of the shared files; tells nothing of them. None if one is missing.
-fn fingerprint(dir: &Path) -> Option<String> {
-    let mut all = b"afterimage shared files 1".to_vec();
-    for file in SHARED_FILES {
-        all.extend_from_slice(digest(&SHA256, &std::fs::read(dir.join(file)).ok()?).as_ref());
-    }
-    Some(hex(digest(&SHA256, &all).as_ref()))
 }
 
 /// Stands, leads, follows, until it is told to end.

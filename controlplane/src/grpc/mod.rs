@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use afterimage_wire::v1;
 use afterimage_wire::v1::audit_server::AuditServer;
+use afterimage_wire::v1::backups_server::BackupsServer;
 use afterimage_wire::v1::enrolment_server::EnrolmentServer;
 use afterimage_wire::v1::failovers_server::FailoversServer;
 use afterimage_wire::v1::groups_server::GroupsServer;
@@ -38,6 +39,7 @@ use crate::store::{Store, StoreError};
 
 mod audit;
 pub mod auth;
+mod backups;
 pub mod bound;
 mod control;
 pub mod deadline;
@@ -348,6 +350,7 @@ async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<
         .add_service(bounded!(ViewsServer, operator))
         .add_service(bounded!(StatusServer, status::StatusService(coordinator.clone())))
         .add_service(bounded!(AuditServer, audit::AuditService(coordinator.clone())))
+        .add_service(bounded!(BackupsServer, backups::BackupsService(coordinator.clone())))
         .add_service(bounded!(EnrolmentServer, enrolment::EnrolmentService(coordinator.clone())))
         .add_service(bounded!(ProxyControlServer, control::ControlService(coordinator.clone()))))
 }

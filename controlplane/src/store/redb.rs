@@ -16,10 +16,10 @@ const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// Schema of the tables and of the values in them.
 ///
 /// 1: first. 2: requests that have been done (`requests/`). 3: an object may lie in several values (`parts/`). 4: the head of
-/// the audit log (`audit`). The rest as before.
+/// the audit log (`audit`), and that a store was restored (`restored`). The rest as before.
 pub(crate) const SCHEMA: u64 = 4;
 /// The oldest that is read.
-const OLDEST_SCHEMA: u64 = 1;
+pub(crate) const OLDEST_SCHEMA: u64 = 1;
 const SCHEMA_KEY: &str = "schema";
 const REVISION_KEY: &str = "revision";
 

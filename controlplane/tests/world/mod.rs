@@ -398,6 +398,7 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
         }
         Tell::Unprotect(_) | Tell::DropStream(_) | Tell::LeaveDisk(_) => Outcome::Done(Done {}),
         Tell::InspectBranch(_) => Outcome::Branch(Branch::default()),
+        Tell::Observe(_) => Outcome::Observed(state.clone()),
     }
 }
 

@@ -240,6 +240,11 @@ impl Session {
         v1::status_client::StatusClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
+    /// The coordinator's own state.
+    pub fn backups(&self) -> v1::backups_client::BackupsClient<Channel> {
+        v1::backups_client::BackupsClient::new(self.channel.clone())
+    }
+
     /// Certificates by join tokens.
     pub fn audit(&self) -> v1::audit_client::AuditClient<Channel> {
         v1::audit_client::AuditClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)

@@ -147,6 +147,7 @@ fn name(verb: &Verb) -> &'static str {
         Verb::DropStream(_) => "drop stream",
         Verb::LeaveDisk(_) => "leave disk",
         Verb::InspectBranch(_) => "inspect branch",
+        Verb::Observe(_) => "observe",
     }
 }
 
@@ -163,6 +164,7 @@ async fn verb(proxy: &Proxy, verb: Option<Verb>) -> Result<Outcome, Refused> {
         Some(Verb::Unprotect(said)) => unprotect(proxy, &said.stream_uid).await,
         Some(Verb::DropStream(said)) => drop_stream(proxy, &said.stream_uid).await,
         Some(Verb::LeaveDisk(said)) => leave_disk(proxy, &said).await,
+        Some(Verb::Observe(_)) => Ok(Outcome::Observed(proxy.desired.borrow().clone())),
         Some(Verb::InspectBranch(said)) => branch::inspect(proxy, &said).await.map(Outcome::Branch),
         None => refused(Kind::Unsupported, "the command is not known in this version"),
     }

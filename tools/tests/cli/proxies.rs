@@ -237,5 +237,6 @@ fn answer(
         }
         Command::Unprotect(_) | Command::DropStream(_) | Command::LeaveDisk(_) => Outcome::Done(v1::Done {}),
         Command::InspectBranch(_) => Outcome::Branch(v1::Branch::default()),
+        Command::Observe(_) => Outcome::Observed(desired.clone()),
     }
 }

@@ -18,10 +18,14 @@ use crate::store::StoreError;
 pub const LEASE: Duration = Duration::from_secs(5);
 /// Of the lease, what the holder does not use: clocks differ in speed, and what was begun takes a moment.
 const MARGIN: Duration = Duration::from_secs(1);
-/// Between two looks at who leads, and two renewals that failed.
+/// Between two looks at who leads.
 pub const LOOK: Duration = Duration::from_millis(250);
-/// Between two renewals.
-const RENEW: Duration = Duration::from_millis(1250);
+/// Between two renewals, and how long a member may take for one: when two of three hang, the third is still asked before
+/// the lease has been used.
+const RENEW: Duration = Duration::from_millis(1000);
+const RENEW_WITHIN: Duration = Duration::from_millis(800);
+/// Between two renewals of which the first failed.
+const RENEW_AGAIN: Duration = Duration::from_millis(50);
 
 /// Who leads, as it says in the leader's key.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -219,7 +223,7 @@ impl Office {
                     self.renewed(asked, ttl);
                     RENEW
                 }
-                None => LOOK,
+                None => RENEW_AGAIN,
             };
         }
     }
@@ -228,12 +232,15 @@ impl Office {
     async fn renew(&self) -> Option<i64> {
         let (_open, more) = mpsc::channel(1);
         let ask = Lease { value: self.lease };
-        let mut stream =
-            self.client.stream::<Lease, Leased>("/etcdserverpb.Lease/LeaseKeepAlive", ask, more).await.ok()?;
-        match tokio::time::timeout(RENEW, stream.message()).await {
-            Ok(Ok(Some(leased))) => Some(leased.ttl),
+        let member = self.client.current();
+        let answer = async {
+            let stream = self.client.stream::<Lease, Leased>("/etcdserverpb.Lease/LeaseKeepAlive", ask, more).await;
+            stream.ok()?.message().await.ok()?
+        };
+        match tokio::time::timeout(RENEW_WITHIN, answer).await {
+            Ok(Some(leased)) => Some(leased.ttl),
             _ => {
-                self.client.give_up_on_current();
+                self.client.leave(member);
                 None
             }
         }

@@ -388,6 +388,16 @@ impl Client {
         let _ = self.current.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// The member that is asked.
+    pub fn current(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// This member is not to be asked next, unless it has been left already.
+    pub fn leave(&self, member: usize) {
+        self.next(member);
+    }
+
     /// The member asked last is not to be asked next.
     pub fn give_up_on_current(&self) {
         self.next(self.current.load(Ordering::Relaxed));

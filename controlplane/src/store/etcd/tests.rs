@@ -294,6 +294,21 @@ async fn a_move_takes_everything_and_revisions_only_rise() {
     assert!(opened.unwrap_err().to_string().contains("run it again"));
 }
 
+#[tokio::test]
+async fn a_store_of_a_newer_version_is_refused_by_name_and_an_older_one_is_moved_forward() {
+    let Some(member) = member().await else { return };
+    let office = won(&member.url).await;
+    let store = EtcdStore::open(office.clone()).await.unwrap();
+    store.put_own("schema", "1").await.unwrap();
+    let store = EtcdStore::open(office.clone()).await.unwrap();
+    assert_eq!(number(&store.client, &store.own("schema")).await.unwrap(), Some(SCHEMA));
+    store.put_own("schema", "99").await.unwrap();
+    let refused = EtcdStore::open(office.clone()).await.unwrap_err();
+    assert!(matches!(refused, StoreError::Schema { found: 99, known: SCHEMA }), "{refused}");
+    assert!(refused.to_string().contains("99") && refused.to_string().contains(&SCHEMA.to_string()));
+    assert_eq!(number(&store.client, &store.own("schema")).await.unwrap(), Some(99), "and left as it is");
+}
+
 #[test]
 fn the_end_of_a_prefix_is_behind_all_its_keys() {
     assert_eq!(rpc::after("a/"), b"a0");

@@ -1,0 +1,450 @@
+//! What a coordinator that was restored from a backup makes of what proxies have: pure functions. The backup is old; each
+//! proxy keeps the last desired state that it was given. What is newer there is taken over; nothing that a proxy has is
+//! given up because the backup does not know it.
+//!
+//! ```text
+//!  restore ─▶ observing: proxies are asked, none is told ─▶ adopt(), with each that answers ─▶ confirm ─▶ as ever
+//! ```
+
+use std::collections::BTreeMap;
+
+use afterimage_wire::v1;
+use serde::{Deserialize, Serialize};
+
+use crate::failover::{FAILOVER_VIEW, Failure, State, StepState};
+use crate::keys::Wrapper;
+use crate::model::{Model, Txn};
+use crate::names::{Kind, Name};
+use crate::objects::{Disk, Group, GroupPhase, Object, PointRecord, Policy, Proxy, View, ViewKind, new_uid};
+use crate::policy::{Compression, Promises};
+use crate::store::Listing;
+
+/// Most findings that are kept.
+const MAX_FINDINGS: usize = 500;
+
+/// That the store was restored, and how far its owner is with that. Stays once it has been confirmed: versions count on.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Restored {
+    /// When the backup was made, nanoseconds since the Unix epoch.
+    pub backup_ns: u64,
+    /// When it was restored.
+    pub restored_ns: u64,
+    /// Added to the store's revision: versions of desired states are above all that proxies have seen.
+    pub offset: u64,
+    /// Until it is confirmed nobody is told anything.
+    pub observing: bool,
+    /// Uids of the proxies whose state is known.
+    pub seen: Vec<String>,
+    /// What was found and taken over, for people.
+    pub findings: Vec<String>,
+}
+
+impl Restored {
+    /// Notes a finding, once.
+    pub fn note(&mut self, finding: String) {
+        if !self.findings.contains(&finding) && self.findings.len() < MAX_FINDINGS {
+            self.findings.push(finding);
+        }
+    }
+}
+
+/// What a backup's objects become in a store that begins with them: no token of then is good, nothing that was being done
+/// then goes on, and the store only observes.
+///
+/// # Errors
+/// An object that this program cannot read.
+pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Object>, String> {
+    let revision = listing.revision;
+    let model = Model::load(listing)?;
+    let version = model.version();
+    // The audit log goes on behind what the store knew; its files are not in the backup.
+    let mut objects: Vec<Object> = vec![Object::Term(model.term), Object::Audit(model.audit)];
+    objects.extend(model.policies.into_values().map(Object::Policy));
+    objects.extend(model.disks.into_values().map(Object::Disk));
+    objects.extend(model.proxies.into_values().map(Object::Proxy));
+    objects.extend(model.keys.into_values().map(Object::Key));
+    objects.extend(model.requests.into_values().map(|r| Object::Request((*r).clone())));
+    // A view that was being made or closed then is nobody's now; what is open its target will say.
+    objects.extend(model.views.into_values().filter(|v| v.open && !v.closing).map(Object::View));
+    objects.extend(model.groups.into_values().map(|mut group| {
+        if matches!(group.phase, GroupPhase::FailingOver { .. }) {
+            group.phase = GroupPhase::Protecting;
+        }
+        Object::Group(group)
+    }));
+    objects.extend(model.operations.into_values().map(|mut operation| {
+        if operation.ended_ns == 0 {
+            let running = operation.work.steps.iter_mut().find(|s| s.state == StepState::Running);
+            let step = running.map_or(crate::failover::StepName::Check, |step| {
+                step.state = StepState::Failed;
+                step.name
+            });
+            operation.work.error = Some(Failure {
+                step,
+                message: "the coordinator's state was restored from a backup that was made meanwhile".to_owned(),
+                remedy: "see where the group stands now, and start again from there".to_owned(),
+            });
+            operation.work.state = State::Failed;
+            operation.ended_ns = now_ns;
+            operation.version += 1;
+        }
+        Object::Operation(operation)
+    }));
+    let offset = version.max(revision);
+    objects.push(Object::Restored(Restored {
+        backup_ns,
+        restored_ns: now_ns,
+        offset,
+        observing: true,
+        ..Restored::default()
+    }));
+    Ok(objects)
+}
+
+/// What a proxy has, as it says.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// Who.
+    pub proxy: Proxy,
+    /// The last desired state that it was given.
+    pub state: v1::DesiredState,
+}
+
+/// What of a group its two ends have.
+#[derive(Default)]
+struct Ends<'a> {
+    source: Option<(&'a Observed, &'a v1::SourceGroup)>,
+    target: Option<(&'a Observed, &'a v1::TargetStream)>,
+}
+
+/// Takes over what is newer at the proxies that have been asked so far. Doing it again with more of them adds what those
+/// say. `settle` once no more are waited for: policies, which many groups share, are judged by all of them.
+pub fn adopt(
+    model: &Model,
+    all: &[Observed],
+    settle: bool,
+    keys: &Wrapper,
+    now_ns: u64,
+    restored: &mut Restored,
+    txn: &mut Txn,
+) {
+    let mut ends: BTreeMap<&str, Ends<'_>> = BTreeMap::new();
+    for observed in all {
+        for group in &observed.state.sources {
+            ends.entry(&group.stream_uid).or_default().source = Some((observed, group));
+        }
+        for stream in &observed.state.targets {
+            ends.entry(&stream.stream_uid).or_default().target = Some((observed, stream));
+        }
+    }
+    let mut found: Vec<Found> = Vec::new();
+    for (uid, ends) in &ends {
+        let known = model.group_by_uid(uid).cloned();
+        let created = known.is_none();
+        let group = match known {
+            Some(group) => group,
+            None => match new_group(model, uid, ends, keys, now_ns, restored, txn) {
+                Some(group) => group,
+                None => continue,
+            },
+        };
+        let before = group.clone();
+        let group = merged(model, group, ends, now_ns, restored, txn);
+        let promises = promises_of(model, &group, ends);
+        found.push(Found { touched: group != before, group, promises, created });
+    }
+    policies(model, found, settle, now_ns, restored, txn);
+}
+
+/// A group, and what it has been promised.
+struct Found {
+    group: Group,
+    promises: Promises,
+    /// Made after the backup.
+    created: bool,
+    /// Something of it is newer than in the backup.
+    touched: bool,
+}
+
+/// A group that was made after the backup, as its source has it.
+fn new_group(
+    model: &Model,
+    uid: &str,
+    ends: &Ends<'_>,
+    keys: &Wrapper,
+    now_ns: u64,
+    restored: &mut Restored,
+    txn: &mut Txn,
+) -> Option<Group> {
+    // Both have to say so: one alone could make the other take something.
+    let (observed, said) = ends.source?;
+    let (_, _) = ends.target?;
+    let name = Name::new(&observed.proxy.tenant, Kind::Group, &said.name);
+    let target = model.proxy_by_uid(&said.target_uid);
+    let Some(target) = target.filter(|_| model.group(&name).is_err()) else {
+        restored.note(format!("group \"{}\": made after the backup; its target or its name is not known", said.name));
+        return None;
+    };
+    let key = said.key.as_ref().filter(|k| k.key.len() == 32)?;
+    if !model.keys.contains_key(&key.id) {
+        txn.put(Object::Key(keys.wrap(&key.id, &key.key).ok()?));
+    }
+    let disk = |d: &v1::SourceDisk| Disk {
+        uid: d.uid.clone(),
+        group_uid: uid.to_owned(),
+        id: d.name.clone(),
+        slot: d.slot as u16,
+        path: d.path.clone(),
+        serial: d.serial.clone(),
+        size: d.size_bytes,
+        block: d.block_bytes,
+        physical_block: d.physical_block_bytes,
+        export_name: d.export_name.clone(),
+        created_ns: now_ns,
+        leaving: false,
+        seed_path: String::new(),
+    };
+    said.disks.iter().for_each(|d| txn.put(Object::Disk(disk(d))));
+    restored.note(format!("group \"{}\": made after the backup; taken over from \"{}\"", said.name, observed.proxy.id));
+    let slots = said.disks.iter().map(|d| d.slot).chain(said.left_slots.iter().copied());
+    Some(Group {
+        uid: uid.to_owned(),
+        tenant: observed.proxy.tenant.clone(),
+        id: said.name.clone(),
+        version: 0,
+        created_ns: now_ns,
+        updated_ns: now_ns,
+        description: String::new(),
+        policy: String::new(),
+        source: observed.proxy.id.clone(),
+        target: target.id.clone(),
+        key: key.id.clone(),
+        generation: 1,
+        writer_generation: 1,
+        next_slot: slots.max().map_or(0, |s| s as u16 + 1),
+        phase: GroupPhase::Protecting,
+        hold: false,
+        complete: false,
+        request_id: String::new(),
+    })
+}
+
+/// The group with what its ends know better.
+fn merged(
+    model: &Model,
+    mut group: Group,
+    ends: &Ends<'_>,
+    now_ns: u64,
+    restored: &mut Restored,
+    txn: &mut Txn,
+) -> Group {
+    let name = group.id.clone();
+    if let Some((_, said)) = ends.source {
+        let writes = said.disks.iter().map(|d| d.generation).max().unwrap_or(0);
+        group.writer_generation = group.writer_generation.max(writes);
+        if said.hold && !group.hold {
+            restored.note(format!("group \"{name}\": its source was told to hold all I/O since"));
+            group.hold = true;
+        }
+        disks(model, &group, said, now_ns, restored, txn);
+        let slots = said.disks.iter().map(|d| d.slot).chain(said.left_slots.iter().copied());
+        group.next_slot = group.next_slot.max(slots.max().map_or(0, |s| s as u16 + 1));
+    }
+    if let Some((_, said)) = ends.target {
+        let held = said.disks.iter().map(|d| d.generation).max().unwrap_or(0);
+        group.generation = group.generation.max(held);
+        let failed_over = views(model, &group, said, now_ns, txn);
+        let was = matches!(group.phase, GroupPhase::FailedOver { .. });
+        if failed_over && !was {
+            restored.note(format!("group \"{name}\": failed over since; it runs from its view"));
+            group.phase = GroupPhase::FailedOver { view: FAILOVER_VIEW.to_owned() };
+        } else if !failed_over && was && ends.source.is_some_and(|(_, s)| !s.hold) {
+            restored.note(format!("group \"{name}\": its failover was undone since"));
+            group.phase = GroupPhase::Protecting;
+        }
+        // Whoever wrote has lost the disks: its I/O stays held, also if it says nothing itself. Only both ends together
+        // may say that it goes on.
+        let goes_on = !failed_over && ends.source.is_some_and(|(_, s)| !s.hold);
+        group.hold = failed_over || (group.hold && !goes_on);
+    }
+    group.generation = group.generation.max(group.writer_generation);
+    group
+}
+
+/// Disks that came or went after the backup.
+fn disks(model: &Model, group: &Group, said: &v1::SourceGroup, now_ns: u64, restored: &mut Restored, txn: &mut Txn) {
+    let known: Vec<&Disk> = model.disks_of(group).collect();
+    if known.is_empty() {
+        return;
+    }
+    for disk in said.disks.iter().filter(|d| !known.iter().any(|k| k.uid == d.uid)) {
+        restored.note(format!("group \"{}\": disk \"{}\" was added since", group.id, disk.name));
+        txn.put(Object::Disk(Disk {
+            uid: disk.uid.clone(),
+            group_uid: group.uid.clone(),
+            id: disk.name.clone(),
+            slot: disk.slot as u16,
+            path: disk.path.clone(),
+            serial: disk.serial.clone(),
+            size: disk.size_bytes,
+            block: disk.block_bytes,
+            physical_block: disk.physical_block_bytes,
+            export_name: disk.export_name.clone(),
+            created_ns: now_ns,
+            leaving: false,
+            seed_path: String::new(),
+        }));
+    }
+    for disk in known.into_iter().filter(|k| said.left_slots.contains(&u32::from(k.slot))) {
+        restored.note(format!("group \"{}\": disk \"{}\" has left it since", group.id, disk.id));
+        txn.delete(Object::Disk(disk.clone()));
+    }
+}
+
+/// Views as their target has them; whether the group runs from one.
+fn views(model: &Model, group: &Group, said: &v1::TargetStream, now_ns: u64, txn: &mut Txn) -> bool {
+    let named = |v: &View| said.views.iter().any(|o| o.view == v.proxy_name());
+    let gone: Vec<View> = model.views_of(group).filter(|v| !named(v)).cloned().collect();
+    gone.into_iter().for_each(|v| txn.delete(Object::View(v)));
+    let mut failed_over = false;
+    for open in &said.views {
+        let Some(id) = open.view.rsplit('.').next().filter(|id| !id.is_empty()) else { continue };
+        failed_over |= id == FAILOVER_VIEW;
+        if model.views_of(group).any(|v| v.id == id) {
+            continue;
+        }
+        let kind = match open.kind() {
+            v1::ViewKind::Failover => ViewKind::Failover,
+            v1::ViewKind::Test => ViewKind::Test,
+            _ => ViewKind::Browse,
+        };
+        let disks = match open.disk_uids.is_empty() {
+            true => said.disks.iter().map(|d| d.uid.clone()).collect(),
+            false => open.disk_uids.clone(),
+        };
+        txn.put(Object::View(View {
+            uid: new_uid(),
+            tenant: group.tenant.clone(),
+            group: group.id.clone(),
+            id: id.to_owned(),
+            version: 1,
+            created_ns: now_ns,
+            kind,
+            writable: open.writable,
+            point: PointRecord { seq: open.seq, disks, ..PointRecord::default() },
+            disk_uids: open.disk_uids.clone(),
+            exports: Vec::new(),
+            reason: open.reason.clone(),
+            open: true,
+            closing: false,
+            request_id: String::new(),
+        }));
+    }
+    failed_over
+}
+
+/// What the ends of a group have been promised for it, over what its policy says.
+fn promises_of(model: &Model, group: &Group, ends: &Ends<'_>) -> Promises {
+    let known = model.policy_of(group).map(|p| p.promises.clone());
+    let mut promises = known.unwrap_or_else(Promises::usual);
+    if let Some((_, said)) = ends.source {
+        promises.cut_interval_ms = said.cut_interval_ms;
+        promises.compression =
+            if said.compression() == v1::Compression::Off { Compression::Off } else { Compression::Auto };
+        if said.rpo_target_us != 0 {
+            promises.rpo_target_us = said.rpo_target_us;
+        }
+        (promises.lease_ms, promises.sync_deadline_ms) = (said.lease_ms, said.sync_deadline_ms);
+        // One that was told by an earlier version knows no hours.
+        if !said.time_zone.is_empty() {
+            promises.bandwidth_bytes_per_s = said.bandwidth_bytes_per_s;
+            promises.allowed_hours.clone_from(&said.allowed_hours);
+            promises.time_zone.clone_from(&said.time_zone);
+            promises.priority = said.priority;
+        }
+    }
+    if let Some((_, said)) = ends.target {
+        (promises.retention_s, promises.journal_budget_bytes) = (said.retention_s, said.journal_budget_bytes);
+    }
+    promises
+}
+
+/// Policies become what the groups that name them have been promised, all of them alike; a group that was promised something
+/// else gets a policy of its own. History that a proxy keeps is not shortened by an older word.
+fn policies(model: &Model, groups: Vec<Found>, settle: bool, now_ns: u64, restored: &mut Restored, txn: &mut Txn) {
+    let key_of = |group: &Group| (group.tenant.clone(), group.policy.clone());
+    let mut changed: BTreeMap<(String, String), Promises> = BTreeMap::new();
+    for (key, policy) in model.policies.iter().filter(|_| settle) {
+        let own = || groups.iter().filter(|f| !f.created && key_of(&f.group) == *key);
+        let named = model.groups.values().filter(|g| key_of(g) == *key).count();
+        let Some(first) = own().next().map(|f| &f.promises) else { continue };
+        if *first != policy.promises && own().count() == named && own().all(|f| f.promises == *first) {
+            restored.note(format!("policy \"{}\": changed since", policy.id));
+            changed.insert(key.clone(), first.clone());
+        }
+    }
+    for Found { mut group, promises, created, mut touched } in groups {
+        let as_said =
+            |key: &(String, String)| changed.get(key).or_else(|| model.policies.get(key).map(|p| &p.promises));
+        if (created || settle) && as_said(&key_of(&group)) != Some(&promises) {
+            let same = |(key, p): &(&(String, String), &Policy)| key.0 == group.tenant && p.promises == promises;
+            let known = model.policies.iter().find(same).map(|(key, _)| key.1.clone());
+            group.policy = known.filter(|_| created).unwrap_or_else(|| {
+                let id = format!("restored-{}", group.id.chars().take(54).collect::<String>());
+                restored.note(format!("policy \"{id}\": made for group \"{}\"", group.id));
+                changed.insert((group.tenant.clone(), id.clone()), promises.clone());
+                id
+            });
+            touched = true;
+        }
+        if touched || created {
+            txn.put(Object::Group(Group { version: group.version + 1, updated_ns: now_ns, ..group }));
+        }
+    }
+    for ((tenant, id), promises) in changed {
+        let old = model.policies.get(&(tenant.clone(), id.clone()));
+        txn.put(Object::Policy(Policy {
+            uid: old.map_or_else(new_uid, |p| p.uid.clone()),
+            tenant,
+            id,
+            version: old.map_or(1, |p| p.version + 1),
+            created_ns: old.map_or(now_ns, |p| p.created_ns),
+            updated_ns: now_ns,
+            description: old
+                .map_or_else(|| "as found at proxies after a restore".to_owned(), |p| p.description.clone()),
+            promises,
+        }));
+    }
+}
+
+/// Streams that a proxy has and nobody else knows, with their groups' names.
+pub fn unknown<'a>(model: &'a Model, observed: &'a Observed) -> impl Iterator<Item = (&'a str, &'a str)> {
+    let sources = observed.state.sources.iter().map(|s| (s.stream_uid.as_str(), s.name.as_str()));
+    let targets = observed.state.targets.iter().map(|t| (t.stream_uid.as_str(), t.name.as_str()));
+    sources.chain(targets).filter(|(uid, _)| model.group_by_uid(uid).is_none())
+}
+
+/// Groups that the backup knows and neither of their proxies does, of which both have been asked: ended since.
+pub fn ended<'a>(model: &'a Model, all: &'a [Observed]) -> impl Iterator<Item = &'a Group> {
+    let asked = |id: &str, tenant: &str| all.iter().find(|o| o.proxy.id == id && o.proxy.tenant == tenant);
+    model.groups.values().filter(move |group| {
+        let (Some(source), Some(target)) = (asked(&group.source, &group.tenant), asked(&group.target, &group.tenant))
+        else {
+            return false;
+        };
+        // Made, but not told to them before the backup's coordinator was gone: there is nothing to end, nor to lose.
+        !source.state.sources.iter().any(|s| s.stream_uid == group.uid)
+            && !target.state.targets.iter().any(|t| t.stream_uid == group.uid)
+    })
+}
+
+/// Proxies that groups name and that have not been asked yet.
+pub fn unseen<'a>(model: &'a Model, restored: &'a Restored) -> impl Iterator<Item = &'a Proxy> {
+    let named =
+        |p: &Proxy| model.groups.values().any(|g| g.tenant == p.tenant && (g.source == p.id || g.target == p.id));
+    model.proxies.values().filter(move |p| named(p) && !restored.seen.contains(&p.uid))
+}
+
+#[cfg(test)]
+#[path = "restore_tests.rs"]
+mod tests;
