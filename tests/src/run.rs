@@ -70,6 +70,8 @@ pub(crate) struct Run {
     /// Syncs of the source's disks may have failed: what they gave up is visible until a power loss, and then gone, to
     /// whatever life it belongs.
     pub(crate) syncs_failed: bool,
+    /// Reads fail at the target now and then: what a view cannot read says nothing.
+    pub(crate) reads_fail: bool,
     /// What the source left on its disks was judged already: somebody wrote to them since.
     pub(crate) judged: bool,
     /// Highest record that a source was told is durable.
@@ -145,6 +147,7 @@ impl Run {
             points: 0,
             fallen: None,
             syncs_failed: false,
+            reads_fail: false,
             judged: false,
             acked: 0,
             restarts: 0,

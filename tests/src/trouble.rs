@@ -171,6 +171,9 @@ impl Run {
             Fault::Errors(side, errors, time) => {
                 world.errors(self.node(side), errors);
                 self.syncs_failed |= side == Side::Source && errors.sync > 0.0;
+                if side == Side::Target {
+                    self.reads_fail = errors.read > 0.0;
+                }
                 self.later(time, Mend::End(fault));
             }
             Fault::Full(time) => {
@@ -286,6 +289,7 @@ impl Run {
                     }
                     Fault::Errors(side, ..) => {
                         world.errors(self.node(side), Errors::default());
+                        self.reads_fail &= side != Side::Target;
                         self.watch.calm(world.now());
                         // A disk that failed a sync takes no flush any more until it is opened anew.
                         let failed = |group: afterimage_dataplane::source::GroupStatus| {

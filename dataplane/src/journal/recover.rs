@@ -711,6 +711,10 @@ impl Recovery {
                 io.close(file);
             }
         }
+        if journal.complete.seq < points.floor() {
+            // What the floor came from is lost. Whose it was is not known, but its numbers are taken.
+            journal.complete = Place { seq: points.floor(), ..Place::default() };
+        }
         (journal.durable, journal.accepted) = (journal.complete, journal.complete);
         Ok(())
     }

@@ -236,7 +236,10 @@ impl Group {
         self.doubted = false;
         self.lease.word(self.asked_at);
         let now = w.io.now();
-        self.synchronous.accepted(now);
+        if self.ship.past().is_none() {
+            // What an earlier process promised is void. While its frames are shipped it is not: they say it again.
+            self.synchronous.accepted(now);
+        }
         self.synchronous.heard(now);
         let acked = if mutant!(PlaceNotCompared) { 0 } else { self.ship.acked_frame };
         let ours = position.incarnation == self.ship.shipped_incarnation();

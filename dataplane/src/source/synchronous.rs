@@ -14,7 +14,8 @@
 //!
 //! An earlier process may have promised, too, under another policy. The longest deadline that it may have named is in the
 //! write-intent logs, durably before it is named. A new process therefore answers nothing before half of that has passed
-//! since its start, or the target has accepted it, which ends every claim made by its predecessor's frames.
+//! since its start, or the target has accepted its own writer, which ends every claim made by its predecessor's frames.
+//! While those are still shipped out of the spill they promise it anew.
 //!
 //! A write thus waits for at most the deadline: half of it until the decision, half of it until the promise is over.
 
@@ -101,7 +102,7 @@ impl Synchronous {
         }
     }
 
-    /// The target has accepted this writer.
+    /// The target has accepted this process's own writer.
     pub fn accepted(&mut self, now: Nanos) {
         if let Mode::Beginning(_) = self.mode {
             self.mode = Mode::Apart(now);
