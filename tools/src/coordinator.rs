@@ -36,11 +36,13 @@ Examples:
   afterimage coordinator                                        everything at its default
   afterimage coordinator --listen 10.0.0.5:7700 --data-dir /srv/coordinator
   afterimage coordinator --advertise coordinator.example:443    behind a gateway
-  afterimage coordinator --etcd http://10.0.0.1:2379 --etcd http://10.0.0.2:2379 --etcd http://10.0.0.3:2379 \
-    --advertise 10.0.0.1:7700,10.0.0.2:7700,10.0.0.3:7700       one of three that share an etcd
-  afterimage coordinator move --etcd http://10.0.0.1:2379       the state of a single one into an etcd
-  afterimage coordinator backup /srv/backup/state               every night; beside it, once: DIR/ca.pem and DIR/keys.bin
-  afterimage coordinator restore /srv/backup/state              then start it, and: afterimage coordinator confirm
+  afterimage coordinator --etcd http://10.0.0.1:2379 --advertise 10.0.0.1:7700,10.0.0.2:7700
+  afterimage coordinator move --etcd http://10.0.0.1:2379       a single one's state into an etcd
+  afterimage coordinator backup /srv/backup/state               every night
+  afterimage coordinator restore /srv/backup/state              then start it, and: coordinator confirm
+
+With --etcd for each member of an etcd, several coordinators share their state; --advertise names them all. Beside the
+backups belong, once, DIR/ca.pem and DIR/keys.bin.
 
 The first start makes a certificate authority and an identity for an admin, DIR/admin.json. With it:
   export AFTERIMAGE_IDENTITY=DIR/admin.json

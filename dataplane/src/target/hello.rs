@@ -3,12 +3,18 @@
 use std::sync::Arc;
 
 use afterimage_wire::WIRE_VERSION;
+use afterimage_wire::control::StopReason;
 use afterimage_wire::handshake::{Hello, Position, Refusal, Welcome};
 use afterimage_wire::ids::IncarnationId;
 use afterimage_wire::segment::Predecessor;
 
-use super::stream::{Phase, Stream};
+use super::Target;
+use super::status::TargetEvent;
+use super::stream::{Phase, Stream, Welcomed};
+use crate::io::{Io, Sock};
 use crate::journal::{Place, Writer};
+use crate::receive::Connection;
+use crate::seal::ControlKey;
 
 /// An accepted hello.
 #[derive(Debug)]
@@ -22,6 +28,128 @@ pub(crate) struct Accepted {
 
 pub(crate) fn refuse(reason: Refusal, message: impl Into<String>) -> Welcome {
     Welcome::Refused { reason, message: message.into() }
+}
+
+impl<I: Io> Target<I> {
+    /// Decides about a source that introduces itself.
+    pub fn hello(&mut self, io: &mut I, hello: &Hello) -> Welcome {
+        let id = self.id_of(hello.stream);
+        let Some(stream) = id.and_then(|id| self.streams.get_mut(&id)) else {
+            return refuse(Refusal::UnknownStream, format!("stream {} is not known here", hello.stream));
+        };
+        match decide(stream, hello) {
+            Ok(accepted) => {
+                if stream.position().incarnation != hello.incarnation {
+                    stream.welcomed =
+                        Some(Welcomed { incarnation: hello.incarnation, whole_resync: accepted.whole_resync });
+                }
+                let held = accepted.position;
+                let ours = held.incarnation == hello.incarnation;
+                stream.promise.begin(hello.incarnation, if ours { held.frame } else { 0 });
+                let timeline = stream.history.table().current;
+                // From here on the position must not move under the source by frames of an older connection that are
+                // not on their way to the disk yet.
+                if let Some(old) = stream.connection
+                    && let Some(connection) = self.connections.get_mut(&old)
+                {
+                    connection.stop(StopReason::Replaced, 0, "a newer connection of the source took over".into());
+                    connection.discard();
+                    stream.journal.drop_queue();
+                }
+                self.pump_connections(io);
+                Welcome::Accepted { timeline, position: accepted.position, whole_resync: accepted.whole_resync }
+            }
+            Err(refused) => refused,
+        }
+    }
+
+    /// Takes a connection after its handshake: `hello` was accepted, and `Begin` has come. It is decided about again
+    /// (a fence may have come between); a refusal then is a sealed `Stop`. Replaces the stream's older connection.
+    /// `control` seals target → source.
+    pub fn attach(&mut self, io: &mut I, hello: &Hello, sock: Sock, control: ControlKey) {
+        let Ok(stream) = self.stream(hello.stream) else { return io.close_sock(sock) };
+        let (number, stream_id, id) = (stream.id, stream.config.stream, stream.connection.take());
+        let decision = decide(stream, hello);
+        if decision.is_ok() {
+            stream.journal.drop_queue();
+        } else {
+            stream.connection = id;
+        }
+        // Decided again, since the queue is gone.
+        let decision = decision.and_then(|_| match self.stream(hello.stream) {
+            Ok(stream) => decide(stream, hello),
+            Err(_) => Err(refuse(Refusal::UnknownStream, "")),
+        });
+        let claims = hello.disks.iter().map(|claim| (claim.disk.id, claim.generation)).collect();
+        let connection_id = self.take_id();
+        let now = io.now();
+        match decision {
+            Ok(accepted) => {
+                if let Some(old) = id.and_then(|id| self.connections.get_mut(&id)) {
+                    old.stop(StopReason::Replaced, 0, "a newer connection of the source took over".into());
+                    old.discard();
+                }
+                if let Some(stream) = self.streams.get_mut(&number) {
+                    stream.note_behind(hello.predecessor, &mut self.events);
+                }
+                let held = accepted.position;
+                let control = crate::mutant::control_key(control, &accepted.writer.key);
+                let mut connection = Connection::new(
+                    connection_id,
+                    number,
+                    stream_id,
+                    accepted.writer,
+                    claims,
+                    sock,
+                    control,
+                    accepted.next,
+                    now,
+                );
+                // What was on its way when the welcome was said may be durable by now.
+                if held.incarnation == hello.incarnation && held.frame > 0 {
+                    connection.acknowledge(held.frame, held.seq);
+                }
+                self.connections.insert(connection_id, connection);
+                if let Some(stream) = self.streams.get_mut(&number) {
+                    stream.connection = Some(connection_id);
+                    stream.mend_at = 0;
+                    stream.last_heard = Some(now);
+                    if held.incarnation == hello.incarnation && held.frame > 0 {
+                        stream.promise.told(held.incarnation, held.frame, io.since_boot());
+                    }
+                }
+                self.event(TargetEvent::Connected { stream: hello.stream, incarnation: hello.incarnation });
+            }
+            Err(refused) => {
+                let (reason, value, why) = match refused {
+                    Welcome::Refused { reason: Refusal::Fenced { generation, .. }, message } => {
+                        (StopReason::Fenced, generation, message)
+                    }
+                    Welcome::Refused { reason: Refusal::Unable, message } => (StopReason::NoSpace, 0, message),
+                    Welcome::Refused { message, .. } => (StopReason::Replaced, 0, message),
+                    Welcome::Accepted { .. } => return io.close_sock(sock),
+                };
+                let Some(writer) = self.throwaway(hello) else { return io.close_sock(sock) };
+                let mut connection =
+                    Connection::new(connection_id, number, stream_id, writer, claims, sock, control, (1, 1), now);
+                connection.stop(reason, value, why);
+                self.connections.insert(connection_id, connection);
+            }
+        }
+        self.pump_connections(io);
+    }
+
+    /// Stands for the writer of a connection that is only told why it ends.
+    fn throwaway(&mut self, hello: &Hello) -> Option<Arc<Writer>> {
+        let key = self.stream(hello.stream).ok()?.config.policy_key.unwrap(hello.incarnation, &hello.key).ok()?;
+        Some(Arc::new(Writer {
+            incarnation: hello.incarnation,
+            predecessor: hello.predecessor,
+            wrapped: hello.key,
+            key,
+            disks: Vec::new(),
+        }))
+    }
 }
 
 /// Decides about a hello. Nothing changes.
