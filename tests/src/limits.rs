@@ -13,8 +13,8 @@ use crate::trouble::Happened;
 /// with its reads, its intent bit and its wait for room.
 const STALL: Nanos = 3_000 * MS;
 /// Beyond the queue's limit: marks take no room before they are there, and a sealed frame takes a whole buffer, of up to
-/// four times what its records took.
-const QUEUE_SLACK: usize = 4 << 20;
+/// four times what its records took, as does one that is read back from the spill.
+const QUEUE_SLACK: usize = (4 << 20) + (64 << 10);
 /// What a cut may be late.
 const CUT_SLACK: Nanos = 500 * MS;
 /// How much older than its newest record a frame's time may be.

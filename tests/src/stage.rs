@@ -697,6 +697,8 @@ impl Stage {
         let (Some(group), Some(stream)) = (self.group(), self.stream()) else { return false };
         group.state == GroupState::Protected
             && stream.state == StreamState::Ready
+            // A target that was started again may still have to tell the source what it lacks.
+            && stream.connected
             && group.acked_seq == group.captured_seq
             && group.disks.iter().all(|disk| disk.dirty_extents == 0 && disk.sync.is_none())
             && stream.durable_seq == group.captured_seq
