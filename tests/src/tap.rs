@@ -239,7 +239,8 @@ impl Tap {
                 }
                 (RecordKind::SyncEnd, Ok(mark)) => {
                     complete = true;
-                    good |= mark.whole && begun.get(&mark.sync).copied() > lost;
+                    // A synchronisation has the number of its first record, which may be in a frame that the disk lost.
+                    good |= mark.whole && Some(begun.get(&mark.sync).copied().unwrap_or(mark.sync)) > lost;
                 }
                 _ => {}
             }
