@@ -13,35 +13,64 @@ const DOMAIN: &str = "afterimage";
 /// When to try again what failed because a proxy was not there.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Longest message, bytes. Message and details are headers: together they stay below the 16 KiB that clients take, also when
+/// each byte is sent as three, or a caller whose words are echoed loses its connection instead of reading an answer.
+const MAX_MESSAGE: usize = 2048;
+/// Longest text in the details, bytes.
+const MAX_DETAIL: usize = 512;
+
+/// The text, or as much of it as fits.
+fn cut(text: &str, most: usize) -> String {
+    const MORE: char = '…';
+    if text.len() <= most {
+        return text.to_owned();
+    }
+    let mut end = most - MORE.len_utf8();
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut short = text[..end].to_owned();
+    short.push(MORE);
+    short
+}
+
+fn detail(text: impl AsRef<str>) -> String {
+    cut(text.as_ref(), MAX_DETAIL)
+}
+
 impl From<Problem> for Status {
     fn from(problem: Problem) -> Self {
-        let message = problem.to_string();
+        let message = cut(&problem.to_string(), MAX_MESSAGE);
         let mut details = ErrorDetails::new();
         details.set_error_info(reason(&problem), DOMAIN, metadata(&problem));
         let code = match &problem {
             Problem::Invalid { field, value, allowed } => {
-                details.add_bad_request_violation(field, format!("{value:?}; allowed: {allowed}"));
+                details.add_bad_request_violation(detail(field), detail(format!("{value:?}; allowed: {allowed}")));
                 Code::InvalidArgument
             }
             Problem::NotFound { kind, name } => {
-                details.set_resource_info(kind, name, "", "does not exist");
+                details.set_resource_info(detail(kind), detail(name), "", "does not exist");
                 Code::NotFound
             }
             Problem::Exists { field, value, by } => {
-                details.add_bad_request_violation(field, format!("{value:?} is taken: {by}"));
-                details.set_resource_info("", by, "", "exists");
+                details.add_bad_request_violation(detail(field), detail(format!("{value:?} is taken: {by}")));
+                details.set_resource_info("", detail(by), "", "exists");
                 Code::AlreadyExists
             }
             Problem::State { subject, state, remedy } => {
-                details.add_precondition_failure_violation("STATE", subject, format!("{state}: {remedy}"));
+                details.add_precondition_failure_violation(
+                    "STATE",
+                    detail(subject),
+                    detail(format!("{state}: {remedy}")),
+                );
                 Code::FailedPrecondition
             }
             Problem::Changed { subject, given, found } => {
-                details.set_resource_info("", subject, "", format!("its etag is {found}, not {given}"));
+                details.set_resource_info("", detail(subject), "", detail(format!("its etag is {found}, not {given}")));
                 Code::Aborted
             }
             Problem::Limit { what, limit } => {
-                details.add_quota_failure_violation(what, format!("at most {limit}"));
+                details.add_quota_failure_violation(detail(what), format!("at most {limit}"));
                 Code::ResourceExhausted
             }
             Problem::Denied { .. } => Code::PermissionDenied,
@@ -51,8 +80,8 @@ impl From<Problem> for Status {
                 details.set_retry_info(Some(RETRY));
                 Code::Unavailable
             }
-            Problem::Refused { proxy, detail } => {
-                details.add_precondition_failure_violation("PROXY", proxy, detail);
+            Problem::Refused { proxy, detail: why } => {
+                details.add_precondition_failure_violation("PROXY", detail(proxy), detail(why));
                 Code::FailedPrecondition
             }
             Problem::Internal(_) => Code::Internal,
@@ -93,7 +122,7 @@ fn metadata(problem: &Problem) -> HashMap<String, String> {
         Problem::Unreachable { proxy, .. } | Problem::Refused { proxy, .. } => vec![("proxy", proxy)],
         Problem::Internal(_) => Vec::new(),
     };
-    pairs.into_iter().map(|(key, value)| (key.to_owned(), value.clone())).collect()
+    pairs.into_iter().map(|(key, value)| (key.to_owned(), detail(value))).collect()
 }
 
 #[cfg(test)]
@@ -107,6 +136,26 @@ mod tests {
         let violation = &status.get_details_bad_request().unwrap().field_violations[0];
         assert_eq!(violation.field, "policy.rpo_target_us");
         assert!(violation.description.contains("1000 to 9") && status.message().contains("1000 to 9"));
+    }
+
+    #[test]
+    fn what_is_echoed_leaves_room_for_the_answer() {
+        let long = "\u{1f5c4}".repeat(100_000);
+        let problems = [
+            Problem::invalid(&long, &long, &long),
+            Problem::state(&long, &long, &long),
+            Problem::Changed { subject: long.clone(), given: long.clone(), found: long.clone() },
+            Problem::Exists { field: long.clone(), value: long.clone(), by: long.clone() },
+            Problem::NotFound { kind: long.clone(), name: long.clone() },
+            Problem::Refused { proxy: long.clone(), detail: long.clone() },
+        ];
+        for problem in problems {
+            let headers = Status::from(problem).into_http::<()>().into_parts().0.headers;
+            let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+            assert!(bytes < 15 << 10, "{bytes}");
+        }
+        assert_eq!(cut("aé", 3), "aé");
+        assert_eq!(cut("aéaé", 5), "a…");
     }
 
     #[test]
