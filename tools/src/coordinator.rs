@@ -39,7 +39,7 @@ Examples:
   afterimage coordinator --etcd http://10.0.0.1:2379 --advertise 10.0.0.1:7700,10.0.0.2:7700
   afterimage coordinator move --etcd http://10.0.0.1:2379       a single one's state into an etcd
   afterimage coordinator backup /srv/backup/state               every night
-  afterimage coordinator restore /srv/backup/state              then start it, and: coordinator confirm
+  afterimage coordinator restore /srv/backup/state              then start it, and `confirm`
 
 With --etcd for each member of an etcd, several coordinators share their state; --advertise names them all. Beside the
 backups belong, once, DIR/ca.pem and DIR/keys.bin.
