@@ -45,6 +45,13 @@ def sleeps(pid):
     return {name: count for name, count in found.items() if not name[0].startswith("iou-")}
 
 
+def idle(disk, name):
+    time.sleep(2)
+    before = sleeps(disk.pids[0])
+    time.sleep(30)
+    print(f"idle for 30 s: {sum(sleeps(disk.pids[0]).values()) - sum(before.values())} wake-ups of the {name}")
+
+
 def spread(ratios):
     ratios = sorted(ratios)
     return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}–{ratios[-1]:.2f}]"
@@ -139,10 +146,7 @@ def main():
         for disk in (plain, peer):
             eventually("the server listens", disk.path.exists)
         compare(plain, peer, pairs, seconds)
-        time.sleep(2)
-        before = sleeps(plain.pids[0])
-        time.sleep(30)
-        print(f"idle for 30 s: {sum(sleeps(plain.pids[0]).values()) - sum(before.values())} wake-ups of the unprotected proxy")
+        idle(plain, "unprotected proxy")
         fill(folder / "kept.img")
         (folder / "source-vhost").mkdir()
         cluster = Cluster(folder, {"kept": SIZE}, cut_interval="1s", source_args=("--vhost-user", folder / "source-vhost"))
@@ -152,10 +156,7 @@ def main():
         kept = Disk("protected", pathlib.Path(path), cluster.source.process.pid, cluster.target.process.pid)
         eventually("the source listens", kept.path.exists)
         compare(kept, peer, pairs, seconds)
-        time.sleep(2)
-        before = sleeps(kept.pids[0])
-        time.sleep(30)
-        print(f"idle for 30 s: {sum(sleeps(kept.pids[0]).values()) - sum(before.values())} wake-ups of the protected source")
+        idle(kept, "protected source")
         if not quick:
             latencies(folder, [plain, kept, peer], pairs, seconds)
 

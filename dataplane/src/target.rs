@@ -77,6 +77,17 @@ fn seeds_of(seeds: &BTreeMap<DiskId, String>, config: &StreamConfig) -> Vec<(Dis
     config.disks.iter().filter_map(named).collect()
 }
 
+fn delta(streams: &mut BTreeMap<u32, Stream>, id: u32) -> Option<&mut crate::delta::Delta> {
+    streams.values_mut().flat_map(|stream| &mut stream.deltas).find(|delta| delta.id == id)
+}
+
+fn journal(streams: &mut BTreeMap<u32, Stream>, id: JournalId) -> Option<&mut Journal> {
+    match id {
+        JournalId::Stream(id) => streams.get_mut(&id).map(|stream| &mut stream.journal),
+        JournalId::Delta(id) => delta(streams, id).map(|delta| &mut delta.journal),
+    }
+}
+
 impl<I: Io> Target<I> {
     /// A target whose operations carry `base_id` in the upper 16 bits of their token.
     ///
@@ -245,7 +256,7 @@ impl<I: Io> Target<I> {
             }
             Purpose::Prepare(id, number) => self.prepared(io, id, number, &done),
             Purpose::Name(id, number) => {
-                if let Some(journal) = self.journal(id) {
+                if let Some(journal) = journal(&mut self.streams, id) {
                     journal.on_name(number, &done);
                 }
                 self.pump(io, id);
@@ -285,16 +296,9 @@ impl<I: Io> Target<I> {
         }
     }
 
-    fn journal(&mut self, id: JournalId) -> Option<&mut Journal> {
-        match id {
-            JournalId::Stream(id) => self.streams.get_mut(&id).map(|stream| &mut stream.journal),
-            JournalId::Delta(id) => self.delta(id).map(|delta| &mut delta.journal),
-        }
-    }
-
     /// A segment has been made ahead, or not; maybe for a journal that is gone.
     fn prepared(&mut self, io: &mut impl Io, id: JournalId, number: u64, done: &Done) {
-        match self.journal(id) {
+        match journal(&mut self.streams, id) {
             Some(journal) => journal.on_prepare(io, number, done),
             None => {
                 close_made(io, done);
@@ -306,21 +310,13 @@ impl<I: Io> Target<I> {
 
     /// What waited for a segment goes on.
     fn pump(&mut self, io: &mut impl Io, id: JournalId) {
-        let (streams, ops) = (&mut self.streams, &mut self.ops);
-        let journal = match id {
-            JournalId::Stream(id) => streams.get_mut(&id).map(|stream| &mut stream.journal),
-            JournalId::Delta(id) => {
-                let deltas = streams.values_mut().flat_map(|stream| &mut stream.deltas);
-                deltas.filter(|delta| delta.id == id).map(|delta| &mut delta.journal).next()
-            }
-        };
-        if let Some(journal) = journal {
-            journal.pump(&mut Ctx { io, ops });
+        if let Some(journal) = journal(&mut self.streams, id) {
+            journal.pump(&mut Ctx { io, ops: &mut self.ops });
         }
     }
 
     fn delta(&mut self, id: u32) -> Option<&mut crate::delta::Delta> {
-        self.streams.values_mut().flat_map(|stream| &mut stream.deltas).find(|delta| delta.id == id)
+        delta(&mut self.streams, id)
     }
 
     /// Batches are durable: acknowledged now, indexed in a later turn, so that the acknowledgement does not wait.

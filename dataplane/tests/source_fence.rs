@@ -18,6 +18,19 @@ fn fenced(bed: &mut Bed) -> bool {
     bed.events.iter().any(|event| matches!(event, SourceEvent::Fenced { .. }))
 }
 
+fn is_together(bed: &mut Bed) -> bool {
+    bed.status().synchronous.is_some_and(|s| s.together)
+}
+
+/// A synchronous source that has begun to hold its answers.
+fn together(deadline: u64) -> Bed {
+    let mut bed = Bed::usual(1);
+    bed.sync_deadline = deadline;
+    bed.ready();
+    bed.until("together", is_together);
+    bed
+}
+
 fn ask_write(bed: &mut Bed, disk: usize, offset: u64, byte: u8) -> u64 {
     let request = bed.write_request(offset, &[byte; 4096], false);
     bed.ask(disk, request)
@@ -205,10 +218,7 @@ fn a_lease_goes_on_over_a_restart_within_one_boot_and_not_over_a_reboot() {
 
 #[test]
 fn a_synchronous_answer_comes_when_the_target_holds_the_write() {
-    let mut bed = Bed::usual(1);
-    bed.sync_deadline = 2000 * MS;
-    bed.ready();
-    bed.until("together", |bed| bed.status().synchronous.is_some_and(|s| s.together));
+    let mut bed = together(2000 * MS);
     for round in 0..50u64 {
         let cookie = ask_write(&mut bed, 0, round * 4096, round as u8 + 1);
         while !bed.has_answer(cookie) {
@@ -222,10 +232,7 @@ fn a_synchronous_answer_comes_when_the_target_holds_the_write() {
 
 #[test]
 fn a_synchronous_write_waits_for_its_deadline_at_most_and_nothing_is_promised_then() {
-    let mut bed = Bed::usual(1);
-    bed.sync_deadline = 1000 * MS;
-    bed.ready();
-    bed.until("together", |bed| bed.status().synchronous.is_some_and(|s| s.together));
+    let mut bed = together(1000 * MS);
     bed.held.mute = true;
     let asked = bed.world.now();
     let cookie = ask_write(&mut bed, 0, 0, 1);
@@ -242,15 +249,12 @@ fn a_synchronous_write_waits_for_its_deadline_at_most_and_nothing_is_promised_th
     assert_eq!(bed.held.promises.last(), Some(&0));
 
     bed.held.mute = false;
-    bed.until("together", |bed| bed.status().synchronous.is_some_and(|s| s.together));
+    bed.until("together", is_together);
 }
 
 #[test]
 fn a_cut_off_synchronous_source_keeps_its_promise_until_it_is_over() {
-    let mut bed = Bed::usual(1);
-    bed.sync_deadline = 2000 * MS;
-    bed.ready();
-    bed.until("together", |bed| bed.status().synchronous.is_some_and(|s| s.together));
+    let mut bed = together(2000 * MS);
     bed.write(0, 0, &[1; 4096]).expect("written");
     bed.acked();
     bed.unreachable = true;
@@ -265,10 +269,7 @@ fn a_cut_off_synchronous_source_keeps_its_promise_until_it_is_over() {
 #[test]
 fn what_a_process_promised_is_kept_by_the_next_one_under_a_shorter_policy() {
     for deadline in [0, 200 * MS] {
-        let mut bed = Bed::usual(1);
-        bed.sync_deadline = 2000 * MS;
-        bed.ready();
-        bed.until("together", |bed| bed.status().synchronous.is_some_and(|s| s.together));
+        let mut bed = together(2000 * MS);
         bed.write(0, 0, &[1; 4096]).expect("written");
         bed.acked();
         bed.unreachable = true;

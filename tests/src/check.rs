@@ -451,14 +451,16 @@ pub(crate) fn flush_view(run: &mut Run, key: DiskKey) -> Result<(), String> {
     done(ask(run, key, Request::Flush)?)
 }
 
-fn done(answer: Option<Result<Option<Vec<u8>>, Errno>>) -> Result<(), String> {
+/// What a view's disk answers: the bytes of a read, or an error. None if the target died over it.
+type Answered = Option<Result<Option<Vec<u8>>, Errno>>;
+
+fn done(answer: Answered) -> Result<(), String> {
     let answer = answer.ok_or("the target died")?;
     answer.map(|_| ()).map_err(|errno| format!("a view answers a write or a flush with {errno:?}"))
 }
 
-/// Asks a view's disk and waits; none if the target died over it.
-#[allow(clippy::type_complexity)]
-fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Option<Result<Option<Vec<u8>>, Errno>>, String> {
+/// Asks a view's disk and waits.
+fn ask(run: &mut Run, key: DiskKey, request: Request) -> Result<Answered, String> {
     let lives = run.stage.target_lives;
     let what = format!("{request:?}").chars().take(60).collect::<String>();
     if !run.stage.view_request(key, 7, request) {

@@ -152,6 +152,20 @@ pub enum Way {
     Ublk(Device),
 }
 
+impl Way {
+    /// What hosts have heard by it since. What a core says to them itself is asked of it.
+    ///
+    /// # Errors
+    /// What no server may say.
+    pub fn heard(&mut self, clients: &mut Clients, world: &World) -> Result<Vec<Heard>, String> {
+        match self {
+            Self::Direct => Ok(Vec::new()),
+            Self::Nbd(client) => Ok(clients.heard(*client).into()),
+            Self::Ublk(device) => device.heard(world),
+        }
+    }
+}
+
 /// A ublk device, as hosts see it.
 #[derive(Debug)]
 pub struct Device {

@@ -539,7 +539,7 @@ impl Journal {
     }
 }
 
-/// A file was made for a journal that is no more.
+/// A file was made for a journal, or a spill, that wants it no more.
 pub(crate) fn close_made<I: Io>(io: &mut I, done: &Done) {
     if let Ok(file) = done.result {
         io.close(File(file as u32));

@@ -70,7 +70,7 @@ pub(crate) struct Synchronous {
     kept: Nanos,
 }
 
-/// A deadline in whole milliseconds, as logs and frames name it: not below the true one.
+/// A deadline in whole milliseconds, as the logs name it: not below the true one. Frames name it not above.
 pub(crate) fn millis(deadline: Nanos) -> u32 {
     u32::try_from(deadline.div_ceil(1_000_000)).unwrap_or(u32::MAX)
 }

@@ -9,6 +9,7 @@ use afterimage_wire::segment::Predecessor;
 
 use super::{MAX_WRITES, RETRY, Segment, Spill, SpillWriter, file_name, head, kind};
 use crate::io::{Buf, Done, Errno, File, Io, Nanos, Op, Part};
+use crate::journal::close_made;
 
 /// Whether a frame may be written now.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -209,10 +210,7 @@ impl Spill {
     /// Takes a spare that has been made, or could not be. No room for it is no trouble before it is needed.
     pub fn spare_done<I: Io>(&mut self, io: &mut I, serial: u32, done: &Done) {
         if self.write.spare != Spare::Making(serial) {
-            if let Ok(file) = done.result {
-                io.close(File(file as u32));
-            }
-            return;
+            return close_made(io, done);
         }
         self.write.spare = match done.result {
             Ok(file) => Spare::Made(File(file as u32)),

@@ -89,9 +89,6 @@ impl<I: Io> Target<I> {
                     old.stop(StopReason::Replaced, 0, "a newer connection of the source took over".into());
                     old.discard();
                 }
-                if let Some(stream) = self.streams.get_mut(&number) {
-                    stream.note_behind(hello.predecessor, &mut self.events);
-                }
                 let held = accepted.position;
                 let control = crate::mutant::control_key(control, &accepted.writer.key);
                 let mut connection = Connection::new(
@@ -111,6 +108,7 @@ impl<I: Io> Target<I> {
                 }
                 self.connections.insert(connection_id, connection);
                 if let Some(stream) = self.streams.get_mut(&number) {
+                    stream.note_behind(hello.predecessor, &mut self.events);
                     stream.connection = Some(connection_id);
                     stream.mend_at = 0;
                     stream.last_heard = Some(now);

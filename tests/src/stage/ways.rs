@@ -124,24 +124,10 @@ impl Stage {
     /// What no server may say.
     pub(super) fn hear(&mut self) -> Result<(), String> {
         for (disk, way) in self.ways.iter_mut().enumerate() {
-            match way {
-                Way::Direct => {}
-                Way::Nbd(client) => self.answers.extend(self.clients.heard(*client).into_iter().map(|h| (disk, h))),
-                Way::Ublk(device) => {
-                    self.answers.extend(device.heard(&self.world)?.into_iter().map(|heard| (disk, heard)));
-                }
-            }
+            self.answers.extend(way.heard(&mut self.clients, &self.world)?.into_iter().map(|heard| (disk, heard)));
         }
         for (key, way) in &mut self.view_ways {
-            match way {
-                Way::Direct => {}
-                Way::Nbd(client) => {
-                    self.view_answers.extend(self.clients.heard(*client).into_iter().map(|h| (*key, h)))
-                }
-                Way::Ublk(device) => {
-                    self.view_answers.extend(device.heard(&self.world)?.into_iter().map(|heard| (*key, heard)));
-                }
-            }
+            self.view_answers.extend(way.heard(&mut self.clients, &self.world)?.into_iter().map(|heard| (*key, heard)));
         }
         Ok(())
     }

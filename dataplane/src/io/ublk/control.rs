@@ -242,8 +242,12 @@ impl Control {
     /// A command to a device that is there. Of an unprivileged one the kernel wants the path, whoever asks; of others it takes
     /// none.
     fn tell(&mut self, number: u32, dev_id: u32, data: u64, buffer: &mut [u8]) -> Result<(), Errno> {
-        let path = self.info(dev_id)?.flags & feature::UNPRIVILEGED_DEV != 0;
+        let path = self.wants_path(dev_id)?;
         self.command(number, About { dev_id, data, path }, buffer)
+    }
+
+    fn wants_path(&mut self, dev_id: u32) -> Result<bool, Errno> {
+        Ok(self.info(dev_id)?.flags & feature::UNPRIVILEGED_DEV != 0)
     }
 }
 
@@ -304,7 +308,7 @@ impl Commands for Control {
     }
 
     fn delete(&mut self, dev_id: u32) -> Result<(), Errno> {
-        let path = self.info(dev_id)?.flags & feature::UNPRIVILEGED_DEV != 0;
+        let path = self.wants_path(dev_id)?;
         let about = About { dev_id, data: 0, path };
         if !path {
             match self.command(cmd::DEL_DEV_ASYNC, about, &mut []) {
