@@ -107,10 +107,21 @@ pub struct Caller {
     pub request_id: RefCell<String>,
 }
 
+impl Caller {
+    /// Whose request id is not known yet.
+    pub fn new(tenant: &str, actor: &str, method: &str) -> Self {
+        let (tenant, actor, method) = (tenant.to_owned(), actor.to_owned(), method.to_owned());
+        Self { tenant, actor, method, request_id: RefCell::default() }
+    }
+}
+
 tokio::task_local! {
     /// The call that a task does.
     pub static CALLER: Caller;
 }
+
+/// [`Record::actor`] of what the coordinator does by itself.
+pub const ITSELF: &str = "coordinator";
 
 /// Says by which id the present call goes.
 pub fn asked_with(request_id: &str) {
@@ -128,7 +139,7 @@ pub fn of_caller(time_ns: u64, mut objects: Vec<String>, outcome: &str) -> Recor
         objects.push(format!("and {more} more"));
     }
     let record = Record { time_ns, objects, outcome, ..Record::default() };
-    let by_itself = Record { actor: "coordinator".to_owned(), ..record.clone() };
+    let by_itself = Record { actor: ITSELF.to_owned(), ..record.clone() };
     CALLER
         .try_with(|caller| Record {
             tenant: caller.tenant.clone(),

@@ -200,14 +200,18 @@ pub async fn restore_into(dir: &Path, backup: Backup, now_ns: u64) -> Result<usi
 /// # Errors
 /// One is missing, or they are others.
 pub fn check_files(dir: &Path, shared: &str) -> Result<(), BackupError> {
+    let lacks = lacks_shared(dir, shared);
+    lacks.map_or(Ok(()), |what| Err(BackupError::Files(format!("{what} of this backup: put those there first"))))
+}
+
+/// Says that the shared files in a folder are not those of this fingerprint, if so.
+pub fn lacks_shared(dir: &Path, shared: &str) -> Option<String> {
     let state = match fingerprint(dir) {
-        Some(own) if own == shared => return Ok(()),
+        Some(own) if own == shared => return None,
         Some(_) => "has others than",
         None => "has not",
     };
-    let files = SHARED_FILES.join(" and ");
-    let what = format!("{} {state} the {files} of this backup: put those there first", dir.display());
-    Err(BackupError::Files(what))
+    Some(format!("{} {state} the {}", dir.display(), SHARED_FILES.join(" and ")))
 }
 
 #[cfg(test)]

@@ -136,8 +136,12 @@ impl Bundle {
     }
 }
 
-/// Replaces a file as a whole, durably, readable by its owner only.
-pub(crate) fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+/// Replaces a file as a whole, durably, readable by its owner only: whoever reads it, also after a crash, finds the old or
+/// the new content.
+///
+/// # Errors
+/// The file system's.
+pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(".tmp");

@@ -132,27 +132,18 @@ pub fn open_view(group: &Group, view: &View) -> v1::OpenView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::group::tests::proxy;
+    use crate::group::tests::{first_disk, policy, proxy};
     use crate::model::Txn;
     use crate::names::{Kind, Name};
-    use crate::objects::{Object, Policy, new_uid};
-    use crate::policy::{Promises, Wanted};
+    use crate::objects::Object;
+    use crate::policy::Wanted;
 
     fn model() -> Model {
         let mut txn = Txn::default();
         for (id, address) in [("src", ""), ("dr", "dr:1"), ("other", "o:1")] {
             txn.put(Object::Proxy(proxy(id, address)));
         }
-        txn.put(Object::Policy(Policy {
-            uid: new_uid(),
-            tenant: "default".into(),
-            id: "gold".into(),
-            version: 1,
-            created_ns: 0,
-            updated_ns: 0,
-            description: String::new(),
-            promises: Promises::new(&Wanted { retention_s: Some(60), ..Wanted::default() }).unwrap(),
-        }));
+        txn.put(Object::Policy(policy("gold", &Wanted { retention_s: Some(60), ..Wanted::default() })));
         let mut model = Model::default().applied(txn, 7);
         let asked = v1::Group {
             policy: "tenants/default/policies/gold".into(),
@@ -165,21 +156,7 @@ mod tests {
         group.generation = 5;
         group.writer_generation = 4;
         let mut txn = Txn::default();
-        txn.put(Object::Disk(Disk {
-            uid: new_uid(),
-            group_uid: group.uid.clone(),
-            id: "data".into(),
-            slot: 0,
-            path: "/d".into(),
-            serial: "s".into(),
-            size: 4096,
-            block: 512,
-            physical_block: 4096,
-            export_name: "shop/data".into(),
-            created_ns: 1,
-            leaving: false,
-            seed_path: String::new(),
-        }));
+        txn.put(Object::Disk(first_disk(&group)));
         txn.put(Object::Group(group));
         model = model.applied(txn, 8);
         model

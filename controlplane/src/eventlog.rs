@@ -16,6 +16,7 @@ use afterimage_wire::v1::Event;
 use prost::Message;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
+use crate::beside;
 use crate::events::MAX_EVENTS;
 
 const EVENTS: TableDefinition<u64, &[u8]> = TableDefinition::new("events");
@@ -35,21 +36,15 @@ impl EventLog {
     /// # Errors
     /// It can neither be opened nor made.
     pub fn open(path: &Path) -> Result<Self, String> {
-        let open = || -> Result<Database, String> {
+        let failed = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
+        let create = || {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-            file.map_err(|e| format!("{}: {e}", path.display()))?;
-            let database = Database::create(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            let write = database.begin_write().map_err(|e| e.to_string())?;
-            write.open_table(EVENTS).map_err(|e| e.to_string())?;
-            write.open_table(CURSORS).map_err(|e| e.to_string())?;
-            write.commit().map_err(|e| e.to_string())?;
-            Ok(database)
+            file.map_err(|e| failed(&e))?;
+            Database::create(path).map_err(|e| failed(&e))
         };
-        let database = open().or_else(|why| {
-            let aside = path.with_extension("redb.unreadable");
-            tracing::error!(%why, aside = %aside.display(), "the events cannot be read: put aside, and begun anew");
-            std::fs::rename(path, &aside).map_err(|e| format!("{}: {e}", path.display()))?;
-            open()
+        let database = beside::open(path, "events", create, |write| {
+            write.open_table(EVENTS)?;
+            write.open_table(CURSORS).map(drop)
         })?;
         Ok(Self { database: Arc::new(database) })
     }

@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use afterimage_wire::v1::{Event, Severity};
 
+use crate::text::head;
+
 /// Events that are kept.
 pub const MAX_EVENTS: usize = 10_000;
 /// Longest message, bytes.
@@ -25,10 +27,6 @@ impl Events {
 
     /// Adds one and returns it with its number.
     pub fn push(&mut self, time_ns: u64, severity: Severity, kind: &str, subject: &str, message: &str) -> Event {
-        let mut end = message.len().min(MAX_MESSAGE);
-        while !message.is_char_boundary(end) {
-            end -= 1;
-        }
         self.next += 1;
         let event = Event {
             number: self.next,
@@ -36,7 +34,7 @@ impl Events {
             severity: severity.into(),
             kind: kind.to_owned(),
             subject: subject.to_owned(),
-            message: message[..end].to_owned(),
+            message: head(message, MAX_MESSAGE).to_owned(),
         };
         if self.kept.len() == MAX_EVENTS {
             self.kept.pop_front();

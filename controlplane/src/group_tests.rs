@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::model::Txn;
-use crate::objects::{Object, Policy};
+use crate::objects::{Disk, Object, Policy};
 use crate::policy::{Promises, Wanted};
 
 pub(crate) fn proxy(id: &str, address: &str) -> Proxy {
@@ -23,20 +23,43 @@ pub(crate) fn proxy(id: &str, address: &str) -> Proxy {
     }
 }
 
-fn model() -> Model {
-    let mut txn = Txn::default();
-    txn.put(Object::Proxy(proxy("src", "")));
-    txn.put(Object::Proxy(proxy("dr", "dr:7070")));
-    txn.put(Object::Policy(Policy {
+pub(crate) fn policy(id: &str, wanted: &Wanted) -> Policy {
+    Policy {
         uid: new_uid(),
         tenant: "default".into(),
-        id: "gold".into(),
+        id: id.into(),
         version: 1,
         created_ns: 0,
         updated_ns: 0,
         description: String::new(),
-        promises: Promises::new(&Wanted::default()).unwrap(),
-    }));
+        promises: Promises::new(wanted).unwrap(),
+    }
+}
+
+/// The first disk of a group.
+pub(crate) fn first_disk(group: &Group) -> Disk {
+    Disk {
+        uid: new_uid(),
+        group_uid: group.uid.clone(),
+        id: "data".into(),
+        slot: 0,
+        path: "/d".into(),
+        serial: "s".into(),
+        size: 4096,
+        block: 512,
+        physical_block: 4096,
+        export_name: format!("{}/data", group.id),
+        created_ns: 1,
+        leaving: false,
+        seed_path: String::new(),
+    }
+}
+
+fn model() -> Model {
+    let mut txn = Txn::default();
+    txn.put(Object::Proxy(proxy("src", "")));
+    txn.put(Object::Proxy(proxy("dr", "dr:7070")));
+    txn.put(Object::Policy(policy("gold", &Wanted::default())));
     Model::default().applied(txn, 1)
 }
 

@@ -15,6 +15,7 @@ use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Serializer, V2Serializer};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
+use crate::beside;
 use crate::rpo::{self, MAX_RPO_US};
 
 const RPO: TableDefinition<&str, &[u8]> = TableDefinition::new("rpo");
@@ -120,19 +121,8 @@ impl History {
     /// # Errors
     /// It can neither be opened nor made.
     pub fn open(path: &Path) -> Result<Self, String> {
-        let open = || -> Result<Database, String> {
-            let database = Database::create(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            let write = database.begin_write().map_err(|e| e.to_string())?;
-            write.open_table(RPO).map_err(|e| e.to_string())?;
-            write.commit().map_err(|e| e.to_string())?;
-            Ok(database)
-        };
-        let database = open().or_else(|why| {
-            let aside = path.with_extension("redb.unreadable");
-            tracing::error!(%why, aside = %aside.display(), "the history cannot be read: put aside, and begun anew");
-            std::fs::rename(path, &aside).map_err(|e| format!("{}: {e}", path.display()))?;
-            open()
-        })?;
+        let create = || Database::create(path).map_err(|e| format!("{}: {e}", path.display()));
+        let database = beside::open(path, "history", create, |write| write.open_table(RPO).map(drop))?;
         Ok(Self { database: Arc::new(database) })
     }
 

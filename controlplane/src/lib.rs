@@ -3,6 +3,7 @@
 
 pub mod audit;
 pub mod backup;
+mod beside;
 pub mod bundle;
 pub mod ca;
 pub mod client;
@@ -34,6 +35,7 @@ pub mod rpo;
 pub mod sessions;
 pub mod status;
 pub mod store;
+mod text;
 pub mod token;
 
 pub use grpc::{Config, Running, ServeError, serve, start};

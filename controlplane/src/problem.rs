@@ -110,8 +110,7 @@ impl Problem {
         // What is echoed is bounded: the value comes from outside.
         let mut value = value.to_string();
         if value.len() > 200 {
-            let end = (0..=200).rev().find(|i| value.is_char_boundary(*i)).unwrap_or(0);
-            value.truncate(end);
+            value.truncate(crate::text::head(&value, 200).len());
             value.push('…');
         }
         Self::Invalid { field: field.into(), value, allowed: allowed.into() }

@@ -189,24 +189,8 @@ fn new_group(
     if !model.keys.contains_key(&key.id) {
         txn.put(Object::Key(keys.wrap(&key.id, &key.key).ok()?));
     }
-    let disk = |d: &v1::SourceDisk| Disk {
-        uid: d.uid.clone(),
-        group_uid: uid.to_owned(),
-        id: d.name.clone(),
-        slot: d.slot as u16,
-        path: d.path.clone(),
-        serial: d.serial.clone(),
-        size: d.size_bytes,
-        block: d.block_bytes,
-        physical_block: d.physical_block_bytes,
-        export_name: d.export_name.clone(),
-        created_ns: now_ns,
-        leaving: false,
-        seed_path: String::new(),
-    };
-    said.disks.iter().for_each(|d| txn.put(Object::Disk(disk(d))));
+    said.disks.iter().for_each(|d| txn.put(Object::Disk(disk(d, uid, now_ns))));
     restored.note(format!("group \"{}\": made after the backup; taken over from \"{}\"", said.name, observed.proxy.id));
-    let slots = said.disks.iter().map(|d| d.slot).chain(said.left_slots.iter().copied());
     Some(Group {
         uid: uid.to_owned(),
         tenant: observed.proxy.tenant.clone(),
@@ -221,12 +205,37 @@ fn new_group(
         key: key.id.clone(),
         generation: 1,
         writer_generation: 1,
-        next_slot: slots.max().map_or(0, |s| s as u16 + 1),
+        next_slot: next_slot(said),
         phase: GroupPhase::Protecting,
         hold: false,
         complete: false,
         request_id: String::new(),
     })
+}
+
+/// A disk as its source has it.
+fn disk(said: &v1::SourceDisk, group_uid: &str, now_ns: u64) -> Disk {
+    Disk {
+        uid: said.uid.clone(),
+        group_uid: group_uid.to_owned(),
+        id: said.name.clone(),
+        slot: said.slot as u16,
+        path: said.path.clone(),
+        serial: said.serial.clone(),
+        size: said.size_bytes,
+        block: said.block_bytes,
+        physical_block: said.physical_block_bytes,
+        export_name: said.export_name.clone(),
+        created_ns: now_ns,
+        leaving: false,
+        seed_path: String::new(),
+    }
+}
+
+/// The first slot that no disk of the group has, or has had.
+fn next_slot(said: &v1::SourceGroup) -> u16 {
+    let slots = said.disks.iter().map(|d| d.slot).chain(said.left_slots.iter().copied());
+    slots.max().map_or(0, |s| s as u16 + 1)
 }
 
 /// The group with what its ends know better.
@@ -247,8 +256,7 @@ fn merged(
             group.hold = true;
         }
         disks(model, &group, said, now_ns, restored, txn);
-        let slots = said.disks.iter().map(|d| d.slot).chain(said.left_slots.iter().copied());
-        group.next_slot = group.next_slot.max(slots.max().map_or(0, |s| s as u16 + 1));
+        group.next_slot = group.next_slot.max(next_slot(said));
     }
     if let Some((_, said)) = ends.target {
         let held = said.disks.iter().map(|d| d.generation).max().unwrap_or(0);
@@ -279,21 +287,7 @@ fn disks(model: &Model, group: &Group, said: &v1::SourceGroup, now_ns: u64, rest
     }
     for disk in said.disks.iter().filter(|d| !known.iter().any(|k| k.uid == d.uid)) {
         restored.note(format!("group \"{}\": disk \"{}\" was added since", group.id, disk.name));
-        txn.put(Object::Disk(Disk {
-            uid: disk.uid.clone(),
-            group_uid: group.uid.clone(),
-            id: disk.name.clone(),
-            slot: disk.slot as u16,
-            path: disk.path.clone(),
-            serial: disk.serial.clone(),
-            size: disk.size_bytes,
-            block: disk.block_bytes,
-            physical_block: disk.physical_block_bytes,
-            export_name: disk.export_name.clone(),
-            created_ns: now_ns,
-            leaving: false,
-            seed_path: String::new(),
-        }));
+        txn.put(Object::Disk(self::disk(disk, &group.uid, now_ns)));
     }
     for disk in known.into_iter().filter(|k| said.left_slots.contains(&u32::from(k.slot))) {
         restored.note(format!("group \"{}\": disk \"{}\" has left it since", group.id, disk.id));

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::desired::desired;
-use crate::group::tests::proxy;
+use crate::group::tests::{first_disk, policy, proxy};
 use crate::policy::Wanted;
 
 const KEY: [u8; 32] = [7; 32];
@@ -20,16 +20,8 @@ fn model() -> Model {
 }
 
 fn gold(retention_s: u64) -> Policy {
-    Policy {
-        uid: "gold".into(),
-        tenant: "default".into(),
-        id: "gold".into(),
-        version: 1,
-        created_ns: 0,
-        updated_ns: 0,
-        description: String::new(),
-        promises: Promises::new(&Wanted { retention_s: Some(retention_s), ..Wanted::default() }).unwrap(),
-    }
+    let wanted = Wanted { retention_s: Some(retention_s), ..Wanted::default() };
+    Policy { uid: "gold".into(), ..policy("gold", &wanted) }
 }
 
 fn add(model: &Model, id: &str, revision: u64) -> Model {
@@ -41,21 +33,7 @@ fn add(model: &Model, id: &str, revision: u64) -> Model {
     };
     let group = crate::group::new_group(model, &Name::new("default", Kind::Group, id), &asked, 1).unwrap();
     let mut txn = Txn::default();
-    txn.put(Object::Disk(Disk {
-        uid: new_uid(),
-        group_uid: group.uid.clone(),
-        id: "data".into(),
-        slot: 0,
-        path: "/d".into(),
-        serial: "s".into(),
-        size: 4096,
-        block: 512,
-        physical_block: 4096,
-        export_name: format!("{id}/data"),
-        created_ns: 1,
-        leaving: false,
-        seed_path: String::new(),
-    }));
+    txn.put(Object::Disk(first_disk(&group)));
     txn.put(Object::Group(Group { next_slot: 1, ..group }));
     model.applied(txn, revision)
 }

@@ -164,12 +164,7 @@ impl Coordinator {
 
     /// Does an operation to its end.
     async fn drive(self: Arc<Self>, name: Name) {
-        let by_itself = audit::Caller {
-            tenant: name.tenant.clone(),
-            actor: "coordinator".to_owned(),
-            method: name.to_string(),
-            request_id: std::cell::RefCell::default(),
-        };
+        let by_itself = audit::Caller::new(&name.tenant, audit::ITSELF, &name.to_string());
         audit::CALLER.scope(by_itself, self.drive_on(name)).await;
     }
 

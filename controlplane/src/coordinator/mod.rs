@@ -251,10 +251,10 @@ impl Coordinator {
         let model = self.model();
         let mut txn = Txn::default();
         let result = decide(&model, &mut txn)?;
-        let record = audit::of_caller(self.clock.wall_ns(), txn.subjects(), txn.outcome());
         if txn.is_empty() {
             return Ok(result);
         }
+        let record = audit::of_caller(self.clock.wall_ns(), txn.subjects(), txn.outcome());
         if let Some((key, bytes, most)) = Model::too_long(&txn) {
             let what = format!("bytes of {key}, which would be {bytes}: nothing was changed");
             return Err(Problem::Limit { what, limit: most as u64 });
@@ -431,7 +431,17 @@ impl Coordinator {
         proxy: &Proxy,
         tell: Tell,
     ) -> Result<Outcome, (Problem, Option<CommandErrorKind>)> {
-        match self.command(proxy, "", "", tell, Duration::ZERO, PATIENCE).await {
+        self.ask_by(proxy, "", tell).await
+    }
+
+    async fn ask_by(
+        &self,
+        proxy: &Proxy,
+        id: &str,
+        tell: Tell,
+    ) -> Result<Outcome, (Problem, Option<CommandErrorKind>)> {
+        let id = if id.is_empty() { new_uid() } else { id.to_owned() };
+        match self.command_once(&id, proxy, "", "", tell, Duration::ZERO, PATIENCE).await {
             Ok(Outcome::Error(e)) => Err((refusal(proxy, &e), Some(e.kind()))),
             Ok(outcome) => Ok(outcome),
             Err(e) => Err((unreachable(proxy, &e), None)),
@@ -440,17 +450,12 @@ impl Coordinator {
 
     /// As [`Self::ask`], with an id by which the proxy knows it again: asked twice it is done once. An empty one is none.
     pub(crate) async fn ask_once(&self, proxy: &Proxy, id: &str, tell: Tell) -> Result<Outcome, Problem> {
-        let id = if id.is_empty() { new_uid() } else { id.to_owned() };
-        match self.command_once(&id, proxy, "", "", tell, Duration::ZERO, PATIENCE).await {
-            Ok(Outcome::Error(e)) => Err(refusal(proxy, &e)),
-            Ok(outcome) => Ok(outcome),
-            Err(e) => Err(unreachable(proxy, &e)),
-        }
+        self.ask_by(proxy, id, tell).await.map_err(|(problem, _)| problem)
     }
 
     /// As [`Self::ask_why`], for who need not tell one refusal from another.
     pub(crate) async fn ask(&self, proxy: &Proxy, tell: Tell) -> Result<Outcome, Problem> {
-        self.ask_why(proxy, tell).await.map_err(|(problem, _)| problem)
+        self.ask_once(proxy, "", tell).await
     }
 
     async fn converge_always(self: Arc<Self>) {

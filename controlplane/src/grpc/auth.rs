@@ -111,9 +111,8 @@ fn caller_of(who: &Identity, path: &str) -> Caller {
 }
 
 fn caller_named(tenant: &str, actor: &str, path: &str) -> Caller {
-    let method = path.trim_start_matches('/').trim_start_matches("afterimage.v1.").chars().take(100).collect();
-    let request_id = std::cell::RefCell::default();
-    Caller { tenant: tenant.to_owned(), actor: actor.to_owned(), method, request_id }
+    let method: String = path.trim_start_matches('/').trim_start_matches("afterimage.v1.").chars().take(100).collect();
+    Caller::new(tenant, actor, &method)
 }
 
 /// The caller of a method that needs a certificate.

@@ -7,8 +7,7 @@ use afterimage_wire::v1::*;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
-use super::auth::actor;
-use super::auth::caller;
+use super::auth::{actor, caller};
 use crate::backup;
 use crate::coordinator::Coordinator;
 use crate::problem::Problem;

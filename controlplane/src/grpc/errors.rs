@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::problem::Problem;
+use crate::text::shortened;
 
 /// Domain of reasons in error details.
 const DOMAIN: &str = "afterimage";
@@ -19,28 +20,13 @@ const MAX_MESSAGE: usize = 2048;
 /// Longest text in the details, bytes.
 const MAX_DETAIL: usize = 512;
 
-/// The text, or as much of it as fits.
-fn cut(text: &str, most: usize) -> String {
-    const MORE: char = '…';
-    if text.len() <= most {
-        return text.to_owned();
-    }
-    let mut end = most - MORE.len_utf8();
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    let mut short = text[..end].to_owned();
-    short.push(MORE);
-    short
-}
-
 fn detail(text: impl AsRef<str>) -> String {
-    cut(text.as_ref(), MAX_DETAIL)
+    shortened(text.as_ref(), MAX_DETAIL)
 }
 
 impl From<Problem> for Status {
     fn from(problem: Problem) -> Self {
-        let message = cut(&problem.to_string(), MAX_MESSAGE);
+        let message = shortened(&problem.to_string(), MAX_MESSAGE);
         let mut details = ErrorDetails::new();
         details.set_error_info(reason(&problem), DOMAIN, metadata(&problem));
         let code = match &problem {
@@ -154,8 +140,6 @@ mod tests {
             let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
             assert!(bytes < 15 << 10, "{bytes}");
         }
-        assert_eq!(cut("aé", 3), "aé");
-        assert_eq!(cut("aéaé", 5), "a…");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::bound::Open;
 use super::{Config, Running, ServeError, check_report, make_folder, start};
-use crate::backup::{SHARED_FILES, fingerprint};
+use crate::backup::{fingerprint, lacks_shared};
 use crate::store::StoreError;
 use crate::store::etcd::office::{Candidate, LEASE, LOOK, Office, Stood};
 use crate::store::etcd::{Etcd, EtcdStore};
@@ -139,16 +139,8 @@ pub async fn start_member(config: Config, etcd: Etcd, reach: Option<String>) -> 
 /// A coordinator without the files that the others have would lock everybody out the moment it leads.
 async fn check_shared(candidate: &Candidate, dir: &Path) -> Result<(), ServeError> {
     let Some(known) = candidate.shared().await? else { return Ok(()) };
-    let own = fingerprint(dir);
-    if own.as_deref() == Some(known.as_str()) {
-        return Ok(());
-    }
-    let state = if own.is_none() { "has not" } else { "has others than" };
-    Err(ServeError::Config(format!(
-        "{} {state} the {} of the coordinators of this etcd: copy both from one of them",
-        dir.display(),
-        SHARED_FILES.join(" and ")
-    )))
+    let Some(what) = lacks_shared(dir, &known) else { return Ok(()) };
+    Err(ServeError::Config(format!("{what} of the coordinators of this etcd: copy both from one of them")))
 }
 
 /// Stands, leads, follows, until it is told to end.

@@ -53,6 +53,21 @@ pub struct Change {
     pub value: Option<Vec<u8>>,
 }
 
+impl Change {
+    /// Whether its condition holds for a key that is at this revision, or not there.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`].
+    pub(crate) fn check(&self, found: Option<u64>) -> Result<(), StoreError> {
+        let holds = match self.expect {
+            Expect::Any => true,
+            Expect::Absent => found.is_none(),
+            Expect::Revision(r) => found == Some(r),
+        };
+        if holds { Ok(()) } else { Err(StoreError::Conflict { key: self.key.clone(), expected: self.expect, found }) }
+    }
+}
+
 /// What the store cannot do.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -208,8 +223,7 @@ impl Watch {
 /// Refuses what is beyond the bounds, before anything is done.
 pub(crate) fn check_bounds(changes: &[Change]) -> Result<(), StoreError> {
     let too_large = |what, key: &str, size, limit| {
-        let end = (0..=key.len().min(80)).rev().find(|i| key.is_char_boundary(*i)).unwrap_or(0);
-        Err(StoreError::TooLarge { what, key: key[..end].to_owned(), size, limit })
+        Err(StoreError::TooLarge { what, key: crate::text::head(key, 80).to_owned(), size, limit })
     };
     if changes.len() > MAX_CHANGES {
         return too_large("number of changes", "a transaction", changes.len(), MAX_CHANGES);

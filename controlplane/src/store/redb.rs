@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use tokio::sync::broadcast;
 
-use super::{Change, Entry, Expect, Listing, Pending, Seen, Store, StoreError, WATCH_BACKLOG, Watch, check_bounds};
+use super::{Change, Entry, Listing, Pending, Seen, Store, StoreError, WATCH_BACKLOG, Watch, check_bounds};
 
 /// Value and the revision of its last change.
 const VALUES: TableDefinition<&str, (u64, &[u8])> = TableDefinition::new("values");
@@ -105,14 +105,7 @@ impl RedbStore {
             revision = meta.get(REVISION_KEY).map_err(failed)?.map_or(0, |v| v.value()) + 1;
             for change in &changes {
                 let found = values.get(change.key.as_str()).map_err(failed)?.map(|v| v.value().0);
-                let holds = match change.expect {
-                    Expect::Any => true,
-                    Expect::Absent => found.is_none(),
-                    Expect::Revision(r) => found == Some(r),
-                };
-                if !holds {
-                    return Err(StoreError::Conflict { key: change.key.clone(), expected: change.expect, found });
-                }
+                change.check(found)?;
             }
             for change in &changes {
                 match &change.value {
@@ -171,7 +164,7 @@ impl Store for RedbStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{MAX_VALUE, Watched};
+    use crate::store::{Expect, MAX_VALUE, Watched};
 
     fn put(key: &str, expect: Expect, value: &str) -> Change {
         Change { key: key.to_owned(), expect, value: Some(value.as_bytes().to_vec()) }

@@ -1,11 +1,9 @@
 //! `afterimage coordinator backup`, `restore`, `confirm`: the state in a file, and back.
 
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use afterimage_controlplane::backup as format;
+use afterimage_controlplane::bundle::write_private;
 use afterimage_controlplane::store::etcd::import;
 use afterimage_controlplane::store::redb::RedbStore;
 use afterimage_controlplane::store::{Entry, Listing, Store};
@@ -17,7 +15,7 @@ use super::shared::EtcdArgs;
 use crate::operator::failure::{Failure, Kind};
 use crate::operator::output::{Output, fields};
 use crate::operator::session::{Common, Session};
-use crate::operator::values::{json_time, show_time};
+use crate::operator::values::{json_time, now_ns, show_time};
 
 /// Options of `backup`.
 #[derive(clap::Args, Debug)]
@@ -64,10 +62,6 @@ fn failed(what: &str, message: impl std::fmt::Display) -> Failure {
     Failure::new(Kind::Failed, what, message.to_string())
 }
 
-fn now_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
-}
-
 /// Writes the file: whole and durable, or not at all.
 pub async fn backup(args: Backup) -> Result<(), Failure> {
     let bytes = match &args.data_dir {
@@ -76,7 +70,7 @@ pub async fn backup(args: Backup) -> Result<(), Failure> {
     };
     // What has been written is what can be read.
     let read = format::read(&bytes).map_err(|e| failed("backup", e))?;
-    write(&args.file, &bytes).map_err(|e| failed("backup", format!("{}: {e}", args.file.display())))?;
+    write_private(&args.file, &bytes).map_err(|e| failed("backup", format!("{}: {e}", args.file.display())))?;
     let (objects, revision) = (read.listing.entries.len(), read.listing.revision);
     let document = json!({ "file": args.file, "objects": objects, "revision": revision, "bytes": bytes.len() });
     args.common.output().show(&document, || {
@@ -107,18 +101,6 @@ async fn offline(dir: &Path) -> Result<Vec<u8>, Failure> {
     let shared = format::fingerprint(dir)
         .ok_or_else(|| failed("backup", format!("{} lacks ca.pem or keys.bin", dir.display())))?;
     format::write(&listing, &shared, now_ns()).map_err(|e| failed("backup", e))
-}
-
-fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    let new = PathBuf::from(name);
-    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&new, path)?;
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::File::open(parent)?.sync_all()
 }
 
 /// Makes a state of a backup.

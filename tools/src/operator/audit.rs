@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::failure::{Failure, Kind};
 use super::output::{Output, fields, table, text};
-use super::session::{Session, Which, every};
+use super::session::{Recent, Session, every};
 use super::values::{json_time, show_time};
 
 /// Verbs of `afterimage audit`.
@@ -20,16 +20,7 @@ pub enum Verb {
         afterimage audit list --limit 20\n  \
         afterimage audit list --filter 'actor = \"operator/anna\" AND objects:\"put policies/*\"'\n  \
         afterimage audit list --json --limit 0 > audit.json")]
-    List {
-        /// Only those with this number or above it.
-        #[arg(long, default_value_t = 0)]
-        from: u64,
-        /// The newest so many of them; 0 for all.
-        #[arg(long, default_value_t = 50)]
-        limit: u32,
-        #[command(flatten)]
-        which: Which,
-    },
+    List(Recent),
     /// Read the whole log: was something altered, left out or cut off? Exit code 1 if so.
     #[command(after_help = "Examples:\n  \
         afterimage audit verify\n  \
@@ -86,7 +77,7 @@ const OBJECT: &str = "audit log";
 /// Runs a verb.
 pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
     match verb {
-        Verb::List { from, limit, which } => {
+        Verb::List(Recent { from, limit, which }) => {
             let request = v1::ListAuditRecordsRequest {
                 parent: session.tenant(),
                 from_number: from,

@@ -32,7 +32,7 @@ pub mod watch;
 
 use failure::{Failure, Kind};
 use output::Mood;
-use session::{Common, Session};
+use session::{Common, Recent, Session};
 
 /// What the exit codes mean, for the end of the help.
 pub const EXIT_CODES: &str = "\
@@ -97,7 +97,7 @@ pub enum Command {
     Rpo(With<rpo::Rpo>),
     /// What has happened: the newest 10,000 events.
     #[command(after_help = "Examples:\n  afterimage events --limit 10\n  afterimage events --json")]
-    Events(With<watch::Events>),
+    Events(With<Recent>),
     /// Who has changed what: the audit log.
     Audit(Verbs<audit::Verb>),
     /// The versions of this program and of what it speaks.

@@ -98,6 +98,20 @@ pub struct Which {
     pub filter: String,
 }
 
+/// Which of what is numbered as it happens.
+#[derive(Args, Debug, Default, Clone)]
+pub struct Recent {
+    /// Only those with this number or above it.
+    #[arg(long, default_value_t = 0)]
+    pub from: u64,
+    /// The newest so many of them; 0 for all.
+    #[arg(long, default_value_t = 50)]
+    pub limit: u32,
+    /// And which of those.
+    #[command(flatten)]
+    pub which: Which,
+}
+
 /// An open connection.
 pub struct Session {
     channel: Channel,

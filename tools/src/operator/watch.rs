@@ -11,7 +11,7 @@ use super::documents::{self, id, rung_word, severity_word};
 use super::failure::{Failure, Kind};
 use super::group::object;
 use super::output::{line, put, width};
-use super::session::{Session, Which};
+use super::session::{Recent, Session};
 use super::status::{groups, micros, notes, phase};
 use super::values::{duration_ns, show_count, show_rate, show_size, show_time};
 
@@ -38,19 +38,6 @@ pub struct Watch {
     /// Go on after this token, from an earlier watch's JSON: the events since then come first.
     #[arg(long, value_name = "TOKEN")]
     pub resume: Option<String>,
-}
-
-/// Options of `afterimage events`.
-#[derive(Args, Debug)]
-pub struct Events {
-    /// Only those with this number or above it.
-    #[arg(long, default_value_t = 0)]
-    from: u64,
-    /// The newest so many of them; 0 for all.
-    #[arg(long, default_value_t = 50)]
-    limit: u32,
-    #[command(flatten)]
-    which: Which,
 }
 
 /// Watches until stopped.
@@ -116,7 +103,7 @@ async fn stream(
 }
 
 /// Shows recent events.
-pub async fn events(args: Events, session: &Session) -> Result<(), Failure> {
+pub async fn events(args: Recent, session: &Session) -> Result<(), Failure> {
     let mut found: VecDeque<v1::Event> = VecDeque::new();
     let mut request = v1::ListEventsRequest {
         parent: session.tenant(),
@@ -139,7 +126,7 @@ pub async fn events(args: Events, session: &Session) -> Result<(), Failure> {
     let document = found.iter().map(documents::event).collect::<Vec<_>>();
     session.out.show(&serde_json::json!({"events": document}), || {
         if found.is_empty() {
-            return "no events since the coordinator started".to_owned();
+            return "no events".to_owned();
         }
         found.iter().map(|event| event_line(event) + "\n").collect()
     });

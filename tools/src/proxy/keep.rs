@@ -1,9 +1,11 @@
 //! Small files of the state folder: replaced whole, durably, readable by their owner only.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+
+pub use afterimage_controlplane::bundle::write_private as replace;
 
 /// Makes the state folder, for its owner only, if it is not there.
 ///
@@ -11,24 +13,6 @@ use std::path::Path;
 /// The file system's.
 pub fn folder(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
-}
-
-/// Replaces a file: whoever reads it, also after a crash, finds the old or the new content, whole.
-///
-/// # Errors
-/// The file system's.
-pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let fresh = path.with_extension("new");
-    match std::fs::remove_file(&fresh) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    // The mode counts from the first byte on, and create_new follows no link that somebody has put there.
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&fresh, path)?;
-    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
 }
 
 #[cfg(test)]

@@ -283,14 +283,7 @@ impl EtcdStore {
             }
             for (change, found) in changes.iter().zip(found) {
                 let found = found.map(|kv| self.shown(kv.mod_revision));
-                let holds = match change.expect {
-                    Expect::Any => true,
-                    Expect::Absent => found.is_none(),
-                    Expect::Revision(r) => found == Some(r),
-                };
-                if !holds {
-                    return Err(StoreError::Conflict { key: change.key.clone(), expected: change.expect, found });
-                }
+                change.check(found)?;
             }
             return Err(StoreError::Failed("etcd says that a condition does not hold, but they all do".to_owned()));
         }
