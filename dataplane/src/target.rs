@@ -621,7 +621,7 @@ impl<I: Io> Target<I> {
                 timeline: known.timeline,
                 member: life.is_some_and(|life| life.member),
                 syncing: life.is_some_and(|life| !life.open.is_empty()),
-                damaged: stream.owes_whole() && life.is_some_and(|life| life.member && life.owes_whole)
+                damaged: stream.owes_whole(&[]) && life.is_some_and(|life| life.member && life.owes_whole)
                     || stream.damage.open_blocks().any(|block| block.slot == known.disk.slot),
             }
         });

@@ -627,3 +627,29 @@ fn a_loss_that_is_proved_far_behind_it_is_gone_on_from_where_it_ends() {
     let status = rig.target.status()[0].clone();
     assert_eq!(status.durable_seq, last, "all that follows is there");
 }
+
+/// What was lost told that the disks are in the stream: nobody knows of them, and whoever comes next says the whole again.
+#[test]
+fn a_stream_that_lost_the_joins_of_its_disks_asks_for_the_whole() {
+    let (mut rig, mut feeder, mut model) = begun(61);
+    write(&mut rig, &mut feeder, &mut model, 0, 0, noise(1, 4096));
+    // Its header says that all before it is safe.
+    write(&mut rig, &mut feeder, &mut model, 0, 4096, noise(2, 4096));
+    let path = segments(&rig)[0].clone();
+    rig.world.rot(rig.node, &path, at(&feeder, 1), 200);
+    rig.restart(true);
+    let found: Vec<_> = told(&rig).iter().map(|damage| (damage.first_frame, damage.known)).collect();
+    assert_eq!(found, [(1, false)]);
+    let (_, whole) = rig.connect(&feeder);
+    assert!(whole, "the writer itself");
+    let (frame, seq) = feeder.acked;
+    let mut next = Feeder::new(2, seq + 1, Predecessor { incarnation: feeder.incarnation, frame, seq });
+    let (_, whole) = rig.connect(&next);
+    assert!(whole, "its successor");
+    next.join_and_sync(2);
+    next.seal(100);
+    rig.ship(&mut next);
+    rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).expect("a point again");
+    let (_, whole) = rig.connect(&next);
+    assert!(!whole, "once is enough");
+}

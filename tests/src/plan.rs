@@ -450,8 +450,7 @@ impl Plan {
     fn policies(&mut self) {
         let mut rng = Rng::new(self.seed ^ 0x0b01_1c7e);
         let rng = &mut rng;
-        // Nor where the target's disk is bad: seeds 78 and 131 failed when they were played so, and nobody has looked why.
-        if matches!(self.theme, Theme::Doubt | Theme::BadTarget) {
+        if self.theme == Theme::Doubt {
             return;
         }
         let policy = |rng: &mut Rng| Fault::Policy {
@@ -479,11 +478,8 @@ impl Plan {
         self.faults.sort_by_key(|(at, _)| *at);
     }
 
-    /// Hosts ask through front ends; not yet where the target's disk is bad: see [`Plan::policies`].
+    /// Hosts ask through front ends.
     fn front(&mut self) {
-        if self.theme == Theme::BadTarget {
-            return;
-        }
         let mut rng = Rng::new(self.seed ^ 0x0f20_97e2);
         let rng = &mut rng;
         self.setup.view_front = match rng.below(10) {

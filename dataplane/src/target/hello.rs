@@ -221,7 +221,7 @@ pub(crate) fn decide(stream: &Stream, hello: &Hello) -> Result<Accepted, Welcome
                 format!("frame {} is held here, and the source has sent {}", held.frame, hello.next_frame - 1);
             return Err(refuse(Refusal::Branch, message));
         }
-        return Ok(Accepted { position, whole_resync: stream.owes_whole(), writer, next });
+        return Ok(Accepted { position, whole_resync: stream.owes_whole(&hello.disks), writer, next });
     }
     let whole_resync = if held.incarnation.is_none() {
         // A source that never had a predecessor owes the whole anyway.
@@ -236,7 +236,7 @@ pub(crate) fn decide(stream: &Stream, hello: &Hello) -> Result<Accepted, Welcome
         let message = format!("record {} is held here already", held.seq);
         return Err(refuse(Refusal::SeqBehind { newest: held.seq }, message));
     }
-    Ok(Accepted { position, whole_resync: whole_resync || stream.owes_whole(), writer, next })
+    Ok(Accepted { position, whole_resync: whole_resync || stream.owes_whole(&hello.disks), writer, next })
 }
 
 fn check_claims(stream: &Stream, hello: &Hello) -> Result<(), Welcome> {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use afterimage_wire::handshake::DiskClaim;
 use afterimage_wire::ids::{DiskId, IncarnationId, TimelineId};
 use afterimage_wire::record::DiskInfo;
 use afterimage_wire::segment::Predecessor;
@@ -725,11 +726,19 @@ impl Stream {
     }
 
     /// Some disk that is in the stream has lost history since its last whole synchronisation, and no whole one has begun
-    /// since.
-    pub fn owes_whole(&self) -> bool {
+    /// since; or what was lost of the newest writer told that one of these disks is in the stream.
+    pub fn owes_whole(&self, claims: &[DiskClaim]) -> bool {
+        let lost = |damage: &&Damage| !damage.known;
+        if !self.damage.all().any(|damage| lost(&damage)) {
+            return false;
+        }
+        let now = self.points.now();
         let begun = |life: &DiskLife| life.open.iter().any(|open| open.whole && !open.tainted);
         let owes = |life: &DiskLife| life.member && life.owes_whole && !begun(life);
-        self.damage.all().any(|damage| !damage.known) && self.points.now().values().any(owes)
+        let newest = self.position().incarnation;
+        let of_newest = self.damage.all().filter(lost).any(|damage| damage.incarnation == newest);
+        let is_out = |claim: &DiskClaim| now.get(&claim.disk.slot).is_none_or(|life| !life.member);
+        now.values().any(owes) || of_newest && claims.iter().any(is_out)
     }
 
     /// The newest record is a point that holds every disk.
