@@ -10,6 +10,7 @@ import time
 
 import nbd
 
+import certificates
 from cluster import AFTERIMAGE, MIB, Cluster, Tests, digest, eventually, expect, free_port, run, workspace
 from scene import Relay
 
@@ -314,6 +315,7 @@ def main():
                 policies.close()
     with workspace("hooks") as folder:
         tests.run("hooks are told, over refusals and a crash", hooks, folder)
+    certificates.run(tests, workspace)
     tests.end()
 
 

@@ -37,7 +37,13 @@ pub struct Bundle {
     pub key_pem: String,
     /// When the certificate ends, nanoseconds since the Unix epoch.
     pub expire_time_ns: u64,
+    /// When the next one is to be asked for, nanoseconds since the Unix epoch. 0 in bundles of versions that did not say.
+    #[serde(default)]
+    pub renew_time_ns: u64,
 }
+
+/// When a bundle that does not say is renewed: so long before its end, nanoseconds.
+const RENEW_BEFORE_NS: u64 = 30 * 86_400 * 1_000_000_000;
 
 impl std::fmt::Debug for Bundle {
     // The key is left out: bundles end up in logs.
@@ -88,6 +94,7 @@ impl Bundle {
         certificate_pem: &str,
         key_pem: &str,
         expire_time_ns: u64,
+        renew_time_ns: u64,
     ) -> Self {
         let own = str::to_owned;
         Self {
@@ -101,6 +108,15 @@ impl Bundle {
             certificate_pem: own(certificate_pem),
             key_pem: own(key_pem),
             expire_time_ns,
+            renew_time_ns,
+        }
+    }
+
+    /// When the next certificate is to be asked for, nanoseconds since the Unix epoch.
+    pub fn renew_at_ns(&self) -> u64 {
+        match self.renew_time_ns {
+            0 => self.expire_time_ns.saturating_sub(RENEW_BEFORE_NS),
+            at => at,
         }
     }
 
@@ -163,7 +179,7 @@ mod tests {
     use super::*;
 
     fn bundle() -> Bundle {
-        Bundle::new("default", "admin", "ann", "", "https://127.0.0.1:1", "CA", "CERT", "KEY", 7)
+        Bundle::new("default", "admin", "ann", "", "https://127.0.0.1:1", "CA", "CERT", "KEY", 7, 5)
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -19,10 +19,11 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use crate::bundle::{COORDINATOR_NAME, write_private};
 use crate::names::is_id;
 
-/// How long a client certificate lasts.
-pub const CLIENT_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
-/// How long the coordinator's own lasts; it is made anew with each start.
-const SERVER_LIFETIME: Duration = Duration::from_secs(2 * 365 * 86_400);
+/// How long a certificate lasts if nothing else is said; the coordinator's own, too.
+pub const LIFETIME: Duration = Duration::from_secs(365 * 86_400);
+/// How long after its end the certificate of a proxy is still taken where its key is known: by the proxies that it is paired
+/// with, and by the coordinator to have it renewed.
+pub const GRACE: Duration = Duration::from_secs(90 * 86_400);
 /// How long the CA lasts.
 const CA_LIFETIME: Duration = Duration::from_secs(20 * 365 * 86_400);
 /// Clocks of others may be behind ours by this much when a certificate begins.
@@ -73,6 +74,14 @@ pub struct Identity {
     pub uid: String,
     /// SHA-256 of the public key (SubjectPublicKeyInfo).
     pub pin: [u8; 32],
+    /// Serial number, lower-case hex.
+    pub serial: String,
+    /// Which authority issued it: see [`Ca::id`].
+    pub issuer: String,
+    /// When the certificate was issued, nanoseconds since the Unix epoch.
+    pub issue_time_ns: u64,
+    /// When it ends, nanoseconds since the Unix epoch.
+    pub expire_time_ns: u64,
 }
 
 /// A certificate just issued.
@@ -82,8 +91,24 @@ pub struct Issued {
     pub certificate_pem: String,
     /// When it ends, nanoseconds since the Unix epoch.
     pub expire_time_ns: u64,
+    /// When its holder should ask for the next one, nanoseconds since the Unix epoch.
+    pub renew_time_ns: u64,
     /// SHA-256 of the public key.
     pub pin: [u8; 32],
+    /// Serial number, lower-case hex.
+    pub serial: String,
+    /// Which authority issued it: see [`Ca::id`].
+    pub issuer: String,
+}
+
+/// When a certificate that was issued and ends then is to be renewed: when two thirds of its time are over.
+pub fn renew_time_ns(issue_ns: u64, expire_ns: u64) -> u64 {
+    issue_ns + expire_ns.saturating_sub(issue_ns) / 3 * 2
+}
+
+/// From when on it is an alarm that a certificate has not been renewed: a quarter of the time that was left for it is over.
+pub fn overdue_time_ns(renew_ns: u64, expire_ns: u64) -> u64 {
+    renew_ns + expire_ns.saturating_sub(renew_ns) / 4
 }
 
 /// What can go wrong with certificates.
@@ -116,7 +141,9 @@ pub enum CaError {
 /// The authority.
 pub struct Ca {
     certificate_pem: String,
+    id: String,
     issuer: Issuer<'static, KeyPair>,
+    lifetime: Duration,
 }
 
 impl Ca {
@@ -155,7 +182,26 @@ impl Ca {
         let (certificate_pem, key_pem) = text.split_at(at);
         let key = KeyPair::from_pem(key_pem).map_err(|e| e.to_string())?;
         let issuer = Issuer::from_ca_cert_pem(certificate_pem, key).map_err(|e| e.to_string())?;
-        Ok(Self { certificate_pem: certificate_pem.to_owned(), issuer })
+        let (_, pem) = x509_parser::pem::parse_x509_pem(certificate_pem.as_bytes()).map_err(|e| e.to_string())?;
+        let (_, certificate) = X509Certificate::from_der(&pem.contents).map_err(|e| e.to_string())?;
+        let id = authority_id(certificate.subject());
+        Ok(Self { certificate_pem: certificate_pem.to_owned(), id, issuer, lifetime: LIFETIME })
+    }
+
+    /// With certificates that last so long.
+    #[must_use]
+    pub fn lasting(self, lifetime: Duration) -> Self {
+        Self { lifetime, ..self }
+    }
+
+    /// How long certificates last.
+    pub fn lifetime(&self) -> Duration {
+        self.lifetime
+    }
+
+    /// Tells it from other authorities: of its name, which each has for itself.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// The CA's certificate, PEM.
@@ -170,7 +216,7 @@ impl Ca {
     /// A name that is none, or signing fails.
     pub fn server(&self, names: &[String]) -> Result<(String, String), CaError> {
         let key = KeyPair::generate()?;
-        let mut params = parameters(COORDINATOR_NAME, SERVER_LIFETIME);
+        let mut params = parameters(COORDINATOR_NAME, self.lifetime);
         let all = [COORDINATOR_NAME.to_owned(), "localhost".to_owned()].into_iter().chain(names.iter().cloned());
         for name in all {
             params.subject_alt_names.push(match name.parse() {
@@ -202,7 +248,7 @@ impl Ca {
         let request =
             CertificateSigningRequestParams::from_pem(csr_pem).map_err(|e| CaError::Request(e.to_string()))?;
         let public = request.public_key;
-        let mut params = parameters(name, CLIENT_LIFETIME);
+        let mut params = parameters(name, self.lifetime);
         let uri = format!("afterimage://{tenant}/{}/{name}", role.as_str());
         params.subject_alt_names.push(SanType::URI(uri.try_into()?));
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -212,11 +258,16 @@ impl Ca {
             params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
         }
         let certificate = params.signed_by(&public, &self.issuer)?;
-        let expire_time_ns = u64::try_from(params.not_after.unix_timestamp_nanos()).unwrap_or(u64::MAX);
+        // Certificates know whole seconds.
+        let expire_time_ns = u64::try_from(params.not_after.unix_timestamp()).unwrap_or(0) * 1_000_000_000;
+        let issue_time_ns = expire_time_ns.saturating_sub(self.lifetime.as_nanos() as u64);
         Ok(Issued {
             certificate_pem: certificate.pem(),
             expire_time_ns,
+            renew_time_ns: renew_time_ns(issue_time_ns, expire_time_ns),
             pin: sha256(&public.subject_public_key_info()),
+            issuer: self.id.clone(),
+            serial: params.serial_number.as_ref().map(|s| hex(&s.to_bytes())).unwrap_or_default(),
         })
     }
 }
@@ -224,6 +275,10 @@ impl Ca {
 fn parameters(common_name: &str, lifetime: Duration) -> CertificateParams {
     let now = SystemTime::now();
     let mut params = CertificateParams::default();
+    // Random, positive, and without a leading zero, so that it has one way to be written.
+    let mut serial = uuid::Uuid::new_v4().into_bytes();
+    serial[0] = serial[0] & 0x7f | 0x40;
+    params.serial_number = Some(SerialNumber::from_slice(&serial));
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, common_name);
     params.distinguished_name.push(DnType::OrganizationName, "Afterimage");
@@ -270,7 +325,23 @@ pub fn identify(der: &[u8]) -> Option<Identity> {
             _ => None,
         })
         .unwrap_or_default();
-    Some(Identity { tenant: tenant.to_owned(), role, name: name.to_owned(), uid, pin })
+    let validity = certificate.validity();
+    let ns = |at: i64| u64::try_from(at).unwrap_or(0).saturating_mul(1_000_000_000);
+    Some(Identity {
+        tenant: tenant.to_owned(),
+        role,
+        name: name.to_owned(),
+        uid,
+        pin,
+        serial: hex(certificate.raw_serial()),
+        issuer: authority_id(certificate.issuer()),
+        issue_time_ns: ns(validity.not_before.timestamp()) + BACKDATE.as_nanos() as u64,
+        expire_time_ns: ns(validity.not_after.timestamp()),
+    })
+}
+
+fn authority_id(name: &x509_parser::x509::X509Name<'_>) -> String {
+    hex(&sha256(name.as_raw())[..8])
 }
 
 /// SHA-256 of the public key (SubjectPublicKeyInfo) of a certificate, DER: what peers pin.
@@ -335,8 +406,22 @@ mod tests {
         let issued = ca.issue(&request, "default", Role::Proxy, "src", Some("u-1")).unwrap();
         let who = identify(&der(&issued.certificate_pem)).unwrap();
         assert_eq!((who.role, who.name.as_str(), who.uid.as_str()), (Role::Proxy, "src", "u-1"));
-        assert_eq!(who.pin, issued.pin);
+        assert_eq!((who.pin, &who.serial, who.expire_time_ns), (issued.pin, &issued.serial, issued.expire_time_ns));
+        assert_eq!((who.serial.len(), who.issuer.as_str()), (32, ca.id()));
         assert_eq!(who.pin, sha256(&key.subject_public_key_info()));
+    }
+
+    #[test]
+    fn a_certificate_lasts_as_long_as_is_said_and_is_renewed_in_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let ca = Ca::open(&folder.path().join("ca.pem")).unwrap().lasting(Duration::from_secs(90));
+        let (_, request) = key_and_request().unwrap();
+        let issued = ca.issue(&request, "default", Role::Viewer, "a", None).unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
+        let seconds = |at: u64| (at.saturating_sub(now) + 500_000_000) / 1_000_000_000;
+        assert!((88..=90).contains(&seconds(issued.expire_time_ns)));
+        assert!((58..=60).contains(&seconds(issued.renew_time_ns)));
+        assert!((66..=68).contains(&seconds(overdue_time_ns(issued.renew_time_ns, issued.expire_time_ns))));
     }
 
     #[test]

@@ -155,5 +155,6 @@ fn bundle(address: &str, key_pem: &str, answer: JoinResponse) -> Result<Bundle, 
         &answer.certificate_pem,
         key_pem,
         answer.expire_time_ns,
+        answer.renew_time_ns,
     ))
 }

@@ -20,6 +20,7 @@ pub(crate) fn proxy(id: &str, address: &str) -> Proxy {
         capabilities: vec![],
         boot_id: String::new(),
         software_version: String::new(),
+        renew_time_ns: 0,
     }
 }
 

@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
+use crate::certificates::Certificate;
 use crate::coordinator::Coordinator;
 
 /// Connections at once; beyond that they wait to be accepted.
@@ -140,6 +141,7 @@ pub fn render(
     groups: &[v1::GroupStatus],
     proxies: &[v1::Proxy],
     operations: &[(&'static str, usize)],
+    certificates: &[&Certificate],
 ) -> String {
     let mut out = Text::default();
     let version = vec![("version", status.software_version.clone())];
@@ -211,6 +213,14 @@ pub fn render(
     out.family("proxy_certificate_expire_timestamp_seconds", "gauge", "When its certificate ends.", expires);
     let conditions = proxies.iter().flat_map(|p| marked(of(p), &p.conditions));
     out.family("proxy_condition", "gauge", "1 for each condition that it has.", conditions);
+
+    let expires = certificates.iter().map(|c| {
+        let labels = [("tenant", &c.tenant), ("name", &c.name)].map(|(key, value)| (key, value.clone()));
+        let labels = labels.into_iter().chain([("role", c.role.as_str().to_owned())]).collect();
+        (labels, (c.expire_time_ns / 1_000_000_000) as f64)
+    });
+    let help = "When the newest certificate of a person ends.";
+    out.family("certificate_expire_timestamp_seconds", "gauge", help, expires);
     out.text
 }
 
@@ -230,7 +240,8 @@ mod tests {
             ..v1::GroupStatus::default()
         };
         let groups = [group("a", Some(1_500_000)), group("b", None)];
-        let text = render(&v1::CoordinatorStatus::default(), &groups, &[], &[("running", 2)]);
+        let anna = crate::certificates::tests::certificate("1", "anna", 0, 1_700_000_000_000_000_000);
+        let text = render(&v1::CoordinatorStatus::default(), &groups, &[], &[("running", 2)], &[&anna]);
         for line in [
             "# TYPE afterimage_group_rpo_seconds gauge",
             "afterimage_group_rpo_seconds{tenant=\"default\",group=\"a\"} 1.5",
@@ -239,6 +250,7 @@ mod tests {
             "afterimage_group_condition{tenant=\"default\",group=\"a\",kind=\"silent\",severity=\"error\"} 1",
             "afterimage_group_writes_total{tenant=\"default\",group=\"a\"} 7",
             "afterimage_operations{state=\"running\"} 2",
+            "afterimage_certificate_expire_timestamp_seconds{tenant=\"default\",name=\"anna\",role=\"operator\"} 1700000000",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line} in\n{text}");
         }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::audit::Head;
+use crate::certificates::Certificate;
 use crate::names::Name;
 use crate::objects::{Disk, Group, GroupPhase, KeyRecord, Object, Operation, Policy, Proxy, View};
 use crate::problem::Problem;
@@ -57,6 +58,8 @@ pub struct Model {
     pub tokens: BTreeMap<String, TokenRecord>,
     /// Policy keys, by id.
     pub keys: BTreeMap<String, KeyRecord>,
+    /// Certificates that have been issued and are not over, by tenant and serial.
+    pub certificates: BTreeMap<Key, Arc<Certificate>>,
     /// Requests that have been done, by tenant and key. Many, and copied with each change.
     pub requests: BTreeMap<Key, Arc<RequestRecord>>,
     /// That the store was restored, if it was.
@@ -238,6 +241,9 @@ impl Model {
             Object::Operation(o) => drop(self.operations.insert(pair(&o.tenant, &o.uid), o)),
             Object::Token(o) => drop(self.tokens.insert(o.id.clone(), o)),
             Object::Key(o) => drop(self.keys.insert(o.id.clone(), o)),
+            Object::Certificate(o) => {
+                drop(self.certificates.insert(pair(&o.tenant, &o.serial), Arc::new(o)));
+            }
             Object::Request(o) => drop(self.requests.insert(pair(&o.tenant, &o.key), Arc::new(o))),
             Object::Term(term) => self.term = term,
             Object::Audit(head) => self.audit = head,
@@ -255,6 +261,7 @@ impl Model {
             Object::Operation(o) => drop(self.operations.remove(&pair(&o.tenant, &o.uid))),
             Object::Token(o) => drop(self.tokens.remove(&o.id)),
             Object::Key(o) => drop(self.keys.remove(&o.id)),
+            Object::Certificate(o) => drop(self.certificates.remove(&pair(&o.tenant, &o.serial))),
             Object::Request(o) => drop(self.requests.remove(&pair(&o.tenant, &o.key))),
             Object::Term(_) => self.term = 0,
             Object::Audit(_) => self.audit = Head::default(),
@@ -317,6 +324,11 @@ impl Model {
         self.views
             .get(&(group.tenant.clone(), group.id.clone(), id.to_owned()))
             .ok_or_else(|| Problem::not_found("view", crate::names::child(group, "views", id)))
+    }
+
+    /// What is known of a certificate.
+    pub fn certificate(&self, tenant: &str, serial: &str) -> Option<&Arc<Certificate>> {
+        self.certificates.get(&pair(tenant, serial))
     }
 
     /// The group whose stream has this uid.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::certificates::Certificate;
 use crate::failover::Failover;
 use crate::names::{Kind, Name, child};
 use crate::policy::Promises;
@@ -150,7 +151,7 @@ pub struct Proxy {
     /// The key before, until the proxy has registered with the new one.
     #[serde(default)]
     pub previous_pin: Option<String>,
-    /// When its certificate ends, nanoseconds since the Unix epoch.
+    /// When its newest certificate ends, nanoseconds since the Unix epoch.
     pub expire_time_ns: u64,
     /// As it last registered: where sources connect to.
     #[serde(default)]
@@ -167,6 +168,9 @@ pub struct Proxy {
     /// As it last registered.
     #[serde(default)]
     pub software_version: String,
+    /// When it should have its certificate renewed, nanoseconds since the Unix epoch; 0 where that was not noted.
+    #[serde(default)]
+    pub renew_time_ns: u64,
 }
 
 impl Proxy {
@@ -350,6 +354,8 @@ pub enum Object {
     Token(TokenRecord),
     /// A policy key.
     Key(KeyRecord),
+    /// A certificate that has been issued.
+    Certificate(Certificate),
     /// A request that has been done.
     Request(RequestRecord),
     /// The highest term.
@@ -372,6 +378,7 @@ impl Object {
             Self::Operation(o) => format!("operations/{}/{}", o.tenant, o.uid),
             Self::Token(o) => format!("tokens/{}", o.id),
             Self::Key(o) => format!("keys/{}", o.id),
+            Self::Certificate(o) => format!("certificates/{}/{}", o.tenant, o.serial),
             Self::Request(o) => format!("requests/{}/{}", o.tenant, o.key),
             Self::Term(_) => "term".to_owned(),
             Self::Audit(_) => "audit".to_owned(),
@@ -390,6 +397,7 @@ impl Object {
             Self::Operation(o) => serde_json::to_vec(o),
             Self::Token(o) => serde_json::to_vec(o),
             Self::Key(o) => serde_json::to_vec(o),
+            Self::Certificate(o) => serde_json::to_vec(o),
             Self::Request(o) => serde_json::to_vec(o),
             Self::Term(o) => serde_json::to_vec(o),
             Self::Audit(o) => serde_json::to_vec(o),
@@ -416,6 +424,7 @@ impl Object {
             "operations" => Self::Operation(read(key, value)?),
             "tokens" => Self::Token(read(key, value)?),
             "keys" => Self::Key(read(key, value)?),
+            "certificates" => Self::Certificate(read(key, value)?),
             "requests" => Self::Request(read(key, value)?),
             "term" => Self::Term(read(key, value)?),
             "audit" => Self::Audit(read(key, value)?),

@@ -5,7 +5,7 @@ use super::*;
 
 /// As this version writes them. A field that comes goes behind the others, with a default, and its kind's old bytes go into
 /// [`EARLIER`].
-const NOW: [(&str, &str); 12] = [
+const NOW: [(&str, &str); 13] = [
     ("term", "7"),
     (
         "policies/default/gold",
@@ -21,7 +21,7 @@ const NOW: [(&str, &str); 12] = [
     ),
     (
         "proxies/default/src",
-        r#"{"uid":"p","tenant":"default","id":"src","version":2,"created_ns":1,"pin":"aa","previous_pin":null,"expire_time_ns":9,"data_address":"","nbd_addresses":[],"capabilities":[],"boot_id":"","software_version":""}"#,
+        r#"{"uid":"p","tenant":"default","id":"src","version":2,"created_ns":1,"pin":"aa","previous_pin":null,"expire_time_ns":9,"data_address":"","nbd_addresses":[],"capabilities":[],"boot_id":"","software_version":"","renew_time_ns":0}"#,
     ),
     (
         "views/default/shop/failover",
@@ -36,13 +36,17 @@ const NOW: [(&str, &str); 12] = [
         r#"{"id":"t","secret_hash":"cc","tenant":"default","role":"operator","name":"anna","expire_time_ns":9}"#,
     ),
     ("keys/k", r#"{"id":"k","wrapped":"00ff"}"#),
+    (
+        "certificates/default/4a",
+        r#"{"serial":"4a","tenant":"default","role":"operator","name":"anna","uid":"","pin":"aa","issuer":"ca","issued_ns":1,"expire_time_ns":9}"#,
+    ),
     ("requests/default/aa", r#"{"key":"aa","tenant":"default","fingerprint":"bb","uid":"u","point":null,"at_ns":5}"#),
     ("audit", r#"{"seq":5,"hash":"ab","floor":1}"#),
     ("restored", r#"{"backup_ns":1,"restored_ns":2,"offset":812,"observing":true,"seen":["p"],"findings":["f"]}"#),
 ];
 
 /// As earlier versions wrote them: by kind, what [`NOW`] has of the same.
-const EARLIER: [(&str, &str); 7] = [
+const EARLIER: [(&str, &str); 8] = [
     (
         "policies/default/gold",
         r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0}}"#,
@@ -58,6 +62,10 @@ const EARLIER: [(&str, &str); 7] = [
     (
         "disks/g/00000",
         r#"{"uid":"d","group_uid":"g","id":"data","slot":0,"path":"/dev/vg0/data","serial":"s","size":1048576,"block":512,"physical_block":4096,"export_name":"shop/data","created_ns":1}"#,
+    ),
+    (
+        "proxies/default/src",
+        r#"{"uid":"p","tenant":"default","id":"src","version":2,"created_ns":1,"pin":"aa","previous_pin":null,"expire_time_ns":9,"data_address":"","nbd_addresses":[],"capabilities":[],"boot_id":"","software_version":""}"#,
     ),
     (
         "proxies/default/src",

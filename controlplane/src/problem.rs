@@ -77,6 +77,18 @@ pub enum Problem {
         /// What it takes.
         needs: String,
     },
+    /// The caller's certificate is not good any more.
+    #[error("the certificate of {who} {state}: {remedy}")]
+    Certificate {
+        /// The caller.
+        who: String,
+        /// Since when, and why.
+        state: String,
+        /// What to do.
+        remedy: String,
+        /// By which programs tell it: "CERTIFICATE_EXPIRED", …
+        reason: &'static str,
+    },
     /// There is no such method.
     #[error("there is no method {method}")]
     NoMethod {

@@ -5,17 +5,19 @@ use std::collections::btree_map::Entry;
 
 use afterimage_wire::v1::{self, Severity};
 
+use crate::ca::{GRACE, overdue_time_ns};
 use crate::convert;
 use crate::live::{Live, ProxyLive, StreamLive};
 use crate::model::Model;
 use crate::names::{Kind, Name, child};
 use crate::objects::{Disk, Group, GroupPhase, Object, Proxy};
 use crate::rpo::WINDOW_S;
+use crate::text;
 
 /// A proxy whose session is open but that says nothing for this long is silent, nanoseconds.
 const SILENT_NS: u64 = 3_000_000_000;
-/// A certificate that ends sooner than this is a warning, nanoseconds.
-const EXPIRES_SOON_NS: u64 = 30 * 86_400 * 1_000_000_000;
+/// When a proxy's certificate is renewed if that was not noted: so long before its end, nanoseconds.
+const RENEW_BEFORE_NS: u64 = 30 * 86_400 * 1_000_000_000;
 
 /// A condition as found; since when it has been so is the tracker's.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -28,7 +30,7 @@ pub struct Finding {
     pub message: String,
 }
 
-fn finding(kind: &'static str, severity: Severity, message: impl Into<String>) -> Finding {
+pub(crate) fn finding(kind: &'static str, severity: Severity, message: impl Into<String>) -> Finding {
     Finding { kind, severity, message: message.into() }
 }
 
@@ -177,14 +179,32 @@ impl Scene<'_> {
         } else if live.last_heard_ns.is_some_and(|h| self.now_ns.saturating_sub(h) > SILENT_NS) {
             out.push(finding("silent", Severity::Error, "connected, and reports nothing"));
         }
-        if proxy.expire_time_ns < self.wall_ns.saturating_add(EXPIRES_SOON_NS) {
-            let message = "its certificate ends within 30 days: have it renewed";
-            out.push(finding("certificate-expires", Severity::Warning, message));
-        }
+        out.extend(self.certificate(proxy));
         for problem in live.problems.iter().filter(|p| p.stream_uid.is_empty()) {
             out.push(finding("error", Severity::Error, problem.message.clone()));
         }
         out
+    }
+
+    /// That a proxy's certificate has not been renewed in time.
+    fn certificate(&self, proxy: &Proxy) -> Option<Finding> {
+        let expire = proxy.expire_time_ns;
+        let renew = if proxy.renew_time_ns == 0 { expire.saturating_sub(RENEW_BEFORE_NS) } else { proxy.renew_time_ns };
+        if self.wall_ns > expire {
+            let until = text::time(expire.saturating_add(GRACE.as_nanos() as u64));
+            let message = format!(
+                "its certificate ended at {}: it renews it when it reaches this coordinator; proxies that are paired with \
+                 it take it until {until}",
+                text::time(expire)
+            );
+            return Some(finding("certificate-expired", Severity::Error, message));
+        }
+        let message = format!(
+            "its certificate ends at {} and has not been renewed: look at that host, and at its events of kind certificate",
+            text::time(expire)
+        );
+        (self.wall_ns > overdue_time_ns(renew, expire))
+            .then(|| finding("certificate-expires", Severity::Warning, message))
     }
 
     /// A group as it is shown. `since` gives when a condition of this group began.

@@ -20,6 +20,12 @@ pub(crate) fn shortened(text: &str, most: usize) -> String {
     short
 }
 
+/// A moment as people write it, to the second: "2026-11-27T12:00:00Z".
+pub(crate) fn time(at_ns: u64) -> String {
+    let at = jiff::Timestamp::from_second((at_ns / 1_000_000_000).cast_signed());
+    at.map_or_else(|_| "an unknown time".to_owned(), |at| at.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -29,5 +35,10 @@ mod tests {
         assert_eq!((head("aé", 3), head("aé", 2), head("é", 0)), ("aé", "a", ""));
         assert_eq!(shortened("aé", 3), "aé");
         assert_eq!(shortened("aéaé", 5), "a…");
+    }
+
+    #[test]
+    fn a_moment_is_to_the_second() {
+        assert_eq!(time(1_700_000_000_999_999_999), "2023-11-14T22:13:20Z");
     }
 }

@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use afterimage_controlplane::grpc::member::start_member;
 use afterimage_controlplane::grpc::{Config, ServeError, start};
@@ -17,6 +18,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::operator::failure::{Failure, Kind};
 use crate::operator::output::{Output, fields};
+use crate::operator::values::duration_ns;
 
 mod backup;
 mod shared;
@@ -58,7 +60,8 @@ pub struct Args {
     action: Option<Action>,
     #[command(flatten)]
     etcd: EtcdArgs,
-    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, etcd, log, hook.
+    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, certificate_lifetime, etcd,
+    /// log, hook.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Address to listen on; port 0 takes one that is free; may be given many times [default: 0.0.0.0:7700].
@@ -73,6 +76,10 @@ pub struct Args {
     /// Numbers for Prometheus: GET /metrics over plain HTTP, open to whoever reaches this address [default: none].
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<SocketAddr>,
+    /// How long certificates last that are issued from now on, from 10s to 3650d; proxies and commands renew them by
+    /// themselves when two thirds of that are over [default: 365d].
+    #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
+    certificate_lifetime: Option<u64>,
     /// How the log is written, to standard error [default: text].
     #[arg(long, value_name = "FORMAT")]
     log: Option<LogFormat>,
@@ -123,6 +130,7 @@ struct File {
     advertise: Option<String>,
     data_dir: Option<PathBuf>,
     metrics: Option<SocketAddr>,
+    certificate_lifetime: Option<String>,
     log: Option<LogFormat>,
     #[serde(default)]
     etcd: EtcdArgs,
@@ -140,6 +148,7 @@ struct Settings {
     advertise: Option<String>,
     data_dir: PathBuf,
     metrics: Option<SocketAddr>,
+    certificate_lifetime: Option<Duration>,
     log: LogFormat,
     hooks: Vec<HookConfig>,
 }
@@ -152,6 +161,13 @@ impl Settings {
         };
         let given = if args.listen.is_empty() { file.listen } else { args.listen.clone() };
         let etcd = args.etcd.clone().or(file.etcd);
+        let lifetime = match (args.certificate_lifetime, &file.certificate_lifetime) {
+            (Some(given), _) => Some(given),
+            (None, Some(text)) => {
+                Some(duration_ns(text).map_err(|e| Failure::usage(format!("certificate_lifetime is {text:?}: {e}")))?)
+            }
+            (None, None) => None,
+        };
         let settings = Settings {
             etcd: etcd.etcd()?,
             reach: etcd.reach(),
@@ -159,6 +175,7 @@ impl Settings {
             advertise: args.advertise.clone().or(file.advertise),
             data_dir: args.data_dir.clone().or(file.data_dir).unwrap_or_else(|| PathBuf::from(DATA_DIR)),
             metrics: args.metrics.or(file.metrics),
+            certificate_lifetime: lifetime.map(Duration::from_nanos),
             log: args.log.or(file.log).unwrap_or_default(),
             hooks: file.hook,
         };
@@ -243,6 +260,10 @@ async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
         metrics: settings.metrics,
         hooks: settings.hooks,
         ..Config::new(settings.data_dir, settings.listen[0])
+    };
+    let config = match settings.certificate_lifetime {
+        Some(certificate_lifetime) => Config { certificate_lifetime, ..config },
+        None => config,
     };
     if let Some(etcd) = settings.etcd {
         let mut member = start_member(config, etcd, settings.reach).await.map_err(|error| refused(&error))?;

@@ -8,6 +8,7 @@ use afterimage_wire::v1::{self, Severity};
 use super::Coordinator;
 use crate::bundle::Bundle;
 use crate::ca::{Identity, Issued, Role, hex, key_and_request};
+use crate::certificates::{self, Certificate};
 use crate::convert;
 use crate::model::{MAX_OBJECTS, MAX_TOKENS};
 use crate::names::{Kind, Name, check_id};
@@ -89,7 +90,7 @@ impl Coordinator {
                 needs: "a token that is neither spent nor expired; ask an admin for a new one".into(),
             }
         })?;
-        self.issue(&record.tenant, record.role, &record.name, csr_pem).await
+        self.issue(&record.tenant, record.role, &record.name, None, csr_pem).await
     }
 
     /// A new certificate for who has a good one.
@@ -100,7 +101,7 @@ impl Coordinator {
         if who.role == Role::Proxy {
             self.proxy_of(who)?;
         }
-        self.issue(&who.tenant, who.role, &who.name, csr_pem).await
+        self.issue(&who.tenant, who.role, &who.name, Some(hex(&who.pin)), csr_pem).await
     }
 
     async fn issue(
@@ -108,6 +109,7 @@ impl Coordinator {
         tenant: &str,
         role: Role,
         name: &str,
+        pin: Option<String>,
         csr_pem: &str,
     ) -> Result<v1::JoinResponse, Problem> {
         let sign = |uid: Option<&str>| {
@@ -115,9 +117,12 @@ impl Coordinator {
             signed.map_err(|e| Problem::invalid("csr_pem", "this request", format!("a PKCS#10 request, PEM: {e}")))
         };
         let (issued, uid) = if role == Role::Proxy {
-            self.enrol_proxy(Name::new(tenant, Kind::Proxy, name), sign).await?
+            self.enrol_proxy(Name::new(tenant, Kind::Proxy, name), pin, sign).await?
         } else {
-            (sign(None)?, String::new())
+            let issued = sign(None)?;
+            let certificate = Certificate::issued(&issued, tenant, role, name, "", self.clock.wall_ns());
+            self.change(|model, txn| certificates::record(model, txn, certificate)).await?;
+            (issued, String::new())
         };
         let subject = crate::names::tenant(tenant);
         self.tell(
@@ -134,12 +139,15 @@ impl Coordinator {
             name: name.to_owned(),
             uid,
             tenant: tenant.to_owned(),
+            renew_time_ns: issued.renew_time_ns,
         })
     }
 
+    /// `renews`: the key that the proxy has, if it renews by it.
     async fn enrol_proxy(
         self: &Arc<Self>,
         name: Name,
+        renews: Option<String>,
         sign: impl Fn(Option<&str>) -> Result<Issued, Problem>,
     ) -> Result<(Issued, String), Problem> {
         let now = self.clock.wall_ns();
@@ -154,9 +162,11 @@ impl Coordinator {
             let proxy = match old {
                 Some(old) => Proxy {
                     version: old.version + 1,
-                    previous_pin: Some(old.pin.clone()),
+                    // The key that it surely has: an answer that was lost on the way gave it none.
+                    previous_pin: Some(renews.unwrap_or_else(|| old.pin.clone())),
                     pin,
                     expire_time_ns: issued.expire_time_ns,
+                    renew_time_ns: issued.renew_time_ns,
                     ..old.clone()
                 },
                 None => Proxy {
@@ -173,9 +183,12 @@ impl Coordinator {
                     capabilities: Vec::new(),
                     boot_id: String::new(),
                     software_version: String::new(),
+                    renew_time_ns: issued.renew_time_ns,
                 },
             };
             txn.put(Object::Proxy(proxy));
+            let certificate = Certificate::issued(&issued, &name.tenant, Role::Proxy, &name.id, &uid, now);
+            certificates::record(model, txn, certificate)?;
             Ok((issued, uid))
         })
         .await
@@ -185,9 +198,11 @@ impl Coordinator {
     ///
     /// # Errors
     /// A key cannot be made or signed.
-    pub fn local_bundle(&self, tenant: &str, role: Role, name: &str) -> Result<Bundle, Problem> {
+    pub async fn local_bundle(self: &Arc<Self>, tenant: &str, role: Role, name: &str) -> Result<Bundle, Problem> {
         let (key_pem, csr_pem) = key_and_request().map_err(|e| Problem::Internal(e.to_string()))?;
         let issued = self.ca.issue(&csr_pem, tenant, role, name, None).map_err(|e| Problem::Internal(e.to_string()))?;
+        let certificate = Certificate::issued(&issued, tenant, role, name, "", self.clock.wall_ns());
+        self.keep_certificate(certificate).await?;
         Ok(Bundle::new(
             tenant,
             role.as_str(),
@@ -198,6 +213,7 @@ impl Coordinator {
             &issued.certificate_pem,
             &key_pem,
             issued.expire_time_ns,
+            issued.renew_time_ns,
         ))
     }
 }

@@ -18,6 +18,7 @@ use tokio::sync::{broadcast, watch};
 
 use crate::audit::{self, AuditLog};
 use crate::ca::Ca;
+use crate::connections::Connections;
 use crate::desired::desired;
 use crate::eventlog::EventLog;
 use crate::events::Events;
@@ -33,6 +34,7 @@ use crate::sessions::{CallError, Sessions};
 use crate::status::{Scene, Tracker};
 use crate::store::{Store, StoreError};
 
+mod certificates;
 mod drive;
 mod enrol;
 mod groups;
@@ -97,8 +99,12 @@ pub struct Coordinator {
     pub ca: Ca,
     /// Sessions of proxies.
     pub sessions: Sessions,
+    /// Connections that are open.
+    pub connections: Arc<Connections>,
     /// The clock.
     pub clock: Clock,
+    /// Serial numbers of certificates that are being taken into the records.
+    noting: Mutex<std::collections::HashSet<String>>,
     keys: Wrapper,
     store: Arc<dyn Store>,
     history: History,
@@ -145,6 +151,8 @@ impl Coordinator {
             settings,
             ca,
             sessions: Sessions::default(),
+            connections: Arc::default(),
+            noting: Mutex::default(),
             clock: Clock { start: Instant::now() },
             keys,
             store,

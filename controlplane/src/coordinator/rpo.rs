@@ -33,7 +33,9 @@ impl Coordinator {
         ];
         let count = |state| model.operations.values().filter(|o| o.work.state == state).count();
         let operations = states.map(|(word, state)| (word, count(state)));
-        crate::metrics::render(&self.status(), &groups, &proxies, &operations)
+        let people = crate::certificates::newest(&model, |c| c.role != crate::ca::Role::Proxy);
+        let people: Vec<_> = people.into_iter().map(AsRef::as_ref).collect();
+        crate::metrics::render(&self.status(), &groups, &proxies, &operations, &people)
     }
 
     /// How the coordinator itself is.

@@ -100,6 +100,7 @@ impl Coordinator {
             groups.chain(proxies).collect()
         });
         let wall = self.clock.wall_ns();
+        let found: Vec<_> = found.into_iter().chain(super::certificates::overdue(model, wall)).collect();
         let mut told = Vec::new();
         {
             let mut tracker = self.tracker.lock().expect("nothing panics while it holds this");
@@ -141,6 +142,7 @@ impl Coordinator {
     }
 
     async fn sweep(self: &Arc<Self>, model: &Model) {
+        self.sweep_certificates(model).await;
         let now = self.clock.wall_ns();
         let expired: Vec<_> = model.tokens.values().filter(|t| t.expire_time_ns <= now).cloned().collect();
         if expired.is_empty() {

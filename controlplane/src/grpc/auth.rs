@@ -5,6 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
 
 use tonic::body::Body;
 use tonic::codegen::http::{Request, Response};
@@ -14,10 +15,11 @@ use tower::{Layer, Service};
 
 use super::deadline;
 use crate::audit::{CALLER, Caller};
-use crate::ca::{Identity, Role, identify};
+use crate::ca::{GRACE, Identity, Role, identify};
 use crate::coordinator::Coordinator;
 use crate::names::{self, Kind, Name};
 use crate::problem::Problem;
+use crate::text;
 
 /// What a method takes.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -99,6 +101,28 @@ fn check(path: &str, who: Option<&Identity>) -> Result<(), Problem> {
         Some(_) if known.is_none() => Problem::NoMethod { method },
         Some(who) => Problem::Denied { who: actor(who), method, needs: needs.into() },
     })
+}
+
+/// Whether the caller's certificate is still good. One that has ended is, for a while, to have it renewed: if it is a
+/// proxy's, whose key the coordinator knows.
+fn good(who: &Identity, path: &str, now_ns: u64) -> Result<(), Problem> {
+    if now_ns <= who.expire_time_ns {
+        return Ok(());
+    }
+    let late = Duration::from_nanos(now_ns - who.expire_time_ns);
+    if who.role == Role::Proxy && path == "/afterimage.v1.Enrolment/Renew" && late <= GRACE {
+        return Ok(());
+    }
+    Err(Problem::Certificate {
+        who: actor(who),
+        state: format!("ended at {}", text::time(who.expire_time_ns)),
+        remedy: "join again; an admin makes the token (afterimage token create)".to_owned(),
+        reason: "CERTIFICATE_EXPIRED",
+    })
+}
+
+fn wall_ns() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
 /// "role/name".
@@ -220,7 +244,10 @@ where
         let certificates =
             request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(|tls| tls.peer_certs());
         let who = certificates.as_deref().and_then(|all| all.first()).and_then(|leaf| identify(leaf));
-        if let Err(problem) = check(request.uri().path(), who.as_ref()) {
+        let path = request.uri().path();
+        let checked =
+            who.as_ref().map_or(Ok(()), |who| good(who, path, wall_ns())).and_then(|()| check(path, who.as_ref()));
+        if let Err(problem) = checked {
             tracing::warn!(%problem, "denied");
             if let (Some(who), Some(coordinator)) = (&who, &self.coordinator) {
                 let (coordinator, caller) = (coordinator.clone(), caller_of(who, request.uri().path()));
@@ -233,6 +260,9 @@ where
         }
         let caller = who.as_ref().map(|who| caller_of(who, request.uri().path()));
         if let Some(who) = who {
+            if let Some(coordinator) = &self.coordinator {
+                coordinator.note_certificate(&who);
+            }
             request.extensions_mut().insert(who);
         }
         let within = deadline::of(request.headers());
@@ -416,6 +446,33 @@ mod tests {
             assert!(begun.elapsed().as_secs_f64() >= least, "{timeout:?}");
             assert!(begun.elapsed() <= deadline::CALL_WITHIN + std::time::Duration::from_secs(1));
         }
+    }
+
+    #[test]
+    fn what_has_ended_is_for_nothing_but_a_proxys_renewal() {
+        let who = |role| Identity {
+            tenant: "default".into(),
+            role,
+            name: "a".into(),
+            uid: String::new(),
+            pin: [0; 32],
+            serial: "1".into(),
+            issuer: "ca".into(),
+            issue_time_ns: 0,
+            expire_time_ns: 1_000,
+        };
+        let grace = GRACE.as_nanos() as u64;
+        for method in methods() {
+            for role in [Role::Proxy, Role::Viewer, Role::Operator, Role::Admin] {
+                assert!(good(&who(role), &method, 1_000).is_ok());
+                let renews = role == Role::Proxy && method.ends_with("/Renew");
+                for (late, taken) in [(1, renews), (grace, renews), (grace + 1, false)] {
+                    assert_eq!(good(&who(role), &method, 1_000 + late).is_ok(), taken, "{method} {role:?} {late}");
+                }
+            }
+        }
+        let text = good(&who(Role::Operator), "/afterimage.v1.Policies/GetPolicy", u64::MAX).unwrap_err().to_string();
+        assert!(text.contains("operator/a ended at 1970-01-01T00:00:00Z"), "{text}");
     }
 
     #[test]

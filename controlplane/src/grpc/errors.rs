@@ -60,7 +60,7 @@ impl From<Problem> for Status {
                 Code::ResourceExhausted
             }
             Problem::Denied { .. } => Code::PermissionDenied,
-            Problem::Anonymous { .. } => Code::Unauthenticated,
+            Problem::Anonymous { .. } | Problem::Certificate { .. } => Code::Unauthenticated,
             Problem::NoMethod { .. } => Code::Unimplemented,
             Problem::Unreachable { .. } => {
                 details.set_retry_info(Some(RETRY));
@@ -87,6 +87,7 @@ fn reason(problem: &Problem) -> &'static str {
         Problem::Limit { .. } => "LIMIT_REACHED",
         Problem::Denied { .. } => "DENIED",
         Problem::Anonymous { .. } => "NO_CERTIFICATE",
+        Problem::Certificate { reason, .. } => reason,
         Problem::NoMethod { .. } => "NO_METHOD",
         Problem::Unreachable { .. } => "PROXY_UNREACHABLE",
         Problem::Refused { .. } => "PROXY_REFUSED",
@@ -104,6 +105,7 @@ fn metadata(problem: &Problem) -> HashMap<String, String> {
         Problem::Changed { subject, found, .. } => vec![("subject", subject), ("etag", found)],
         Problem::Limit { what, .. } => vec![("what", what)],
         Problem::Denied { needs, .. } | Problem::Anonymous { needs, .. } => vec![("needs", needs)],
+        Problem::Certificate { who, .. } => vec![("who", who)],
         Problem::NoMethod { method } => vec![("method", method)],
         Problem::Unreachable { proxy, .. } | Problem::Refused { proxy, .. } => vec![("proxy", proxy)],
         Problem::Internal(_) => Vec::new(),

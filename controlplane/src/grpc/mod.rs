@@ -19,23 +19,24 @@ use afterimage_wire::v1::proxy_control_server::ProxyControlServer;
 use afterimage_wire::v1::status_server::StatusServer;
 use afterimage_wire::v1::views_server::ViewsServer;
 use tokio::task::JoinHandle;
+use tonic::transport::Server;
 use tonic::transport::server::{Router, TcpIncoming};
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::pb::health_server::HealthServer;
 use tower::layer::util::{Identity as NoLayer, Stack};
 
-use crate::bundle::{Bundle, BundleError};
-use crate::ca::{Ca, CaError, Role};
+use crate::bundle::BundleError;
+use crate::ca::{self, Ca, CaError};
 use crate::client::install_crypto;
 use crate::coordinator::{Coordinator, Settings};
 use crate::history::History;
 use crate::hooks::{self, HookConfig};
 use crate::keys::{KeyError, Wrapper};
-use crate::names::DEFAULT_TENANT;
 use crate::problem::Problem;
 use crate::store::etcd::EtcdStore;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
+
+use upkeep::Upkeep;
 
 mod audit;
 pub mod auth;
@@ -49,6 +50,8 @@ mod health;
 pub mod member;
 mod operator;
 mod status;
+mod tls;
+mod upkeep;
 
 /// Longest message that is read, bytes.
 const MAX_MESSAGE: usize = 4 * 1024 * 1024;
@@ -56,16 +59,15 @@ const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 const MAX_STREAMS: u32 = 256;
 /// Longest headers, bytes.
 const MAX_HEADERS: u32 = 16 * 1024;
-/// How long a TLS handshake may take.
-const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
 /// Silence on a connection after which it is asked whether it is there, and how long it has to answer.
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// How long calls have to end when the coordinator stops.
 const STOP_WITHIN: Duration = Duration::from_secs(3);
 /// Name in the certificate of the local operator.
 const LOCAL_ADMIN: &str = "local";
-/// The local operator's bundle is made anew when it ends sooner than this, nanoseconds.
-const ADMIN_RENEW_NS: u64 = 30 * 86_400 * 1_000_000_000;
+/// How long certificates may last.
+pub const CERTIFICATE_LIFETIMES: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(10)..=Duration::from_secs(10 * 365 * 86_400);
 
 /// What an embedded store is called once it has been moved into an etcd.
 pub const MOVED: &str = "state.redb.moved";
@@ -87,6 +89,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// Who is told of events.
     pub hooks: Vec<HookConfig>,
+    /// How long certificates last that are issued from now on, the coordinator's own among them.
+    pub certificate_lifetime: Duration,
     /// The store that several coordinators share, held by this one; none: the embedded one in the data folder.
     pub shared: Option<EtcdStore>,
 }
@@ -102,6 +106,7 @@ impl Config {
             report_interval: Duration::from_millis(250),
             metrics: None,
             hooks: Vec::new(),
+            certificate_lifetime: ca::LIFETIME,
             shared: None,
         }
     }
@@ -269,7 +274,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     check_whole(store.as_ref(), dir).await?;
     let history = History::open(&dir.join("history.redb")).map_err(ServeError::Config)?;
     only_owner(&dir.join("history.redb"))?;
-    let ca = Ca::open(&dir.join("ca.pem"))?;
+    let ca = Ca::open(&dir.join("ca.pem"))?.lasting(config.certificate_lifetime);
     let keys = Wrapper::open(&dir.join("keys.bin"))?;
     let mut incoming = Vec::new();
     for address in &config.listen {
@@ -289,27 +294,23 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     let endpoint = endpoint(config.advertise.as_deref(), addresses[0])?;
     let mut names = config.names.clone();
     names.extend(addresses.iter().map(|a| a.ip().to_string()));
-    let (certificate, key) = ca.server(&names)?;
-    let tls = ServerTlsConfig::new()
-        .identity(Identity::from_pem(certificate, key))
-        .client_ca_root(Certificate::from_pem(ca.certificate_pem()))
-        .client_auth_optional(true)
-        .timeout(HANDSHAKE_WITHIN);
     let settings = Settings { endpoint, report_interval: report, data_dir: dir.clone(), hooks };
     // Opens the policy keys, too: with another key file it stops here rather than at the first failover.
     let coordinator = Coordinator::open(settings, store, ca, keys, history).await?;
     let admin = dir.join("admin.json");
-    keep_admin(&coordinator, &admin)?;
+    let (upkeep, tls) = Upkeep::begin(coordinator.clone(), names, admin.clone()).await?;
     let mut servers = Vec::new();
     let open = if config.shared.is_some() { bound::Open::passed_on() } else { bound::Open::default() };
     let open = Arc::new(open);
     for (_, incoming) in incoming {
         let stop = coordinator.closed();
-        let router = router(&coordinator, tls.clone()).await?;
+        let router = router(&coordinator)?;
         let bounded = bound::Bounded::new(incoming, open.clone());
-        servers.push(tokio::spawn(router.serve_with_incoming_shutdown(bounded, stop)));
+        let secured = tls::secured(bounded, tls.clone(), coordinator.connections.clone());
+        servers.push(tokio::spawn(router.serve_with_incoming_shutdown(secured, stop)));
     }
     let mut tasks = coordinator.start();
+    tasks.push(tokio::spawn(upkeep.run()));
     let metrics = metrics.map(|(address, listener)| {
         tasks.push(tokio::spawn(crate::metrics::serve(coordinator.clone(), listener)));
         address
@@ -319,7 +320,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
 
 type Layered = Router<Stack<auth::AuthLayer, NoLayer>>;
 
-async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<Layered, ServeError> {
+fn router(coordinator: &Arc<Coordinator>) -> Result<Layered, ServeError> {
     let operator = operator::Operator(coordinator.clone());
     let health = HealthServer::new(health::HealthService::new(coordinator.clone()));
     let reflection = tonic_reflection::server::Builder::configure()
@@ -333,7 +334,6 @@ async fn router(coordinator: &Arc<Coordinator>, tls: ServerTlsConfig) -> Result<
         };
     }
     Ok(Server::builder()
-        .tls_config(tls)?
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_keepalive_interval(Some(KEEPALIVE))
@@ -359,6 +359,10 @@ fn check_report(config: &Config) -> Result<(), ServeError> {
     let report = config.report_interval;
     if !(Duration::from_millis(50)..=Duration::from_secs(1)).contains(&report) {
         return Err(ServeError::Config(format!("report_interval is {report:?}; allowed: 50 ms to 1 s")));
+    }
+    if !CERTIFICATE_LIFETIMES.contains(&config.certificate_lifetime) {
+        let given = config.certificate_lifetime;
+        return Err(ServeError::Config(format!("certificate_lifetime is {given:?}; allowed: 10 s to 10 years")));
     }
     if config.listen.is_empty() {
         return Err(ServeError::Config("listen is empty; allowed: at least one address".to_owned()));
@@ -423,23 +427,6 @@ fn endpoint(advertise: Option<&str>, bound: SocketAddr) -> Result<String, ServeE
         return Err(ServeError::Config(format!("advertise is {given:?}; allowed: {allowed}")));
     }
     Ok(format!("https://{given}"))
-}
-
-/// The local operator's bundle: made at the first start, again when it is damaged or about to end, and kept pointing at
-/// this coordinator.
-fn keep_admin(coordinator: &Coordinator, path: &std::path::Path) -> Result<(), ServeError> {
-    let soon = coordinator.clock.wall_ns() + ADMIN_RENEW_NS;
-    let bundle = match Bundle::load(path) {
-        Ok(mut old) if old.ca_pem == coordinator.ca.certificate_pem() && old.expire_time_ns > soon => {
-            if old.endpoint == coordinator.settings.endpoint {
-                return Ok(());
-            }
-            old.endpoint.clone_from(&coordinator.settings.endpoint);
-            old
-        }
-        _ => coordinator.local_bundle(DEFAULT_TENANT, Role::Admin, LOCAL_ADMIN)?,
-    };
-    Ok(bundle.save(path)?)
 }
 
 #[cfg(test)]

@@ -221,6 +221,12 @@ async fn follow(
     let mut newer: Option<Session> = None;
     loop {
         let session = newer.as_ref().unwrap_or(session);
+        if session.is_due()
+            && let Ok(opened) = session.again().await
+        {
+            newer = Some(opened);
+            continue;
+        }
         if !session.out.json {
             told = tell(&operation, told);
         }

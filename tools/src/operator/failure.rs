@@ -107,7 +107,7 @@ impl Failure {
                 "check that the coordinator runs and that its address is right: --coordinator, AFTERIMAGE_COORDINATOR",
             ),
             Kind::Refused if status.code() == Code::Unauthenticated => failure.hint(
-                "this identity is not known to that coordinator; join again: afterimage join <ADDRESS> --token <TOKEN>",
+                "an admin makes a token (afterimage token create NAME --role ROLE), then: afterimage join TOKEN --replace",
             ),
             _ => failure,
         }

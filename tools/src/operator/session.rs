@@ -3,9 +3,10 @@
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use afterimage_controlplane::bundle::{Bundle, BundleError};
+use afterimage_controlplane::ca::overdue_time_ns;
 use afterimage_controlplane::client::{self, ClientError};
 use afterimage_wire::v1;
 use clap::Args;
@@ -14,10 +15,18 @@ use tonic::{Response, Status};
 
 use super::failure::{Failure, Kind};
 use super::output::Output;
-use super::values::{duration_ns, show_duration};
+use super::values::{duration_ns, show_duration, show_time};
 
 /// Most bytes of one answer: a full page of points with their disks' uids.
 const MAX_ANSWER: usize = 64 << 20;
+/// Longest that a command waits for its certificate to be renewed before it goes on with the one it has.
+const RENEW_WITHIN: Duration = Duration::from_secs(10);
+/// Between two looks at the clock: it may be set.
+const DUE_LOOK: Duration = Duration::from_secs(60);
+/// … at least.
+const DUE_LEAST: Duration = Duration::from_millis(100);
+/// Between two tries of a renewal.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// Options of every operator's command.
 #[derive(Args, Debug)]
@@ -116,6 +125,12 @@ pub struct Recent {
 pub struct Session {
     channel: Channel,
     bundle: Bundle,
+    /// Where the bundle lies.
+    path: PathBuf,
+    /// The coordinator's address, if it is not the bundle's.
+    endpoint: Option<String>,
+    /// When the certificate's renewal is tried next, if it has failed.
+    retry: Option<Instant>,
     limit: Duration,
     /// How to speak.
     pub out: Output,
@@ -124,25 +139,64 @@ pub struct Session {
 impl Session {
     /// Reads the identity and connects.
     pub async fn open(common: &Common) -> Result<Self, Failure> {
-        let path = common.identity_file()?;
-        let mut bundle = Bundle::load(&path).map_err(|error| unusable(&path, &error))?;
-        if let Some(endpoint) = common.endpoint() {
-            bundle.endpoint = endpoint;
-        }
-        Self::connect(bundle, Duration::from_nanos(common.timeout), common.output()).await
+        let limit = Duration::from_nanos(common.timeout);
+        Self::connect(common.identity_file()?, common.endpoint(), limit, common.output()).await
     }
 
-    async fn connect(bundle: Bundle, limit: Duration, out: Output) -> Result<Self, Failure> {
+    async fn connect(path: PathBuf, endpoint: Option<String>, limit: Duration, out: Output) -> Result<Self, Failure> {
+        let mut bundle = Bundle::load(&path).map_err(|error| unusable(&path, &error))?;
+        let own = bundle.endpoint.clone();
+        if let Some(endpoint) = &endpoint {
+            bundle.endpoint.clone_from(endpoint);
+        }
+        let mut retry = None;
+        if is_due(&bundle) {
+            let failed = || Some(Instant::now() + RETRY);
+            match tokio::time::timeout(limit.min(RENEW_WITHIN), client::renew(&bundle)).await {
+                Ok(Ok(mut renewed)) => {
+                    // The file keeps the address that is in it.
+                    let here = std::mem::replace(&mut renewed.endpoint, own);
+                    if let Err(error) = renewed.save(&path) {
+                        eprintln!("afterimage: the certificate is renewed and cannot be kept: {error}");
+                    }
+                    renewed.endpoint = here;
+                    bundle = renewed;
+                }
+                // The call itself says what is wrong; until the certificate ends nothing is.
+                Ok(Err(error)) => {
+                    unrenewed(&bundle, &error.to_string());
+                    retry = failed();
+                }
+                Err(_) => {
+                    unrenewed(&bundle, "the coordinator does not answer");
+                    retry = failed();
+                }
+            }
+        }
         let channel = match tokio::time::timeout(limit, client::connect(&bundle)).await {
             Ok(connected) => connected.map_err(|error| unconnected(&error))?,
             Err(_) => return Err(silent(&bundle.endpoint, limit.as_nanos() as u64)),
         };
-        Ok(Session { channel, bundle, limit, out })
+        Ok(Session { channel, bundle, path, endpoint, retry, limit, out })
     }
 
     /// Another one, with whichever coordinator answers now: this one's may be gone, and others there.
     pub async fn again(&self) -> Result<Self, Failure> {
-        Self::connect(self.bundle.clone(), self.limit, self.out).await
+        Self::connect(self.path.clone(), self.endpoint.clone(), self.limit, self.out).await
+    }
+
+    /// Whether the certificate should be renewed: by [`Self::again`].
+    pub fn is_due(&self) -> bool {
+        is_due(&self.bundle) && self.retry.is_none_or(|at| at <= Instant::now())
+    }
+
+    /// Until [`Self::is_due`].
+    pub async fn due(&self) {
+        while !self.is_due() {
+            let left = Duration::from_nanos(self.bundle.renew_at_ns().saturating_sub(wall_ns()));
+            let left = self.retry.map_or(left, |at| at.saturating_duration_since(Instant::now()));
+            tokio::time::sleep(left.clamp(DUE_LEAST, DUE_LOOK)).await;
+        }
     }
 
     /// Awaits the answer to a call about `object`.
@@ -268,6 +322,23 @@ impl Session {
     pub fn enrolment(&self) -> v1::enrolment_client::EnrolmentClient<Channel> {
         v1::enrolment_client::EnrolmentClient::new(self.channel.clone())
     }
+}
+
+/// Due to be renewed, and good still: what has ended only another token replaces.
+fn is_due(bundle: &Bundle) -> bool {
+    (bundle.renew_at_ns()..bundle.expire_time_ns).contains(&wall_ns())
+}
+
+/// Says that a certificate is not renewed, once there is reason to worry.
+fn unrenewed(bundle: &Bundle, why: &str) {
+    if overdue_time_ns(bundle.renew_at_ns(), bundle.expire_time_ns) < wall_ns() {
+        let until = show_time(bundle.expire_time_ns);
+        eprintln!("afterimage: the certificate ends at {until} and is not renewed: {why}");
+    }
+}
+
+fn wall_ns() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
 fn unusable(path: &Path, error: &BundleError) -> Failure {

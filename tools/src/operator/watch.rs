@@ -45,7 +45,9 @@ pub async fn run(args: Watch, session: &Session) -> Result<(), Failure> {
     let until = args.at_most.map(|ns| Instant::now() + Duration::from_nanos(ns));
     let mut resume = args.resume.clone().unwrap_or_default();
     let mut picture = (session.out.live() && !args.events).then(Picture::default);
+    let mut newer: Option<Session> = None;
     loop {
+        let session = newer.as_ref().unwrap_or(session);
         let ended = match until {
             None => stream(&args, session, &mut picture, &mut resume).await,
             Some(until) => {
@@ -57,6 +59,12 @@ pub async fn run(args: Watch, session: &Session) -> Result<(), Failure> {
             }
         };
         match (ended, &mut picture) {
+            // A session goes on behind where the one before was.
+            (Ok(()), _) => match session.again().await {
+                Ok(opened) => newer = Some(opened),
+                Err(failure) if failure.kind == Kind::Unreachable => tokio::time::sleep(AGAIN).await,
+                Err(failure) => return Err(failure),
+            },
             // Somebody who looks at a picture wants to see the coordinator come back; a program wants to know.
             (Err(failure), Some(picture)) if failure.kind == Kind::Unreachable && picture.status.time_ns > 0 => {
                 picture.trouble = format!("{failure}").lines().next().unwrap_or_default().to_owned();
@@ -68,7 +76,7 @@ pub async fn run(args: Watch, session: &Session) -> Result<(), Failure> {
     }
 }
 
-/// Shows what comes, until it ends: which is a failure, as it does not end by itself.
+/// Shows what comes, until it ends: which is a failure, as it does not end by itself; or until another certificate is due.
 async fn stream(
     args: &Watch,
     session: &Session,
@@ -80,8 +88,13 @@ async fn stream(
     let interval_ms = u32::try_from(args.interval / 1_000_000).unwrap_or(u32::MAX);
     let request = v1::WatchRequest { parent, interval_ms, events_only: args.events, resume_token: resume.clone() };
     let mut updates = session.ask(&about, session.status().watch(request)).await?;
+    let mut due = std::pin::pin!(session.due());
     loop {
-        match updates.message().await {
+        let message = tokio::select! {
+            message = updates.message() => message,
+            () = &mut due => return Ok(()),
+        };
+        match message {
             Ok(Some(v1::WatchResponse { update: Some(update), resume_token, gap })) => {
                 resume.clone_from(&resume_token);
                 match picture {

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use afterimage_controlplane::bundle::{Bundle, BundleError};
 use afterimage_controlplane::client::{self, ClientError};
@@ -14,19 +14,20 @@ use afterimage_wire::v1::{
     CommandResult, CoordinatorMessage, Heard, ProxyMessage, Register, Registered, Report, Severity,
     coordinator_message, proxy_message,
 };
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::commands::{self, Answered};
 use super::config::Secret;
 use super::identity::{Identity, IdentityError, Pems};
+use super::renewal;
 use super::report::Reporter;
 use super::runtime::Gone;
 use super::state::Proxy;
 
 /// File of the bundle in the state folder.
-const BUNDLE_FILE: &str = "identity.json";
+pub(super) const BUNDLE_FILE: &str = "identity.json";
 /// First pause before the coordinator is tried again; doubles …
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// … up to this.
@@ -39,8 +40,6 @@ const UNANSWERED: usize = 64;
 const COMMANDS: usize = 16;
 /// Bounds of the time between two reports: what the coordinator asks for is kept within them.
 const REPORTS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(60));
-/// The certificate is renewed when less than this is left of it.
-const RENEW_BEFORE: Duration = Duration::from_secs(30 * 86_400);
 
 /// Why a proxy has no place at a coordinator.
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +130,9 @@ enum SessionEnd {
     Status(#[from] Box<tonic::Status>),
     #[error("the coordinator closed the session")]
     Closed,
+    /// Not an end: the next session begins by the new certificate.
+    #[error("the certificate was renewed")]
+    Renewed,
     #[error("the coordinator does not keep to the protocol: {0}")]
     Protocol(&'static str),
     #[error(transparent)]
@@ -138,17 +140,26 @@ enum SessionEnd {
 }
 
 /// Keeps a session open until the data threads have ended.
-pub async fn run(proxy: Rc<Proxy>, mut bundle: Bundle) -> Gone {
-    let mut agent =
-        Agent { proxy, asked: std::cell::RefCell::default(), answered: Rc::default(), reporter: Reporter::default() };
+pub async fn run(proxy: Rc<Proxy>, bundle: Bundle) -> Gone {
+    let (bundle, changes) = watch::channel(bundle);
+    let _renewal = Aborts(tokio::task::spawn_local(renewal::keep(Rc::clone(&proxy), bundle)));
+    let mut agent = Agent {
+        proxy,
+        bundle: changes,
+        before: None,
+        asked: std::cell::RefCell::default(),
+        answered: Rc::default(),
+        reporter: Reporter::default(),
+    };
     let mut pause = FIRST_PAUSE;
     let mut told = String::new();
     loop {
-        agent.renew(&mut bundle).await;
         let started = tokio::time::Instant::now();
-        let end = agent.session(&bundle).await;
-        if let SessionEnd::Gone(gone) = end {
-            return gone;
+        let end = agent.session().await;
+        match end {
+            SessionEnd::Gone(gone) => return gone,
+            SessionEnd::Renewed => continue,
+            _ => agent.before = None,
         }
         if started.elapsed() > LAST_PAUSE {
             pause = FIRST_PAUSE;
@@ -165,8 +176,24 @@ pub async fn run(proxy: Rc<Proxy>, mut bundle: Bundle) -> Gone {
     }
 }
 
+/// Ends a task with whoever began it.
+struct Aborts(tokio::task::JoinHandle<()>);
+
+impl Drop for Aborts {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The two directions of a session.
+type Open = (mpsc::Sender<ProxyMessage>, tonic::Streaming<CoordinatorMessage>);
+
 struct Agent {
     proxy: Rc<Proxy>,
+    /// The newest certificate.
+    bundle: watch::Receiver<Bundle>,
+    /// The session by the certificate before: it stays open until the next one is, so that nobody is told of an end.
+    before: Option<Open>,
     /// Reports that are not answered yet, and when they were begun, since boot.
     asked: std::cell::RefCell<VecDeque<(u64, u64)>>,
     answered: Rc<std::cell::RefCell<Answered>>,
@@ -174,42 +201,16 @@ struct Agent {
 }
 
 impl Agent {
-    /// A new certificate in time before the old one ends.
-    async fn renew(&self, bundle: &mut Bundle) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
-        let left = Duration::from_nanos(bundle.expire_time_ns.saturating_sub(now));
-        if left > RENEW_BEFORE {
-            return;
-        }
-        let renewed = match client::renew(bundle).await {
-            Ok(renewed) => renewed,
-            Err(error) => {
-                let message =
-                    format!("the certificate ends in {} days and is not renewed: {error}", left.as_secs() / 86_400);
-                self.proxy.event(Severity::Warning, None, "certificate", message);
-                return;
-            }
-        };
-        let Some(dir) = &self.proxy.config.state_dir else { return };
-        match (renewed.save(&dir.join(BUNDLE_FILE)), identity(&renewed)) {
-            (Ok(()), Ok(identity)) => {
-                *self.proxy.identity.borrow_mut() = Some(identity);
-                *bundle = renewed;
-                self.proxy.event(Severity::Info, None, "certificate", "renewed".to_owned());
-            }
-            (Err(error), _) => self.proxy.event(Severity::Error, None, "certificate", error.to_string()),
-            (_, Err(error)) => self.proxy.event(Severity::Error, None, "certificate", error.to_string()),
-        }
-    }
-
-    async fn session(&mut self, bundle: &Bundle) -> SessionEnd {
-        match self.try_session(bundle).await {
+    async fn session(&mut self) -> SessionEnd {
+        match self.try_session().await {
             Ok(never) => match never {},
             Err(end) => end,
         }
     }
 
-    async fn try_session(&mut self, bundle: &Bundle) -> Result<std::convert::Infallible, SessionEnd> {
+    async fn try_session(&mut self) -> Result<std::convert::Infallible, SessionEnd> {
+        let bundle = self.bundle.borrow_and_update().clone();
+        let bundle = &bundle;
         let channel = client::connect(bundle).await?;
         let (out, outgoing) = mpsc::channel(OUTGOING);
         let register = proxy_message::Message::Register(register(&self.proxy, bundle));
@@ -226,11 +227,13 @@ impl Agent {
             return Err(SessionEnd::Protocol("it has an older term than the one seen"));
         }
         tracing::info!(term, "registered with the coordinator");
+        self.before = None;
         let interval = Duration::from_millis(report_interval_ms.into()).clamp(REPORTS.0, REPORTS.1);
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let room = std::sync::Arc::new(Semaphore::new(COMMANDS));
         self.asked.borrow_mut().clear();
+        let mut renewed = self.bundle.clone();
         let mut number = 0;
         loop {
             // Both are safe to drop: gRPC's reader keeps its place, and neither is a read of tokio-uring's.
@@ -238,6 +241,10 @@ impl Agent {
                 message = incoming.message() => {
                     let message = message.map_err(status)?.ok_or(SessionEnd::Closed)?;
                     self.message(message, &out, &room).await?;
+                }
+                Ok(()) = renewed.changed() => {
+                    self.before = Some((out, incoming));
+                    return Err(SessionEnd::Renewed);
                 }
                 _ = ticks.tick() => {
                     // A coordinator that does not read gets no report; what has happened waits for the next.

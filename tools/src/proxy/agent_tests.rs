@@ -58,6 +58,7 @@ impl Enrolment for Coordinator {
             name: "src".into(),
             uid: UID.into(),
             tenant: "default".into(),
+            renew_time_ns: issued.renew_time_ns,
         }))
     }
 

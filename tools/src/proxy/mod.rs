@@ -30,6 +30,7 @@ mod identity;
 mod keep;
 mod link;
 mod pins;
+mod renewal;
 mod report;
 mod runtime;
 mod service;

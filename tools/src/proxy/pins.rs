@@ -6,14 +6,12 @@ use std::collections::HashSet;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
+pub use afterimage_controlplane::ca::GRACE;
 use afterimage_controlplane::ca::{key_pin, not_after};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
-
-/// How long after its end a paired proxy's certificate is still taken.
-pub const GRACE: Duration = Duration::from_secs(90 * 86_400);
 
 /// The keys (SHA-256 of the public key) of the proxies that this one is paired with.
 #[derive(Clone, Debug, Default)]

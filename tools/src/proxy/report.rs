@@ -55,7 +55,7 @@ impl Reporter {
             targets,
             views,
             events: proxy.events.borrow_mut().drain(..).collect(),
-            problems: proxy.problems.borrow().clone(),
+            problems: proxy.problems.borrow().iter().chain(proxy.unrenewed.borrow().iter()).cloned().collect(),
         })
     }
 

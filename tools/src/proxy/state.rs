@@ -45,6 +45,8 @@ pub struct Proxy {
     pub applied: RefCell<Applied>,
     /// What of it could not be done.
     pub problems: RefCell<Vec<Problem>>,
+    /// That the certificate is not renewed although it is due.
+    pub unrenewed: RefCell<Option<Problem>>,
     /// What happened since the last report.
     pub events: RefCell<VecDeque<ProxyEvent>>,
     /// Who waits for an event of the source core.
@@ -111,6 +113,7 @@ impl Proxy {
             term: Cell::new(0),
             applied: RefCell::default(),
             problems: RefCell::default(),
+            unrenewed: RefCell::default(),
             events: RefCell::default(),
             waiters: RefCell::default(),
             ublk: super::ublk::Devices::default(),

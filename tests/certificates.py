@@ -1,0 +1,151 @@
+#!/usr/bin/python3
+"""Certificates of short life: renewed by themselves while a pair replicates and people stay logged in; alarms where they
+are not; what goes on beyond their end, and what does not."""
+
+import json
+import subprocess
+import threading
+import time
+import urllib.request
+
+import nbd
+
+from cluster import AFTERIMAGE, MIB, Cluster, eventually, expect, free_port
+
+LIFE = 10
+
+
+def told(cluster, text):
+    """Events with this in them."""
+    return [e for e in cluster.command("events", "--limit", "0")["events"] if text in f"{e['kind']} {e['message']}"]
+
+
+class Certificates:
+    """A pair whose certificates last ten seconds."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.metrics = free_port()
+        self.cluster = Cluster(folder, {"data": 16 * MIB}, coordinator_args=(
+            "--certificate-lifetime", f"{LIFE}s", "--metrics", f"127.0.0.1:{self.metrics}"))
+        self.anna = self.join("anna", "operator")
+
+    def join(self, name, role):
+        path = self.folder / f"{name}.json"
+        token = self.cluster.command("token", "create", name, "--role", role)["token"]
+        subprocess.run([AFTERIMAGE, "join", token, "--identity", path], check=True, stdout=subprocess.DEVNULL)
+        return path
+
+    def by(self, identity, *args):
+        """A command of somebody: exit code, answer, error."""
+        done = subprocess.run([str(AFTERIMAGE), *map(str, args), "--json", "--identity", str(identity)],
+                              capture_output=True, timeout=60, check=False)
+        lines = done.stderr.decode().strip().splitlines()
+        return done.returncode, done.stdout, json.loads(lines[-1])["error"] if done.returncode else lines
+
+    def proxies(self):
+        return {p["proxy"]: p for p in self.cluster.command("proxies")["proxies"]}
+
+    def renewed(self):
+        """Over two lives everybody goes on, and nobody is asked for anything."""
+        before = self.proxies()
+        bob = self.join("bob", "viewer")
+        watch = subprocess.Popen([AFTERIMAGE, "watch", "--json", "--for", f"{2 * LIFE}s", "--identity", str(self.anna)],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        handle = nbd.NBD()
+        handle.connect_uri(self.cluster.uri("data"))
+        worst, end, n = 0, time.monotonic() + 2 * LIFE + 2, 0
+        while time.monotonic() < end:
+            handle.pwrite(b"%08d" % n * 512, n % 4096 * 4096)
+            n += 1
+            time.sleep(0.02)
+            if n % 25 == 0:
+                code, out, error = self.by(self.anna, "status")
+                expect(code == 0 and not error, f"anna is not let in: {error}")
+                worst = max(worst, json.loads(out)["groups"][0]["rpo"]["now_ms"])
+        handle.shutdown()
+        out, error = watch.communicate(timeout=30)
+        expect(watch.returncode == 0, f"the watch has ended: {error.decode()}")
+        seconds = sum(json.loads(line)["type"] == "status" for line in out.splitlines())
+        expect(seconds > 2 * LIFE - 6, f"the watch has seen {seconds} states in {2 * LIFE} s")
+        after = self.proxies()
+        for name in before:
+            expect(after[name]["key_pin"] != before[name]["key_pin"], f"{name} has the key of before")
+        expect(len(told(self.cluster, "certificate renewed")) >= 4, "fewer renewals than there should have been")
+        for alarm in ("not connected any more", "disconnected", "is not renewed"):
+            expect(not told(self.cluster, alarm), f"{told(self.cluster, alarm)}")
+        print(f"    {n} writes, RPO at most {worst:.0f} ms", flush=True)
+        expect(worst < 1500, f"the RPO has been {worst:.0f} ms")
+        # Bob has not come again.
+        overdue = [e for e in told(self.cluster, "certificate of viewer/bob") if e["severity"] == "warning"]
+        expect(overdue and "certificates/viewer/bob" in overdue[0]["subject"], f"no alarm: {overdue}")
+        expect(not told(self.cluster, "certificate of operator/anna"), "an alarm for who has renewed")
+        code, _, error = self.by(bob, "status")
+        expect(code == 3 and "viewer/bob ended at" in error["message"], f"{code} {error}")
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        line = next(l for l in text.splitlines() if l.startswith("afterimage_certificate_expire") and '"anna"' in l)
+        expect(0 < float(line.split()[-1]) - time.time() <= LIFE + 1, f"{line}")
+
+    def expired(self):
+        """Without a coordinator certificates end: the pair goes on by its pinned keys, and says so; then all is mended."""
+        cluster = self.cluster
+        cluster.coordinator.stop()
+        time.sleep(LIFE + 2)
+        cluster.target.kill()
+        cluster.target.start()
+        said = lambda p, text: text in p.log.read_text(errors="replace")  # noqa: E731
+        eventually("the target takes the expired source", lambda: said(cluster.target, "it is taken for 89 days more"))
+        eventually("the source takes the expired target", lambda: said(cluster.source, "it is taken for 89 days more"))
+        handle = nbd.NBD()
+        handle.connect_uri(f"nbd+unix:///{Cluster.GROUP}/data?socket={cluster.source_socket}")
+        handle.pwrite(b"written by expired certificates " * 128, 0)
+        handle.flush()
+        handle.shutdown()
+        cluster.coordinator.start()
+        code, _, error = 0, None, None
+
+        def answered():
+            nonlocal code, error
+            code, _, error = self.by(self.anna, "status")
+            return code != 4
+        eventually("the coordinator answers", answered)
+        expect(code == 3 and "operator/anna ended at" in error["message"], f"{code} {error}")
+        expect("token create" in error["hint"], f"{error}")
+        eventually("the admin's identity is good", lambda: cluster.try_command("status"))
+        eventually("both proxies are connected again", cluster.proxies_connected)
+        eventually("nothing is overdue any more", lambda: not any(
+            c["kind"].startswith("certificate") for p in self.proxies().values() for c in p["conditions"]))
+        expect(told(cluster, "it is taken for 89 days more"), "no alarm has come")
+        cluster.replica_is_source()
+
+    def close(self):
+        self.cluster.close()
+
+
+def main():
+    from cluster import Tests, workspace
+    tests = Tests()
+    run(tests, workspace)
+    tests.end()
+
+
+def run(tests, workspace):
+    """All of them, on a pair of their own."""
+    with workspace("certificates") as folder:
+        pair = None
+
+        def begin():
+            nonlocal pair
+            pair = Certificates(folder)
+        try:
+            if tests.run("a pair with certificates of ten seconds", begin):
+                tests.run("certificates are renewed beside everything else", pair.renewed)
+                tests.run("what goes on with expired certificates, and what does not", pair.expired)
+        finally:
+            if pair:
+                pair.close()
+
+
+if __name__ == "__main__":
+    main()
