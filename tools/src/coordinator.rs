@@ -188,6 +188,36 @@ impl Settings {
     }
 }
 
+/// Room that the state, the history and the audit log of a coordinator may come to take, bytes.
+pub const ROOM: u64 = 2 << 30;
+
+/// What a configuration file says about the host that it is for.
+#[derive(Debug)]
+pub struct Facts {
+    /// Addresses listened on.
+    pub listen: Vec<SocketAddr>,
+    /// Where numbers for Prometheus are given.
+    pub metrics: Option<SocketAddr>,
+    /// Folder of the state.
+    pub data_dir: PathBuf,
+    /// URLs of the members of etcd; none for a coordinator by itself.
+    pub etcd: Vec<String>,
+}
+
+/// Reads and checks a configuration file, as a start does.
+///
+/// # Errors
+/// What a start would end with: the field, its value, and what is allowed.
+pub fn inspect(config: &Path) -> Result<Facts, Failure> {
+    let settings = Settings::load(&Args { config: Some(config.to_owned()), ..Args::default() })?;
+    Ok(Facts {
+        listen: settings.listen,
+        metrics: settings.metrics,
+        data_dir: settings.data_dir,
+        etcd: settings.etcd.map(|etcd| etcd.members).unwrap_or_default(),
+    })
+}
+
 fn read(path: &Path) -> Result<File, Failure> {
     let object = format!("configuration {}", path.display());
     let text = std::fs::read_to_string(path)

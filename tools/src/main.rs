@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod coordinator;
 mod demo;
+mod doctor;
 mod manual;
 mod nbd_client;
 mod operator;

@@ -21,6 +21,10 @@ use crate::names::{self, Kind, Name};
 use crate::problem::Problem;
 use crate::text;
 
+/// Header of each answer: the coordinator's wall clock, nanoseconds since the Unix epoch, so that whoever has a certificate
+/// can see how far its own is from it.
+pub const TIME_HEADER: &str = "afterimage-time-ns";
+
 /// What a method takes.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Needs {
@@ -269,9 +273,14 @@ where
         // By its token only: what it joins as is in the record.
         let nobody = || Caller { actor: "nobody".to_owned(), ..caller_named("", "", "/Enrolment/Join") };
         let call = CALLER.scope(caller.unwrap_or_else(nobody), self.inner.call(request));
+        let clock = self.coordinator.clone();
         Box::pin(async move {
             let late = || Status::deadline_exceeded("the call has taken longer than it may").into_http();
-            tokio::time::timeout(within, call).await.unwrap_or_else(|_| Ok(late()))
+            let mut answer = tokio::time::timeout(within, call).await.unwrap_or_else(|_| Ok(late()))?;
+            if let Some(coordinator) = clock {
+                answer.headers_mut().insert(TIME_HEADER, coordinator.clock.wall_ns().into());
+            }
+            Ok(answer)
         })
     }
 }

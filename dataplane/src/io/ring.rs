@@ -33,7 +33,7 @@ mod table;
 mod ublk;
 mod wake;
 
-pub use kernel::RingError;
+pub use kernel::{RingError, check_kernel};
 pub use wake::Waker;
 
 /// `user_data` of the read that waits for a wake-up; operations have their slab index.
@@ -502,11 +502,7 @@ impl Io for Ring {
     }
 
     fn wall_synced(&self) -> bool {
-        // SAFETY: all zeros is a valid `timex`, which asks for nothing but the state.
-        let mut state: libc::timex = unsafe { std::mem::zeroed() };
-        // SAFETY: `state` is a whole `timex`.
-        let answer = unsafe { libc::adjtimex(&mut state) };
-        answer >= 0 && answer != libc::TIME_ERROR && state.status & libc::STA_UNSYNC == 0
+        clock_synced()
     }
 
     fn boot_id(&self) -> [u8; 16] {
@@ -593,4 +589,12 @@ fn read_boot_id() -> Result<[u8; 16], RingError> {
     let text = std::fs::read_to_string(PATH).map_err(|e| RingError::os("reading the boot id", e))?;
     let id = uuid::Uuid::try_parse(text.trim());
     Ok(id.map_err(|_| RingError::Os { what: "reading the boot id", errno: Errno::INVAL })?.into_bytes())
+}
+/// Whether the kernel says that something keeps its wall clock.
+pub fn clock_synced() -> bool {
+    // SAFETY: all zeros is a valid `timex`, which asks for nothing but the state.
+    let mut state: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: `state` is a whole `timex`.
+    let answer = unsafe { libc::adjtimex(&mut state) };
+    answer >= 0 && answer != libc::TIME_ERROR && state.status & libc::STA_UNSYNC == 0
 }

@@ -34,11 +34,13 @@ use failure::{Failure, Kind};
 use output::Mood;
 use session::{Common, Recent, Session};
 
+use crate::doctor;
+
 /// What the exit codes mean, for the end of the help.
 pub const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  tried and failed; or `status --check` found something wrong
+  1  tried and failed; or `status --check` or `doctor` found something wrong
   2  the command line, or a value in it, makes no sense
   3  refused: not allowed by the certificate or in the object's state, or not confirmed
   4  the coordinator, or a proxy that it needs, cannot be reached
@@ -100,6 +102,16 @@ pub enum Command {
     Events(With<Recent>),
     /// Who has changed what: the audit log.
     Audit(Verbs<audit::Verb>),
+    /// Look whether this host is fit for its role, and say what to do.
+    #[command(after_help = "Examples:\n  \
+        afterimage doctor                                     this host, before anything is set up\n  \
+        afterimage doctor proxy --config /etc/afterimage/proxy.toml\n  \
+        afterimage doctor coordinator --probe 10s\n  \
+        afterimage doctor --folder /srv/journal --connect 10.0.0.6:7800 --probe 1s\n  \
+        afterimage doctor proxy --json | jq '.checks[] | select(.state != \"ok\")'\n\n\
+        Each line is ok, warn (it works, but not as well as it could) or fail. Nothing is changed; what is written to\n\
+        measure a disk is gone at the end. Limits are those of this process: a service has those of its unit.")]
+    Doctor(With<doctor::Doctor>),
     /// The versions of this program and of what it speaks.
     Version(With<Nothing>),
 }
@@ -152,6 +164,7 @@ impl Command {
             Command::Rpo(with) => &with.common,
             Command::Events(with) => &with.common,
             Command::Audit(verbs) => &verbs.common,
+            Command::Doctor(with) => &with.common,
             Command::Version(with) => &with.common,
         }
     }
@@ -203,6 +216,7 @@ async fn act(command: Command) -> Result<(), Failure> {
             Some(done) => done,
             None => audit::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         },
+        Command::Doctor(with) => doctor::run(with.own, &with.common).await,
         Command::Version(with) => {
             version(&with.common);
             Ok(())

@@ -27,7 +27,7 @@ use super::runtime::Gone;
 use super::state::Proxy;
 
 /// File of the bundle in the state folder.
-pub(super) const BUNDLE_FILE: &str = "identity.json";
+pub const BUNDLE_FILE: &str = "identity.json";
 /// First pause before the coordinator is tried again; doubles …
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// … up to this.

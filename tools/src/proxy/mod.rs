@@ -41,7 +41,10 @@ mod throwaway;
 pub mod ublk;
 mod vhost;
 
+pub use agent::BUNDLE_FILE;
 pub use config::Args;
+pub use identity::{Identity, Pems};
+pub use state::known_targets;
 
 use config::{Config, LogFormat};
 use service::ServiceError;

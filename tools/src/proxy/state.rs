@@ -101,6 +101,13 @@ pub struct CutWaiter {
     pub taken: oneshot::Sender<(u64, u64)>,
 }
 
+/// Where the streams of a source went when it was last told, `host:port`; nothing where that cannot be read.
+pub fn known_targets(dir: &std::path::Path) -> std::collections::BTreeSet<String> {
+    let kept = std::fs::read(dir.join(DESIRED_FILE)).ok().and_then(|bytes| DesiredState::decode(&bytes[..]).ok());
+    let sources = kept.map(|kept| kept.sources).unwrap_or_default();
+    sources.into_iter().map(|group| group.target_address).filter(|address| !address.is_empty()).collect()
+}
+
 impl Proxy {
     /// A proxy that has applied nothing yet.
     pub fn new(config: Config, source: Option<Handle<SourceCore>>, target: Option<Handle<TargetCore>>) -> Self {

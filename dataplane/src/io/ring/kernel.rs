@@ -80,6 +80,14 @@ pub(super) fn build(config: &RingConfig) -> Result<IoUring, RingError> {
     Ok(ring)
 }
 
+/// Whether the kernel has all that a ring needs, without making one that stays.
+///
+/// # Errors
+/// The first thing that is missing.
+pub fn check_kernel() -> Result<(), RingError> {
+    build(&RingConfig { entries: 4, ..RingConfig::default() }).map(drop)
+}
+
 /// The kernel says only EINVAL: which of the flags it does not know is found by trying them one by one, oldest first.
 fn name_missing_flag(error: &std::io::Error) -> RingError {
     let os = RingError::Os { what: "setting up an io_uring", errno: errno(error) };

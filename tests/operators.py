@@ -1,0 +1,132 @@
+#!/usr/bin/python3
+"""The commands by which a host is set up and looked at: real processes, as an operator runs them."""
+
+import json
+import os
+import subprocess
+
+from cluster import AFTERIMAGE, MIB, Cluster, Tests, eventually, expect, free_port, workspace
+
+
+def command(*args, code=0, env=None, stdin=None):
+    """A command and its exit code; standard output and standard error."""
+    done = subprocess.run([str(AFTERIMAGE), *map(str, args)], capture_output=True, timeout=60, check=False, input=stdin,
+                          env={**os.environ, **(env or {})})
+    expect(done.returncode == code, f"{args}: exit code {done.returncode}, not {code}\n{done.stdout.decode()[-3000:]}"
+                                    f"{done.stderr.decode()[-2000:]}")
+    return done.stdout.decode(), done.stderr.decode()
+
+
+class Pair:
+    """A coordinator, a source and a target, whose settings also stand in files."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.home = folder / "home"
+        self.home.mkdir()
+        self.cluster = Cluster(folder, {"data": 16 * MIB})
+        self.identity = self.cluster.identity
+
+    def doctor(self, *args, code=0, home=None):
+        """The checks by name, each a list: one for each file or address."""
+        env = {"HOME": str(home or self.home), "XDG_CONFIG_HOME": "", "AFTERIMAGE_IDENTITY": ""}
+        env = {name: value for name, value in env.items() if name == "HOME" or value}
+        document = json.loads(command("doctor", *args, "--json", code=code, env=env)[0])
+        expect(document["ok"] == (code == 0), f"ok is {document['ok']}")
+        found = {}
+        for check in document["checks"]:
+            expect(check["state"] == "ok" or check["remedy"] is not None, f"not a word of what to do: {check}")
+            found.setdefault(check["check"], []).append(check)
+        return found
+
+    def doctor_of_a_host(self):
+        """Nothing is set up: kernel, limits, clock, and a folder that is measured, in which nothing stays."""
+        probed = self.folder / "probed"
+        probed.mkdir()
+        found = self.doctor("--folder", probed, "--probe", "300ms")
+        expect({"kernel", "io_uring", "open files", "clock", "free space", "disk speed"} <= set(found), f"{found.keys()}")
+        expect("certificate" not in found, "an identity that is not there was looked for")
+        expect(found["io_uring"][0]["state"] == "ok", found["io_uring"])
+        speed = found["disk speed"][0]["measured"]
+        expect(speed["synced_writes_per_s"] > 0 and speed["sequential_bytes_per_s"] > 0, f"{speed}")
+        expect(speed["synced_write_p50_ms"] <= speed["synced_write_p99_ms"], f"{speed}")
+        expect(list(probed.iterdir()) == [], "the probe left something")
+        text = command("doctor", "--probe", "0s", env={"HOME": str(self.home)})[0]
+        expect(all(len(line) <= 100 for line in text.splitlines()) and "io_uring" in text, text)
+
+    def config(self, name, text):
+        path = self.folder / f"{name}.toml"
+        path.write_text(f'name = "{name}"\nstate_dir = "{self.folder / f"{name}-state"}"\n[coordinator]\n'
+                        f'address = "127.0.0.1:{self.cluster.port}"\n{text}')
+        return path
+
+    def doctor_of_roles(self):
+        """Of each role that runs: its certificate, the coordinator and its clock, where it listens and connects to."""
+        source = self.config("source", f'[source]\nnbd = ["unix:{self.cluster.source_socket}"]\n')
+        found = self.doctor("proxy", "--config", source, "--probe", "0s")
+        expect("proxy/source" in found["certificate"][0]["found"], found["certificate"])
+        expect(found["coordinator"][0]["state"] == "ok", found["coordinator"])
+        expect(abs(found["clock offset"][0]["measured"]["offset_ms"]) < 1000, found["clock offset"])
+        reached = {check["of"] for check in found["can connect"]}
+        expect(f"127.0.0.1:{self.cluster.stream_port}" in reached, f"the target is not among {reached}")
+        expect(found["can listen"][0]["state"] == "warn", "its own socket is not seen")
+        target = self.config("target", f'[target]\njournal = "{self.folder / "journal"}"\n'
+                                       f'listen = "127.0.0.1:{self.cluster.stream_port}"\n')
+        found = self.doctor("proxy", "--config", target, "--probe", "100ms")
+        expect(found["disk speed"][0]["measured"]["direct_io_align_bytes"] in (512, 4096), found["disk speed"])
+        settings = self.folder / "coordinator.toml"
+        settings.write_text(f'data_dir = "{self.folder / "coordinator"}"\nlisten = ["127.0.0.1:{self.cluster.port}"]\n')
+        found = self.doctor("coordinator", "--config", settings, "--probe", "0s")
+        expect(found["authority"][0]["state"] == "ok" and found["policy keys"][0]["state"] == "ok", f"{found}")
+
+    def doctor_finds(self):
+        """What is wrong is a failure with exit code 1, and names what it is."""
+        bad = self.folder / "bad.toml"
+        bad.write_text('name = "x"\nstate_dir = "/s"\n[coordinator]\naddress = "c:1"\n[source]\nmemry = "1GiB"\n')
+        found = self.doctor("proxy", "--config", bad, "--probe", "0s", code=1)
+        expect("memry" in found["configuration"][0]["found"], found["configuration"])
+        silent = f"127.0.0.1:{free_port()}"
+        found = self.doctor("--connect", silent, "--probe", "0s", code=1)
+        expect(found["can connect"][0]["of"] == silent and found["can connect"][0]["state"] == "fail", f"{found}")
+        # An operator's identity is no proxy's, and one that others may read is nobody's.
+        stolen = self.folder / "stolen-state"
+        stolen.mkdir()
+        (stolen / "identity.json").write_text(self.identity.read_text())
+        (stolen / "identity.json").chmod(0o600)
+        wrong = self.config("stolen", '[source]\nnbd = ["unix:/run/none/x.sock"]\n')
+        found = self.doctor("proxy", "--config", wrong, "--probe", "0s", code=1)
+        expect("admin/" in found["certificate"][0]["found"], found["certificate"])
+        (stolen / "identity.json").chmod(0o644)
+        found = self.doctor("--identity", stolen / "identity.json", "--probe", "0s", code=1)
+        expect("others" in found["certificate"][0]["found"], found["certificate"])
+        out, error = command("doctor", "--connect", silent, "--probe", "0s", code=1, env={"HOME": str(self.home)})
+        expect("to do:" in out and "one check failed" in error, out + error)
+
+    def close(self):
+        self.cluster.close()
+
+
+def main():
+    tests = Tests()
+    with workspace("operators") as folder:
+        pair = None
+
+        def begin():
+            nonlocal pair
+            pair = Pair(folder)
+        try:
+            if tests.run("a pair, and an empty home", begin):
+                for name, step in (
+                    ("doctor looks at a host", pair.doctor_of_a_host),
+                    ("doctor looks at each role", pair.doctor_of_roles),
+                    ("doctor finds what is wrong", pair.doctor_finds),
+                ):
+                    tests.run(name, step)
+        finally:
+            if pair:
+                pair.close()
+    tests.end()
+
+
+if __name__ == "__main__":
+    main()
