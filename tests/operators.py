@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 
-from cluster import AFTERIMAGE, MIB, Cluster, Tests, eventually, expect, free_port, workspace
+from cluster import AFTERIMAGE, MIB, Cluster, Process, Tests, eventually, expect, free_port, workspace
 
 
 def command(*args, code=0, env=None, stdin=None):
@@ -102,6 +102,59 @@ class Pair:
         out, error = command("doctor", "--connect", silent, "--probe", "0s", code=1, env={"HOME": str(self.home)})
         expect("to do:" in out and "one check failed" in error, out + error)
 
+    def init(self):
+        """A coordinator and a pair run by what was written; what is there is not written over."""
+        folder = self.folder / "written"
+        folder.mkdir()
+        env = {"HOME": str(self.home)}
+        ports = [free_port(), free_port()]
+        # Another's folder each: two files beside each other would say that both are on this host.
+        files = {role: folder / role / ("coordinator.toml" if role == "coordinator" else "proxy.toml")
+                 for role in ("coordinator", "source", "target")}
+        for path in files.values():
+            path.parent.mkdir()
+        at = f"127.0.0.1:{ports[0]}"
+        command("init", "coordinator", "--listen", at, "--state", folder / "c", "--out", files["coordinator"], env=env)
+        args = ("init", "source", "--name", "src", "--coordinator", at, "--state", folder / "s", "--token-file",
+                folder / "src.token", "--out", files["source"])
+        error = command(*args, code=3, env=env)[1]
+        expect("--anyway" in error and not files["source"].exists(), f"a source on the coordinator's host: {error}")
+        command(*args, "--anyway", env=env)
+        made = json.loads(command("init", "target", "--name", "tgt", "--coordinator", at, "--state", folder / "t", "--listen",
+                                  f"127.0.0.1:{ports[1]}", "--journal", folder / "j", "--token-file", folder / "tgt.token",
+                                  "--out", files["target"], "--json", env=env)[0])
+        expect(made["file"] == str(files["target"]) and made["config"] == files["target"].read_text(), f"{made}")
+        before = files["source"].read_text()
+        error = command(*args, "--anyway", code=6, env=env)[1]
+        expect("--force" in error and files["source"].read_text() == before, error)
+        command(*args, "--anyway", "--force", env=env)
+        # The coordinator that runs knows a group whose disks are on this host.
+        error = command("init", "coordinator", "--identity", self.identity, code=3, env=env)[1]
+        expect("shop" in error, error)
+        expect("a role" not in command("init", "target", code=2, env=env)[1], "a proxy without a coordinator")
+
+        # NBD's and the views' sockets would be under /run: here they are not.
+        for role in ("source", "target"):
+            files[role].write_text(files[role].read_text().replace("/run/afterimage", str(folder)))
+        processes = [Process(folder, "coordinator", "coordinator", "--config", files["coordinator"])]
+        try:
+            admin = folder / "c" / "admin.json"
+            eventually("the coordinator of the file answers", lambda: processes[0].check() and admin.exists() and
+                       subprocess.run([AFTERIMAGE, "status", "--identity", admin], capture_output=True).returncode == 0)
+            for name, role in (("src", "source"), ("tgt", "target")):
+                token = command("token", "create", name, "--role", "proxy", "--identity", admin)[0]
+                (folder / f"{name}.token").write_text(token)
+                processes.append(Process(folder, name, "proxy", "--config", files[role]))
+            def connected():
+                for process in processes:
+                    process.check()
+                proxies = json.loads(command("proxies", "--json", "--identity", admin)[0])["proxies"]
+                return sum(proxy["connected"] for proxy in proxies) == 2
+            eventually("both proxies of the files are connected", connected)
+        finally:
+            for process in processes:
+                process.stop()
+
     def close(self):
         self.cluster.close()
 
@@ -120,6 +173,7 @@ def main():
                     ("doctor looks at a host", pair.doctor_of_a_host),
                     ("doctor looks at each role", pair.doctor_of_roles),
                     ("doctor finds what is wrong", pair.doctor_finds),
+                    ("init writes what each role starts with", pair.init),
                 ):
                     tests.run(name, step)
         finally:

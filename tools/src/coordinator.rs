@@ -26,10 +26,10 @@ mod shared;
 use shared::EtcdArgs;
 
 /// Port of the coordinator, where none is given.
-const PORT: u16 = 7700;
+pub const PORT: u16 = 7700;
 
 /// Folder of the state, where none is given.
-const DATA_DIR: &str = "/var/lib/afterimage/coordinator";
+pub const DATA_DIR: &str = "/var/lib/afterimage/coordinator";
 
 /// Options of `afterimage coordinator`. A flag wins over the file.
 #[derive(clap::Args, Debug, Default)]
@@ -159,6 +159,10 @@ impl Settings {
             None => File::default(),
             Some(path) => read(path)?,
         };
+        Self::merge(file, args)
+    }
+
+    fn merge(file: File, args: &Args) -> Result<Self, Failure> {
         let given = if args.listen.is_empty() { file.listen } else { args.listen.clone() };
         let etcd = args.etcd.clone().or(file.etcd);
         let lifetime = match (args.certificate_lifetime, &file.certificate_lifetime) {
@@ -216,6 +220,22 @@ pub fn inspect(config: &Path) -> Result<Facts, Failure> {
         data_dir: settings.data_dir,
         etcd: settings.etcd.map(|etcd| etcd.members).unwrap_or_default(),
     })
+}
+
+/// Checks a text as a start with a file of it would.
+///
+/// # Errors
+/// As [`inspect`].
+pub fn check_text(text: &str) -> Result<(), Failure> {
+    let file = toml::from_str(text).map_err(|error| Failure::usage(error.to_string().trim_end()))?;
+    Settings::merge(file, &Args::default()).map(drop)
+}
+
+/// What a text would set, all of it, to be compared.
+#[cfg(test)]
+pub fn shown_settings(text: &str) -> Result<String, Failure> {
+    let file = toml::from_str(text).map_err(|error| Failure::usage(error.to_string().trim_end()))?;
+    Ok(format!("{:?}", Settings::merge(file, &Args::default())?))
 }
 
 fn read(path: &Path) -> Result<File, Failure> {

@@ -9,6 +9,7 @@ mod bench;
 mod coordinator;
 mod demo;
 mod doctor;
+mod init;
 mod manual;
 mod nbd_client;
 mod operator;

@@ -79,7 +79,7 @@ fn room(free: u64, total: u64, reserve: u64) -> Check {
 }
 
 fn in_memory(path: &Path) -> bool {
-    rustix::fs::statfs(path).is_ok_and(|stat| IN_MEMORY.contains(&(stat.f_type as i64)))
+    rustix::fs::statfs(path).is_ok_and(|stat| IN_MEMORY.contains(&stat.f_type))
 }
 
 /// What a folder's disk did.

@@ -34,7 +34,7 @@ use failure::{Failure, Kind};
 use output::Mood;
 use session::{Common, Recent, Session};
 
-use crate::doctor;
+use crate::{doctor, init};
 
 /// What the exit codes mean, for the end of the help.
 pub const EXIT_CODES: &str = "\
@@ -112,6 +112,15 @@ pub enum Command {
         Each line is ok, warn (it works, but not as well as it could) or fail. Nothing is changed; what is written to\n\
         measure a disk is gone at the end. Limits are those of this process: a service has those of its unit.")]
     Doctor(With<doctor::Doctor>),
+    /// Write a configuration file for a role: every setting, what it is for, and its default.
+    #[command(after_help = "Examples:\n  \
+        afterimage init coordinator --advertise dr.example:7700 --out /etc/afterimage/coordinator.toml\n  \
+        afterimage init source --name src-1 --coordinator dr.example:7700 --out /etc/afterimage/proxy.toml\n  \
+        afterimage init target --coordinator dr.example:7700 --journal /srv/journal --listen 10.0.0.6:7800\n\n\
+        Without --out it goes to standard output. What is written has passed the checks of its role. A coordinator\n\
+        stands at the target or at a third site: on a host whose disks are protected, and a source on the\n\
+        coordinator's host, are refused without --anyway.")]
+    Init(With<init::Init>),
     /// The versions of this program and of what it speaks.
     Version(With<Nothing>),
 }
@@ -165,6 +174,7 @@ impl Command {
             Command::Events(with) => &with.common,
             Command::Audit(verbs) => &verbs.common,
             Command::Doctor(with) => &with.common,
+            Command::Init(with) => &with.common,
             Command::Version(with) => &with.common,
         }
     }
@@ -216,6 +226,7 @@ async fn act(command: Command) -> Result<(), Failure> {
             Some(done) => done,
             None => audit::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         },
+        Command::Init(with) => init::run(with.own, &with.common).await,
         Command::Doctor(with) => doctor::run(with.own, &with.common).await,
         Command::Version(with) => {
             version(&with.common);

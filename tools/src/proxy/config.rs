@@ -25,7 +25,25 @@ pub const DEFAULT_POOL: u64 = 256 * MIB;
 pub const DEFAULT_SPILL: u64 = 8 * 1024 * MIB;
 /// Room that the spill leaves free on its file system unless told, bytes.
 pub const DEFAULT_SPILL_RESERVE: u64 = 2 * 1024 * MIB;
+/// Bytes of one file of the spill unless told.
+pub const DEFAULT_SPILL_SEGMENT: u64 = 64 * MIB;
+/// Longest that a write waits for room in the queue unless told, milliseconds.
+pub const DEFAULT_MAX_WAIT_MS: u64 = 20;
+/// Bytes after which a segment of a journal is closed unless told.
+pub const DEFAULT_SEGMENT: u64 = 64 * MIB;
+/// Room that ingest leaves free on the journal's file system unless told, bytes.
+pub const DEFAULT_RESERVE: u64 = 256 * MIB;
+/// Time between two verifications of all that is held unless told, hours.
+pub const DEFAULT_SCRUB_HOURS: u64 = 7 * 24;
+/// Most that they read unless told, bytes a second.
+pub const DEFAULT_SCRUB_RATE: u64 = 32 * MIB;
 const MIB: u64 = 1024 * 1024;
+
+/// Threads that seal unless told: one core is left for the data thread and the host.
+pub fn default_seal_threads() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (cores - 1).clamp(1, 4)
+}
 
 /// What is wrong with a configuration, and what would be right.
 #[derive(Debug, thiserror::Error)]
@@ -155,6 +173,17 @@ impl FromStr for Size {
             _ => return Err(bad()),
         };
         number.checked_mul(1 << shift).map(Self).ok_or_else(bad)
+    }
+}
+
+impl fmt::Display for Size {
+    /// As it can be read back.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            n if n > 0 && n.is_multiple_of(1024 * MIB) => write!(f, "{}GiB", n / (1024 * MIB)),
+            n if n > 0 && n.is_multiple_of(MIB) => write!(f, "{}MiB", n / MIB),
+            n => write!(f, "{n}"),
+        }
     }
 }
 
@@ -394,42 +423,8 @@ Examples:
     afterimage proxy --standalone /etc/pair/target.toml --journal /srv/journal --listen 127.0.0.1:7800
     afterimage proxy --standalone /etc/pair/source.toml --nbd unix:/run/disk.sock
 
-The file:
-  name = \"src-1\"
-  state_dir = \"/var/lib/afterimage/proxy\"
-  log = \"text\"                       # or json
-  [coordinator]
-  address = \"10.0.0.5:7700\"
-  token_file = \"/root/token\"         # needed for the first start only
-  [source]                           # only where disks are protected
-  nbd = [\"unix:/run/afterimage/nbd.sock\", \"tcp:127.0.0.1:10809\"]
-  vhost_user = \"/run/afterimage/vhost\" # a socket for each disk, for guests; unset: none
-  ublk = false                       # true: each disk is also /dev/afterimage/GROUP/DISK (nbd may then be unset);
-                                     # \"unprivileged\": by an ordinary user, but the device ends with the proxy
-  memory = \"512MiB\"
-  queue = \"256MiB\"                   # captured, not yet acknowledged
-  seal_threads = 2
-  max_wait_ms = 20                   # longest a write waits for room in the queue
-  sync_rate = \"100MiB\"               # most that a synchronisation of one group reads in a second; unset: no bound
-  trust_reboot = false               # true: nobody else uses the disks while this host is down
-  witness = \"/run/afterimage\"       # by which an older copy of the state folder is found out; unset: in state_dir
-  spill = \"/var/lib/afterimage/proxy/spill\" # where frames queue when memory is short; unset: in state_dir
-  spill_budget = \"8GiB\"              # most of it for each group; 0: no spill, outages end in a resync
-  spill_segment = \"64MiB\"
-  spill_reserve = \"2GiB\"             # left free on its file system
-  [target]                           # only where replicas are kept
-  journal = \"/srv/journal\"
-  listen = \"10.0.0.6:7800\"
-  advertise = \"backup.example.org:7800\"
-  views = [\"unix:/run/afterimage/views.sock\"]
-  vhost_user = \"/run/afterimage/view-vhost\"
-  ublk = false                       # true: each disk of a view is also /dev/afterimage-views/VIEW/DISK
-  memory = \"512MiB\"
-  budget = \"200GiB\"                  # journal bytes of a stream whose policy says nothing; unset: 16GiB
-  segment = \"64MiB\"
-  reserve = \"256MiB\"                 # left free of the file system, for folding and failed-over machines
-  scrub_hours = 168                  # how often all that is held is verified; 0: never
-  scrub_rate = \"32MiB\"              # most bytes a second that this reads";
+The file: `afterimage init source` and `afterimage init target` write one, with every setting, what it is for, and its
+default.";
 
 /// How a proxy finds its desired state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -546,6 +541,18 @@ impl Config {
             None => File::default(),
         };
         Self::merge(file, args)
+    }
+
+    /// As a file with this text would give it, without any flag.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn of_text(text: &str) -> Result<Self, ConfigError> {
+        let file = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: PathBuf::from("configuration"),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        Self::merge(file, &Args::default())
     }
 
     fn merge(file: File, args: &Args) -> Result<Self, ConfigError> {
@@ -679,7 +686,8 @@ fn spill_role(file: &FileSource, state_dir: Option<&Path>) -> Result<Option<Spil
     let beside = || state_dir.map(|dir| std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned()).join("spill"));
     let dir = file.spill.clone().or_else(beside);
     let Some(dir) = dir.filter(|_| budget > 0) else { return Ok(None) };
-    let segment = within("source.spill_segment", file.spill_segment.map_or(64 * MIB, |s| s.0), 4 * MIB, 1024 * MIB)?;
+    let segment =
+        within("source.spill_segment", file.spill_segment.map_or(DEFAULT_SPILL_SEGMENT, |s| s.0), 4 * MIB, 1024 * MIB)?;
     if !segment.is_multiple_of(4096) {
         let (value, allowed) = (segment.to_string(), "a multiple of 4096".to_owned());
         return Err(ConfigError::Field { field: "source.spill_segment", value, allowed });
@@ -718,11 +726,9 @@ fn source_role(file: FileSource, args: &Args, state_dir: Option<&Path>) -> Resul
     within("source.memory", memory, MIN_POOL, MAX_POOL)?;
     let queue = file.queue.map_or(memory / 2, |size| size.0);
     within("source.queue", queue, MIN_POOL / 4, memory / 2)?;
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    // One core is left for the data thread and the host.
-    let seal_threads = args.seal_threads.or(file.seal_threads).unwrap_or((cores - 1).clamp(1, 4));
+    let seal_threads = args.seal_threads.or(file.seal_threads).unwrap_or_else(default_seal_threads);
     within("source.seal_threads", seal_threads as u64, 0, MAX_SEAL_THREADS as u64)?;
-    let max_wait_ms = within("source.max_wait_ms", file.max_wait_ms.unwrap_or(20), 0, 10_000)?;
+    let max_wait_ms = within("source.max_wait_ms", file.max_wait_ms.unwrap_or(DEFAULT_MAX_WAIT_MS), 0, 10_000)?;
     let sync_rate = match file.sync_rate {
         Some(Size(0)) | None => 0,
         Some(size) => within("source.sync_rate", size.0, MIN_SYNC_RATE, u64::MAX)?,
@@ -761,10 +767,10 @@ fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, Conf
     }
     let memory = args.memory.or(file.memory).unwrap_or(Size(DEFAULT_POOL)).0;
     within("target.memory", memory, MIN_POOL, MAX_POOL)?;
-    let segment = within("target.segment", file.segment.map_or(64 * MIB, |s| s.0), 5 * MIB, 1024 * MIB)?;
-    let reserve = within("target.reserve", file.reserve.map_or(256 * MIB, |s| s.0), 0, u64::MAX / 2)?;
-    let scrub_hours = within("target.scrub_hours", file.scrub_hours.unwrap_or(7 * 24), 0, 24 * 366)?;
-    let scrub_rate = within("target.scrub_rate", file.scrub_rate.map_or(32 * MIB, |s| s.0), MIB, 1 << 40)?;
+    let segment = within("target.segment", file.segment.map_or(DEFAULT_SEGMENT, |s| s.0), 5 * MIB, 1024 * MIB)?;
+    let reserve = within("target.reserve", file.reserve.map_or(DEFAULT_RESERVE, |s| s.0), 0, u64::MAX / 2)?;
+    let scrub_hours = within("target.scrub_hours", file.scrub_hours.unwrap_or(DEFAULT_SCRUB_HOURS), 0, 24 * 366)?;
+    let scrub_rate = within("target.scrub_rate", file.scrub_rate.map_or(DEFAULT_SCRUB_RATE, |s| s.0), MIB, 1 << 40)?;
     let budget = match file.budget {
         Some(size) => Some(within("target.budget", size.0, 4 * segment, u64::MAX)?),
         None => None,

@@ -8,15 +8,6 @@ fn load(text: &str, args: &Args) -> Result<Config, String> {
 const SOURCE: &str = "name='s'\nstate_dir='/s'\n[coordinator]\naddress='h:1'\n[source]\nnbd=['unix:/n']\n";
 
 #[test]
-fn the_example_of_the_help_is_valid() {
-    let text = EXAMPLES.split_once("The file:\n").unwrap().1;
-    let text = text.replace("token_file", "# token_file");
-    let config = load(&text, &Args::default()).unwrap();
-    assert_eq!(config.source.unwrap().queue, 256 * MIB);
-    assert_eq!(config.target.unwrap().budget, Some(200 * 1024 * MIB));
-}
-
-#[test]
 fn a_misspelt_field_is_named_with_what_is_allowed() {
     let error = load(&format!("{SOURCE}memroy='1G'\n"), &Args::default()).unwrap_err();
     assert!(error.contains("memroy") && error.contains("`memory`"), "{error}");
