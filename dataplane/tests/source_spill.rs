@@ -484,3 +484,31 @@ fn the_time_to_catch_up_is_foretold() {
     let took = bed.world.now() - begun;
     assert!(foretold > took / 3 && foretold < took * 3, "{foretold} ns foretold, {took} ns taken");
 }
+
+/// Frames of an earlier life that are shipped out of the spill say again what it promised: the target believes it, so hosts
+/// wait as they did then.
+#[test]
+fn frames_that_are_still_shipped_keep_the_promise_of_their_life() {
+    let mut bed = bed(21, 64 * MIB);
+    bed.sync_deadline = 2000 * MS;
+    bed.ready();
+    bed.until("together", |bed| bed.status().synchronous.is_some_and(|s| s.together));
+    bed.acked();
+    let (held, said, writer) = (bed.held.position, bed.held.promises.len(), bed.held.hellos[0].incarnation);
+    bed.held.mute = true;
+    let request = bed.write_request(0, &[1; 4096], false);
+    bed.ask(0, request);
+    bed.until("promised", |bed| bed.held.promises.len() > said);
+    assert!(stop(&mut bed));
+    // Nothing of it was acknowledged, and the target has died over it; nor has anybody to wait for it any more.
+    bed.held.position = held;
+    bed.sync_deadline = 0;
+    let (begun, hellos, said) = (bed.world.now(), bed.held.hellos.len(), bed.held.promises.len());
+    bed.restart();
+    bed.until("shipped again", |bed| bed.held.promises.len() > said);
+    assert_eq!(bed.held.promises[said], 2000, "the target believes it");
+    assert_eq!(bed.held.hellos[hellos].incarnation, writer, "a hello for the earlier life");
+    bed.write(0, 4096, &[2; 4096]).expect("written");
+    let took = bed.world.now() - begun;
+    assert!(took >= 1000 * MS, "answered after {} ms, and the promise is for 1000", took / MS);
+}

@@ -5,6 +5,7 @@ mod target_rig;
 use afterimage_dataplane::io::Errno;
 use afterimage_dataplane::io::sim::{Fault, WorldConfig};
 use afterimage_dataplane::target::{Choice, PointError, TargetConfig, TargetEvent};
+use afterimage_wire::handshake::{Refusal, Welcome};
 use afterimage_wire::record::RecordKind;
 use afterimage_wire::segment::Predecessor;
 use target_rig::*;
@@ -239,4 +240,35 @@ fn unreadable_ranges_stay_unreadable_until_written_also_when_folded() {
     feeder.seal(1);
     rig.ship_more(&mut feeder);
     rig.check(&model, feeder.next_seq - 1);
+}
+
+/// All that lies above the floor is lost: the image stands where the floor is, and nobody may use its numbers again.
+#[test]
+fn a_target_that_has_only_its_image_left_refuses_numbers_that_the_image_has_had() {
+    let (mut rig, mut feeder, mut model) = begun(70, WorldConfig::default(), RETENTION);
+    age(&mut rig, &mut feeder, &mut model, &mut Dice(70), 40);
+    rig.until("folded", |rig| rig.target.status()[0].history <= RETENTION + 4 * SECOND);
+    let floor = rig.target.status()[0].floor;
+    assert!(floor > 1);
+    rig.die(true);
+    for path in rig.world.paths(rig.node, ROOT).into_iter().filter(|path| path.ends_with(".seg")) {
+        rig.world.rot(rig.node, &path, 0, 8192);
+    }
+    rig.open();
+    assert!(rig.events.iter().any(|event| matches!(event, TargetEvent::Damaged { .. })), "{:?}", rig.events);
+    assert_eq!(rig.target.status()[0].durable_seq, rig.target.status()[0].floor);
+    // A source that has lost its log begins at 1, and at the floor itself is too low, too.
+    for first_seq in [1, floor] {
+        let hello = Feeder::new(2, first_seq, Predecessor::default()).hello();
+        match rig.hello(&hello) {
+            Welcome::Refused { reason: Refusal::SeqBehind { newest }, .. } => assert!(newest >= floor),
+            other => panic!("from {first_seq}: {other:?}"),
+        }
+    }
+    let mut next = Feeder::new(3, feeder.next_seq, Predecessor::default());
+    assert!(rig.connect(&next).1, "the whole");
+    next.join_and_sync(2);
+    next.seal(100);
+    rig.ship(&mut next);
+    rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).expect("a point again");
 }

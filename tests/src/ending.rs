@@ -90,8 +90,8 @@ impl Run {
         self.say(if power { "the target loses power at rest" } else { "the target is killed at rest" });
         self.restart_target(power)?;
         self.some_points(8)?;
-        if self.robbed && self.latest()? < latest {
-            // The loss of power has shown more that is bad: it is mended as well.
+        if self.robbed && self.latest().map_or(true, |now| now < latest) {
+            // The loss of power has shown more that is bad, perhaps all there was: it is mended as well.
             self.rest()?;
         }
         let again = self.latest()?;

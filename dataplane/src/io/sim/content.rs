@@ -3,7 +3,7 @@
 //! The visible content is kept in pages; for every page with unsynced sectors the content that the disk surely has is
 //! kept beside it, so that a sync only forgets and a power loss only puts back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Rng;
 
@@ -228,7 +228,9 @@ impl Content {
             let end = (offset + len).min((page + 1) * PAGE as u64) - page * PAGE as u64;
             meant[start as usize..end as usize].fill(0);
         }
-        let touched: Vec<u64> = self.pages.range(from..to).map(|(page, _)| *page).collect();
+        // A hole that a failed sync gave up is made again: it is as new as the bytes of a write that is repeated.
+        let there = self.pages.range(from..to).map(|(page, _)| *page);
+        let touched: BTreeSet<u64> = there.chain(self.unsynced.range(from..to).map(|(page, _)| *page)).collect();
         for page in touched {
             let start = offset.max(page * PAGE as u64) - page * PAGE as u64;
             let end = (offset + len).min((page + 1) * PAGE as u64) - page * PAGE as u64;
@@ -466,6 +468,19 @@ mod tests {
         content.sync();
         content.power_loss(&mut Rng::new(5), 0.0);
         assert_eq!(read(&content, 0, 65536), [8; 65536]);
+    }
+
+    #[test]
+    fn zeros_after_a_failed_sync_are_as_durable_as_bytes_are() {
+        for unmap in [true, false] {
+            let mut content = Content::from_bytes(&[7; 2 * PAGE]);
+            content.zero(0, PAGE as u64, unmap);
+            content.fail_sync(&mut Rng::new(1));
+            content.zero(0, PAGE as u64, unmap);
+            content.sync();
+            content.power_loss(&mut Rng::new(1), 0.0);
+            assert_eq!(read(&content, 0, PAGE), vec![0; PAGE]);
+        }
     }
 
     #[test]
