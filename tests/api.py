@@ -36,8 +36,8 @@ from grpc_status import rpc_status  # noqa: E402
 
 TENANT = "tenants/default"
 NAME = (("grpc.ssl_target_name_override", "coordinator.afterimage"),)
-SERVICES = ["Policies", "Groups", "Proxies", "Points", "Failovers", "Operations", "Views", "Status", "Backups", "Enrolment",
-            "ProxyControl"]
+SERVICES = ["Policies", "Groups", "Proxies", "Points", "Failovers", "Operations", "Views", "Status", "Backups",
+            "Certificates", "Enrolment", "ProxyControl"]
 
 
 class Coordinator:

@@ -20,14 +20,14 @@ def told(cluster, text):
     return [e for e in cluster.command("events", "--limit", "0")["events"] if text in f"{e['kind']} {e['message']}"]
 
 
-class Certificates:
-    """A pair whose certificates last ten seconds."""
+class Pair:
+    """A pair, and people who join."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *coordinator_args):
         self.folder = folder
         self.metrics = free_port()
         self.cluster = Cluster(folder, {"data": 16 * MIB}, coordinator_args=(
-            "--certificate-lifetime", f"{LIFE}s", "--metrics", f"127.0.0.1:{self.metrics}"))
+            *coordinator_args, "--metrics", f"127.0.0.1:{self.metrics}"))
         self.anna = self.join("anna", "operator")
 
     def join(self, name, role):
@@ -45,6 +45,24 @@ class Certificates:
 
     def proxies(self):
         return {p["proxy"]: p for p in self.cluster.command("proxies")["proxies"]}
+
+    def write(self, text):
+        """Writes at the source, past the coordinator."""
+        handle = nbd.NBD()
+        handle.connect_uri(f"nbd+unix:///{Cluster.GROUP}/data?socket={self.cluster.source_socket}")
+        handle.pwrite(text.ljust(4096, b"."), 0)
+        handle.flush()
+        handle.shutdown()
+
+    def close(self):
+        self.cluster.close()
+
+
+class Certificates(Pair):
+    """One whose certificates last ten seconds."""
+
+    def __init__(self, folder):
+        super().__init__(folder, "--certificate-lifetime", f"{LIFE}s")
 
     def renewed(self):
         """Over two lives everybody goes on, and nobody is asked for anything."""
@@ -97,11 +115,7 @@ class Certificates:
         said = lambda p, text: text in p.log.read_text(errors="replace")  # noqa: E731
         eventually("the target takes the expired source", lambda: said(cluster.target, "it is taken for 89 days more"))
         eventually("the source takes the expired target", lambda: said(cluster.source, "it is taken for 89 days more"))
-        handle = nbd.NBD()
-        handle.connect_uri(f"nbd+unix:///{Cluster.GROUP}/data?socket={cluster.source_socket}")
-        handle.pwrite(b"written by expired certificates " * 128, 0)
-        handle.flush()
-        handle.shutdown()
+        self.write(b"written by expired certificates")
         cluster.coordinator.start()
         code, _, error = 0, None, None
 
@@ -119,8 +133,87 @@ class Certificates:
         expect(told(cluster, "it is taken for 89 days more"), "no alarm has come")
         cluster.replica_is_source()
 
-    def close(self):
-        self.cluster.close()
+
+class Revoked(Pair):
+    """One of which some are not to be let in any more."""
+
+    def person(self):
+        """What an operator has open ends, and nothing is begun; not after a crash of the coordinator either."""
+        cluster = self.cluster
+        token = cluster.command("token", "create", "anna", "--role", "operator")["token"]
+        watch = subprocess.Popen([AFTERIMAGE, "watch", "--json", "--identity", str(self.anna)],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        watch.stdout.readline()
+        serial = next(c["serial"] for c in self.certificates() if c["name"] == "anna")
+        done = cluster.command("certificate", "revoke", "operator/anna", "--reason", "has left")["revoked"]
+        expect([c["serial"] for c in done] == [serial] and done[0]["revoked"]["by"] == "admin/local", f"{done}")
+        begun = time.monotonic()
+        _, error = watch.communicate(timeout=20)
+        expect(watch.returncode != 0 and time.monotonic() - begun < 5, f"the watch goes on: {error.decode()}")
+        again = cluster.command("certificate", "revoke", "operator/anna")["revoked"]
+        expect(again == done, f"revoked twice: {again}")
+
+        def refused():
+            code, _, error = self.by(self.anna, "status")
+            expect(code == 3 and "operator/anna was revoked at" in error["message"], f"{code} {error}")
+        refused()
+        done = subprocess.run([AFTERIMAGE, "join", token, "--identity", self.folder / "again.json"],
+                              capture_output=True, check=False)
+        expect(done.returncode == 3, "a token of before lets her in")
+        cluster.coordinator.kill()
+        cluster.coordinator.start()
+        eventually("the coordinator answers", lambda: cluster.try_command("status"))
+        refused()
+        records = cluster.command("audit", "list", "--filter", f'objects:"put certificates/default/{serial}"')["records"]
+        expect([r["actor"] for r in records if r["method"] == "Certificates/RevokeCertificates"] == ["admin/local"],
+               f"{records}")
+        denied = cluster.command("audit", "list", "--filter", 'outcome:"was revoked"')["records"]
+        expect(denied and len(denied) < 4, f"{denied}")
+        ann = self.join("ann", "admin")
+        code, _, error = self.by(ann, "certificate", "revoke", "ann", "--yes")
+        expect(code == 3 and "who asks" in error["message"], f"{code} {error}")
+        self.anna = self.join("anna2", "viewer")
+        code, _, error = self.by(self.anna, "certificate", "revoke", "ann", "--yes")
+        expect(code == 3, "a viewer revokes")
+
+    def certificates(self):
+        return self.cluster.command("certificate", "list")["certificates"]
+
+    def proxy(self):
+        """A source whose certificate is revoked loses its session and its stream, and gets neither again; it serves on."""
+        cluster, pair = self.cluster, {"source", "target"}
+        eventually("both proxies are connected again", cluster.proxies_connected)
+        cluster.settle()
+        cluster.command("certificate", "revoke", "proxy/source", "--reason", "stolen")
+        connected = lambda: {p["proxy"] for p in self.cluster.command("proxies")["proxies"] if p["connected"]}  # noqa: E731
+        eventually("the session has ended", lambda: connected() == pair - {"source"})
+        said = lambda p, text: text in p.log.read_text(errors="replace")  # noqa: E731
+        eventually("the target ends the stream", lambda: said(cluster.target, "of the other end was revoked"))
+        eventually("the source is not let in", lambda: said(cluster.source, "was revoked"))
+        eventually("the target refuses it", lambda: said(cluster.target, "a stream from"))
+        self.write(b"written by who is revoked")
+        # Neither end forgets it, without the coordinator.
+        cluster.coordinator.stop()
+        refusals = cluster.target.log.read_text(errors="replace").count("a stream from")
+        for process in (cluster.target, cluster.source):
+            process.kill()
+            process.start()
+        eventually("it is refused again", lambda: cluster.target.log.read_text(errors="replace").count("a stream from") > refusals)
+        self.write(b"written by who is revoked, again")
+        cluster.coordinator.start()
+        eventually("the target is back", lambda: cluster.try_command("proxies") and connected() == pair - {"source"})
+        status = cluster.status()
+        expect(any(c["kind"] == "source-unreachable" for c in status["conditions"]), f"{status['conditions']}")
+        # It is let in anew, with a new key.
+        cluster.source.stop()
+        (self.folder / "source-state/identity.json").unlink()
+        cluster.source.env["AFTERIMAGE_TOKEN"] = cluster.command("token", "create", "source", "--role", "proxy")["token"]
+        cluster.source.start()
+        eventually("both proxies are connected", cluster.proxies_connected)
+        eventually("the group is protected", cluster.protected)
+        cluster.replica_is_source()
+        states = [(c["newest"], bool(c["revoked"])) for c in self.certificates() if c["name"] == "source"]
+        expect(sorted(states) == [(False, True), (True, False)], f"{states}")
 
 
 def main():
@@ -131,7 +224,7 @@ def main():
 
 
 def run(tests, workspace):
-    """All of them, on a pair of their own."""
+    """All of them, on pairs of their own."""
     with workspace("certificates") as folder:
         pair = None
 
@@ -142,6 +235,19 @@ def run(tests, workspace):
             if tests.run("a pair with certificates of ten seconds", begin):
                 tests.run("certificates are renewed beside everything else", pair.renewed)
                 tests.run("what goes on with expired certificates, and what does not", pair.expired)
+        finally:
+            if pair:
+                pair.close()
+    with workspace("revoked") as folder:
+        pair = None
+
+        def begin_again():
+            nonlocal pair
+            pair = Revoked(folder)
+        try:
+            if tests.run("a pair of which some are not wanted any more", begin_again):
+                tests.run("a person whose certificate is revoked is out", pair.person)
+                tests.run("a proxy whose certificate is revoked is out", pair.proxy)
         finally:
             if pair:
                 pair.close()

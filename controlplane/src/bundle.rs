@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::ca::{Identity, identify};
+
 /// Version of the file.
 const BUNDLE_VERSION: u32 = 1;
 
@@ -110,6 +112,12 @@ impl Bundle {
             expire_time_ns,
             renew_time_ns,
         }
+    }
+
+    /// Whom the certificate names; none if it is none.
+    pub fn identity(&self) -> Option<Identity> {
+        let (_, pem) = x509_parser::pem::parse_x509_pem(self.certificate_pem.as_bytes()).ok()?;
+        identify(&pem.contents)
     }
 
     /// When the next certificate is to be asked for, nanoseconds since the Unix epoch.

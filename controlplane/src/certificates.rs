@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use afterimage_wire::v1;
 use serde::{Deserialize, Serialize};
 
 use crate::ca::{GRACE, Identity, Issued, Role, hex, overdue_time_ns, renew_time_ns};
@@ -34,6 +35,20 @@ pub struct Certificate {
     pub issued_ns: u64,
     /// Nanoseconds since the Unix epoch.
     pub expire_time_ns: u64,
+    /// That nobody is to take it any more.
+    #[serde(default)]
+    pub revoked: Option<Revoked>,
+}
+
+/// When and why a certificate was revoked.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Revoked {
+    /// Nanoseconds since the Unix epoch.
+    pub at_ns: u64,
+    /// By whom, "role/name".
+    pub by: String,
+    /// For people.
+    pub reason: String,
 }
 
 impl Certificate {
@@ -49,6 +64,7 @@ impl Certificate {
             issuer: issued.issuer.clone(),
             issued_ns: now_ns,
             expire_time_ns: issued.expire_time_ns,
+            revoked: None,
         }
     }
 
@@ -64,6 +80,7 @@ impl Certificate {
             issuer: who.issuer.clone(),
             issued_ns: who.issue_time_ns,
             expire_time_ns: who.expire_time_ns,
+            revoked: None,
         }
     }
 
@@ -111,13 +128,70 @@ pub fn record(model: &Model, txn: &mut Txn, certificate: Certificate) -> Result<
     if model.certificates.values().filter(|c| own(c)).count() >= MAX_CERTIFICATES {
         let kept: Vec<&str> = newest(model, own).into_iter().map(|c| c.serial.as_str()).collect();
         let kept: std::collections::HashSet<&str> = kept.into_iter().collect();
-        let superseded = model.certificates.values().filter(|c| own(c) && !kept.contains(c.serial.as_str()));
+        let may_go = |c: &&Arc<Certificate>| own(c) && c.revoked.is_none() && !kept.contains(c.serial.as_str());
+        let superseded = model.certificates.values().filter(may_go);
         let oldest = superseded.min_by_key(|c| c.issued_ns);
         let full = || Problem::Limit { what: "certificates that are good".into(), limit: MAX_CERTIFICATES as u64 };
         txn.delete(Object::Certificate(oldest.ok_or_else(full)?.as_ref().clone()));
     }
     txn.put(Object::Certificate(certificate));
     Ok(())
+}
+
+/// The certificates that somebody means by "ROLE/NAME", "NAME" or a serial number, those that are over left out.
+///
+/// # Errors
+/// There is none; the name is that of several roles.
+pub fn meant<'a>(
+    model: &'a Model,
+    tenant: &str,
+    which: &str,
+    now_ns: u64,
+) -> Result<Vec<&'a Arc<Certificate>>, Problem> {
+    let good = model.certificates.values().filter(|c| c.tenant == tenant && !c.is_over(now_ns));
+    let (mut serials, mut holders, mut names) = (Vec::new(), Vec::new(), Vec::new());
+    for certificate in good {
+        if certificate.serial == which {
+            serials.push(certificate);
+        } else if certificate.holder() == which {
+            holders.push(certificate);
+        } else if certificate.name == which {
+            names.push(certificate);
+        }
+    }
+    if names.iter().any(|c| c.role != names[0].role) {
+        let allowed = "ROLE/NAME: more than one role has a certificate of that name";
+        return Err(Problem::invalid("which", which, allowed));
+    }
+    let found = [serials, holders, names].into_iter().find(|found| !found.is_empty());
+    found.ok_or_else(|| Problem::not_found("certificate", which))
+}
+
+/// Whether a key of the tenant was revoked.
+pub fn is_revoked(model: &Model, tenant: &str, pin: &str) -> bool {
+    model.certificates.values().any(|c| c.revoked.is_some() && c.tenant == tenant && c.pin == pin)
+}
+
+/// As the API shows it; `newest`: of its holder.
+pub fn shown(certificate: &Certificate, newest: bool) -> v1::Certificate {
+    let c = certificate;
+    let revoked = c.revoked.as_ref();
+    v1::Certificate {
+        name: format!("{}/certificates/{}", crate::names::tenant(&c.tenant), c.serial),
+        serial: c.serial.clone(),
+        role: crate::convert::role_to_proto(c.role).into(),
+        holder: c.name.clone(),
+        proxy_uid: c.uid.clone(),
+        key_pin: c.pin.clone(),
+        issuer: c.issuer.clone(),
+        issue_time_ns: c.issued_ns,
+        expire_time_ns: c.expire_time_ns,
+        renew_time_ns: c.renew_time_ns(),
+        newest,
+        revoke_time_ns: revoked.map_or(0, |r| r.at_ns),
+        revoked_by: revoked.map(|r| r.by.clone()).unwrap_or_default(),
+        revoke_reason: revoked.map(|r| r.reason.clone()).unwrap_or_default(),
+    }
 }
 
 #[cfg(test)]
@@ -135,6 +209,7 @@ pub(crate) mod tests {
             issuer: "ca".into(),
             issued_ns,
             expire_time_ns,
+            revoked: None,
         }
     }
 
@@ -150,6 +225,24 @@ pub(crate) mod tests {
         let mut serials: Vec<&str> = newest(&model, |_| true).iter().map(|c| c.serial.as_str()).collect();
         serials.sort_unstable();
         assert_eq!(serials, ["2", "3"]);
+    }
+
+    #[test]
+    fn a_holder_or_a_serial_number_is_meant_and_no_other_role() {
+        let viewer = Certificate { role: Role::Viewer, ..certificate("4", "b", 5, 90) };
+        let all = [certificate("1", "a", 10, 90), certificate("2", "a", 20, 90), certificate("3", "b", 5, 90), viewer];
+        let model = model(all);
+        let meant = |which: &str, now| {
+            let found = meant(&model, "default", which, now)?;
+            Ok::<_, Problem>(found.iter().map(|c| c.serial.clone()).collect::<Vec<_>>())
+        };
+        assert_eq!(meant("a", 50).unwrap(), ["1", "2"]);
+        assert_eq!(meant("operator/a", 50).unwrap(), ["1", "2"]);
+        assert_eq!(meant("2", 50).unwrap(), ["2"]);
+        assert_eq!(meant("viewer/b", 50).unwrap(), ["4"]);
+        assert!(matches!(meant("b", 50), Err(Problem::Invalid { .. })));
+        assert!(matches!(meant("a", 91), Err(Problem::NotFound { .. })));
+        assert!(matches!(meant("viewer/a", 50), Err(Problem::NotFound { .. })));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use afterimage_wire::v1;
 
+use crate::ca::Role;
 use crate::convert::{compression_to_proto, view_kind_to_proto};
 use crate::keys::unhex;
 use crate::model::Model;
@@ -39,6 +40,12 @@ pub fn desired(
         } else {
             state.targets.push(target_stream(model, group, key));
         }
+    }
+    let revoked = model.certificates.values().filter(|c| c.tenant == proxy.tenant && c.revoked.is_some());
+    let pins = revoked.filter(|c| c.role == Role::Proxy && c.uid != proxy.uid).filter_map(|c| unhex(&c.pin));
+    state.revoked_key_pins = pins.collect();
+    for peer in &mut state.peers {
+        peer.key_pins.retain(|pin| !state.revoked_key_pins.contains(pin));
     }
     (state, without_key)
 }
@@ -132,6 +139,7 @@ pub fn open_view(group: &Group, view: &View) -> v1::OpenView {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::certificates::{Certificate, Revoked};
     use crate::group::tests::{first_disk, policy, proxy};
     use crate::model::Txn;
     use crate::names::{Kind, Name};
@@ -191,6 +199,32 @@ mod tests {
         let model = model();
         let state = of(&model, "other");
         assert!(state.sources.is_empty() && state.targets.is_empty() && state.peers.is_empty());
+    }
+
+    #[test]
+    fn a_revoked_key_is_no_pin_any_more_and_is_named() {
+        let model = model();
+        let peer = model.proxies[&("default".to_owned(), "dr".to_owned())].clone();
+        let key = |seed: &str| seed.repeat(32);
+        let certificate = |serial: &str, name: &str, uid: &str, pin: String, revoked| Certificate {
+            role: Role::Proxy,
+            uid: uid.to_owned(),
+            pin,
+            revoked,
+            ..crate::certificates::tests::certificate(serial, name, 1, 9)
+        };
+        let revoked = || Some(Revoked { at_ns: 1, by: "admin/a".into(), reason: String::new() });
+        let mut txn = Txn::default();
+        txn.put(Object::Certificate(certificate("1", "dr", &peer.uid, key("aa"), revoked())));
+        txn.put(Object::Certificate(certificate("2", "dr", &peer.uid, key("bb"), None)));
+        txn.put(Object::Certificate(certificate("3", "other", "o", key("cc"), revoked())));
+        txn.put(Object::Proxy(Proxy { pin: key("bb"), previous_pin: Some(key("aa")), ..peer }));
+        let model = model.applied(txn, 9);
+        let source = of(&model, "src");
+        assert_eq!(source.peers[0].key_pins, [vec![0xbb; 32]]);
+        assert_eq!(source.revoked_key_pins, [vec![0xaa; 32], vec![0xcc; 32]]);
+        // Its own is not told to who may hold it no more.
+        assert_eq!(of(&model, "dr").revoked_key_pins, [vec![0xcc; 32]]);
     }
 
     #[test]

@@ -38,7 +38,7 @@ const NOW: [(&str, &str); 13] = [
     ("keys/k", r#"{"id":"k","wrapped":"00ff"}"#),
     (
         "certificates/default/4a",
-        r#"{"serial":"4a","tenant":"default","role":"operator","name":"anna","uid":"","pin":"aa","issuer":"ca","issued_ns":1,"expire_time_ns":9}"#,
+        r#"{"serial":"4a","tenant":"default","role":"operator","name":"anna","uid":"","pin":"aa","issuer":"ca","issued_ns":1,"expire_time_ns":9,"revoked":{"at_ns":5,"by":"admin/local","reason":"r"}}"#,
     ),
     ("requests/default/aa", r#"{"key":"aa","tenant":"default","fingerprint":"bb","uid":"u","point":null,"at_ns":5}"#),
     ("audit", r#"{"seq":5,"hash":"ab","floor":1}"#),

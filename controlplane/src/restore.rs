@@ -6,11 +6,12 @@
 //!  restore ─▶ observing: proxies are asked, none is told ─▶ adopt(), with each that answers ─▶ confirm ─▶ as ever
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use afterimage_wire::v1;
 use serde::{Deserialize, Serialize};
 
+use crate::certificates::{Certificate, Revoked};
 use crate::failover::{FAILOVER_VIEW, Failure, State, StepState};
 use crate::keys::Wrapper;
 use crate::model::{Model, Txn};
@@ -138,6 +139,7 @@ pub fn adopt(
             ends.entry(&stream.stream_uid).or_default().target = Some((observed, stream));
         }
     }
+    revocations(model, all, now_ns, restored, txn);
     let mut found: Vec<Found> = Vec::new();
     for (uid, ends) in &ends {
         let known = model.group_by_uid(uid).cloned();
@@ -155,6 +157,18 @@ pub fn adopt(
         found.push(Found { touched: group != before, group, promises, created });
     }
     policies(model, found, settle, now_ns, restored, txn);
+}
+
+/// Proxies' certificates that were revoked after the backup, as their peers were told. Those of people nobody was told.
+fn revocations(model: &Model, all: &[Observed], now_ns: u64, restored: &mut Restored, txn: &mut Txn) {
+    let pins: BTreeSet<String> =
+        all.iter().flat_map(|o| &o.state.revoked_key_pins).map(|pin| crate::ca::hex(pin)).collect();
+    for known in model.certificates.values().filter(|c| c.revoked.is_none() && pins.contains(&c.pin)) {
+        let by = "a proxy that had been told so".to_owned();
+        let revoked = Some(Revoked { at_ns: now_ns, by, reason: "restored from a backup".to_owned() });
+        restored.note(format!("the certificate {} of {} was revoked since", known.serial, known.holder()));
+        txn.put(Object::Certificate(Certificate { revoked, ..known.as_ref().clone() }));
+    }
 }
 
 /// A group, and what it has been promised.

@@ -38,6 +38,28 @@ fn add(model: &Model, id: &str, revision: u64) -> Model {
     model.applied(txn, revision)
 }
 
+#[test]
+fn a_proxys_certificate_that_was_revoked_since_stays_revoked() {
+    let old = model();
+    let certificate = Certificate {
+        role: crate::ca::Role::Proxy,
+        uid: old.proxies[&("default".to_owned(), "src".to_owned())].uid.clone(),
+        pin: "aa".repeat(32),
+        ..crate::certificates::tests::certificate("1", "src", 1, 9)
+    };
+    let with = |model: &Model, certificate: Certificate| {
+        let mut txn = Txn::default();
+        txn.put(Object::Certificate(certificate));
+        model.applied(txn, model.revision + 1)
+    };
+    let old = with(&old, certificate.clone());
+    let revoked = Some(Revoked { at_ns: 5, by: "admin/a".into(), reason: String::new() });
+    let newer = with(&old, Certificate { revoked, ..certificate });
+    let (model, restored) = after(&old, &newer, &["dr"]);
+    assert!(model.certificate("default", "1").unwrap().revoked.is_some());
+    assert!(restored.findings.iter().any(|f| f.contains("proxy/src was revoked")), "{restored:?}");
+}
+
 fn changed(model: &Model, group: &str, change: impl FnOnce(&mut Group)) -> Model {
     let mut group = model.groups[&("default".to_owned(), group.to_owned())].clone();
     change(&mut group);

@@ -477,6 +477,12 @@ impl<I: Io> Source<I> {
         self.turn(io);
     }
 
+    /// Ends a group's connection: its target is not to be spoken with any more, or not by this connection.
+    pub fn cut_off(&mut self, io: &mut I, stream: StreamId, why: &str) {
+        self.with_group(io, stream, |group, w| group.cut_off(w, why));
+        self.turn(io);
+    }
+
     /// Holds (or lets go) all host I/O of a group: nothing new is issued, and no answer is given.
     pub fn fence(&mut self, io: &mut I, stream: StreamId, hold: bool) {
         self.with_group(io, stream, |group, w| {

@@ -114,7 +114,16 @@ impl Coordinator {
     ) -> Result<v1::JoinResponse, Problem> {
         let sign = |uid: Option<&str>| {
             let signed = self.ca.issue(csr_pem, tenant, role, name, uid);
-            signed.map_err(|e| Problem::invalid("csr_pem", "this request", format!("a PKCS#10 request, PEM: {e}")))
+            let issued = signed
+                .map_err(|e| Problem::invalid("csr_pem", "this request", format!("a PKCS#10 request, PEM: {e}")))?;
+            if certificates::is_revoked(&self.model(), tenant, &hex(&issued.pin)) {
+                return Err(Problem::invalid(
+                    "csr_pem",
+                    "a key whose certificate was revoked",
+                    "a request with a new key",
+                ));
+            }
+            Ok(issued)
         };
         let (issued, uid) = if role == Role::Proxy {
             self.enrol_proxy(Name::new(tenant, Kind::Proxy, name), pin, sign).await?

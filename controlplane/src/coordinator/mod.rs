@@ -105,6 +105,8 @@ pub struct Coordinator {
     pub clock: Clock,
     /// Serial numbers of certificates that are being taken into the records.
     noting: Mutex<std::collections::HashSet<String>>,
+    /// Certificates whose refusal is in the audit log, and since when.
+    refused: Mutex<std::collections::HashMap<String, Instant>>,
     keys: Wrapper,
     store: Arc<dyn Store>,
     history: History,
@@ -153,6 +155,7 @@ impl Coordinator {
             sessions: Sessions::default(),
             connections: Arc::default(),
             noting: Mutex::default(),
+            refused: Mutex::default(),
             clock: Clock { start: Instant::now() },
             keys,
             store,

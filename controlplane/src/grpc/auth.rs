@@ -16,6 +16,7 @@ use tower::{Layer, Service};
 use super::deadline;
 use crate::audit::{CALLER, Caller};
 use crate::ca::{GRACE, Identity, Role, identify};
+use crate::certificates::Certificate;
 use crate::coordinator::Coordinator;
 use crate::names::{self, Kind, Name};
 use crate::problem::Problem;
@@ -56,7 +57,8 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Enrolment", "CreateJoinToken") | ("Proxies", "DeleteProxy") => Needs::Admin,
         ("Audit", "ListAuditRecords" | "VerifyAudit") => Needs::Admin,
         ("Backups", "CreateBackup" | "ConfirmRestore") => Needs::Admin,
-        ("Backups", "GetRestore") => Needs::Viewer,
+        ("Backups", "GetRestore") | ("Certificates", "ListCertificates") => Needs::Viewer,
+        ("Certificates", "RevokeCertificates") => Needs::Admin,
         ("ProxyControl", "Session") => Needs::Proxy,
         ("Policies", "GetPolicy" | "ListPolicies")
         | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks")
@@ -109,7 +111,15 @@ fn check(path: &str, who: Option<&Identity>) -> Result<(), Problem> {
 
 /// Whether the caller's certificate is still good. One that has ended is, for a while, to have it renewed: if it is a
 /// proxy's, whose key the coordinator knows.
-fn good(who: &Identity, path: &str, now_ns: u64) -> Result<(), Problem> {
+fn good(who: &Identity, path: &str, now_ns: u64, known: Option<&Certificate>) -> Result<(), Problem> {
+    if let Some(revoked) = known.and_then(|c| c.revoked.as_ref()) {
+        return Err(Problem::Certificate {
+            who: actor(who),
+            state: format!("was revoked at {}", text::time(revoked.at_ns)),
+            remedy: "an admin has to let its holder join anew".to_owned(),
+            reason: "CERTIFICATE_REVOKED",
+        });
+    }
     if now_ns <= who.expire_time_ns {
         return Ok(());
     }
@@ -249,11 +259,20 @@ where
             request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(|tls| tls.peer_certs());
         let who = certificates.as_deref().and_then(|all| all.first()).and_then(|leaf| identify(leaf));
         let path = request.uri().path();
-        let checked =
-            who.as_ref().map_or(Ok(()), |who| good(who, path, wall_ns())).and_then(|()| check(path, who.as_ref()));
-        if let Err(problem) = checked {
+        let checked = who.as_ref().map_or(Ok(()), |who| {
+            let model = self.coordinator.as_ref().map(|c| c.model());
+            let known = model.as_ref().and_then(|m| m.certificate(&who.tenant, &who.serial));
+            good(who, path, wall_ns(), known.map(AsRef::as_ref))
+        });
+        if let Err(problem) = checked.and_then(|()| check(path, who.as_ref())) {
             tracing::warn!(%problem, "denied");
-            if let (Some(who), Some(coordinator)) = (&who, &self.coordinator) {
+            // Who comes again and again with a certificate that is not good is recorded once a minute.
+            let news = |who: &Identity, coordinator: &Coordinator| {
+                !matches!(problem, Problem::Certificate { .. }) || coordinator.is_news(&who.serial)
+            };
+            if let (Some(who), Some(coordinator)) = (&who, &self.coordinator)
+                && news(who, coordinator)
+            {
                 let (coordinator, caller) = (coordinator.clone(), caller_of(who, request.uri().path()));
                 let what = format!("denied: {problem}");
                 // The answer does not wait for the log: nothing is done.
@@ -390,6 +409,8 @@ mod tests {
             ("Enrolment", EVERYBODY, "Join Renew"),
             ("Backups", &[Role::Admin], "CreateBackup ConfirmRestore"),
             ("Backups", READ, "GetRestore"),
+            ("Certificates", READ, "ListCertificates"),
+            ("Certificates", &[Role::Admin], "RevokeCertificates"),
             ("ProxyControl", &[Role::Proxy], "Session"),
         ];
         let mut left = methods();
@@ -473,14 +494,19 @@ mod tests {
         let grace = GRACE.as_nanos() as u64;
         for method in methods() {
             for role in [Role::Proxy, Role::Viewer, Role::Operator, Role::Admin] {
-                assert!(good(&who(role), &method, 1_000).is_ok());
+                assert!(good(&who(role), &method, 1_000, None).is_ok());
                 let renews = role == Role::Proxy && method.ends_with("/Renew");
                 for (late, taken) in [(1, renews), (grace, renews), (grace + 1, false)] {
-                    assert_eq!(good(&who(role), &method, 1_000 + late).is_ok(), taken, "{method} {role:?} {late}");
+                    assert_eq!(
+                        good(&who(role), &method, 1_000 + late, None).is_ok(),
+                        taken,
+                        "{method} {role:?} {late}"
+                    );
                 }
             }
         }
-        let text = good(&who(Role::Operator), "/afterimage.v1.Policies/GetPolicy", u64::MAX).unwrap_err().to_string();
+        let text =
+            good(&who(Role::Operator), "/afterimage.v1.Policies/GetPolicy", u64::MAX, None).unwrap_err().to_string();
         assert!(text.contains("operator/a ended at 1970-01-01T00:00:00Z"), "{text}");
     }
 

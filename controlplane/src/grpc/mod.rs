@@ -8,6 +8,7 @@ use std::time::Duration;
 use afterimage_wire::v1;
 use afterimage_wire::v1::audit_server::AuditServer;
 use afterimage_wire::v1::backups_server::BackupsServer;
+use afterimage_wire::v1::certificates_server::CertificatesServer;
 use afterimage_wire::v1::enrolment_server::EnrolmentServer;
 use afterimage_wire::v1::failovers_server::FailoversServer;
 use afterimage_wire::v1::groups_server::GroupsServer;
@@ -42,6 +43,7 @@ mod audit;
 pub mod auth;
 mod backups;
 pub mod bound;
+mod certificates;
 mod control;
 pub mod deadline;
 mod enrolment;
@@ -351,6 +353,7 @@ fn router(coordinator: &Arc<Coordinator>) -> Result<Layered, ServeError> {
         .add_service(bounded!(StatusServer, status::StatusService(coordinator.clone())))
         .add_service(bounded!(AuditServer, audit::AuditService(coordinator.clone())))
         .add_service(bounded!(BackupsServer, backups::BackupsService(coordinator.clone())))
+        .add_service(bounded!(CertificatesServer, certificates::CertificatesService(coordinator.clone())))
         .add_service(bounded!(EnrolmentServer, enrolment::EnrolmentService(coordinator.clone())))
         .add_service(bounded!(ProxyControlServer, control::ControlService(coordinator.clone()))))
 }

@@ -98,8 +98,14 @@ impl Upkeep {
 /// coordinator.
 async fn keep_admin(coordinator: &Arc<Coordinator>, path: &Path) -> Result<(), ServeError> {
     let now = coordinator.clock.wall_ns();
+    let model = coordinator.model();
+    let good = |bundle: &Bundle| {
+        let who = bundle.identity();
+        let known = who.as_ref().and_then(|who| model.certificate(&who.tenant, &who.serial));
+        who.is_some() && known.is_none_or(|c| c.revoked.is_none()) && now < bundle.renew_at_ns()
+    };
     let bundle = match Bundle::load(path) {
-        Ok(mut old) if old.ca_pem == coordinator.ca.certificate_pem() && now < old.renew_at_ns() => {
+        Ok(mut old) if old.ca_pem == coordinator.ca.certificate_pem() && good(&old) => {
             if old.endpoint == coordinator.settings.endpoint {
                 return Ok(());
             }

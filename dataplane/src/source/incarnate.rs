@@ -213,6 +213,14 @@ impl Group {
         }
     }
 
+    /// See [`super::Source::cut_off`].
+    pub fn cut_off<I: Io>(&mut self, w: &mut Around<'_, I>, why: &str) {
+        // While one is being made there is none to end: who makes it looks at the peer.
+        if matches!(self.ship.link.state, LinkState::Up { .. }) {
+            self.lost(w, why);
+        }
+    }
+
     /// The connection is gone.
     fn lost<I: Io>(&mut self, w: &mut Around<'_, I>, reason: &str) {
         self.ship.link.close(w.io);

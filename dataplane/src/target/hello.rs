@@ -5,7 +5,7 @@ use std::sync::Arc;
 use afterimage_wire::WIRE_VERSION;
 use afterimage_wire::control::StopReason;
 use afterimage_wire::handshake::{Hello, Position, Refusal, Welcome};
-use afterimage_wire::ids::IncarnationId;
+use afterimage_wire::ids::{IncarnationId, StreamId};
 use afterimage_wire::segment::Predecessor;
 
 use super::Target;
@@ -61,6 +61,16 @@ impl<I: Io> Target<I> {
             }
             Err(refused) => refused,
         }
+    }
+
+    /// Ends a stream's connection: its source is not to be heard any more, or not by this connection.
+    pub fn cut_off(&mut self, io: &mut I, stream: StreamId, why: &str) {
+        let id = self.stream(stream).ok().and_then(|stream| stream.connection);
+        if let Some(connection) = id.and_then(|id| self.connections.get_mut(&id)) {
+            connection.stop(StopReason::ShuttingDown, 0, why.to_owned());
+            connection.discard();
+        }
+        self.turn(io);
     }
 
     /// Takes a connection after its handshake: `hello` was accepted, and `Begin` has come. It is decided about again

@@ -13,6 +13,7 @@ use afterimage_wire::v1;
 use clap::{Args, Subcommand};
 
 pub mod audit;
+pub mod certificate;
 pub mod disk;
 pub mod documents;
 pub mod enrol;
@@ -63,6 +64,8 @@ pub enum Command {
     Join(With<enrol::Join>),
     /// Make tokens by which proxies and people join.
     Token(Verbs<enrol::Verb>),
+    /// Certificates: who has one until when; revoke them.
+    Certificate(Verbs<certificate::Verb>),
     /// List, show and remove proxies. (`afterimage proxy` runs one.)
     #[command(after_help = "Examples:\n  afterimage proxies\n  afterimage proxies show dr --json")]
     Proxies(Proxies),
@@ -161,6 +164,7 @@ impl Command {
         match self {
             Command::Join(with) => &with.common,
             Command::Token(verbs) => &verbs.common,
+            Command::Certificate(verbs) => &verbs.common,
             Command::Proxies(proxies) => &proxies.common,
             Command::Policy(verbs) => &verbs.common,
             Command::Group(verbs) => &verbs.common,
@@ -208,6 +212,7 @@ async fn act(command: Command) -> Result<(), Failure> {
     match command {
         Command::Join(with) => enrol::join(with.own, &with.common).await,
         Command::Token(verbs) => enrol::token(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Certificate(verbs) => certificate::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Proxies(args) => {
             let session = Session::open(&args.common).await?;
             proxies::run(args.verb.unwrap_or(proxies::Verb::List), &session).await

@@ -318,6 +318,11 @@ impl Session {
         v1::audit_client::AuditClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
+    /// Certificates that have been issued.
+    pub fn certificates(&self) -> v1::certificates_client::CertificatesClient<Channel> {
+        v1::certificates_client::CertificatesClient::new(self.channel.clone())
+    }
+
     /// Enrolment.
     pub fn enrolment(&self) -> v1::enrolment_client::EnrolmentClient<Channel> {
         v1::enrolment_client::EnrolmentClient::new(self.channel.clone())

@@ -81,6 +81,7 @@ pub async fn begin(proxy: &Proxy) -> Result<(), Gone> {
 /// # Errors
 /// [`Gone`].
 async fn once(proxy: &Proxy) -> Result<bool, Gone> {
+    super::streams::part(proxy).await?;
     let desired = proxy.desired.borrow().clone();
     let mut problems = Vec::new();
     let mut locked = false;

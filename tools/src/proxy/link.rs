@@ -113,6 +113,8 @@ pub struct Linked {
     pub position: Position,
     /// Every disk is compared in full.
     pub whole_resync: bool,
+    /// SHA-256 of the target's public key.
+    pub pin: [u8; 32],
     /// How long ago the target's certificate ended, if it did: see [`super::pins`].
     pub expired: Option<Duration>,
 }
@@ -133,7 +135,7 @@ pub struct Accepted {
 }
 
 /// Makes the link of a source to `target` at `address`. The key of the target's certificate must be among `pins`, if
-/// there are any.
+/// there are any, and must not be `revoked`.
 ///
 /// # Errors
 /// [`LinkError`]; a refusal by the target is [`LinkError::Refused`].
@@ -142,6 +144,7 @@ pub async fn connect(
     address: &str,
     target: &str,
     pins: &[Vec<u8>],
+    revoked: impl Fn(&[u8]) -> bool,
     hello: Hello,
 ) -> Result<Linked, LinkError> {
     let failed = |source| LinkError::Connect { address: address.to_owned(), source };
@@ -158,6 +161,9 @@ pub async fn connect(
     channel.shake_hands().await?;
     channel.check_alpn()?;
     let peer = channel.proxy()?;
+    if revoked(&peer.pin) {
+        return Err(LinkError::PeerCertificate("it was revoked".to_owned()));
+    }
     if !pinned(&peer, pins) {
         return Err(LinkError::PeerCertificate("its key is not the one that is paired with this proxy".to_owned()));
     }
@@ -172,7 +178,7 @@ pub async fn connect(
     channel.send(&Handshake::Begin, "beginning the stream").await?;
     let expired = channel.expired();
     let (fd, control) = channel.leave()?;
-    Ok(Linked { fd, control, timeline, position, whole_resync, expired })
+    Ok(Linked { fd, control, timeline, position, whole_resync, pin: peer.pin, expired })
 }
 
 /// Takes the link of a source; `welcome` decides about its hello.

@@ -63,7 +63,7 @@ fn pair(
     let (listener, address) = listener();
     tokio_uring::start(async move {
         let other = tokio_uring::spawn(target(sink, listener, answer));
-        let ours = connect(&source, &address.to_string(), TARGET, &[], hello()).await;
+        let ours = connect(&source, &address.to_string(), TARGET, &[], |_| false, hello()).await;
         (ours, other.await.unwrap())
     })
 }
@@ -101,6 +101,20 @@ fn both_ends_agree_and_share_the_control_key_and_a_bare_socket() {
     // And nothing else is under way in either direction.
     drop(down);
     assert_eq!(up.read(&mut [0; 1]).unwrap(), 0);
+}
+
+#[test]
+fn a_target_whose_key_was_revoked_is_refused_however_good_its_certificate() {
+    let ca = Throwaway::new().unwrap();
+    let (source, sink) = (identity(&ca.proxy("src", SOURCE).unwrap()), identity(&ca.proxy("dr", TARGET).unwrap()));
+    let (listener, address) = listener();
+    let ours = tokio_uring::start(async move {
+        let other = tokio_uring::spawn(target(sink, listener, accepted()));
+        let ours = connect(&source, &address.to_string(), TARGET, &[], |_| true, hello()).await;
+        other.await.unwrap().unwrap_err();
+        ours
+    });
+    assert!(matches!(&ours, Err(LinkError::PeerCertificate(why)) if why.contains("revoked")), "{ours:?}");
 }
 
 #[test]
@@ -157,7 +171,7 @@ fn paired(source: &Pems, target_bundle: &Pems) -> (Result<Linked, LinkError>, Re
     let (listener, address) = listener();
     tokio_uring::start(async move {
         let other = tokio_uring::spawn(target(theirs, listener, accepted()));
-        let ours = connect(&ours, &address.to_string(), TARGET, &[], hello()).await;
+        let ours = connect(&ours, &address.to_string(), TARGET, &[], |_| false, hello()).await;
         (ours, other.await.unwrap())
     })
 }
@@ -213,7 +227,7 @@ fn a_target_with_another_key_than_the_paired_one_is_refused() {
     let (listener, address) = listener();
     let ours = tokio_uring::start(async move {
         let _other = tokio_uring::spawn(target(sink, listener, accepted()));
-        connect(&source, &address.to_string(), TARGET, &[vec![1; 32]], hello()).await
+        connect(&source, &address.to_string(), TARGET, &[vec![1; 32]], |_| false, hello()).await
     });
     assert!(matches!(ours, Err(LinkError::PeerCertificate(why)) if why.contains("paired")));
 }
@@ -233,7 +247,7 @@ fn another_version_is_refused_by_number() {
     let (ours, theirs) = tokio_uring::start(async move {
         let other = tokio_uring::spawn(target(sink, listener, accepted()));
         let newer = Hello { version: WIRE_VERSION + 1, ..hello() };
-        (connect(&source, &address.to_string(), TARGET, &[], newer).await, other.await.unwrap())
+        (connect(&source, &address.to_string(), TARGET, &[], |_| false, newer).await, other.await.unwrap())
     });
     let refusal = Refusal::Version { known: WIRE_VERSION };
     assert!(matches!(ours, Err(LinkError::Refused { reason, .. }) if reason == refusal));

@@ -155,7 +155,7 @@ impl Standalone {
     pub fn desired(&self) -> Result<DesiredState, ConfigError> {
         let sources = self.source.iter().map(source_group).collect::<Result<_, _>>()?;
         let targets = self.target.iter().map(target_stream).collect::<Result<_, _>>()?;
-        Ok(DesiredState { term: 0, version: 1, sources, targets, peers: Vec::new() })
+        Ok(DesiredState { term: 0, version: 1, sources, targets, ..DesiredState::default() })
     }
 }
 

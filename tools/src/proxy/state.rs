@@ -45,6 +45,8 @@ pub struct Proxy {
     pub applied: RefCell<Applied>,
     /// What of it could not be done.
     pub problems: RefCell<Vec<Problem>>,
+    /// The keys (SHA-256 of the public key) of the proxies at the other end of streams, as their connections were made.
+    pub linked: RefCell<HashMap<StreamId, [u8; 32]>>,
     /// That the certificate is not renewed although it is due.
     pub unrenewed: RefCell<Option<Problem>>,
     /// What happened since the last report.
@@ -120,6 +122,7 @@ impl Proxy {
             term: Cell::new(0),
             applied: RefCell::default(),
             problems: RefCell::default(),
+            linked: RefCell::default(),
             unrenewed: RefCell::default(),
             events: RefCell::default(),
             waiters: RefCell::default(),
@@ -159,6 +162,11 @@ impl Proxy {
         *self.desired.borrow_mut() = desired;
         self.changed.notify_one();
         Ok(())
+    }
+
+    /// Whether a key was revoked.
+    pub fn is_revoked(&self, pin: &[u8]) -> bool {
+        self.desired.borrow().revoked_key_pins.iter().any(|revoked| revoked == pin)
     }
 
     /// Keeps what is desired after a command has changed it.

@@ -23,6 +23,9 @@ const HANDSHAKES: usize = 32;
 /// Pause after a listener failed (no descriptors left), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Why a stream ends or is not made.
+const REVOKED: &str = "the certificate of the other end was revoked";
+
 /// Follows the source core until it ends.
 pub async fn source_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<SourceEvent>) {
     while let Some(event) = events.recv().await {
@@ -137,12 +140,39 @@ fn source_event(proxy: &Rc<Proxy>, event: SourceEvent) {
     }
 }
 
+/// Ends streams with proxies whose keys have been revoked since they were linked.
+///
+/// # Errors
+/// [`Gone`].
+pub async fn part(proxy: &Proxy) -> Result<(), Gone> {
+    let parted: Vec<StreamId> = {
+        let linked = proxy.linked.borrow();
+        linked.iter().filter(|(_, pin)| proxy.is_revoked(&pin[..])).map(|(stream, _)| *stream).collect()
+    };
+    for stream in parted {
+        proxy.linked.borrow_mut().remove(&stream);
+        let desired = proxy.desired.borrow().sources.iter().any(|s| s.stream_uid == stream.to_string());
+        match (&proxy.source, &proxy.target) {
+            (Some(source), _) if desired => {
+                source.call(move |desk| desk.core.cut_off(desk.io, stream, REVOKED)).await?;
+            }
+            (_, Some(target)) => target.call(move |desk| desk.core.cut_off(desk.io, stream, REVOKED)).await?,
+            _ => {}
+        }
+        proxy.event(Severity::Warning, Some(stream), "link", format!("ended: {REVOKED}"));
+    }
+    Ok(())
+}
+
 /// Makes the link that the source core asks for, and gives it the result.
 async fn connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<(), Gone> {
     let Some(source) = &proxy.source else { return Ok(()) };
     let failure = match try_connect(proxy, stream, hello).await {
+        // Revoked while it was being made.
+        Ok(link) if proxy.is_revoked(&link.pin) => LinkFailure::Unreachable(REVOKED.to_owned()),
         Ok(link) => {
             alarm(proxy, stream, "the target", link.expired);
+            proxy.linked.borrow_mut().insert(stream, link.pin);
             let linked = source.call(move |desk| match desk.io.attach(link.fd) {
                 Ok(sock) => {
                     let (timeline, position, whole) = (link.timeline, link.position, link.whole_resync);
@@ -177,7 +207,7 @@ async fn try_connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<li
     let (address, target, pins) = known.ok_or_else(|| nowhere("its address is not known yet"))?;
     let identity = proxy.identity.borrow().clone().ok_or_else(|| nowhere("this proxy has no certificate yet"))?;
     identity.pins.set(proxy.desired.borrow().peers.iter().flat_map(|peer| &peer.key_pins));
-    link::connect(&identity, &address, &target, &pins, hello).await
+    link::connect(&identity, &address, &target, &pins, |pin| proxy.is_revoked(pin), hello).await
 }
 
 /// Takes streams that arrive. Plain tokio accepts: see [`link`].
@@ -232,6 +262,10 @@ async fn accept(proxy: &Proxy, stream: TcpStream) -> Result<(), LinkError> {
         answer.unwrap_or_else(|gone| Welcome::Refused { reason: Refusal::Busy, message: gone.to_string() })
     });
     let accepted = accepted.await?;
+    if proxy.is_revoked(&accepted.peer.pin) {
+        return Err(refused(REVOKED));
+    }
+    proxy.linked.borrow_mut().insert(accepted.hello.stream, accepted.peer.pin);
     alarm(proxy, accepted.hello.stream, &format!("proxy `{}`", accepted.peer.name), accepted.expired);
     tracing::debug!(source = accepted.peer.name, stream = %accepted.hello.stream, "a stream is linked");
     let done = target.call(move |desk| match desk.io.attach(accepted.fd) {
@@ -263,6 +297,9 @@ fn alarm(proxy: &Proxy, stream: StreamId, who: &str, expired: Option<Duration>) 
 /// A proxy may write only the streams whose source it is.
 fn may_write(proxy: &Proxy, peer: &Peer, hello: &Hello) -> Result<(), Welcome> {
     let refused = |reason, message: String| Err(Welcome::Refused { reason, message });
+    if proxy.is_revoked(&peer.pin) {
+        return refused(Refusal::BadClaim, format!("the certificate of proxy `{}` was revoked", peer.name));
+    }
     let uid = hello.stream.to_string();
     let desired = proxy.desired.borrow();
     let Some(stream) = desired.targets.iter().find(|s| s.stream_uid == uid) else {
