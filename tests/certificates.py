@@ -134,6 +134,93 @@ class Certificates(Pair):
         cluster.replica_is_source()
 
 
+class Authorities(Pair):
+    """One whose authority is replaced."""
+
+    def rotate(self):
+        """While hosts write; people who renew are let in all the time, and who does not is locked out only by force."""
+        cluster, command = self.cluster, self.cluster.command
+        bob, carol = self.join("bob", "viewer"), self.join("carol", "viewer")
+        before = command("ca", "status")
+        expect(not before["rotating"] and len(before["authorities"]) == 1, f"{before}")
+        old = before["authorities"][0]["id"]
+        code, _, error = self.by(self.anna, "ca", "rotate")
+        expect(code == 3, "an operator rotates")
+        over, errors, written = threading.Event(), [], [0]
+
+        def writes():
+            try:
+                handle = nbd.NBD()
+                handle.connect_uri(f"nbd+unix:///{Cluster.GROUP}/data?socket={cluster.source_socket}")
+                while not over.is_set():
+                    handle.pwrite(b"%08d" % written[0] * 512, written[0] % 4096 * 4096)
+                    written[0] += 1
+                    time.sleep(0.01)
+                handle.shutdown()
+            except Exception as error:  # noqa: BLE001
+                errors.append(error)
+        writer = threading.Thread(target=writes)
+        writer.start()
+        try:
+            begun = command("ca", "rotate")
+            new = begun["authorities"][0]["id"]
+            expect(begun["rotating"] and new != old and begun["authorities"][1]["id"] == old, f"{begun}")
+            _, _, error = self.by(cluster.identity, "ca", "rotate")
+            expect("being replaced already" in error["message"], f"{error}")
+            left = lambda: {c["name"] for c in command("ca", "status")["needed_by"]}  # noqa: E731
+            eventually("proxies and the local admin have renewed", lambda: left() == {"anna", "bob", "carol"})
+            for who in (self.anna, bob):
+                code, _, error = self.by(who, "status")
+                expect(code == 0, f"{error}")
+            expect(left() == {"carol"}, f"{left()}")
+            dora = self.join("dora", "viewer")
+            # A crash in the middle of it.
+            cluster.coordinator.kill()
+            cluster.coordinator.start()
+            eventually("both proxies are connected", lambda: cluster.try_command("proxies") and cluster.proxies_connected())
+            for who in (self.anna, bob, dora):
+                code, _, error = self.by(who, "status")
+                expect(code == 0, f"{error}")
+            _, _, error = self.by(cluster.identity, "ca", "rotate", "--finish")
+            expect("viewer/carol" in error["message"] and "--anyway" in error["message"], f"{error}")
+            command("certificate", "revoke", "carol")
+            ended = command("ca", "rotate", "--finish")
+            expect(not ended["rotating"] and [a["id"] for a in ended["authorities"]] == [new], f"{ended}")
+            eventually("the admin's identity is good", lambda: cluster.try_command("status"))
+            for who in (self.anna, bob, dora):
+                code, _, error = self.by(who, "status")
+                expect(code == 0, f"{error}")
+            code, _, error = self.by(carol, "status")
+            expect(code != 0, "who has a certificate of the old authority is let in")
+            for process in (cluster.target, cluster.source):
+                bundle = json.loads((self.folder / f"{process.name}-state/identity.json").read_text())
+                expect(bundle["ca_pem"] == ended["authorities"][0]["certificate_pem"], f"{process.name} trusts the old one")
+        finally:
+            over.set()
+            writer.join()
+        expect(not errors and written[0] > 20, f"{errors} {written}")
+        for alarm in ("disconnected", "is not renewed", "is refused"):
+            expect(not told(cluster, alarm), f"{told(cluster, alarm)}")
+        # What both ends have now is good for a stream from the start.
+        for process in (cluster.target, cluster.source):
+            process.stop()
+            process.start()
+        cluster.coordinator.stop()
+        cluster.coordinator.start()
+        eventually("it answers", lambda: cluster.try_command("status"))
+        eventually("both proxies are connected again", cluster.proxies_connected)
+        cluster.replica_is_source()
+        # And once more, from an authority that is in the store.
+        third = command("ca", "rotate")["authorities"]
+        expect([a["id"] for a in third][1:] == [new], f"{third}")
+        eventually("everybody but people has renewed", lambda: left() == {"anna", "bob", "dora"})
+        command("ca", "rotate", "--finish", "--anyway")
+        code, _, error = self.by(bob, "status")
+        expect(code != 0, "who has a certificate of the old authority is let in")
+        eventually("both proxies are connected again", cluster.proxies_connected)
+        cluster.replica_is_source()
+
+
 class Revoked(Pair):
     """One of which some are not to be let in any more."""
 
@@ -235,6 +322,18 @@ def run(tests, workspace):
             if tests.run("a pair with certificates of ten seconds", begin):
                 tests.run("certificates are renewed beside everything else", pair.renewed)
                 tests.run("what goes on with expired certificates, and what does not", pair.expired)
+        finally:
+            if pair:
+                pair.close()
+    with workspace("authorities") as folder:
+        pair = None
+
+        def begin_anew():
+            nonlocal pair
+            pair = Authorities(folder)
+        try:
+            if tests.run("a pair whose authority is to be replaced", begin_anew):
+                tests.run("the authority is replaced while everything goes on", pair.rotate)
         finally:
             if pair:
                 pair.close()

@@ -5,8 +5,9 @@
 //!  {"k":"policies/default/gold","r":17,"v":"{…}"}        as stored, rising by key
 //!  {"sha256":"…"}
 //! ```
-//! Keys of policies are in it as in the store, wrapped by `keys.bin`, which is not in it; nor is the CA's key. Both do not
-//! change, and belong into a safe of their own; `shared` is their fingerprint.
+//! Keys of policies are in it as in the store, wrapped by `keys.bin`, which is not in it; so is the key of an authority that has
+//! replaced the first one, which is in `ca.pem`. Both files do not change, and belong into a safe of their own; `shared` is
+//! their fingerprint.
 
 use std::path::Path;
 

@@ -142,6 +142,7 @@ pub enum CaError {
 pub struct Ca {
     certificate_pem: String,
     id: String,
+    expire_time_ns: u64,
     issuer: Issuer<'static, KeyPair>,
     lifetime: Duration,
 }
@@ -165,7 +166,8 @@ impl Ca {
         }
     }
 
-    fn generate() -> Result<String, rcgen::Error> {
+    /// A new one: certificate and key, PEM.
+    pub(crate) fn generate() -> Result<String, rcgen::Error> {
         let key = KeyPair::generate()?;
         let mut params = parameters("Afterimage CA", CA_LIFETIME);
         // Two CAs that are trusted at once have to differ in name, or a verifier may try the wrong one.
@@ -177,7 +179,8 @@ impl Ca {
         Ok(format!("{}{}", certificate.pem(), key.serialize_pem()))
     }
 
-    fn from_pem(text: &str) -> Result<Self, String> {
+    /// From certificate and key, PEM.
+    pub(crate) fn from_pem(text: &str) -> Result<Self, String> {
         let at = text.find("-----BEGIN PRIVATE KEY-----").ok_or("no private key in it")?;
         let (certificate_pem, key_pem) = text.split_at(at);
         let key = KeyPair::from_pem(key_pem).map_err(|e| e.to_string())?;
@@ -185,7 +188,8 @@ impl Ca {
         let (_, pem) = x509_parser::pem::parse_x509_pem(certificate_pem.as_bytes()).map_err(|e| e.to_string())?;
         let (_, certificate) = X509Certificate::from_der(&pem.contents).map_err(|e| e.to_string())?;
         let id = authority_id(certificate.subject());
-        Ok(Self { certificate_pem: certificate_pem.to_owned(), id, issuer, lifetime: LIFETIME })
+        let expire_time_ns = not_after(&pem.contents).unwrap_or(0).saturating_mul(1_000_000_000);
+        Ok(Self { certificate_pem: certificate_pem.to_owned(), id, expire_time_ns, issuer, lifetime: LIFETIME })
     }
 
     /// With certificates that last so long.
@@ -197,6 +201,11 @@ impl Ca {
     /// How long certificates last.
     pub fn lifetime(&self) -> Duration {
         self.lifetime
+    }
+
+    /// When its own certificate ends, nanoseconds since the Unix epoch.
+    pub fn expire_time_ns(&self) -> u64 {
+        self.expire_time_ns
     }
 
     /// Tells it from other authorities: of its name, which each has for itself.

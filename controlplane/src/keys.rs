@@ -101,13 +101,22 @@ impl Wrapper {
     /// # Errors
     /// Wrapped under another key, or damaged.
     pub fn unwrap(&self, record: &KeyRecord) -> Result<[u8; KEY_LEN], KeyError> {
+        let key = self.unwrap_bytes(record)?;
+        key[..].try_into().map_err(|_| KeyError::Unwrap(record.id.clone()))
+    }
+
+    /// What was wrapped, of any length.
+    ///
+    /// # Errors
+    /// As [`Self::unwrap`].
+    pub fn unwrap_bytes(&self, record: &KeyRecord) -> Result<Vec<u8>, KeyError> {
         let bad = || KeyError::Unwrap(record.id.clone());
         let bytes = unhex(&record.wrapped).ok_or_else(bad)?;
         let (nonce, sealed) = bytes.split_at_checked(NONCE_LEN).ok_or_else(bad)?;
         let mut sealed = sealed.to_vec();
         let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| bad())?;
         let plain = self.key.open_in_place(nonce, Aad::from(record.id.as_bytes()), &mut sealed).map_err(|_| bad())?;
-        (&*plain).try_into().map_err(|_| bad())
+        Ok(plain.to_vec())
     }
 }
 

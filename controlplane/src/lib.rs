@@ -2,6 +2,7 @@
 //! (operations). It stands at a group's target or at a third site; replication goes on without it.
 
 pub mod audit;
+pub mod authorities;
 pub mod backup;
 mod beside;
 pub mod bundle;

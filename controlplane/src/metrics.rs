@@ -142,6 +142,7 @@ pub fn render(
     proxies: &[v1::Proxy],
     operations: &[(&'static str, usize)],
     certificates: &[&Certificate],
+    authorities: &[v1::Authority],
 ) -> String {
     let mut out = Text::default();
     let version = vec![("version", status.software_version.clone())];
@@ -219,6 +220,12 @@ pub fn render(
         let labels = labels.into_iter().chain([("role", c.role.as_str().to_owned())]).collect();
         (labels, (c.expire_time_ns / 1_000_000_000) as f64)
     });
+    let authorities = authorities.iter().map(|a| {
+        let labels = vec![("authority", a.id.clone()), ("issuing", u8::from(a.issuing).to_string())];
+        (labels, (a.expire_time_ns / 1_000_000_000) as f64)
+    });
+    let help = "When an authority that is trusted ends.";
+    out.family("authority_expire_timestamp_seconds", "gauge", help, authorities);
     let help = "When the newest certificate of a person ends.";
     out.family("certificate_expire_timestamp_seconds", "gauge", help, expires);
     out.text
@@ -241,7 +248,7 @@ mod tests {
         };
         let groups = [group("a", Some(1_500_000)), group("b", None)];
         let anna = crate::certificates::tests::certificate("1", "anna", 0, 1_700_000_000_000_000_000);
-        let text = render(&v1::CoordinatorStatus::default(), &groups, &[], &[("running", 2)], &[&anna]);
+        let text = render(&v1::CoordinatorStatus::default(), &groups, &[], &[("running", 2)], &[&anna], &[]);
         for line in [
             "# TYPE afterimage_group_rpo_seconds gauge",
             "afterimage_group_rpo_seconds{tenant=\"default\",group=\"a\"} 1.5",

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::audit::Head;
+use crate::authorities::Authorities;
 use crate::certificates::Certificate;
 use crate::names::Name;
 use crate::objects::{Disk, Group, GroupPhase, KeyRecord, Object, Operation, Policy, Proxy, View};
@@ -60,6 +61,8 @@ pub struct Model {
     pub keys: BTreeMap<String, KeyRecord>,
     /// Certificates that have been issued and are not over, by tenant and serial.
     pub certificates: BTreeMap<Key, Arc<Certificate>>,
+    /// The authorities, if there has been more than the first.
+    pub authorities: Option<Authorities>,
     /// Requests that have been done, by tenant and key. Many, and copied with each change.
     pub requests: BTreeMap<Key, Arc<RequestRecord>>,
     /// That the store was restored, if it was.
@@ -245,6 +248,7 @@ impl Model {
                 drop(self.certificates.insert(pair(&o.tenant, &o.serial), Arc::new(o)));
             }
             Object::Request(o) => drop(self.requests.insert(pair(&o.tenant, &o.key), Arc::new(o))),
+            Object::Authorities(o) => self.authorities = Some(o),
             Object::Term(term) => self.term = term,
             Object::Audit(head) => self.audit = head,
             Object::Restored(o) => self.restored = Some(o),
@@ -263,6 +267,7 @@ impl Model {
             Object::Key(o) => drop(self.keys.remove(&o.id)),
             Object::Certificate(o) => drop(self.certificates.remove(&pair(&o.tenant, &o.serial))),
             Object::Request(o) => drop(self.requests.remove(&pair(&o.tenant, &o.key))),
+            Object::Authorities(_) => self.authorities = None,
             Object::Term(_) => self.term = 0,
             Object::Audit(_) => self.audit = Head::default(),
             Object::Restored(_) => self.restored = None,
@@ -272,6 +277,11 @@ impl Model {
     /// Version of desired states: rises with the store's revision, and over a restore.
     pub fn version(&self) -> u64 {
         self.revision + self.restored.as_ref().map_or(0, |r| r.offset)
+    }
+
+    /// From which version of desired states on proxies know these authorities.
+    pub fn authorities_version(&self) -> u64 {
+        self.revisions.get("authorities").copied().unwrap_or(0) + self.version() - self.revision
     }
 
     /// Restored from a backup, and not confirmed.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::authorities::Authorities;
 use crate::certificates::Certificate;
 use crate::failover::Failover;
 use crate::names::{Kind, Name, child};
@@ -356,6 +357,8 @@ pub enum Object {
     Key(KeyRecord),
     /// A certificate that has been issued.
     Certificate(Certificate),
+    /// The authorities, since there has been more than the first.
+    Authorities(Authorities),
     /// A request that has been done.
     Request(RequestRecord),
     /// The highest term.
@@ -380,6 +383,7 @@ impl Object {
             Self::Key(o) => format!("keys/{}", o.id),
             Self::Certificate(o) => format!("certificates/{}/{}", o.tenant, o.serial),
             Self::Request(o) => format!("requests/{}/{}", o.tenant, o.key),
+            Self::Authorities(_) => "authorities".to_owned(),
             Self::Term(_) => "term".to_owned(),
             Self::Audit(_) => "audit".to_owned(),
             Self::Restored(_) => "restored".to_owned(),
@@ -397,6 +401,7 @@ impl Object {
             Self::Operation(o) => serde_json::to_vec(o),
             Self::Token(o) => serde_json::to_vec(o),
             Self::Key(o) => serde_json::to_vec(o),
+            Self::Authorities(o) => serde_json::to_vec(o),
             Self::Certificate(o) => serde_json::to_vec(o),
             Self::Request(o) => serde_json::to_vec(o),
             Self::Term(o) => serde_json::to_vec(o),
@@ -426,6 +431,7 @@ impl Object {
             "keys" => Self::Key(read(key, value)?),
             "certificates" => Self::Certificate(read(key, value)?),
             "requests" => Self::Request(read(key, value)?),
+            "authorities" => Self::Authorities(read(key, value)?),
             "term" => Self::Term(read(key, value)?),
             "audit" => Self::Audit(read(key, value)?),
             "restored" => Self::Restored(read(key, value)?),

@@ -5,7 +5,7 @@ use super::*;
 
 /// As this version writes them. A field that comes goes behind the others, with a default, and its kind's old bytes go into
 /// [`EARLIER`].
-const NOW: [(&str, &str); 13] = [
+const NOW: [(&str, &str); 14] = [
     ("term", "7"),
     (
         "policies/default/gold",
@@ -34,6 +34,10 @@ const NOW: [(&str, &str); 13] = [
     (
         "tokens/t",
         r#"{"id":"t","secret_hash":"cc","tenant":"default","role":"operator","name":"anna","expire_time_ns":9}"#,
+    ),
+    (
+        "authorities",
+        r#"{"issuing":{"id":"n","wrapped":"00ff","since_ns":5},"replaced":{"id":"o","wrapped":null,"since_ns":0}}"#,
     ),
     ("keys/k", r#"{"id":"k","wrapped":"00ff"}"#),
     (

@@ -64,6 +64,7 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
     objects.extend(model.disks.into_values().map(Object::Disk));
     objects.extend(model.proxies.into_values().map(Object::Proxy));
     objects.extend(model.keys.into_values().map(Object::Key));
+    objects.extend(model.authorities.map(Object::Authorities));
     objects.extend(model.certificates.into_values().map(|c| Object::Certificate((*c).clone())));
     objects.extend(model.requests.into_values().map(|r| Object::Request((*r).clone())));
     // A view that was being made or closed then is nobody's now; what is open its target will say.

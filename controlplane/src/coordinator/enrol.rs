@@ -47,7 +47,7 @@ impl Coordinator {
             id: record.id.clone(),
             secret,
             endpoint: self.settings.endpoint.clone(),
-            ca_pem: self.ca.certificate_pem().to_owned(),
+            ca_pem: self.trust().pem.clone(),
             role: role.as_str().to_owned(),
             name: name.to_owned(),
         };
@@ -113,7 +113,9 @@ impl Coordinator {
         csr_pem: &str,
     ) -> Result<v1::JoinResponse, Problem> {
         let sign = |uid: Option<&str>| {
-            let signed = self.ca.issue(csr_pem, tenant, role, name, uid);
+            let model = self.model();
+            let proxy = uid.and_then(|uid| model.proxy_by_uid(uid));
+            let signed = self.issuer(&model, proxy).issue(csr_pem, tenant, role, name, uid);
             let issued = signed
                 .map_err(|e| Problem::invalid("csr_pem", "this request", format!("a PKCS#10 request, PEM: {e}")))?;
             if certificates::is_revoked(&self.model(), tenant, &hex(&issued.pin)) {
@@ -142,7 +144,7 @@ impl Coordinator {
         );
         Ok(v1::JoinResponse {
             certificate_pem: issued.certificate_pem,
-            ca_pem: self.ca.certificate_pem().to_owned(),
+            ca_pem: self.trust().pem.clone(),
             expire_time_ns: issued.expire_time_ns,
             role: convert::role_to_proto(role).into(),
             name: name.to_owned(),
@@ -209,7 +211,9 @@ impl Coordinator {
     /// A key cannot be made or signed.
     pub async fn local_bundle(self: &Arc<Self>, tenant: &str, role: Role, name: &str) -> Result<Bundle, Problem> {
         let (key_pem, csr_pem) = key_and_request().map_err(|e| Problem::Internal(e.to_string()))?;
-        let issued = self.ca.issue(&csr_pem, tenant, role, name, None).map_err(|e| Problem::Internal(e.to_string()))?;
+        let trust = self.trust();
+        let issued = trust.issuing.issue(&csr_pem, tenant, role, name, None);
+        let issued = issued.map_err(|e| Problem::Internal(e.to_string()))?;
         let certificate = Certificate::issued(&issued, tenant, role, name, "", self.clock.wall_ns());
         self.keep_certificate(certificate).await?;
         Ok(Bundle::new(
@@ -218,7 +222,7 @@ impl Coordinator {
             name,
             "",
             &self.settings.endpoint,
-            self.ca.certificate_pem(),
+            &trust.pem,
             &issued.certificate_pem,
             &key_pem,
             issued.expire_time_ns,

@@ -17,6 +17,7 @@ use afterimage_wire::v1::{self, CommandErrorKind, Event, Severity};
 use tokio::sync::{broadcast, watch};
 
 use crate::audit::{self, AuditLog};
+use crate::authorities::Trust;
 use crate::ca::Ca;
 use crate::connections::Connections;
 use crate::desired::desired;
@@ -34,6 +35,7 @@ use crate::sessions::{CallError, Sessions};
 use crate::status::{Scene, Tracker};
 use crate::store::{Store, StoreError};
 
+mod authorities;
 mod certificates;
 mod drive;
 mod enrol;
@@ -95,8 +97,10 @@ impl Clock {
 pub struct Coordinator {
     /// Settings.
     pub settings: Settings,
-    /// Certificates.
-    pub ca: Ca,
+    /// The authority in `ca.pem`.
+    file_ca: Arc<Ca>,
+    /// The authorities, as the store says; told when that changes.
+    trust: watch::Sender<Arc<Trust>>,
     /// Sessions of proxies.
     pub sessions: Sessions,
     /// Connections that are open.
@@ -144,6 +148,9 @@ impl Coordinator {
         for key in model.keys.values() {
             keys.unwrap(key).map_err(|e| StoreError::Failed(format!("{e}: {}", settings.data_dir.display())))?;
         }
+        let file_ca = Arc::new(ca);
+        let trust = Trust::open(&file_ca, model.authorities.as_ref(), &keys)
+            .map_err(|e| StoreError::Failed(format!("{e}: {}", settings.data_dir.display())))?;
         let dir = settings.data_dir.join("audit");
         let audit =
             open_audit(&dir, &model.audit).map_err(|e| StoreError::Failed(format!("{}: {e}", dir.display())))?;
@@ -151,7 +158,8 @@ impl Coordinator {
         let events = Events::restored(event_log.read().map_err(|e| StoreError::Failed(e.to_string()))?);
         let coordinator = Arc::new(Self {
             settings,
-            ca,
+            file_ca,
+            trust: watch::channel(Arc::new(trust)).0,
             sessions: Sessions::default(),
             connections: Arc::default(),
             noting: Mutex::default(),
@@ -229,6 +237,16 @@ impl Coordinator {
         self.model.read().expect("nothing panics while it holds this").clone()
     }
 
+    /// The authorities now.
+    pub fn trust(&self) -> Arc<Trust> {
+        self.trust.borrow().clone()
+    }
+
+    /// Told when authorities come or go.
+    pub fn trust_changes(&self) -> watch::Receiver<Arc<Trust>> {
+        self.trust.subscribe()
+    }
+
     /// Told with each new model.
     pub fn model_changes(&self) -> watch::Receiver<u64> {
         self.model_changed.subscribe()
@@ -285,6 +303,10 @@ impl Coordinator {
                 }
             };
             let next = Arc::new(model.applied(txn, revision));
+            if next.authorities != model.authorities {
+                // Before anybody is told of this version: it stands for these authorities.
+                coordinator.reopen_trust(&next);
+            }
             *coordinator.model.write().expect("nothing panics while it holds this") = next;
             coordinator.model_changed.send_replace(revision);
             drop(turn);
@@ -490,7 +512,9 @@ impl Coordinator {
             return;
         }
         let key = |id: &str| model.keys.get(id).and_then(|k| self.keys.unwrap(k).ok()).map(|k| k.to_vec());
-        let (state, without_key) = desired(model, proxy, key);
+        let (mut state, without_key) = desired(model, proxy, key);
+        state.authorities_pem = self.trust().pem.clone();
+        state.issuer = self.issuer_of(model, proxy);
         for group in without_key {
             let message = format!("its policy key does not open: {}", self.settings.data_dir.display());
             self.tell(Severity::Error, "key", &group, &message);

@@ -35,7 +35,14 @@ impl Coordinator {
         let operations = states.map(|(word, state)| (word, count(state)));
         let people = crate::certificates::newest(&model, |c| c.role != crate::ca::Role::Proxy);
         let people: Vec<_> = people.into_iter().map(AsRef::as_ref).collect();
-        crate::metrics::render(&self.status(), &groups, &proxies, &operations, &people)
+        crate::metrics::render(
+            &self.status(),
+            &groups,
+            &proxies,
+            &operations,
+            &people,
+            &self.authorities("").authorities,
+        )
     }
 
     /// How the coordinator itself is.

@@ -41,6 +41,7 @@ impl Coordinator {
             }
             self.find_conditions(&model);
             self.find_complete(&model).await;
+            self.further_rotation(&model);
             if round % SWEEP_EVERY == 1 {
                 self.sweep(&model).await;
             }
@@ -100,7 +101,8 @@ impl Coordinator {
             groups.chain(proxies).collect()
         });
         let wall = self.clock.wall_ns();
-        let found: Vec<_> = found.into_iter().chain(super::certificates::overdue(model, wall)).collect();
+        let found = found.into_iter().chain(super::certificates::overdue(model, wall));
+        let found: Vec<_> = found.chain(self.ending_authorities(wall)).collect();
         let mut told = Vec::new();
         {
             let mut tracker = self.tracker.lock().expect("nothing panics while it holds this");

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use tonic::body::Body;
-use tonic::codegen::http::{Request, Response};
+use tonic::codegen::http::{HeaderValue, Request, Response};
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Extensions, Status};
 use tower::{Layer, Service};
@@ -25,6 +25,9 @@ use crate::text;
 /// Header of each answer: the coordinator's wall clock, nanoseconds since the Unix epoch, so that whoever has a certificate
 /// can see how far its own is from it.
 pub const TIME_HEADER: &str = "afterimage-time-ns";
+
+/// In answers to who should renew the certificate now: its authority is being replaced.
+pub const RENEW_HEADER: &str = "afterimage-renew";
 
 /// What a method takes.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -57,8 +60,8 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Enrolment", "CreateJoinToken") | ("Proxies", "DeleteProxy") => Needs::Admin,
         ("Audit", "ListAuditRecords" | "VerifyAudit") => Needs::Admin,
         ("Backups", "CreateBackup" | "ConfirmRestore") => Needs::Admin,
-        ("Backups", "GetRestore") | ("Certificates", "ListCertificates") => Needs::Viewer,
-        ("Certificates", "RevokeCertificates") => Needs::Admin,
+        ("Backups", "GetRestore") | ("Certificates", "ListCertificates" | "GetAuthorities") => Needs::Viewer,
+        ("Certificates", "RevokeCertificates" | "RotateAuthority") => Needs::Admin,
         ("ProxyControl", "Session") => Needs::Proxy,
         ("Policies", "GetPolicy" | "ListPolicies")
         | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks")
@@ -282,7 +285,9 @@ where
             return Box::pin(async move { Ok(response) });
         }
         let caller = who.as_ref().map(|who| caller_of(who, request.uri().path()));
+        let mut renew = false;
         if let Some(who) = who {
+            renew = self.coordinator.as_ref().is_some_and(|c| c.trust().issuing.id() != who.issuer);
             if let Some(coordinator) = &self.coordinator {
                 coordinator.note_certificate(&who);
             }
@@ -298,6 +303,9 @@ where
             let mut answer = tokio::time::timeout(within, call).await.unwrap_or_else(|_| Ok(late()))?;
             if let Some(coordinator) = clock {
                 answer.headers_mut().insert(TIME_HEADER, coordinator.clock.wall_ns().into());
+            }
+            if renew {
+                answer.headers_mut().insert(RENEW_HEADER, HeaderValue::from_static("authority"));
             }
             Ok(answer)
         })
@@ -409,8 +417,8 @@ mod tests {
             ("Enrolment", EVERYBODY, "Join Renew"),
             ("Backups", &[Role::Admin], "CreateBackup ConfirmRestore"),
             ("Backups", READ, "GetRestore"),
-            ("Certificates", READ, "ListCertificates"),
-            ("Certificates", &[Role::Admin], "RevokeCertificates"),
+            ("Certificates", READ, "ListCertificates GetAuthorities"),
+            ("Certificates", &[Role::Admin], "RevokeCertificates RotateAuthority"),
             ("ProxyControl", &[Role::Proxy], "Session"),
         ];
         let mut left = methods();

@@ -10,6 +10,7 @@ use super::auth::{Scope, actor};
 use crate::certificates::{newest, shown};
 use crate::coordinator::Coordinator;
 use crate::paging::Page;
+use crate::problem::Problem;
 use crate::requests::Asked;
 
 /// The service for certificates.
@@ -32,6 +33,28 @@ impl certificates_server::Certificates for CertificatesService {
         let all = own.map(|c| (c.serial.clone(), shown(c, first.contains(c.serial.as_str()))));
         let (certificates, next_page_token) = page.take(all);
         Ok(Response::new(ListCertificatesResponse { certificates, next_page_token }))
+    }
+
+    async fn get_authorities(&self, request: Request<GetAuthoritiesRequest>) -> Result<Response<Authorities>, Status> {
+        let tenant = Scope::of(&request)?.tenant("parent", &request.get_ref().parent)?;
+        Ok(Response::new(self.0.authorities(&tenant)))
+    }
+
+    async fn rotate_authority(
+        &self,
+        request: Request<RotateAuthorityRequest>,
+    ) -> Result<Response<Authorities>, Status> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let tenant = scope.tenant("parent", &r.parent)?;
+        crate::audit::asked_with(&r.request_id);
+        let asked = Asked::new(&tenant, &actor(&scope.0), "RotateAuthority", &r.request_id, &r)?;
+        match (r.finish, r.anyway) {
+            (true, anyway) => self.0.finish_rotation(anyway, r.validate_only, &asked).await?,
+            (false, false) => self.0.begin_rotation(r.validate_only, &asked).await?,
+            (false, true) => return Err(Problem::invalid("anyway", true, "true only with finish").into()),
+        }
+        Ok(Response::new(self.0.authorities(&tenant)))
     }
 
     async fn revoke_certificates(

@@ -37,8 +37,9 @@ impl Upkeep {
         names: Vec<String>,
         admin: PathBuf,
     ) -> Result<(Self, Arc<Tls>), ServeError> {
-        let (certificate, key) = coordinator.ca.server(&names)?;
-        let tls = Tls::new(&certificate, &key, coordinator.ca.certificate_pem()).map_err(ServeError::Config)?;
+        let trust = coordinator.trust();
+        let (certificate, key) = trust.serving().server(&names)?;
+        let tls = Tls::new(&certificate, &key, &trust.pem).map_err(ServeError::Config)?;
         let tls = Arc::new(tls);
         keep_admin(&coordinator, &admin).await?;
         let mut upkeep = Self { coordinator, tls: tls.clone(), names, admin, renew_ns: 0 };
@@ -48,16 +49,18 @@ impl Upkeep {
 
     fn next(&self) -> u64 {
         let now = self.coordinator.clock.wall_ns();
-        renew_time_ns(now, now + self.coordinator.ca.lifetime().as_nanos() as u64)
+        renew_time_ns(now, now + self.coordinator.trust().issuing.lifetime().as_nanos() as u64)
     }
 
     /// Until the coordinator stops.
     pub(super) async fn run(mut self) {
         let mut closing = self.coordinator.closing();
-        let look = (self.coordinator.ca.lifetime() / 20).clamp(LEAST, LOOK);
+        let look = (self.coordinator.trust().issuing.lifetime() / 20).clamp(LEAST, LOOK);
+        let mut trust = self.coordinator.trust_changes();
         loop {
             tokio::select! {
                 () = tokio::time::sleep(look) => {}
+                Ok(()) = trust.changed() => self.renew_ns = 0,
                 _ = closing.wait_for(|c| *c) => return,
             }
             let now = self.coordinator.clock.wall_ns();
@@ -77,9 +80,9 @@ impl Upkeep {
     }
 
     fn renew(&self) -> Result<(), String> {
-        let ca = &self.coordinator.ca;
-        let (certificate, key) = ca.server(&self.names).map_err(|e| e.to_string())?;
-        self.tls.change(&certificate, &key, ca.certificate_pem())
+        let trust = self.coordinator.trust();
+        let (certificate, key) = trust.serving().server(&self.names).map_err(|e| e.to_string())?;
+        self.tls.change(&certificate, &key, &trust.pem)
     }
 
     fn said(&self, result: Result<(), String>, done: &str) {
@@ -98,14 +101,16 @@ impl Upkeep {
 /// coordinator.
 async fn keep_admin(coordinator: &Arc<Coordinator>, path: &Path) -> Result<(), ServeError> {
     let now = coordinator.clock.wall_ns();
-    let model = coordinator.model();
+    let (model, trust) = (coordinator.model(), coordinator.trust());
     let good = |bundle: &Bundle| {
         let who = bundle.identity();
         let known = who.as_ref().and_then(|who| model.certificate(&who.tenant, &who.serial));
-        who.is_some() && known.is_none_or(|c| c.revoked.is_none()) && now < bundle.renew_at_ns()
+        who.is_some_and(|who| who.issuer == trust.issuing.id())
+            && known.is_none_or(|c| c.revoked.is_none())
+            && now < bundle.renew_at_ns()
     };
     let bundle = match Bundle::load(path) {
-        Ok(mut old) if old.ca_pem == coordinator.ca.certificate_pem() && good(&old) => {
+        Ok(mut old) if old.ca_pem == trust.pem && good(&old) => {
             if old.endpoint == coordinator.settings.endpoint {
                 return Ok(());
             }

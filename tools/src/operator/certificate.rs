@@ -88,7 +88,8 @@ fn plural(count: usize) -> String {
     if count == 1 { "1 certificate".to_owned() } else { format!("{count} certificates") }
 }
 
-fn document(certificate: &v1::Certificate) -> Value {
+/// A certificate as JSON.
+pub fn document(certificate: &v1::Certificate) -> Value {
     let c = certificate;
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     json!({
@@ -111,7 +112,7 @@ fn document(certificate: &v1::Certificate) -> Value {
 }
 
 /// The certificates as a table.
-fn listed(certificates: &[v1::Certificate]) -> String {
+pub fn listed(certificates: &[v1::Certificate]) -> String {
     if certificates.is_empty() {
         return "no certificates".to_owned();
     }

@@ -13,6 +13,7 @@ use afterimage_wire::v1;
 use clap::{Args, Subcommand};
 
 pub mod audit;
+pub mod ca;
 pub mod certificate;
 pub mod disk;
 pub mod documents;
@@ -64,6 +65,8 @@ pub enum Command {
     Join(With<enrol::Join>),
     /// Make tokens by which proxies and people join.
     Token(Verbs<enrol::Verb>),
+    /// The authority that issues certificates; replace it.
+    Ca(Verbs<ca::Verb>),
     /// Certificates: who has one until when; revoke them.
     Certificate(Verbs<certificate::Verb>),
     /// List, show and remove proxies. (`afterimage proxy` runs one.)
@@ -164,6 +167,7 @@ impl Command {
         match self {
             Command::Join(with) => &with.common,
             Command::Token(verbs) => &verbs.common,
+            Command::Ca(verbs) => &verbs.common,
             Command::Certificate(verbs) => &verbs.common,
             Command::Proxies(proxies) => &proxies.common,
             Command::Policy(verbs) => &verbs.common,
@@ -212,6 +216,7 @@ async fn act(command: Command) -> Result<(), Failure> {
     match command {
         Command::Join(with) => enrol::join(with.own, &with.common).await,
         Command::Token(verbs) => enrol::token(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Ca(verbs) => ca::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Certificate(verbs) => certificate::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Proxies(args) => {
             let session = Session::open(&args.common).await?;

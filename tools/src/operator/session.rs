@@ -1,6 +1,7 @@
 //! A command's connection to its coordinator: whose certificate it uses, the clients of the services, names in full,
 //! and what becomes of an error.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use afterimage_controlplane::bundle::{Bundle, BundleError};
 use afterimage_controlplane::ca::overdue_time_ns;
 use afterimage_controlplane::client::{self, ClientError};
+use afterimage_controlplane::grpc::auth::RENEW_HEADER;
 use afterimage_wire::v1;
 use clap::Args;
 use tonic::transport::Channel;
@@ -131,6 +133,8 @@ pub struct Session {
     endpoint: Option<String>,
     /// When the certificate's renewal is tried next, if it has failed.
     retry: Option<Instant>,
+    /// The coordinator has asked for another certificate, and was heard.
+    asked: Cell<bool>,
     limit: Duration,
     /// How to speak.
     pub out: Output,
@@ -177,12 +181,27 @@ impl Session {
             Ok(connected) => connected.map_err(|error| unconnected(&error))?,
             Err(_) => return Err(silent(&bundle.endpoint, limit.as_nanos() as u64)),
         };
-        Ok(Session { channel, bundle, path, endpoint, retry, limit, out })
+        Ok(Session { channel, bundle, path, endpoint, retry, asked: Cell::default(), limit, out })
     }
 
     /// Another one, with whichever coordinator answers now: this one's may be gone, and others there.
     pub async fn again(&self) -> Result<Self, Failure> {
         Self::connect(self.path.clone(), self.endpoint.clone(), self.limit, self.out).await
+    }
+
+    /// Renews the certificate because the coordinator asks for it; the connection goes on by the one that it has.
+    async fn renew_once(&self) {
+        if self.asked.replace(true) {
+            return;
+        }
+        let renewed = tokio::time::timeout(self.limit.min(RENEW_WITHIN), client::renew(&self.bundle)).await;
+        if let Ok(Ok(mut renewed)) = renewed {
+            // The file keeps the address that is in it. If nothing comes of this, the next command tries again.
+            if let Ok(kept) = Bundle::load(&self.path) {
+                renewed.endpoint = kept.endpoint;
+                let _ = renewed.save(&self.path);
+            }
+        }
     }
 
     /// Whether the certificate should be renewed: by [`Self::again`].
@@ -206,7 +225,12 @@ impl Session {
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, Failure> {
         match tokio::time::timeout(self.limit, call).await {
-            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Ok(answer)) => {
+                if answer.metadata().contains_key(RENEW_HEADER) {
+                    self.renew_once().await;
+                }
+                Ok(answer.into_inner())
+            }
             Ok(Err(status)) => Err(self.answered(object, &status)),
             Err(_) => Err(silent(&self.bundle.endpoint, self.limit.as_nanos() as u64)),
         }

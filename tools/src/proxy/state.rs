@@ -57,6 +57,8 @@ pub struct Proxy {
     pub ublk: super::ublk::Devices,
     /// Something in `desired` or in the cores is new: converge.
     pub changed: Notify,
+    /// Something in `desired` is new: certificates follow.
+    pub told: Notify,
     /// What is on offer may have changed: sockets of disks follow.
     pub offers: watch::Sender<()>,
 }
@@ -128,6 +130,7 @@ impl Proxy {
             waiters: RefCell::default(),
             ublk: super::ublk::Devices::default(),
             changed: Notify::new(),
+            told: Notify::new(),
             offers: watch::Sender::new(()),
         }
     }
@@ -161,6 +164,7 @@ impl Proxy {
         self.keep(DESIRED_FILE, &desired.encode_to_vec())?;
         *self.desired.borrow_mut() = desired;
         self.changed.notify_one();
+        self.told.notify_one();
         Ok(())
     }
 
