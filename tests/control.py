@@ -13,6 +13,7 @@ import nbd
 import certificates
 from cluster import AFTERIMAGE, MIB, Cluster, Tests, digest, eventually, expect, free_port, run, workspace
 from scene import Relay
+import targets
 
 SIZE = 64 * MIB
 
@@ -313,6 +314,8 @@ def main():
         finally:
             if policies:
                 policies.close()
+    with workspace("targets") as folder:
+        targets.play(tests, folder)
     with workspace("hooks") as folder:
         tests.run("hooks are told, over refusals and a crash", hooks, folder)
     certificates.run(tests, workspace)

@@ -156,6 +156,7 @@ pub fn wanted(policy: &v1::Policy) -> Result<Wanted, Problem> {
         time_zone: policy.time_zone.clone(),
         priority: policy.priority,
         excluded_disks: policy.excluded_disks.clone(),
+        same_site: policy.same_site,
     })
 }
 
@@ -193,6 +194,7 @@ pub fn policy_to_proto(model: &Model, policy: &Policy) -> v1::Policy {
         time_zone: promises.time_zone.clone(),
         priority: Some(promises.priority),
         excluded_disks: promises.excluded_disks.clone(),
+        same_site: Some(promises.same_site),
         warnings: promises.shortfalls(),
     }
 }
@@ -246,6 +248,7 @@ pub fn group_to_proto(model: &Model, group: &Group) -> v1::Group {
             GroupPhase::FailedOver { view } => child(&name, "views", view),
             _ => String::new(),
         },
+        placement: group.placement.clone(),
     }
 }
 

@@ -24,6 +24,7 @@ fn group() -> Group {
         hold: false,
         complete: true,
         request_id: String::new(),
+        placement: String::new(),
     }
 }
 

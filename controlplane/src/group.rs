@@ -202,7 +202,7 @@ pub fn check_disks(model: &Model, group: &Group, disks: &[DiskWanted]) -> Result
     Ok(())
 }
 
-/// Checks a new group of the API against what is there; nothing of its disks.
+/// Checks a new group of the API against what is there; nothing of its disks. One that names no target has none yet.
 ///
 /// # Errors
 /// A field that is not allowed, a name that is taken, a policy or proxy that does not exist or does not fit.
@@ -223,15 +223,22 @@ pub fn new_group(model: &Model, name: &Name, group: &v1::Group, now_ns: u64) -> 
     same_tenant("group.policy", &policy)?;
     model.policy(&policy)?;
     let source = Name::parse("group.source", Kind::Proxy, &group.source)?;
-    let target = Name::parse("group.target", Kind::Proxy, &group.target)?;
     same_tenant("group.source", &source)?;
-    same_tenant("group.target", &target)?;
     model.proxy(&source)?;
-    check_target(model.proxy(&target)?)?;
-    if source == target {
-        let allowed = "another proxy than the source: a journal beside its disks is lost with them";
-        return Err(Problem::invalid("group.target", &target, allowed));
-    }
+    // Without one it is placed once its disks are known.
+    let target = match group.target.as_str() {
+        "" => String::new(),
+        given => {
+            let target = Name::parse("group.target", Kind::Proxy, given)?;
+            same_tenant("group.target", &target)?;
+            check_target(model.proxy(&target)?)?;
+            if source == target {
+                let allowed = "another proxy than the source: a journal beside its disks is lost with them";
+                return Err(Problem::invalid("group.target", &target, allowed));
+            }
+            target.id
+        }
+    };
     Ok(Group {
         uid: new_uid(),
         tenant: name.tenant.clone(),
@@ -242,7 +249,7 @@ pub fn new_group(model: &Model, name: &Name, group: &v1::Group, now_ns: u64) -> 
         description: group.description.clone(),
         policy: policy.id,
         source: source.id,
-        target: target.id,
+        target,
         key: String::new(),
         generation: 1,
         writer_generation: 1,
@@ -251,6 +258,7 @@ pub fn new_group(model: &Model, name: &Name, group: &v1::Group, now_ns: u64) -> 
         hold: false,
         complete: false,
         request_id: String::new(),
+        placement: String::new(),
     })
 }
 

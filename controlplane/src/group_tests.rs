@@ -21,6 +21,7 @@ pub(crate) fn proxy(id: &str, address: &str) -> Proxy {
         boot_id: String::new(),
         software_version: String::new(),
         renew_time_ns: 0,
+        site: String::new(),
     }
 }
 

@@ -30,6 +30,7 @@ pub mod model;
 pub mod names;
 pub mod objects;
 pub mod paging;
+pub mod placement;
 pub mod policy;
 pub mod problem;
 pub mod requests;

@@ -101,6 +101,8 @@ pub struct ProxyLive {
     pub observed_version: u64,
     /// What it could not do.
     pub problems: Vec<v1::Problem>,
+    /// Room for journals.
+    pub room: Option<v1::TargetRoom>,
 }
 
 /// Everything reported.
@@ -139,6 +141,7 @@ impl Live {
         proxy.observed_version = report.observed_version;
         let current = report.observed_version >= told;
         proxy.problems = report.problems.into_iter().take(64).collect();
+        proxy.room = report.room;
         for group in report.sources {
             if !is_source(&group.stream_uid) {
                 continue;

@@ -92,6 +92,9 @@ pub struct Group {
     /// As given when it was created.
     #[serde(default)]
     pub request_id: String,
+    /// Why its target was chosen; empty if it was named.
+    #[serde(default)]
+    pub placement: String,
 }
 
 impl Group {
@@ -172,6 +175,9 @@ pub struct Proxy {
     /// When it should have its certificate renewed, nanoseconds since the Unix epoch; 0 where that was not noted.
     #[serde(default)]
     pub renew_time_ns: u64,
+    /// As it last registered: where it stands; empty if that is not known.
+    #[serde(default)]
+    pub site: String,
 }
 
 impl Proxy {

@@ -9,11 +9,11 @@ const NOW: [(&str, &str); 14] = [
     ("term", "7"),
     (
         "policies/default/gold",
-        r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0,"bandwidth_bytes_per_s":0,"allowed_hours":[],"time_zone":"UTC","priority":50,"excluded_disks":[]}}"#,
+        r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0,"bandwidth_bytes_per_s":0,"allowed_hours":[],"time_zone":"UTC","priority":50,"excluded_disks":[],"same_site":false}}"#,
     ),
     (
         "groups/default/shop",
-        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":""}"#,
+        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":""}"#,
     ),
     (
         "disks/g/00000",
@@ -21,7 +21,7 @@ const NOW: [(&str, &str); 14] = [
     ),
     (
         "proxies/default/src",
-        r#"{"uid":"p","tenant":"default","id":"src","version":2,"created_ns":1,"pin":"aa","previous_pin":null,"expire_time_ns":9,"data_address":"","nbd_addresses":[],"capabilities":[],"boot_id":"","software_version":"","renew_time_ns":0}"#,
+        r#"{"uid":"p","tenant":"default","id":"src","version":2,"created_ns":1,"pin":"aa","previous_pin":null,"expire_time_ns":9,"data_address":"","nbd_addresses":[],"capabilities":[],"boot_id":"","software_version":"","renew_time_ns":0,"site":""}"#,
     ),
     (
         "views/default/shop/failover",
@@ -50,7 +50,19 @@ const NOW: [(&str, &str); 14] = [
 ];
 
 /// As earlier versions wrote them: by kind, what [`NOW`] has of the same.
-const EARLIER: [(&str, &str); 8] = [
+const EARLIER: [(&str, &str); 11] = [
+    (
+        "policies/default/gold",
+        r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0,"bandwidth_bytes_per_s":0,"allowed_hours":[],"time_zone":"UTC","priority":50,"excluded_disks":[]}}"#,
+    ),
+    (
+        "groups/default/shop",
+        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":""}"#,
+    ),
+    (
+        "proxies/default/src",
+        r#"{"uid":"p","tenant":"default","id":"src","version":2,"created_ns":1,"pin":"aa","previous_pin":null,"expire_time_ns":9,"data_address":"","nbd_addresses":[],"capabilities":[],"boot_id":"","software_version":"","renew_time_ns":0}"#,
+    ),
     (
         "policies/default/gold",
         r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0}}"#,

@@ -74,6 +74,9 @@ pub struct Promises {
     /// Patterns of ids and paths of disks that no group has.
     #[serde(default)]
     pub excluded_disks: Vec<String>,
+    /// A group may be placed at the site of its source.
+    #[serde(default)]
+    pub same_site: bool,
 }
 
 fn utc() -> String {
@@ -125,6 +128,8 @@ pub struct Wanted {
     pub priority: Option<u32>,
     /// See [`Promises::excluded_disks`].
     pub excluded_disks: Vec<String>,
+    /// See [`Promises::same_site`].
+    pub same_site: Option<bool>,
 }
 
 impl Promises {
@@ -213,6 +218,7 @@ impl Promises {
             time_zone,
             priority,
             excluded_disks: wanted.excluded_disks.clone(),
+            same_site: wanted.same_site.unwrap_or(false),
             lease_ms,
             sync_deadline_ms,
             rpo_target_us,

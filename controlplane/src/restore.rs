@@ -226,6 +226,7 @@ fn new_group(
         hold: false,
         complete: false,
         request_id: String::new(),
+        placement: String::new(),
     })
 }
 

@@ -316,6 +316,8 @@ impl Scene<'_> {
             certificate_expire_time_ns: proxy.expire_time_ns,
             observed_version: live.map_or(0, |p| p.observed_version),
             desired_version,
+            site: proxy.site.clone(),
+            room: live.and_then(|p| p.room),
             conditions: as_conditions(&subject, self.proxy_conditions(proxy), since),
             name: subject,
         }

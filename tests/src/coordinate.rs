@@ -43,6 +43,7 @@ impl Run {
             hold: false,
             complete: true,
             request_id: String::new(),
+            placement: String::new(),
         }
     }
 

@@ -195,6 +195,7 @@ impl Coordinator {
                     boot_id: String::new(),
                     software_version: String::new(),
                     renew_time_ns: issued.renew_time_ns,
+                    site: String::new(),
                 },
             };
             txn.put(Object::Proxy(proxy));

@@ -59,33 +59,45 @@ impl Coordinator {
         group.next_slot = disks.len() as u16;
         let key = self.keys.generate().map_err(|e| Problem::Internal(e.to_string()))?;
         group.key.clone_from(&key.id);
-        let (made, made_disks) = (group.clone(), disks.clone());
-        let twin = self
+        let placed = group.target.is_empty();
+        let made_disks = disks.clone();
+        let made = self
             .change(|model, txn| {
                 if let Some(done) = request.done(model)? {
-                    return Ok(Some(done.uid.clone()));
+                    return Ok(Err(done.uid.clone()));
                 }
                 // Looking took a while: what was checked has to hold still.
                 new_group(model, name, asked, now)?;
                 check_disks(model, &group, &wanted)?;
+                if placed {
+                    // By the newest model: groups that are created together see each other.
+                    let size = disks.iter().map(|d| d.size).sum();
+                    (group.target, group.placement) = self.choose_target(model, &group, size)?;
+                }
+                let made = group.clone();
                 if !validate_only {
                     request.record(model, txn, now, &group.uid);
                     txn.put(Object::Key(key));
                     txn.put(Object::Group(group));
                     disks.into_iter().for_each(|d| txn.put(Object::Disk(d)));
                 }
-                Ok(None)
+                Ok(Ok(made))
             })
             .await?;
-        if let Some(uid) = twin {
-            return self.group_made(&self.model(), name, &uid);
-        }
+        let made = match made {
+            Ok(made) => made,
+            Err(twin) => return self.group_made(&self.model(), name, &twin),
+        };
         if validate_only {
             let mut shown = convert::group_to_proto(&model, &made);
             shown.disks = made_disks.iter().map(|d| convert::disk_to_proto(&model, &made, d)).collect();
             return Ok(shown);
         }
-        self.tell(Severity::Info, "object", &name.to_string(), "protected from now on");
+        let message = match placed {
+            true => format!("protected from now on, at {}", made.placement),
+            false => "protected from now on".to_owned(),
+        };
+        self.tell(Severity::Info, "object", &name.to_string(), &message);
         let model = self.model();
         Ok(convert::group_to_proto(&model, model.group(name)?))
     }

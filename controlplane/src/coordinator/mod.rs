@@ -41,6 +41,7 @@ mod drive;
 mod enrol;
 mod groups;
 mod hooks;
+mod placement;
 mod points;
 mod policies;
 mod report;

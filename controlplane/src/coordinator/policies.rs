@@ -34,6 +34,7 @@ const UPDATE: Rules<'static> = Rules {
         "time_zone",
         "priority",
         "excluded_disks",
+        "same_site",
     ],
     fixed: &[],
 };

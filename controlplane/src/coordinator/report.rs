@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::Coordinator;
 use crate::ca::{Identity, hex};
-use crate::names::{Kind, Name};
+use crate::names::{Kind, Name, check_id};
 use crate::objects::{Object, Proxy};
 use crate::problem::Problem;
 use crate::sessions::Outgoing;
@@ -89,6 +89,7 @@ impl Coordinator {
                     capabilities: register.capabilities,
                     boot_id: register.boot_id,
                     software_version: register.software_version,
+                    site: register.site,
                     // Once it is here with its new key, the old one is done with.
                     previous_pin: old.previous_pin.clone().filter(|_| old.pin != pin),
                     ..old.clone()
@@ -197,6 +198,9 @@ fn check_register(proxy: &Proxy, register: &v1::Register) -> Result<(), Problem>
     if lists.iter().any(|l| l.len() > MAX_LIST) || texts.into_iter().chain(lists.into_iter().flatten()).any(long) {
         let allowed = format!("lists of up to {MAX_LIST}, texts of up to {MAX_TEXT} bytes without control characters");
         return Err(Problem::invalid("register", "too much", allowed));
+    }
+    if !register.site.is_empty() {
+        check_id("register.site", &register.site)?;
     }
     if !register.data_address.is_empty() {
         let port = register

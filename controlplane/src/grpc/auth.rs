@@ -64,7 +64,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Certificates", "RevokeCertificates" | "RotateAuthority") => Needs::Admin,
         ("ProxyControl", "Session") => Needs::Proxy,
         ("Policies", "GetPolicy" | "ListPolicies")
-        | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks")
+        | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks" | "ExplainPlacement")
         | ("Proxies", "GetProxy" | "ListProxies")
         | ("Points", "ListPoints" | "ResolvePoint")
         | ("Operations", "GetOperation" | "ListOperations" | "WaitOperation")
@@ -400,7 +400,7 @@ mod tests {
         let expected: &[(&str, &[Role], &str)] = &[
             ("Policies", READ, "GetPolicy ListPolicies"),
             ("Policies", CHANGE, "CreatePolicy UpdatePolicy DeletePolicy"),
-            ("Groups", READ, "GetGroup ListGroups GetDisk ListDisks"),
+            ("Groups", READ, "GetGroup ListGroups GetDisk ListDisks ExplainPlacement"),
             ("Groups", CHANGE, "CreateGroup UpdateGroup DeleteGroup CreateDisk DeleteDisk InspectBranch"),
             ("Proxies", READ, "GetProxy ListProxies"),
             ("Proxies", &[Role::Admin], "DeleteProxy"),
@@ -522,8 +522,8 @@ mod tests {
     fn a_viewer_changes_nothing() {
         for method in methods().iter().filter(|m| allows(needs(m).unwrap(), Some(Role::Viewer))) {
             let verb = method.rsplit('/').next().unwrap();
-            let reads =
-                ["Get", "List", "Wait", "Watch", "Resolve", "Join", "Renew"].iter().any(|v| verb.starts_with(v));
+            let reads = ["Get", "List", "Wait", "Watch", "Resolve", "Explain", "Join", "Renew"];
+            let reads = reads.iter().any(|v| verb.starts_with(v));
             assert!(reads, "{method}");
         }
     }

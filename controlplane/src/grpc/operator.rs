@@ -175,6 +175,22 @@ impl groups_server::Groups for Operator {
         ok(DeleteDiskResponse {})
     }
 
+    async fn explain_placement(&self, request: Request<ExplainPlacementRequest>) -> Answer<v1::Placement> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let tenant = scope.tenant("parent", &r.parent)?;
+        if !r.group.is_empty() {
+            let name = scope.name("group", Kind::Group, &r.group)?;
+            return ok(self.0.explain_group(&name)?);
+        }
+        let source = scope.name("source", Kind::Proxy, &r.source)?;
+        let policy = scope.name("policy", Kind::Policy, &r.policy)?;
+        if r.size_bytes == 0 {
+            return Err(Problem::invalid("size_bytes", 0, "the size of all disks together").into());
+        }
+        ok(self.0.explain_placement(&tenant, &source, &policy, r.size_bytes)?)
+    }
+
     async fn inspect_branch(&self, request: Request<InspectBranchRequest>) -> Answer<Branch> {
         let group = Scope::of(&request)?.name("group", Kind::Group, &request.get_ref().group)?;
         ok(self.0.inspect_branch(&group, &request.get_ref().export_to).await?)

@@ -211,6 +211,9 @@ pub struct Script {
     pub data_address: Option<String>,
     pub observed_term: u64,
     pub observed_version: u64,
+    pub site: String,
+    /// Bytes free of a TiB; none: it does not say.
+    pub free: Option<u64>,
     /// Survives the session: what the journal holds.
     pub journal: Arc<Mutex<Journal>>,
 }
@@ -242,6 +245,7 @@ pub fn register(bundle: &Bundle, script: &Script) -> Register {
         boot_id: "boot".into(),
         observed_version: script.observed_version,
         observed_term: script.observed_term,
+        site: script.site.clone(),
     }
 }
 
@@ -431,6 +435,12 @@ fn report(script: &Script, state: &DesiredState) -> Report {
         observed_version: state.version,
         sources: state.sources.iter().map(source).collect(),
         targets: state.targets.iter().map(target).collect(),
+        room: script.free.map(|free_bytes| TargetRoom {
+            total_bytes: 1 << 40,
+            free_bytes,
+            reserve_bytes: 1 << 30,
+            default_budget_bytes: 16 << 30,
+        }),
         ..Report::default()
     }
 }

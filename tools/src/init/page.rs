@@ -132,6 +132,11 @@ fn head(given: &Given, role: &str) -> Page {
         text(given.state.display()),
         "Folder of the certificate, the last desired state and the logs.",
     );
+    page.example(
+        "site",
+        text("vienna"),
+        "Where it stands: a group that names no target is not placed at the site of its source.",
+    );
     page.default("log", text("text"), "How the log is written, to standard error: text or json.");
     page.table("coordinator");
     page.set("address", text(&given.coordinator), "HOST:PORT; of several coordinators all, with commas.");

@@ -146,6 +146,7 @@ pub fn policy(policy: &v1::Policy) -> Value {
         "time_zone": policy.time_zone,
         "priority": policy.priority,
         "excluded_disks": policy.excluded_disks,
+        "same_site": policy.same_site,
         "warnings": policy.warnings,
         "created": json_time(policy.create_time_ns),
         "updated": json_time(policy.update_time_ns),
@@ -165,6 +166,7 @@ pub fn group(group: &v1::Group) -> Value {
         "target": id(&group.target),
         "operation": null_if_empty(&group.operation),
         "failover_view": null_if_empty(&group.failover_view),
+        "placement": null_if_empty_text(&group.placement),
         "disks": group.disks.iter().map(disk).collect::<Vec<_>>(),
         "created": json_time(group.create_time_ns),
         "updated": json_time(group.update_time_ns),
@@ -201,11 +203,41 @@ pub fn proxy(proxy: &v1::Proxy) -> Value {
         "boot_id": proxy.boot_id,
         "software_version": proxy.software_version,
         "key_pin": proxy.key_pin,
+        "site": null_if_empty_text(&proxy.site),
+        "room": proxy.room.map(room),
         "certificate_expires": json_time(proxy.certificate_expire_time_ns),
         "observed_version": proxy.observed_version,
         "desired_version": proxy.desired_version,
         "conditions": proxy.conditions.iter().map(condition).collect::<Vec<_>>(),
         "joined": json_time(proxy.create_time_ns),
+    })
+}
+
+fn room(room: v1::TargetRoom) -> Value {
+    json!({
+        "total_bytes": room.total_bytes,
+        "free_bytes": room.free_bytes,
+        "reserve_bytes": room.reserve_bytes,
+        "default_budget_bytes": room.default_budget_bytes,
+    })
+}
+
+/// Where a group goes.
+pub fn placement(placement: &v1::Placement) -> Value {
+    json!({
+        "target": null_if_empty(&placement.target),
+        "reason": placement.reason,
+        "candidates": placement.candidates.iter().map(|candidate| json!({
+            "proxy": id(&candidate.proxy),
+            "fits": candidate.fits,
+            "reason": candidate.reason,
+            "site": null_if_empty_text(&candidate.site),
+            "room": candidate.room.map(room),
+            "promised_bytes": candidate.promised_bytes,
+            "needed_bytes": candidate.needed_bytes,
+            "groups": candidate.groups,
+            "wire_bytes_per_s": candidate.wire_bytes_per_s,
+        })).collect::<Vec<_>>(),
     })
 }
 

@@ -17,7 +17,9 @@ pub enum Verb {
     /// Create a group and protect its disks from now on.
     #[command(after_help = "Examples:\n  \
         afterimage group create shop --policy gold --source src --target dr \\\n      \
-            --disk data=/dev/vg0/data --disk logs=/dev/vg0/logs\n\n\
+            --disk data=/dev/vg0/data --disk logs=/dev/vg0/logs\n  \
+        afterimage group create shop --policy gold --source src --disk data=/dev/vg0/data\n\n\
+        Without --target one is chosen by room, load and site; see afterimage placement explain.\n\
         A disk is NAME=PATH, then what is not to be the default: size=10GiB, block=4K, serial=S1, export=X,\n\
         as in --disk data=/dev/vg0/data,block=4K. PATH is on the source proxy's host.")]
     Create {
@@ -29,9 +31,9 @@ pub enum Verb {
         /// The proxy that stands at the disks.
         #[arg(long, value_name = "PROXY")]
         source: String,
-        /// The proxy that keeps the journal.
+        /// The proxy that keeps the journal [default: the one that fits best].
         #[arg(long, value_name = "PROXY")]
-        target: String,
+        target: Option<String>,
         /// A disk; may be given many times.
         #[arg(long = "disk", value_name = "NAME=PATH", value_parser = disk::written)]
         disks: Vec<v1::Disk>,
@@ -109,7 +111,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 group: Some(v1::Group {
                     policy: session.policy(&policy),
                     source: session.proxy(&source),
-                    target: session.proxy(&target),
+                    target: target.map(|target| session.proxy(&target)).unwrap_or_default(),
                     disks,
                     description: description.unwrap_or_default(),
                     ..Default::default()
@@ -271,6 +273,7 @@ fn shown(group: &v1::Group) -> String {
         ("policy", id(&group.policy).to_owned()),
         ("source", id(&group.source).to_owned()),
         ("target", id(&group.target).to_owned()),
+        ("placed at", group.placement.clone()),
         ("operation", id(&group.operation).to_owned()),
         ("runs from view", id(&group.failover_view).to_owned()),
         ("uid", group.uid.clone()),

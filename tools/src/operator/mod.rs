@@ -4,7 +4,7 @@
 //! session     identity, connection, names, errors of calls        values      what is typed and shown: times, sizes, points
 //! failure     what went wrong, what to do, exit code              output      tables, JSON, questions
 //! documents   the shapes of the JSON                              enrol       join, token
-//! proxies · policy · group · disk · point · failover · view · status · rpo · watch · audit     a module for each command
+//! proxies · policy · group · placement · disk · point · failover · view · status · rpo · watch · audit     a module for each command
 //! ```
 
 use std::process::ExitCode;
@@ -22,6 +22,7 @@ pub mod failover;
 pub mod failure;
 pub mod group;
 pub mod output;
+pub mod placement;
 pub mod point;
 pub mod policy;
 pub mod proxies;
@@ -76,6 +77,8 @@ pub enum Command {
     Policy(Verbs<policy::Verb>),
     /// Groups: machines whose disks share one history.
     Group(Verbs<group::Verb>),
+    /// Where groups go that name no target, and why.
+    Placement(Verbs<placement::Verb>),
     /// Disks of groups.
     Disk(Verbs<disk::Verb>),
     /// Restore points: cuts, times, single writes.
@@ -172,6 +175,7 @@ impl Command {
             Command::Proxies(proxies) => &proxies.common,
             Command::Policy(verbs) => &verbs.common,
             Command::Group(verbs) => &verbs.common,
+            Command::Placement(verbs) => &verbs.common,
             Command::Disk(verbs) => &verbs.common,
             Command::Point(verbs) => &verbs.common,
             Command::Failover(verbs) => &verbs.common,
@@ -224,6 +228,7 @@ async fn act(command: Command) -> Result<(), Failure> {
         }
         Command::Policy(verbs) => policy::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Group(verbs) => group::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Placement(verbs) => placement::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Disk(verbs) => disk::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Point(verbs) => point::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Failover(verbs) => failover::run(verbs.verb, &Session::open(&verbs.common).await?).await,

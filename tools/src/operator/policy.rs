@@ -110,6 +110,9 @@ pub struct Promise {
     /// Disks that are never replicated, by id or path, with * for anything; may be given many times; "" for none.
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<String>,
+    /// Groups may be placed at the site of their source [default: false].
+    #[arg(long, value_name = "BOOL")]
+    same_site: Option<bool>,
     /// For people.
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
@@ -163,6 +166,9 @@ impl Promise {
         if let Some(zone) = &self.time_zone {
             policy.time_zone.clone_from(zone);
         }
+        if self.same_site.is_some() {
+            policy.same_site = self.same_site;
+        }
         if self.priority.is_some() {
             policy.priority = self.priority;
         }
@@ -198,6 +204,7 @@ impl Promise {
             ("time_zone", self.time_zone.is_some()),
             ("priority", self.priority.is_some()),
             ("excluded_disks", !self.exclude.is_empty()),
+            ("same_site", self.same_site.is_some()),
             ("description", self.description.is_some()),
         ];
         FieldMask { paths: given.into_iter().filter(|(_, is)| *is).map(|(field, _)| field.to_owned()).collect() }

@@ -7,7 +7,7 @@ use super::documents::{self, id, severity_word};
 use super::failure::Failure;
 use super::output::{Mood, fields, state, table, text};
 use super::session::{Session, every};
-use super::values::{show_duration, show_time};
+use super::values::{show_duration, show_size, show_time};
 
 /// Verbs of `afterimage proxies`.
 #[derive(Subcommand, Debug)]
@@ -70,6 +70,11 @@ fn connection(proxy: &v1::Proxy) -> comfy_table::Cell {
     if proxy.connected { state("connected", Mood::Good) } else { state("not connected", Mood::Bad) }
 }
 
+fn room(room: v1::TargetRoom) -> String {
+    let [free, total, reserve] = [room.free_bytes, room.total_bytes, room.reserve_bytes].map(show_size);
+    format!("{free} free of {total}, {reserve} in reserve")
+}
+
 /// Whether the proxy has taken over the newest desired state.
 fn converged(proxy: &v1::Proxy) -> String {
     if proxy.observed_version >= proxy.desired_version {
@@ -105,7 +110,9 @@ fn shown(proxy: &v1::Proxy) -> String {
         ("state", if proxy.connected { "connected" } else { "not connected" }.to_owned()),
         ("last heard", heard(proxy)),
         ("converged", converged(proxy)),
+        ("site", proxy.site.clone()),
         ("data address", proxy.data_address.clone()),
+        ("room", proxy.room.map(room).unwrap_or_default()),
         ("NBD addresses", proxy.nbd_addresses.join(" ")),
         ("capabilities", proxy.capabilities.join(" ")),
         ("software", proxy.software_version.clone()),

@@ -362,6 +362,7 @@ fn register(proxy: &Proxy, bundle: &Bundle) -> Register {
         boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned(),
         observed_version: proxy.desired.borrow().version,
         observed_term: proxy.term.get(),
+        site: proxy.config.site.clone(),
     }
 }
 

@@ -156,6 +156,7 @@ fn play(
         source: None,
         target: None,
         log: LogFormat::Text,
+        site: String::new(),
     };
     let proxy = Rc::new(Proxy::new(config, None, None));
     let shared = Rc::clone(&proxy);

@@ -276,6 +276,7 @@ impl<'de> Deserialize<'de> for Wish {
 #[serde(deny_unknown_fields)]
 struct File {
     name: Option<String>,
+    site: Option<String>,
     state_dir: Option<PathBuf>,
     log: Option<LogFormat>,
     #[serde(default)]
@@ -332,7 +333,7 @@ struct FileTarget {
 
 /// Options of `afterimage proxy`. A flag wins over the file.
 #[derive(clap::Args, Debug, Default)]
-#[command(after_long_help = EXAMPLES)]
+#[command(after_long_help = examples::EXAMPLES)]
 pub struct Args {
     /// Configuration file (TOML); every setting below can stand in it.
     #[arg(long, value_name = "FILE")]
@@ -340,6 +341,9 @@ pub struct Args {
     /// Name of this proxy, as operators see it.
     #[arg(long)]
     pub name: Option<String>,
+    /// Where this proxy stands, such as vienna: a group that names no target is not placed at the site of its source.
+    #[arg(long)]
+    pub site: Option<String>,
     /// Folder for the certificate, the last desired state and the identity of this proxy.
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
@@ -400,31 +404,6 @@ pub struct Args {
     #[arg(long, value_name = "DIR", requires_all = ["serve", "listen"])]
     pub new_pair: Option<PathBuf>,
 }
-
-const EXAMPLES: &str = "\
-Examples:
-  A source: hosts reach their disks by NBD on a Unix socket
-    afterimage proxy --name src-1 --coordinator 10.0.0.5:7700 --token-file /root/token \\
-        --state /var/lib/afterimage/proxy --nbd unix:/run/afterimage/nbd.sock
-
-  A target: journals under /srv/journal, streams on port 7800, views on a second socket
-    afterimage proxy --name tgt-1 --coordinator 10.0.0.5:7700 --token-file /root/token \\
-        --state /var/lib/afterimage/proxy --journal /srv/journal --listen 10.0.0.6:7800 \\
-        --views unix:/run/afterimage/views.sock
-
-  All of it from a file
-    afterimage proxy --config /etc/afterimage/proxy.toml
-
-  One raw disk over NBD, unprotected, without a coordinator
-    afterimage proxy --serve disk=/srv/disk.raw --nbd unix:/run/disk.sock
-
-  A pair without a coordinator: make its files, then run both ends
-    afterimage proxy --new-pair /etc/pair --serve disk=/srv/disk.raw --listen 127.0.0.1:7800
-    afterimage proxy --standalone /etc/pair/target.toml --journal /srv/journal --listen 127.0.0.1:7800
-    afterimage proxy --standalone /etc/pair/source.toml --nbd unix:/run/disk.sock
-
-The file: `afterimage init source` and `afterimage init target` write one, with every setting, what it is for, and its
-default.";
 
 /// How a proxy finds its desired state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -528,6 +507,8 @@ pub struct Config {
     pub target: Option<TargetRole>,
     /// Log.
     pub log: LogFormat,
+    /// Where it stands; empty if nothing is said.
+    pub site: String,
 }
 
 impl Config {
@@ -592,7 +573,16 @@ impl Config {
         if matches!(control, Control::Serve(_)) && source.is_none() {
             return Err(ConfigError::Missing { field: "source.nbd", why: "--serve offers its disks there" });
         }
-        Ok(Self { name, state_dir, control, source, target, log: args.log.or(file.log).unwrap_or_default() })
+        let site = args.site.clone().or(file.site).unwrap_or_default();
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        if site.len() > 63 || site.starts_with('-') || !site.bytes().all(plain) {
+            return Err(ConfigError::Field {
+                field: "site",
+                value: format!("`{site}`"),
+                allowed: "1 to 63 characters of a-z, 0-9 and `-`, beginning with a letter or digit".to_owned(),
+            });
+        }
+        Ok(Self { name, state_dir, control, source, target, log: args.log.or(file.log).unwrap_or_default(), site })
     }
 
     /// The state folder.
@@ -792,6 +782,9 @@ fn target_role(file: FileTarget, args: &Args) -> Result<Option<TargetRole>, Conf
         scrub_rate,
     }))
 }
+
+#[path = "examples.rs"]
+mod examples;
 
 #[cfg(test)]
 #[path = "config_tests.rs"]

@@ -32,6 +32,7 @@ mod link;
 mod pins;
 mod renewal;
 mod report;
+mod room;
 mod runtime;
 mod service;
 pub mod standalone;

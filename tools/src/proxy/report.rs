@@ -18,6 +18,7 @@ use hdrhistogram::serialization::{Serializer, V2Serializer};
 use super::convert;
 use super::cores::TargetCore;
 use super::fronts;
+use super::room::Measured;
 use super::runtime::{Desk, Gone};
 use super::state::Proxy;
 use super::ublk::Role;
@@ -35,6 +36,7 @@ const MAX_FENCES: usize = 16;
 #[derive(Default)]
 pub struct Reporter {
     rpo: HashMap<StreamId, Histogram<u64>>,
+    room: Measured,
 }
 
 impl Reporter {
@@ -46,7 +48,8 @@ impl Reporter {
         // Read first: what the cores say is not older than what the report claims to have seen.
         let observed_version = proxy.desired.borrow().version;
         let sources = self.sources(proxy).await?;
-        let (targets, views) = targets(proxy).await?;
+        let (mut targets, views) = targets(proxy).await?;
+        let room = self.room.look(proxy, &mut targets);
         Ok(Report {
             observed_version,
             // Whoever wants an answer numbers it.
@@ -56,6 +59,7 @@ impl Reporter {
             views,
             events: proxy.events.borrow_mut().drain(..).collect(),
             problems: proxy.problems.borrow().iter().chain(proxy.unrenewed.borrow().iter()).cloned().collect(),
+            room,
         })
     }
 
@@ -312,6 +316,7 @@ fn stream_report(stream: &StreamStatus, now: u64, boot: u64, points: PointSummar
         points: Some(points),
         journal_bytes: stream.journal_bytes,
         journal_budget_bytes: 0,
+        held_bytes: 0,
         segments: u32::try_from(stream.segments).unwrap_or(u32::MAX),
         damage: damage.take(MAX_DAMAGE).collect(),
         newest_damaged: stream.damage.iter().any(|damage| !damage.is_mended() && damage.known)

@@ -296,6 +296,7 @@ mod tests {
             source: None,
             target: None,
             log: LogFormat::Text,
+            site: String::new(),
         };
         Proxy::new(config, None, None)
     }

@@ -45,6 +45,7 @@ pub async fn run(bundle: Bundle, target: bool) {
         boot_id: "boot".into(),
         observed_version: 0,
         observed_term: 0,
+        site: String::new(),
     }))
     .await;
     let mut inbox = ProxyControlClient::new(channel)
