@@ -155,6 +155,80 @@ class Pair:
             for process in processes:
                 process.stop()
 
+    def apply(self, *args, code=0, stdin=None):
+        """The document that it prints, or its error."""
+        out, error = command("apply", *args, "--json", "--yes", "--identity", self.identity, code=code,
+                             stdin=stdin and stdin.encode())
+        return json.loads(out) if out.strip() else json.loads(error.strip().splitlines()[-1])["error"]
+
+    def revision(self):
+        """Rises with everything that is kept."""
+        return self.cluster.command("status")["coordinator"]["revision"]
+
+    def applied(self):
+        """A difference is shown, then made; a second time there is none, and nothing is sent."""
+        image = self.folder / "web.img"
+        with open(image, "wb") as out:
+            out.truncate(8 * MIB)
+        more = self.folder / "more.img"
+        with open(more, "wb") as out:
+            out.truncate(8 * MIB)
+        policies, groups = self.folder / "policies.toml", self.folder / "groups.toml"
+        policies.write_text('[policy.gold]\nrpo = "750ms"\n[policy.silver]\nretention = "2h"\nhours = []\n')
+        groups.write_text(f'[group.web]\npolicy = "silver"\nsource = "source"\ntarget = "target"\n[group.web.disk.root]\n'
+                          f'path = "{image}"\n[group.shop]\npolicy = "gold"\ndescription = "the shop"\n')
+        files = ("-f", policies, "-f", groups)
+        before = self.revision()
+        planned = self.apply(*files, "--dry-run", code=7)
+        names = [(c["change"], c["kind"], c["name"]) for c in planned["changes"]]
+        expect(names == [("update", "policy", "gold"), ("create", "policy", "silver"), ("create", "group", "web"),
+                         ("update", "group", "shop")], f"{names}")
+        expect(planned["changes"][0]["fields"] == [{"field": "rpo", "from": "1s", "to": "750ms"}], f"{planned}")
+        expect(self.revision() == before, "a dry run has changed something")
+        text = command("apply", *files, "--dry-run", "--identity", self.identity, code=7)[0]
+        expect("    rpo: 1s -> 750ms\n" in text and '+ group "web"' in text, text)
+        error = command("apply", *files, "--identity", self.identity, code=3)[1]
+        expect("--yes" in error and self.revision() == before, error)
+
+        done = self.apply(*files)
+        expect([c["state"] for c in done["changes"]] == ["done"] * 4, f"{done}")
+        expect(self.cluster.command("policy", "show", "gold")["rpo_target_ms"] == 750, "the RPO")
+        shop = self.cluster.command("group", "show", "shop")
+        expect(shop["description"] == "the shop" and len(shop["disks"]) == 1, f"{shop}")
+        after = self.revision()
+        expect(self.apply(*files) == {"changes": [], "dry_run": False}, "a second time")
+        expect(self.apply(*files, "--dry-run")["changes"] == [], "a dry run of what is so")
+        expect(self.revision() == after, "the second time has changed something")
+        text = command("apply", *files, "--identity", self.identity)[0]
+        expect(text == "nothing to change\n", text)
+
+        grown = f'[group.shop.disk.more]\npath = "{more}"\n'
+        done = self.apply("-f", "-", stdin=grown)
+        expect(done["changes"][0]["group"] == "shop" and done["changes"][0]["kind"] == "disk", f"{done}")
+        eventually("the disk is there", lambda: len(self.cluster.command("group", "show", "shop")["disks"]) == 2)
+
+    def refused(self):
+        """A document of which something cannot be changes nothing, wherever in it that stands."""
+        before, policies = self.revision(), self.cluster.command("policy", "list")
+        for text, code, word in (
+            ('[policy.a]\nrpo = "1s"\n[policy.gold]\nrpo = "1us"', 2, "rpo"),
+            ('[policy.gold]\nrpo = "9s"\n[group.x]\npolicy = "none"\nsource = "source"\ntarget = "target"', 5, "none"),
+            ('[policy.a]\n[group.x]\npolicy = "a"\nsource = "source"\ntarget = "target"\n[group.x.disk.d]\n'
+             'path = "/none/there"', None, "none"),
+            ('[policy.gold]\nrpo = "9s"\n[group.shop]\ntarget = "elsewhere"', 3, "elsewhere"),
+            ('[policy.gold]\nrpo = "9s"\n[group.shop.disk.data]\npath = "/another"', 3, "/another"),
+            ('[policy.gold]\nrpoo = "9s"', 2, "rpoo"),
+        ):
+            done = subprocess.run([AFTERIMAGE, "apply", "-f", "-", "--json", "--yes", "--identity", self.identity],
+                                  input=text.encode(), capture_output=True, timeout=60, check=False)
+            error = done.stderr.decode()
+            expect(done.returncode not in (0, 7) and code in (None, done.returncode), f"{text}: {done.returncode} {error}")
+            expect(word in error, error)
+            now = self.cluster.command("policy", "list")
+            expect(now == policies, f"{text}: has changed the policies to {now}")
+        # One of them made a policy and took it back.
+        expect(self.revision() <= before + 4, "more was changed than that")
+
     def close(self):
         self.cluster.close()
 
@@ -174,6 +248,8 @@ def main():
                     ("doctor looks at each role", pair.doctor_of_roles),
                     ("doctor finds what is wrong", pair.doctor_finds),
                     ("init writes what each role starts with", pair.init),
+                    ("apply makes what a document says, once", pair.applied),
+                    ("apply refuses all of a document or nothing", pair.refused),
                 ):
                     tests.run(name, step)
         finally:

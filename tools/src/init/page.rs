@@ -97,6 +97,11 @@ pub fn coordinator(given: &Given) -> String {
         page.set("data_dir", text(given.state.display()), folder);
     }
     page.example("metrics", text("127.0.0.1:9700"), "Numbers for Prometheus, over plain HTTP, to whoever reaches it.");
+    page.example(
+        "certificate_lifetime",
+        text("90d"),
+        "How long certificates last that are issued from now on, 10s to 3650d. Not set: 365d.",
+    );
     page.default("log", text("text"), "How the log is written, to standard error: text or json.");
     page.blank();
     page.say(
@@ -316,6 +321,21 @@ mod tests {
                 let there = page.lines().any(|l| l.trim_start_matches(['#', '~']).starts_with(&format!("{field} = ")));
                 assert!(there || field == "advertise", "`{field}` is not in the page of a {table}");
             }
+        }
+    }
+
+    #[test]
+    fn every_setting_of_a_coordinator_is_in_its_page() {
+        let page = coordinator(&given());
+        let error = check_text("nonsense = 1\n").unwrap_err().message;
+        let (_, expected) = error.split_once("expected one of ").unwrap();
+        for field in expected.split('`').skip(1).step_by(2) {
+            let bare = |line: &str| line.trim_start_matches(['#', '~', '[']).to_owned();
+            let there = page
+                .lines()
+                .map(bare)
+                .any(|l| l.starts_with(&format!("{field} = ")) || l.starts_with(&format!("{field}]")));
+            assert!(there, "`{field}` is not in the page of a coordinator");
         }
     }
 

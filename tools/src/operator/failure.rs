@@ -21,6 +21,8 @@ pub enum Kind {
     NotFound,
     /// An object of that name is there already, or changed meanwhile.
     Conflict,
+    /// What there is differs from what was asked about.
+    Different,
 }
 
 impl Kind {
@@ -33,6 +35,7 @@ impl Kind {
             Kind::Unreachable => 4,
             Kind::NotFound => 5,
             Kind::Conflict => 6,
+            Kind::Different => 7,
         }
     }
 
@@ -45,6 +48,7 @@ impl Kind {
             Kind::Unreachable => "unreachable",
             Kind::NotFound => "not_found",
             Kind::Conflict => "conflict",
+            Kind::Different => "different",
         }
     }
 }
@@ -147,9 +151,17 @@ mod tests {
 
     #[test]
     fn every_kind_has_an_exit_code_of_its_own_and_none_is_success() {
-        let kinds = [Kind::Failed, Kind::Usage, Kind::Refused, Kind::Unreachable, Kind::NotFound, Kind::Conflict];
+        let kinds = [
+            Kind::Failed,
+            Kind::Usage,
+            Kind::Refused,
+            Kind::Unreachable,
+            Kind::NotFound,
+            Kind::Conflict,
+            Kind::Different,
+        ];
         let mut codes: Vec<u8> = kinds.iter().map(|k| k.exit_code()).collect();
-        assert_eq!(codes, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(codes, [1, 2, 3, 4, 5, 6, 7]);
         codes.dedup();
         assert_eq!(codes.len(), kinds.len());
     }

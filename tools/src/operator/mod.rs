@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use afterimage_wire::v1;
 use clap::{Args, Subcommand};
 
+pub mod apply;
 pub mod audit;
 pub mod ca;
 pub mod certificate;
@@ -49,6 +50,7 @@ Exit codes:
   4  the coordinator, or a proxy that it needs, cannot be reached
   5  there is no object of that name
   6  there is an object of that name already, or it has changed meanwhile
+  7  `apply --dry-run` found a difference
 
 Environment:
   AFTERIMAGE_IDENTITY     who is asking: the file that `afterimage join` wrote
@@ -111,6 +113,24 @@ pub enum Command {
     Events(With<Recent>),
     /// Who has changed what: the audit log.
     Audit(Verbs<audit::Verb>),
+    /// Bring about what a document says: policies, groups, disks.
+    #[command(after_help = "Examples:\n  \
+        afterimage apply -f site.toml --dry-run            what would change; exit code 7 if anything\n  \
+        afterimage apply -f policies.toml -f groups.toml\n  \
+        generate | afterimage apply -f - --yes --json\n\n\
+        A document (TOML):\n  \
+        [policy.gold]                         # fields as in `policy create`: rpo, retention, lease, hours = [\"…\"], …\n  \
+        rpo = \"500ms\"\n  \
+        retention = \"8h\"\n  \
+        [group.shop]\n  \
+        policy = \"gold\"\n  \
+        source = \"src-1\"                      # source, target: for a group that is new\n  \
+        target = \"dr\"\n  \
+        [group.shop.disk.data]                # also: size, block, serial, export, seed\n  \
+        path = \"/dev/vg0/data\"\n\n\
+        What it does not say stays as it is. All is checked before anything is done; a second time there is nothing to\n\
+        change and nothing is sent. It never deletes anything, never changes source, target, or a disk that is there.")]
+    Apply(With<apply::Apply>),
     /// Look whether this host is fit for its role, and say what to do.
     #[command(after_help = "Examples:\n  \
         afterimage doctor                                     this host, before anything is set up\n  \
@@ -187,6 +207,7 @@ impl Command {
             Command::Audit(verbs) => &verbs.common,
             Command::Doctor(with) => &with.common,
             Command::Init(with) => &with.common,
+            Command::Apply(with) => &with.common,
             Command::Version(with) => &with.common,
         }
     }
@@ -241,6 +262,7 @@ async fn act(command: Command) -> Result<(), Failure> {
             Some(done) => done,
             None => audit::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         },
+        Command::Apply(with) => apply::run(with.own, &Session::open(&with.common).await?).await,
         Command::Init(with) => init::run(with.own, &with.common).await,
         Command::Doctor(with) => doctor::run(with.own, &with.common).await,
         Command::Version(with) => {
