@@ -30,6 +30,7 @@ pub mod proxies;
 pub mod rpo;
 pub mod session;
 pub mod status;
+pub mod top;
 pub mod values;
 pub mod view;
 pub mod watch;
@@ -102,6 +103,12 @@ pub enum Command {
         afterimage watch --events\n  \
         afterimage watch --json | jq 'select(.type == \"event\")'")]
     Watch(With<watch::Watch>),
+    /// Groups and proxies, live, sorted by what needs a look; `status` once where there is no terminal.
+    #[command(after_help = "Examples:\n  \
+        afterimage top\n  \
+        afterimage top --sort lag --interval 250ms\n\n\
+        Keys: q quits, ? explains the others; enter shows all about a group.")]
+    Top(With<top::Top>),
     /// The RPO over time: a table of all groups, or a chart of one and where the time went.
     #[command(after_help = "Examples:\n  \
         afterimage rpo\n  \
@@ -119,7 +126,7 @@ pub enum Command {
         afterimage apply -f policies.toml -f groups.toml\n  \
         generate | afterimage apply -f - --yes --json\n\n\
         A document (TOML):\n  \
-        [policy.gold]                         # fields as in `policy create`: rpo, retention, lease, hours = [\"…\"], …\n  \
+        [policy.gold]                         # as in `policy create`: retention, lease, hours = [\"…\"], …\n  \
         rpo = \"500ms\"\n  \
         retention = \"8h\"\n  \
         [group.shop]\n  \
@@ -203,6 +210,7 @@ impl Command {
             Command::Status(with) => &with.common,
             Command::Watch(with) => &with.common,
             Command::Rpo(with) => &with.common,
+            Command::Top(with) => &with.common,
             Command::Events(with) => &with.common,
             Command::Audit(verbs) => &verbs.common,
             Command::Doctor(with) => &with.common,
@@ -256,6 +264,7 @@ async fn act(command: Command) -> Result<(), Failure> {
         Command::View(verbs) => view::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Status(with) => status::run(with.own, &Session::open(&with.common).await?).await,
         Command::Watch(with) => watch::run(with.own, &Session::open(&with.common).await?).await,
+        Command::Top(with) => top::run(with.own, &Session::open(&with.common).await?).await,
         Command::Rpo(with) => rpo::run(with.own, &Session::open(&with.common).await?).await,
         Command::Events(with) => watch::events(with.own, &Session::open(&with.common).await?).await,
         Command::Audit(verbs) => match audit::copies(&verbs.verb, verbs.common.output()) {

@@ -137,7 +137,7 @@ pub fn micros(us: Option<u64>) -> String {
 }
 
 /// One group in full.
-fn one(group: &v1::GroupStatus) -> String {
+pub fn one(group: &v1::GroupStatus) -> String {
     let rpo = group.rpo.unwrap_or_default();
     let points = group.points.clone().unwrap_or_default();
     let time = |point: &Option<v1::Point>| point.as_ref().map_or_else(String::new, |point| show_time(point.wall_ns));
