@@ -43,11 +43,11 @@ SERVICES = ["Policies", "Groups", "Proxies", "Points", "Failovers", "Operations"
 class Coordinator:
     """A coordinator on loopback, and the admin's way to it."""
 
-    def __init__(self):
+    def __init__(self, name="data", *args):
         self.port = free_port()
-        self.data = FOLDER / "data"
-        self.process = Process(FOLDER, "coordinator", "coordinator", "--data-dir", self.data, "--listen",
-                               f"127.0.0.1:{self.port}")
+        self.data = FOLDER / name
+        self.process = Process(FOLDER, f"coordinator-{name}", "coordinator", "--data-dir", self.data, "--listen",
+                               f"127.0.0.1:{self.port}", *args)
         bundle = self.data / "admin.json"
         self.bundle = eventually("the coordinator makes its bundle", lambda: self.read(bundle))
         self.channel = self.connect()
@@ -383,6 +383,81 @@ def drip(at):
     expect(took < 5, f"another call took {took:.1f} s")
 
 
+def without_end(_):
+    """Who calls without end is refused with the time to come back, and takes nothing from others."""
+    at = Coordinator("limited", "--call-rate", "20", "--call-burst", "100")
+    try:
+        stub = services.PoliciesStub(at.channel)
+        request = api.ListPoliciesRequest(parent=TENANT)
+        begun, passed, refused = time.monotonic(), 0, None
+        for call in [stub.ListPolicies.future(request, timeout=20) for _ in range(1000)]:
+            if call.exception() is None:
+                passed += 1
+            else:
+                refused = call
+        took = time.monotonic() - begun
+        expect(refused is not None, "nothing was refused")
+        equal(refused.code(), grpc.StatusCode.RESOURCE_EXHAUSTED, "beyond the rate")
+        # What was given when the channel was made counts, too.
+        expect(90 <= passed <= 100 + 20 * (took + 5), f"{passed} got through in {took:.1f} s")
+        found = {packed.TypeName().rsplit(".", 1)[1]: packed for packed in rpc_status.from_call(refused).details}
+        retry = error_details_pb2.RetryInfo.FromString(found["RetryInfo"].value).retry_delay.ToTimedelta().total_seconds()
+        expect(0 < retry <= 0.05 + 0.001, f"to be tried again after {retry} s")
+        info = error_details_pb2.ErrorInfo.FromString(found["ErrorInfo"].value)
+        equal(info.reason, "RATE_LIMITED", "the reason")
+        # Another address' worth of callers: those without a certificate have a tenth, and are refused before the table.
+        with at.connect(certificate=False) as channel:
+            join = services.EnrolmentStub(channel)
+            asked = api.JoinRequest(token_id="x", secret="y", csr_pem="z")
+            codes = {code(join.Join, asked) for _ in range(100)}
+            expect(grpc.StatusCode.RESOURCE_EXHAUSTED in codes and len(codes) > 1, f"{codes}")
+        time.sleep(1)
+        stub.ListPolicies(request, timeout=20)
+        proxy = run_proxy(at)
+        try:
+            status = services.StatusStub(at.channel)
+            hammer = threading.Event()
+
+            def without_pause():
+                while not hammer.is_set():
+                    code_or_none(stub.ListPolicies, request)
+            threads = [threading.Thread(target=without_pause) for _ in range(2)]
+            [thread.start() for thread in threads]
+            eventually("the proxy is connected while somebody calls without end", lambda: connected(status), timeout=30)
+            hammer.set()
+            [thread.join() for thread in threads]
+        finally:
+            proxy.stop()
+    finally:
+        at.channel.close()
+        at.process.stop()
+
+
+def code_or_none(call, request):
+    try:
+        call(request, timeout=20)
+    except grpc.RpcError as error:
+        return error.code()
+    return None
+
+
+def connected(status):
+    """None while the caller itself has to wait."""
+    try:
+        return any(p.connected for p in status.GetStatus(api.GetStatusRequest(parent=TENANT), timeout=20).proxies)
+    except grpc.RpcError:
+        return None
+
+
+def run_proxy(at):
+    """A target by a token."""
+    made = services.EnrolmentStub(at.channel).CreateJoinToken(
+        api.CreateJoinTokenRequest(parent=TENANT, role=api.ROLE_PROXY, name="tgt"), timeout=20)
+    return Process(FOLDER, "tgt", "proxy", "--name", "tgt", "--coordinator", f"127.0.0.1:{at.port}", "--state",
+                   FOLDER / "tgt", "--journal", FOLDER / "journal", "--listen", f"127.0.0.1:{free_port()}",
+                   env={"AFTERIMAGE_TOKEN": made.token})
+
+
 def main():
     tests = Tests()
     at = Coordinator()
@@ -399,6 +474,7 @@ def main():
         tests.run("messages and headers beyond the bounds", too_much, at)
         tests.run("hostile bytes at TLS and HTTP/2", hostile_bytes, at)
         tests.run("slow bodies", drip, at)
+        tests.run("a caller without end, and a proxy beside it", without_end, at)
         expect(at.process.process.poll() is None, "the coordinator has ended")
     finally:
         at.channel.close()

@@ -89,6 +89,21 @@ pub enum Problem {
         /// By which programs tell it: "CERTIFICATE_EXPIRED", …
         reason: &'static str,
     },
+    /// Who asks has asked too often.
+    #[error(
+        "{who} has made more calls than it may: {per_s} a second, {burst} at once; try again after {} ms",
+        after.as_millis()
+    )]
+    TooFast {
+        /// The caller.
+        who: String,
+        /// Calls a second that it has.
+        per_s: u32,
+        /// Calls at once that it has.
+        burst: u32,
+        /// When there is one again.
+        after: std::time::Duration,
+    },
     /// There is no such method.
     #[error("there is no method {method}")]
     NoMethod {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use afterimage_controlplane::grpc::member::start_member;
+use afterimage_controlplane::grpc::rate::{DEFAULT_BURST, DEFAULT_RATE, Rate};
 use afterimage_controlplane::grpc::{Config, ServeError, start};
 use afterimage_controlplane::hooks::{self, HookConfig};
 use afterimage_controlplane::store::etcd::Etcd;
@@ -60,8 +61,8 @@ pub struct Args {
     action: Option<Action>,
     #[command(flatten)]
     etcd: EtcdArgs,
-    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, certificate_lifetime, etcd,
-    /// log, hook.
+    /// Configuration file (TOML) with listen, advertise, data_dir, metrics, certificate_lifetime, call_rate,
+    /// call_burst, etcd, log, hook.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Address to listen on; port 0 takes one that is free; may be given many times [default: 0.0.0.0:7700].
@@ -80,6 +81,12 @@ pub struct Args {
     /// themselves when two thirds of that are over [default: 365d].
     #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
     certificate_lifetime: Option<u64>,
+    /// Calls a second that each identity has; 0: no limit [default: 200].
+    #[arg(long, value_name = "NUMBER")]
+    call_rate: Option<u32>,
+    /// Calls at once that each identity has [default: 1000].
+    #[arg(long, value_name = "NUMBER")]
+    call_burst: Option<u32>,
     /// How the log is written, to standard error [default: text].
     #[arg(long, value_name = "FORMAT")]
     log: Option<LogFormat>,
@@ -131,6 +138,8 @@ struct File {
     data_dir: Option<PathBuf>,
     metrics: Option<SocketAddr>,
     certificate_lifetime: Option<String>,
+    call_rate: Option<u32>,
+    call_burst: Option<u32>,
     log: Option<LogFormat>,
     #[serde(default)]
     etcd: EtcdArgs,
@@ -149,6 +158,7 @@ struct Settings {
     data_dir: PathBuf,
     metrics: Option<SocketAddr>,
     certificate_lifetime: Option<Duration>,
+    calls: Rate,
     log: LogFormat,
     hooks: Vec<HookConfig>,
 }
@@ -180,11 +190,16 @@ impl Settings {
             data_dir: args.data_dir.clone().or(file.data_dir).unwrap_or_else(|| PathBuf::from(DATA_DIR)),
             metrics: args.metrics.or(file.metrics),
             certificate_lifetime: lifetime.map(Duration::from_nanos),
+            calls: Rate {
+                per_s: args.call_rate.or(file.call_rate).unwrap_or(DEFAULT_RATE),
+                burst: args.call_burst.or(file.call_burst).unwrap_or(DEFAULT_BURST),
+            },
             log: args.log.or(file.log).unwrap_or_default(),
             hooks: file.hook,
         };
         // Also of one that does not lead yet.
         hooks::check(&settings.hooks).map_err(Failure::usage)?;
+        settings.calls.check().map_err(Failure::usage)?;
         if let Some(address) = &settings.advertise {
             check_advertised(address)?;
         }
@@ -309,6 +324,7 @@ async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
         advertise: settings.advertise,
         metrics: settings.metrics,
         hooks: settings.hooks,
+        calls: settings.calls,
         ..Config::new(settings.data_dir, settings.listen[0])
     };
     let config = match settings.certificate_lifetime {
@@ -441,6 +457,14 @@ mod tests {
         let refused = load("[[hook]]\nname = 'pager'\nurl = 'gopher://x/'\n", Args::default()).unwrap_err();
         assert!(refused.kind == Kind::Usage && refused.message.contains("\"pager\": url"), "{refused}");
         assert!(load("[[hook]]\nname = 'pager'\nurll = 'http://x/'\n", Args::default()).is_err());
+    }
+
+    #[test]
+    fn calls_are_bounded_unless_told() {
+        let calls = |text: &str| load(text, Args::default()).map(|settings| settings.calls);
+        assert_eq!(calls("").unwrap(), Rate::default());
+        assert_eq!(calls("call_rate = 7\ncall_burst = 9\n").unwrap(), Rate { per_s: 7, burst: 9 });
+        assert!(calls("call_burst = 0\n").unwrap_err().message.contains("call_burst"));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tonic::{Extensions, Status};
 use tower::{Layer, Service};
 
 use super::deadline;
+use super::rate::Limits;
 use crate::audit::{CALLER, Caller};
 use crate::ca::{GRACE, Identity, Role, identify};
 use crate::certificates::Certificate;
@@ -28,6 +29,8 @@ pub const TIME_HEADER: &str = "afterimage-time-ns";
 
 /// In answers to who should renew the certificate now: its authority is being replaced.
 pub const RENEW_HEADER: &str = "afterimage-renew";
+/// What keeps a proxy and its coordinator together.
+const SESSION: &str = "/afterimage.v1.ProxyControl/Session";
 
 /// What a method takes.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -220,12 +223,14 @@ impl Scope {
 pub struct AuthLayer {
     /// Who keeps the audit log; none: nobody does.
     coordinator: Option<Arc<Coordinator>>,
+    /// How many calls each caller has; none: any number.
+    limits: Option<Arc<Limits>>,
 }
 
 impl AuthLayer {
     /// For a coordinator's services.
-    pub fn of(coordinator: Arc<Coordinator>) -> Self {
-        Self { coordinator: Some(coordinator) }
+    pub fn of(coordinator: Arc<Coordinator>, limits: Arc<Limits>) -> Self {
+        Self { coordinator: Some(coordinator), limits: Some(limits) }
     }
 }
 
@@ -233,7 +238,7 @@ impl<S> Layer<S> for AuthLayer {
     type Service = Authorised<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Authorised { inner, coordinator: self.coordinator.clone() }
+        Authorised { inner, coordinator: self.coordinator.clone(), limits: self.limits.clone() }
     }
 }
 
@@ -242,6 +247,26 @@ impl<S> Layer<S> for AuthLayer {
 pub struct Authorised<S> {
     inner: S,
     coordinator: Option<Arc<Coordinator>>,
+    limits: Option<Arc<Limits>>,
+}
+
+impl<S> Authorised<S> {
+    /// Takes one call from what the caller has, before anything else is done for it: a refusal costs an entry of the audit
+    /// log. A proxy's session is never refused.
+    fn within_rate(&self, request: &Request<Body>, who: Option<&Identity>) -> Result<(), Problem> {
+        let session = request.uri().path() == SESSION && who.is_some_and(|who| who.role == Role::Proxy);
+        let Some(limits) = self.limits.as_ref().filter(|_| !session) else { return Ok(()) };
+        let from = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
+        let address = from.and_then(|tls| tls.get_ref().remote_addr()).map(|address| address.ip());
+        limits.take(who, address).map_err(|wait| {
+            let who = who.map_or_else(|| "a caller without a certificate".to_owned(), actor);
+            let problem = Problem::TooFast { who, per_s: wait.rate.per_s, burst: wait.rate.burst, after: wait.after };
+            if wait.first {
+                tracing::warn!(%problem, "refused, and not said again before it has made a pause");
+            }
+            problem
+        })
+    }
 }
 
 impl<S> Service<Request<Body>> for Authorised<S>
@@ -261,6 +286,10 @@ where
         let certificates =
             request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(|tls| tls.peer_certs());
         let who = certificates.as_deref().and_then(|all| all.first()).and_then(|leaf| identify(leaf));
+        if let Err(problem) = self.within_rate(&request, who.as_ref()) {
+            let response = Status::from(problem).into_http();
+            return Box::pin(async move { Ok(response) });
+        }
         let path = request.uri().path();
         let checked = who.as_ref().map_or(Ok(()), |who| {
             let model = self.coordinator.as_ref().map(|c| c.model());
@@ -314,6 +343,9 @@ where
 
 #[cfg(test)]
 mod tests {
+    use tonic_types::StatusExt as _;
+
+    use super::super::rate::Rate;
     use super::*;
 
     /// Every method of our services, from the descriptors that clients see.
@@ -448,6 +480,20 @@ mod tests {
         assert!(expected.iter().all(|m| allowed.contains(m)));
     }
 
+    fn identity() -> Identity {
+        Identity {
+            tenant: "default".to_owned(),
+            role: Role::Viewer,
+            name: "somebody".to_owned(),
+            uid: String::new(),
+            pin: [0; 32],
+            serial: String::new(),
+            issuer: String::new(),
+            issue_time_ns: 0,
+            expire_time_ns: u64::MAX,
+        }
+    }
+
     /// Takes every call and answers none.
     #[derive(Clone)]
     struct Mute;
@@ -516,6 +562,31 @@ mod tests {
         let text =
             good(&who(Role::Operator), "/afterimage.v1.Policies/GetPolicy", u64::MAX, None).unwrap_err().to_string();
         assert!(text.contains("operator/a ended at 1970-01-01T00:00:00Z"), "{text}");
+    }
+
+    #[test]
+    fn who_calls_without_end_is_told_when_to_come_back() {
+        let limits = Arc::new(Limits::new(Rate { per_s: 20, burst: 100 }));
+        let service = AuthLayer { coordinator: None, limits: Some(limits) }.layer(Mute);
+        let call = |path: &str, role: Option<Role>| {
+            let mut request = Request::new(Body::empty());
+            *request.uri_mut() = path.parse().unwrap();
+            let who = role.map(|role| Identity { role, ..identity() });
+            service.within_rate(&request, who.as_ref()).map_err(Status::from)
+        };
+        // A tenth of both for who has no certificate.
+        let join = "/afterimage.v1.Enrolment/Join";
+        let refused: Vec<_> = (0..20).filter_map(|_| call(join, None).err()).collect();
+        assert_eq!(refused.len(), 10);
+        assert_eq!(refused[0].code(), tonic::Code::ResourceExhausted);
+        let after = refused[0].get_details_retry_info().unwrap().retry_delay.unwrap();
+        assert!(after.as_millis() > 400 && after.as_millis() <= 500, "{after:?}");
+        assert!(refused[0].message().contains("2 a second"), "{}", refused[0].message());
+        // A proxy's session never is, however often; another method of it is.
+        assert!((0..1000).all(|_| call(SESSION, Some(Role::Proxy)).is_ok()));
+        let renewals = (0..1000).filter(|_| call("/afterimage.v1.Enrolment/Renew", Some(Role::Proxy)).is_ok()).count();
+        assert_eq!(renewals, 100);
+        assert!((0..1000).filter(|_| call(SESSION, Some(Role::Operator)).is_ok()).count() <= 100, "it is a proxy's");
     }
 
     #[test]

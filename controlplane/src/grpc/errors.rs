@@ -59,6 +59,11 @@ impl From<Problem> for Status {
                 details.add_quota_failure_violation(detail(what), format!("at most {limit}"));
                 Code::ResourceExhausted
             }
+            Problem::TooFast { who, per_s, after, .. } => {
+                details.add_quota_failure_violation(detail(who), format!("{per_s} calls a second"));
+                details.set_retry_info(Some(*after));
+                Code::ResourceExhausted
+            }
             Problem::Denied { .. } => Code::PermissionDenied,
             Problem::Anonymous { .. } | Problem::Certificate { .. } => Code::Unauthenticated,
             Problem::NoMethod { .. } => Code::Unimplemented,
@@ -85,6 +90,7 @@ fn reason(problem: &Problem) -> &'static str {
         Problem::State { .. } => "WRONG_STATE",
         Problem::Changed { .. } => "ETAG_MISMATCH",
         Problem::Limit { .. } => "LIMIT_REACHED",
+        Problem::TooFast { .. } => "RATE_LIMITED",
         Problem::Denied { .. } => "DENIED",
         Problem::Anonymous { .. } => "NO_CERTIFICATE",
         Problem::Certificate { reason, .. } => reason,
@@ -104,6 +110,7 @@ fn metadata(problem: &Problem) -> HashMap<String, String> {
         Problem::State { subject, state, remedy } => vec![("subject", subject), ("state", state), ("remedy", remedy)],
         Problem::Changed { subject, found, .. } => vec![("subject", subject), ("etag", found)],
         Problem::Limit { what, .. } => vec![("what", what)],
+        Problem::TooFast { who, .. } => vec![("who", who)],
         Problem::Denied { needs, .. } | Problem::Anonymous { needs, .. } => vec![("needs", needs)],
         Problem::Certificate { who, .. } => vec![("who", who)],
         Problem::NoMethod { method } => vec![("method", method)],

@@ -51,6 +51,7 @@ mod errors;
 mod health;
 pub mod member;
 mod operator;
+pub mod rate;
 mod status;
 mod tls;
 mod upkeep;
@@ -93,6 +94,8 @@ pub struct Config {
     pub hooks: Vec<HookConfig>,
     /// How long certificates last that are issued from now on, the coordinator's own among them.
     pub certificate_lifetime: Duration,
+    /// How many calls each identity has.
+    pub calls: rate::Rate,
     /// The store that several coordinators share, held by this one; none: the embedded one in the data folder.
     pub shared: Option<EtcdStore>,
 }
@@ -109,6 +112,7 @@ impl Config {
             metrics: None,
             hooks: Vec::new(),
             certificate_lifetime: ca::LIFETIME,
+            calls: rate::Rate::default(),
             shared: None,
         }
     }
@@ -260,6 +264,7 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 pub async fn start(config: Config) -> Result<Running, ServeError> {
     install_crypto();
     check_report(&config)?;
+    config.calls.check().map_err(ServeError::Config)?;
     let (report, dir) = (config.report_interval, &config.data_dir);
     let hooks = hooks::check(&config.hooks).map_err(ServeError::Config)?;
     make_folder(dir)?;
@@ -304,9 +309,10 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     let mut servers = Vec::new();
     let open = if config.shared.is_some() { bound::Open::passed_on() } else { bound::Open::default() };
     let open = Arc::new(open);
+    let limits = Arc::new(rate::Limits::new(config.calls));
     for (_, incoming) in incoming {
         let stop = coordinator.closed();
-        let router = router(&coordinator)?;
+        let router = router(&coordinator, &limits)?;
         let bounded = bound::Bounded::new(incoming, open.clone());
         let secured = tls::secured(bounded, tls.clone(), coordinator.connections.clone());
         servers.push(tokio::spawn(router.serve_with_incoming_shutdown(secured, stop)));
@@ -322,7 +328,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
 
 type Layered = Router<Stack<auth::AuthLayer, NoLayer>>;
 
-fn router(coordinator: &Arc<Coordinator>) -> Result<Layered, ServeError> {
+fn router(coordinator: &Arc<Coordinator>, limits: &Arc<rate::Limits>) -> Result<Layered, ServeError> {
     let operator = operator::Operator(coordinator.clone());
     let health = HealthServer::new(health::HealthService::new(coordinator.clone()));
     let reflection = tonic_reflection::server::Builder::configure()
@@ -340,7 +346,7 @@ fn router(coordinator: &Arc<Coordinator>) -> Result<Layered, ServeError> {
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .layer(auth::AuthLayer::of(coordinator.clone()))
+        .layer(auth::AuthLayer::of(coordinator.clone(), limits.clone()))
         .add_service(health)
         .add_service(reflection)
         .add_service(bounded!(PoliciesServer, operator.clone()))

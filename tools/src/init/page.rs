@@ -6,6 +6,8 @@
 
 use std::fmt::Display;
 
+use afterimage_controlplane::grpc::rate::{DEFAULT_BURST, DEFAULT_RATE};
+
 use super::Given;
 use crate::coordinator::{DATA_DIR, PORT};
 use crate::proxy::config::{
@@ -102,6 +104,13 @@ pub fn coordinator(given: &Given) -> String {
         text("90d"),
         "How long certificates last that are issued from now on, 10s to 3650d. Not set: 365d.",
     );
+    page.default(
+        "call_rate",
+        DEFAULT_RATE,
+        "Calls a second that each identity has; 0: no limit. Who has no certificate yet has a tenth; sessions of proxies \
+         are never limited.",
+    );
+    page.default("call_burst", DEFAULT_BURST, "Calls at once that each identity has.");
     page.default("log", text("text"), "How the log is written, to standard error: text or json.");
     page.blank();
     page.say(
@@ -288,7 +297,7 @@ mod tests {
         let bare = Given { listen: None, state: DATA_DIR.into(), ..given() };
         let page = coordinator(&bare);
         let (all, count) = without(&page, "#");
-        assert_eq!(count, 3);
+        assert_eq!(count, 5);
         assert_eq!(shown_settings(&all).unwrap(), shown_settings(&page).unwrap());
         assert_eq!(shown_settings("").unwrap(), shown_settings(&page).unwrap(), "nothing else is set");
     }
