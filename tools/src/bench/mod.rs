@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 mod compare;
+mod coordinator;
 mod fio;
 mod intent;
 mod interrupt;
@@ -27,6 +28,36 @@ enum What {
     Outage(OutageArgs),
     /// What the write-intent log costs under random writes all over a large sparse disk.
     Intent(IntentArgs),
+    /// How much of a machine a coordinator takes, with simulated proxies and groups.
+    Coordinator(CoordinatorArgs),
+}
+
+/// Options of `afterimage bench coordinator`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+For capacity planning: a real coordinator on loopback, proxies that only say what proxies say, calls at a steady rate. CPU
+time and memory are those of the coordinator's process; the proxies run in this one, on the same cores.
+
+Examples:
+  afterimage bench coordinator
+  afterimage bench coordinator --groups 1000 --proxies 50 --seconds 60 --json
+  afterimage bench coordinator --groups 20 --proxies 2 --seconds 2      # a quick look, not a result")]
+pub struct CoordinatorArgs {
+    /// Groups, of one disk each.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    groups: u32,
+    /// Proxies; each is a source and a target.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(2..=400))]
+    proxies: u32,
+    /// Seconds that are measured, once everything is protected.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    seconds: u32,
+    /// Folder for the coordinator's state (default: the system's temporary folder).
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// End with one line of JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Options of `afterimage bench outage`.
@@ -128,6 +159,7 @@ pub fn run(args: Args) -> ExitCode {
         What::Compare(args) => ("compare", compare::run(&args)),
         What::Outage(args) => ("outage", outage::run(&args)),
         What::Intent(args) => ("intent", intent::run(&args)),
+        What::Coordinator(args) => ("coordinator", coordinator::run(&args)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

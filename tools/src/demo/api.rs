@@ -41,6 +41,11 @@ impl Api {
         }
     }
 
+    /// For calls of other kinds.
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
     /// A token with which the proxy `name` joins.
     pub async fn join_token(&mut self, name: &str) -> io::Result<String> {
         let request = v1::CreateJoinTokenRequest {

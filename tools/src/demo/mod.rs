@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use afterimage_wire::v1;
 
-mod api;
+pub mod api;
 mod check;
 mod display;
 mod site;

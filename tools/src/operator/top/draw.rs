@@ -288,7 +288,7 @@ mod tests {
             "protected",
             "spilling",
             "4.20 s",
-            "7 ms",
+            "7.00 ms",
             "1 s",
             "2 MiB",
             "3.00 MiB/s",
