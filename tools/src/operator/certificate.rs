@@ -21,8 +21,8 @@ pub enum Verb {
     /// Revoke certificates: nothing takes them any more, and what goes on by them ends.
     #[command(after_help = "Examples:\n  \
         afterimage certificate revoke operator/anna --reason 'has left'\n  \
-        afterimage certificate revoke src                                the proxy, if only it has that name\n  \
-        afterimage certificate revoke 4a8c01…                            one of them, by its serial number\n\n\
+        afterimage certificate revoke src                              the proxy, if only it has that name\n  \
+        afterimage certificate revoke 4a8c01…                          one of them, by its serial number\n\n\
         Whoever is to come back joins anew: afterimage token create NAME --role ROLE.\n\
         Replication with a proxy whose certificate is revoked ends.")]
     Revoke {
