@@ -512,3 +512,23 @@ fn frames_that_are_still_shipped_keep_the_promise_of_their_life() {
     let took = bed.world.now() - begun;
     assert!(took >= 1000 * MS, "answered after {} ms, and the promise is for 1000", took / MS);
 }
+
+/// Hosts wait for the next process meanwhile: what the target does not take within a second is compared later.
+#[test]
+fn a_stop_without_a_spill_waits_a_second_for_the_target_at_most() {
+    let mut bed = Bed::usual(1);
+    bed.ready();
+    bed.acked();
+    bed.held.mute = true;
+    bed.write(0, 0, &[1; 4096]).expect("written");
+    let begun = bed.world.now();
+    assert!(!stop(&mut bed), "something is owed");
+    let took = bed.world.now() - begun;
+    assert!((900 * MS..1200 * MS).contains(&took), "{} ms", took / MS);
+    bed.held.mute = false;
+    bed.restart();
+    bed.until("protected", |bed| bed.is_protected());
+    bed.acked();
+    bed.assert_equal();
+    assert!(!bed.events.iter().any(|e| matches!(e, SourceEvent::SyncBegun { whole: true, .. })));
+}

@@ -156,6 +156,8 @@ pub enum Fault {
         /// As [`Setup::compress`].
         compress: bool,
     },
+    /// The lease that the policy asks for is another from now on: of the source that runs, and of every later life of it.
+    Lease(Nanos),
     /// A restore point is looked at while everything goes on.
     Look,
     /// A restore point is opened, and looked at only after this time.
@@ -357,6 +359,7 @@ impl Plan {
         plan.prepare();
         plan.front();
         plan.policies();
+        plan.leases();
         plan
     }
 
@@ -474,6 +477,21 @@ impl Plan {
         for _ in 0..rng.between(1, 3) {
             let change = policy(rng);
             self.faults.push((rng.below(self.length), change));
+        }
+        self.faults.sort_by_key(|(at, _)| *at);
+    }
+
+    /// A lease is made longer or shorter, begun or given up, while everything goes on.
+    fn leases(&mut self) {
+        let mut rng = Rng::new(self.seed ^ 0x01ea_5ed0);
+        let rng = &mut rng;
+        let often = if self.setup.lease > 0 { 0.4 } else { 0.06 };
+        if self.theme == Theme::Doubt || !rng.chance(often) {
+            return;
+        }
+        for _ in 0..rng.between(1, 3) {
+            let lease = if rng.chance(0.3) { 0 } else { rng.between(3000, 6000) * MS };
+            self.faults.push((rng.below(self.length), Fault::Lease(lease)));
         }
         self.faults.sort_by_key(|(at, _)| *at);
     }

@@ -233,6 +233,14 @@ impl Run {
                 }
                 self.stage.set_policy();
             }
+            Fault::Lease(lease) => {
+                // Nobody reaches a process that stands still: it would go on by the old one.
+                if !self.stage.still[0] {
+                    self.watch.calm(world.now());
+                    (self.plan.setup.lease, self.stage.setup.lease) = (lease, lease);
+                    self.stage.set_policy();
+                }
+            }
             Fault::Look => self.look()?,
             Fault::Hold(time) => {
                 if self.stage.stream().is_some() {

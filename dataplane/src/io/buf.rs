@@ -149,19 +149,21 @@ impl Pool {
         (self.0.region.start.as_ptr(), self.0.region.len)
     }
 
-    /// Takes the pages of `len` bytes from `at` on (or up to the end) from the kernel, in large pages where it has them.
-    /// Their content stays. This may take long; other threads may use the buffers meanwhile.
+    /// Asks for large pages: fewer of them make each operation on registered memory cheaper, and registering it too.
+    pub(super) fn want_large_pages(&self) {
+        let region = &self.0.region;
+        // SAFETY: the range is the region; the call changes no content. It is advice: what is refused costs time later.
+        unsafe { libc::madvise(region.start.as_ptr().cast(), region.len, libc::MADV_HUGEPAGE) };
+    }
+
+    /// Takes the pages of `len` bytes from `at` on (or up to the end) from the kernel. Their content stays. This may take
+    /// long; other threads may use the buffers meanwhile, but none of the process may map or unmap memory.
     pub(super) fn take_pages(&self, at: usize, len: usize) {
         let region = &self.0.region;
         let len = len.min(region.len.saturating_sub(at));
         let start = region.start.as_ptr().wrapping_add(at).cast();
-        // Fewer, larger pages make each operation on registered memory cheaper, and registering it too. Both are advice:
-        // what is refused here costs time at the first use.
-        // SAFETY: the range lies within the region; neither call changes content.
-        unsafe {
-            libc::madvise(start, len, libc::MADV_HUGEPAGE);
-            libc::madvise(start, len, libc::MADV_POPULATE_WRITE);
-        }
+        // SAFETY: the range lies within the region; the call changes no content. It is advice, as above.
+        unsafe { libc::madvise(start, len, libc::MADV_POPULATE_WRITE) };
     }
 
     /// True if both handles are of one pool.

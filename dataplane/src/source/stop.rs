@@ -17,6 +17,8 @@ use crate::spill::Spill;
 
 /// With a spill, acknowledgements are waited for at most this long: a restart is quicker than a long queue.
 const SHIP_WAIT: Nanos = 500_000_000;
+/// Without one, at most this long: hosts wait for the next process meanwhile, and what is not acknowledged is compared then.
+const SHIP_WAIT_ALONE: Nanos = 1_000_000_000;
 
 /// What a stop waits for.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -83,7 +85,10 @@ impl Group {
                 None => stage,
             },
             StopStage::Ship
-                if late || self.fenced.is_some() || (self.ship.is_drained() && self.ship.link.announced) =>
+                if late
+                    || self.waited(now, SHIP_WAIT_ALONE)
+                    || self.fenced.is_some()
+                    || (self.ship.is_drained() && self.ship.link.announced) =>
             {
                 self.clean = self.ship.is_drained() && self.ship.link.announced && self.is_complete(w.disks);
                 self.clean |= mutant!(CleanStopUnsent);
@@ -162,7 +167,12 @@ impl Group {
         self.spill.is_some()
             && !self.ship.queue.closed
             && !self.ship.is_drained()
-            && (!self.ship.takes() || now + self.limits.stop_wait >= self.stop_at + SHIP_WAIT)
+            && (!self.ship.takes() || self.waited(now, SHIP_WAIT))
+    }
+
+    /// The stop began that long ago.
+    fn waited(&self, now: Nanos, time: Nanos) -> bool {
+        now + self.limits.stop_wait >= self.stop_at + time
     }
 
     /// Puts everything that is not acknowledged into the spill; what comes next when it is there, or cannot be.

@@ -4,9 +4,14 @@
 //! room for large pages, which has taken seconds for 256 MiB: too long for a proxy that hosts wait for. So a helper
 //! thread takes the pages, piece by piece, and the ring registers a piece (then a matter of microseconds) when it next
 //! has something to do. Until then, I/O on its buffers works as on any memory.
+//!
+//! While the kernel takes pages in one call, no thread of the process can map memory or begin another thread: with 64 MiB
+//! at once a source that takes over from another stood still for a second before it had opened its disks. So each
+//! call takes little, and what waits has as long a time between two of them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use io_uring::IoUring;
 use rustix::process::{Resource, getrlimit};
@@ -16,6 +21,10 @@ use super::flight::REGISTRATION;
 use super::kernel::{self, RingError};
 use crate::io::Pool;
 
+/// Bytes that are taken in one call: a large page.
+const STEP: usize = 2 << 20;
+/// Longest pause between two calls.
+const PAUSE: Duration = Duration::from_millis(50);
 /// Pools up to this size are registered at once, bytes.
 const AT_ONCE: usize = 16 << 20;
 
@@ -50,6 +59,7 @@ impl Pinning {
         let failed = |error| RingError::os("registering a table of buffers", error);
         uring.submitter().register_buffers_sparse(pieces as u32).map_err(failed)?;
         let mut pinning = Self { registered: 0, pieces, shared: Arc::default() };
+        pool.want_large_pages();
         if len > AT_ONCE {
             let (pool, shared) = (pool.clone(), Arc::clone(&pinning.shared));
             let thread = move || take_pages(&pool, pieces, &shared);
@@ -95,10 +105,14 @@ impl Drop for Pinning {
 
 fn take_pages(pool: &Pool, pieces: usize, shared: &Shared) {
     for piece in 0..pieces {
-        if shared.over.load(Ordering::Acquire) {
-            return;
+        for step in (0..REGISTRATION).step_by(STEP) {
+            if shared.over.load(Ordering::Acquire) {
+                return;
+            }
+            let begun = Instant::now();
+            pool.take_pages(piece * REGISTRATION + step, STEP);
+            std::thread::sleep(begun.elapsed().min(PAUSE));
         }
-        pool.take_pages(piece * REGISTRATION, REGISTRATION);
         shared.taken.store(piece + 1, Ordering::Release);
     }
 }
