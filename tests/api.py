@@ -6,6 +6,7 @@ Run by `tests/all api`, with a Python that has grpcio, grpcio-tools, grpcio-heal
 grpcio-status.
 """
 
+import base64
 import json
 import pathlib
 import socket
@@ -61,7 +62,9 @@ class Coordinator:
             return None
 
     def connect(self, certificate=True, options=()):
-        pem = {name: self.bundle[name].encode() for name in ("ca_pem", "certificate_pem", "key_pem")}
+        bundle = certificate if isinstance(certificate, dict) else self.bundle
+        pem = {name: bundle[name].encode() for name in ("certificate_pem", "key_pem")}
+        pem["ca_pem"] = self.bundle["ca_pem"].encode()
         own = (pem["key_pem"], pem["certificate_pem"]) if certificate else (None, None)
         credentials = grpc.ssl_channel_credentials(pem["ca_pem"], *own)
         return grpc.secure_channel(f"127.0.0.1:{self.port}", credentials, options=(*NAME, *options))
@@ -242,6 +245,150 @@ def who_may(at):
         equal(code(stub.ListPolicies, request), grpc.StatusCode.UNAUTHENTICATED, "without a certificate")
     unknown = at.channel.unary_unary("/afterimage.v1.Policies/Nuke", lambda m: b"", lambda b: b)
     equal(code(unknown, None), grpc.StatusCode.UNIMPLEMENTED, "a method that is not there")
+
+
+ROLES = ["viewer", "operator", "admin", "proxy"]
+#: Who may call what, written down once more: those who may, and the methods. Everything else is denied to everybody.
+MAY = [
+    (["viewer", "operator", "admin"], """
+        Policies.GetPolicy Policies.ListPolicies Groups.GetGroup Groups.ListGroups Groups.GetDisk Groups.ListDisks
+        Proxies.GetProxy Proxies.ListProxies Points.ListPoints Points.ResolvePoint Operations.GetOperation
+        Operations.ListOperations Operations.WaitOperation Views.GetView Views.ListViews Status.GetStatus Status.GetRpo
+        Status.Watch Status.ListEvents Backups.GetRestore Certificates.ListCertificates Certificates.GetAuthorities"""),
+    (["operator", "admin"], """
+        Policies.CreatePolicy Policies.UpdatePolicy Policies.DeletePolicy Groups.CreateGroup Groups.UpdateGroup
+        Groups.DeleteGroup Groups.CreateDisk Groups.DeleteDisk Groups.InspectBranch Points.CreateCut
+        Failovers.StartFailover Operations.CancelOperation Operations.DeleteOperation Views.CreateView
+        Views.DeleteView"""),
+    (["admin"], """
+        Proxies.DeleteProxy Audit.ListAuditRecords Audit.VerifyAudit Enrolment.CreateJoinToken Backups.CreateBackup
+        Backups.ConfirmRestore Certificates.RevokeCertificates Certificates.RotateAuthority"""),
+    (["proxy"], "ProxyControl.Session"),
+    (ROLES, "Enrolment.Renew"),
+    ([None, *ROLES], "Enrolment.Join"),
+]
+
+
+def joined(at, role, name):
+    """The identity of somebody who has joined."""
+    made = services.EnrolmentStub(at.channel).CreateJoinToken(api.CreateJoinTokenRequest(
+        parent=TENANT, role=getattr(api, f"ROLE_{role.upper()}"), name=name), timeout=20)
+    if role != "proxy":
+        path = FOLDER / f"{name}.json"
+        subprocess.run([AFTERIMAGE, "join", made.token, "--identity", path], check=True, stdout=subprocess.DEVNULL)
+        return json.loads(path.read_text())
+    token = json.loads(base64.urlsafe_b64decode(made.token.removeprefix("aij1_") + "=="))
+    key, csr = signing_request(name)
+    with at.connect(certificate=False) as channel:
+        answer = services.EnrolmentStub(channel).Join(api.JoinRequest(
+            token_id=token["i"], secret=token["s"], csr_pem=csr), timeout=20)
+    return {"ca_pem": answer.ca_pem, "certificate_pem": answer.certificate_pem, "key_pem": key}
+
+
+def signing_request(name):
+    """A key and a request for a certificate, by another program than ours."""
+    key, csr = FOLDER / f"{name}.key", FOLDER / f"{name}.csr"
+    subprocess.run(["openssl", "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
+                    "/CN=anything", "-keyout", key, "-out", csr], check=True, capture_output=True)
+    return key.read_text(), csr.read_text()
+
+
+def every_method(at):
+    """Each method that reflection tells of, by each role and by nobody: denied unless it is in the list."""
+    allowed = {f"/afterimage.v1.{name.replace('.', '/')}": who for who, names in MAY for name in names.split()}
+    methods = [f"/afterimage.v1.{service.name}/{method.name}"
+               for service in api.DESCRIPTOR.services_by_name.values() for method in service.methods]
+    from afterimage.v1 import proxy_pb2
+    methods += [f"/afterimage.v1.{service.name}/{method.name}"
+                for service in proxy_pb2.DESCRIPTOR.services_by_name.values() for method in service.methods]
+    equal(sorted(allowed), sorted(methods), "the list, and the methods that there are")
+    people = {role: joined(at, role, f"any-{role}") for role in ROLES if role != "admin"}
+    people |= {"admin": at.bundle, None: None}
+    denied = {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED}
+    for role, bundle in people.items():
+        with at.connect(certificate=bundle or False) as channel:
+            for method in methods:
+                # Nobody is asked for what would change something: an empty request makes sense to few methods.
+                if role in allowed[method] and method.endswith(("Backup", "Audit", "RotateAuthority", "ConfirmRestore")):
+                    continue
+                call = channel.stream_stream(method, lambda m: m, lambda b: b)
+                try:
+                    next(call(iter([b""]), timeout=2), None)
+                    found = None
+                except grpc.RpcError as error:
+                    found = error.code()
+                wrong = grpc.StatusCode.PERMISSION_DENIED if role else grpc.StatusCode.UNAUTHENTICATED
+                if role in allowed[method]:
+                    # Join refuses a token that is none by the same code.
+                    expect(found not in denied or method.endswith("/Join"), f"{method} by {role}: {found}")
+                else:
+                    equal(found, wrong, f"{method} by {role}")
+
+
+def replayed(at):
+    """A token that was spent, and requests that were sent before, give nobody anything."""
+    stub = services.EnrolmentStub(at.channel)
+    made = stub.CreateJoinToken(api.CreateJoinTokenRequest(parent=TENANT, role=api.ROLE_ADMIN, name="eve"), timeout=20)
+    token = json.loads(base64.urlsafe_b64decode(made.token.removeprefix("aij1_") + "=="))
+    (_, csr), (_, other) = signing_request("eve"), signing_request("mallory")
+    with at.connect(certificate=False) as channel:
+        join = lambda **more: services.EnrolmentStub(channel).Join(api.JoinRequest(**{  # noqa: E731
+            "token_id": token["i"], "secret": token["s"], "csr_pem": csr, "request_id": "once", **more}), timeout=20)
+        first = join()
+        # Its answer may have been lost: the same request gives the same holder a certificate for the same key.
+        equal(join().name, first.name, "the same request again")
+        for replay in ({"csr_pem": other}, {"request_id": "twice"}, {"request_id": ""}, {"secret": "guess"}):
+            equal(code(join_of(join, replay)), grpc.StatusCode.PERMISSION_DENIED, f"replayed with {list(replay)}")
+
+
+def join_of(join, more):
+    return lambda timeout: join(**more)
+
+
+def foreign(at):
+    """A certificate that names an admin, of another authority: nobody's."""
+    other = FOLDER / "other"
+    process = Process(FOLDER, "other", "coordinator", "--data-dir", other, "--listen", f"127.0.0.1:{free_port()}")
+    try:
+        bundle = eventually("the other coordinator makes its bundle", lambda: at.read(other / "admin.json"))
+    finally:
+        process.kill()
+    with at.connect(certificate=bundle) as channel:
+        refused = code(services.PoliciesStub(channel).ListPolicies, api.ListPoliciesRequest(parent=TENANT))
+        equal(refused, grpc.StatusCode.UNAVAILABLE, "the handshake of a foreign admin")
+    alive(at, "a foreign certificate")
+
+
+def thousand(at):
+    """A thousand connections from one address, some in the middle of a handshake: others are answered, also new ones."""
+    context = ssl.create_default_context(cadata=at.bundle["ca_pem"])
+    context.set_alpn_protocols(["h2"])
+    held, closed = [], 0
+    try:
+        for n in range(1000):
+            sock = socket.create_connection(("127.0.0.1", at.port), timeout=10, source_address=("127.0.0.9", 0))
+            held.append(sock)
+            if n % 10 == 0:
+                sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+        begun = time.monotonic()
+        alive(at, "a thousand connections")
+        with at.connect() as channel:
+            services.PoliciesStub(channel).ListPolicies(api.ListPoliciesRequest(parent=TENANT), timeout=20)
+        took = time.monotonic() - begun
+        for sock in held:
+            sock.setblocking(False)
+            try:
+                closed += sock.recv(1) == b""
+            except BlockingIOError:
+                pass
+            except OSError:
+                closed += 1
+        print(f"    answered in {took * 1000:.0f} ms; {closed} of 1000 connections were closed at once", flush=True)
+        expect(took < 5, f"others were answered in {took:.1f} s")
+        expect(closed >= 400, f"only {closed} were closed")
+    finally:
+        for sock in held:
+            sock.close()
 
 
 def health(at):
@@ -468,6 +615,10 @@ def main():
         tests.run("the RPO of a period", rpo, at)
         tests.run("operations that are not there", operations, at)
         tests.run("a caller without a certificate, a method that is not there", who_may, at)
+        tests.run("every method by every role", every_method, at)
+        tests.run("replayed tokens and requests", replayed, at)
+        tests.run("an admin of another authority", foreign, at)
+        tests.run("a thousand connections", thousand, at)
         tests.run("health as its text says", health, at)
         tests.run("reflection tells the services and messages of the .proto files", reflection, at)
         tests.run("deadlines", deadlines, at)

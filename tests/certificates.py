@@ -2,7 +2,10 @@
 """Certificates of short life: renewed by themselves while a pair replicates and people stay logged in; alarms where they
 are not; what goes on beyond their end, and what does not."""
 
+import base64
 import json
+import os
+import re
 import subprocess
 import threading
 import time
@@ -221,6 +224,82 @@ class Authorities(Pair):
         cluster.replica_is_source()
 
 
+def encodings(secret):
+    """A secret as it may stand in a file: raw, in hex, in base64 at any of its three places."""
+    yield "raw", secret
+    yield "hex", secret.hex().encode()
+    yield "HEX", secret.hex().upper().encode()
+    for shift in range(3):
+        whole = base64.b64encode(b"\0" * shift + secret)
+        # Without the ends, which depend on what stands beside it.
+        part = whole[4 if shift else 0:-4]
+        yield f"base64 at {shift}", part
+        yield f"base64url at {shift}", part.replace(b"+", b"-").replace(b"/", b"_")
+
+
+class Secrets(Pair):
+    """One that logs all that it can, and whose secrets are known to the test."""
+
+    #: Where secrets belong.
+    HOMES = {"keys.bin", "ca.pem", "admin.json", "identity.json", "desired.pb"}
+
+    def secrets(self):
+        """Everything that nobody else is to know, by name."""
+        found = {"keys.bin": (self.folder / "coordinator/keys.bin").read_bytes()}
+        for proxy in ("source", "target"):
+            desired = (self.folder / f"{proxy}-state/desired.pb").read_bytes()
+            # PolicyKey: the id (36 characters), then the key (32 bytes).
+            keys = re.findall(rb"\x0a\x24[0-9a-f-]{36}\x12\x20(.{32})", desired, re.DOTALL)
+            expect(keys, f"no policy key in what the {proxy} is told")
+            found |= {f"policy key {n} of the {proxy}": key for n, key in enumerate(keys)}
+        for path in self.folder.rglob("*.json"):
+            if path.name in self.HOMES or path.name in ("anna.json", "bob.json"):
+                found[f"key in {path.relative_to(self.folder)}"] = self.scalar(json.loads(path.read_text())["key_pem"])
+        found["key of the CA"] = self.scalar((self.folder / "coordinator/ca.pem").read_text())
+        return found
+
+    @staticmethod
+    def scalar(pem):
+        """The private number of a P-256 key in PKCS#8."""
+        der = base64.b64decode("".join(pem.split("-----BEGIN PRIVATE KEY-----")[1].split("-----END")[0].split()))
+        return der[der.index(b"\x04\x20") + 2:][:32]
+
+    def nowhere(self):
+        """No secret in a log, the store, events, the audit log, journals or any answer: in no encoding."""
+        cluster, command = self.cluster, self.cluster.command
+        tokens = [command("token", "create", name, "--role", "viewer")["token"] for name in ("spent", "kept")]
+        subprocess.run([AFTERIMAGE, "join", tokens[0], "--identity", self.folder / "bob.json"], check=True,
+                       stdout=subprocess.DEVNULL)
+        self.write(b"something to journal")
+        cluster.settle()
+        command("failover", "start", Cluster.GROUP, "--to", "latest", "--dry-run")
+        command("ca", "rotate")
+        answers = [command(*words.split()) for words in (
+            "status", "proxies", "policy list", "group list", "disk list", "certificate list", "ca status",
+            "audit list --limit 0", "audit verify", "events --limit 0", "failover list", "version", "rpo")]
+        answers.append(command("coordinator", "backup", str(self.folder / "backup")))
+        secrets = self.secrets()
+        for number, token in enumerate(tokens):
+            fields = json.loads(base64.urlsafe_b64decode(token.removeprefix("aij1_") + "=="))
+            secrets[f"token {number}"] = base64.urlsafe_b64decode(fields["s"] + "=")
+        for process in cluster.processes:
+            process.stop()
+        # Files of a journal are made longer than what is in them.
+        places = {str(path.relative_to(self.folder)): path.read_bytes().rstrip(b"\0") for path in self.folder.rglob("*")
+                  if path.is_file() and path.name not in self.HOMES and path.name not in ("anna.json", "bob.json")}
+        places["an answer"] = json.dumps(answers).encode()
+        expect({"coordinator.log", "source.log", "coordinator/state.redb", "backup"} <= set(places), f"{sorted(places)}")
+        expect(len(secrets) >= 8 and all(len(s) == 32 for s in secrets.values()), f"{[(k, len(v)) for k, v in secrets.items()]}")
+        expect(b"DEBUG" in places["source.log"], "the log is not of all that can be logged")
+        found = [f"{name} ({how}) in {place}" for name, secret in secrets.items() for how, text in encodings(secret)
+                 for place, content in places.items() if text in content]
+        expect(not found, "\n".join(found))
+        # The search finds what is there.
+        planted = {**places, "x": b"..." + base64.b64encode(b"ab" + secrets["keys.bin"] + b"c")}
+        expect(any(text in planted["x"] for _, text in encodings(secrets["keys.bin"])), "the search finds nothing")
+        print(f"    {len(secrets)} secrets looked for in {len(places)} files of {sum(map(len, places.values())) >> 10} KiB", flush=True)
+
+
 class Revoked(Pair):
     """One of which some are not to be let in any more."""
 
@@ -335,6 +414,23 @@ def run(tests, workspace):
             if tests.run("a pair whose authority is to be replaced", begin_anew):
                 tests.run("the authority is replaced while everything goes on", pair.rotate)
         finally:
+            if pair:
+                pair.close()
+    with workspace("secrets") as folder:
+        pair = None
+        level = os.environ.get("AFTERIMAGE_LOG")
+        os.environ["AFTERIMAGE_LOG"] = "debug"
+
+        def begin_loudly():
+            nonlocal pair
+            pair = Secrets(folder)
+        try:
+            if tests.run("a pair that logs all that it can", begin_loudly):
+                tests.run("no secret is anywhere but where it belongs", pair.nowhere)
+        finally:
+            os.environ.pop("AFTERIMAGE_LOG")
+            if level is not None:
+                os.environ["AFTERIMAGE_LOG"] = level
             if pair:
                 pair.close()
     with workspace("revoked") as folder:

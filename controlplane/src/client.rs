@@ -15,6 +15,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Silence after which the other end is asked whether it is there, and how long it has to answer.
 const KEEPALIVE: Duration = Duration::from_secs(5);
 
+/// How often a request to join is sent if its answer is lost.
+const TRIES: u32 = 3;
+
 /// A coordinator that cannot be reached or joined.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -122,11 +125,19 @@ pub async fn join(token: &str, address: Option<&str>) -> Result<Bundle, ClientEr
     let token = JoinToken::parse(token)?;
     let address = address.unwrap_or(&token.endpoint);
     let (key_pem, csr_pem) = key_and_request()?;
-    let channel = open(address, &token.ca_pem, None).await?;
-    let answer = EnrolmentClient::new(channel)
-        .join(JoinRequest { token_id: token.id, secret: token.secret, csr_pem })
-        .await
-        .map_err(|s| ClientError::Refused(Box::new(s)))?;
+    let request_id = uuid::Uuid::new_v4().to_string();
+    let request = JoinRequest { token_id: token.id, secret: token.secret, csr_pem, request_id };
+    let mut tries = TRIES;
+    let answer = loop {
+        tries -= 1;
+        let channel = open(address, &token.ca_pem, None).await?;
+        match EnrolmentClient::new(channel).join(request.clone()).await {
+            Ok(answer) => break answer,
+            // The answer was lost on its way: the same request gets it again.
+            Err(status) if tries > 0 && std::error::Error::source(&status).is_some() => {}
+            Err(status) => return Err(ClientError::Refused(Box::new(status))),
+        }
+    };
     bundle(address, &key_pem, answer.into_inner())
 }
 
@@ -137,7 +148,7 @@ pub async fn join(token: &str, address: Option<&str>) -> Result<Bundle, ClientEr
 pub async fn renew(old: &Bundle) -> Result<Bundle, ClientError> {
     let (key_pem, csr_pem) = key_and_request()?;
     let answer = EnrolmentClient::new(connect(old).await?)
-        .renew(RenewRequest { csr_pem })
+        .renew(RenewRequest { csr_pem, request_id: uuid::Uuid::new_v4().to_string() })
         .await
         .map_err(|s| ClientError::Refused(Box::new(s)))?;
     bundle(&old.endpoint, &key_pem, answer.into_inner())

@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
 
@@ -45,6 +47,8 @@ pub enum KeyError {
 /// Wraps and unwraps policy keys.
 pub struct Wrapper {
     key: LessSafeKey,
+    /// For secrets that are made anew instead of kept.
+    derives: ring::hmac::Key,
     random: SystemRandom,
 }
 
@@ -68,7 +72,10 @@ impl Wrapper {
         };
         let key = UnboundKey::new(&AES_256_GCM, &bytes)
             .map_err(|_| KeyError::Malformed { path: path.to_owned(), found: bytes.len() })?;
-        Ok(Self { key: LessSafeKey::new(key), random })
+        // Another key for another purpose, by the first one.
+        let seed = ring::hmac::sign(&ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &bytes), b"afterimage secrets v1");
+        let derives = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, seed.as_ref());
+        Ok(Self { key: LessSafeKey::new(key), derives, random })
     }
 
     /// A fresh key, wrapped.
@@ -94,6 +101,11 @@ impl Wrapper {
             .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(id.as_bytes()), &mut sealed)
             .map_err(|_| KeyError::Random)?;
         Ok(KeyRecord { id, wrapped: hex(&nonce) + &hex(&sealed) })
+    }
+
+    /// A secret, the same for the same purpose and key file; base64 of 32 bytes.
+    pub fn derive(&self, purpose: &str) -> String {
+        URL_SAFE_NO_PAD.encode(ring::hmac::sign(&self.derives, purpose.as_bytes()))
     }
 
     /// The key itself.

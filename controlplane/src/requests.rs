@@ -35,7 +35,13 @@ pub struct RequestRecord {
     pub point: Option<crate::objects::PointRecord>,
     /// When, nanoseconds since the Unix epoch.
     pub at_ns: u64,
+    /// The join token that it spent, if that is what it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<crate::token::TokenRecord>,
 }
+
+/// What a request made: its uid, its point, the token that it spent.
+type Made<'a> = (&'a str, Option<crate::objects::PointRecord>, Option<crate::token::TokenRecord>);
 
 /// A request with an id, or without.
 #[derive(Clone, Debug, Default)]
@@ -89,6 +95,11 @@ impl Asked {
         self.record_with(model, txn, now_ns, uid, None);
     }
 
+    /// As [`Self::record`], with the token that it spent.
+    pub fn record_token(&self, model: &Model, txn: &mut Txn, now_ns: u64, token: &crate::token::TokenRecord) {
+        self.put(model, txn, now_ns, (&token.id, None, Some(token.clone())));
+    }
+
     /// As [`Self::record`], with a point.
     pub fn record_with(
         &self,
@@ -98,6 +109,10 @@ impl Asked {
         uid: &str,
         point: Option<crate::objects::PointRecord>,
     ) {
+        self.put(model, txn, now_ns, (uid, point, None));
+    }
+
+    fn put(&self, model: &Model, txn: &mut Txn, now_ns: u64, (uid, point, token): Made<'_>) {
         if self.key.is_empty() {
             return;
         }
@@ -119,6 +134,7 @@ impl Asked {
             uid: uid.to_owned(),
             point,
             at_ns: now_ns,
+            token,
         }));
     }
 }

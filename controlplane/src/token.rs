@@ -110,6 +110,12 @@ impl TokenRecord {
         Ok((record, secret))
     }
 
+    /// The same with another secret.
+    #[must_use]
+    pub fn with_secret(self, secret: &str) -> Self {
+        Self { secret_hash: hash(secret), ..self }
+    }
+
     /// Whether this secret is taken at this time.
     ///
     /// # Errors

@@ -82,6 +82,58 @@ async fn a_token_works_once() {
     assert!(text.contains("neither spent nor expired"), "{text}");
 }
 
+/// A request whose answer was lost: the same again, word for word, is answered again; nothing else is.
+#[tokio::test]
+async fn requests_to_join_are_done_once_by_their_ids() {
+    let mut world = World::new().await;
+    let ask = |id: &str, name: &str| CreateJoinTokenRequest {
+        parent: TENANT.into(),
+        role: Role::Viewer.into(),
+        name: name.into(),
+        request_id: id.into(),
+        ..Default::default()
+    };
+    let mut admins = EnrolmentClient::new(world.channel.clone());
+    let first = admins.create_join_token(ask("1", "v")).await.unwrap().into_inner();
+    let again = admins.create_join_token(ask("1", "v")).await.unwrap().into_inner();
+    assert_eq!(first, again, "the same token");
+    assert_ne!(admins.create_join_token(ask("2", "v")).await.unwrap().into_inner().token, first.token);
+    assert_eq!(code(admins.create_join_token(ask("1", "w")).await), Code::InvalidArgument);
+
+    let token = afterimage_controlplane::token::JoinToken::parse(&first.token).unwrap();
+    let (_, csr_pem) = afterimage_controlplane::ca::key_and_request().unwrap();
+    let request = JoinRequest { token_id: token.id, secret: token.secret, csr_pem, request_id: "join".into() };
+    let mut enrolment = EnrolmentClient::new(anonymous(&world).await);
+    let joined = enrolment.join(request.clone()).await.unwrap().into_inner();
+    assert_eq!(code(admins.create_join_token(ask("1", "v")).await), Code::NotFound, "spent");
+    let (_, other) = afterimage_controlplane::ca::key_and_request().unwrap();
+    for replayed in [
+        JoinRequest { request_id: String::new(), ..request.clone() },
+        JoinRequest { request_id: "other".into(), ..request.clone() },
+        JoinRequest { secret: "guess".into(), ..request.clone() },
+        JoinRequest { csr_pem: other.clone(), ..request.clone() },
+    ] {
+        assert_eq!(code(enrolment.join(replayed).await), Code::PermissionDenied);
+    }
+    world.restart().await;
+    let mut enrolment = EnrolmentClient::new(anonymous(&world).await);
+    let repeated = enrolment.join(request).await.unwrap().into_inner();
+    let pin = |answer: &JoinResponse| {
+        let (_, pem) = x509_parser::pem::parse_x509_pem(answer.certificate_pem.as_bytes()).unwrap();
+        afterimage_controlplane::ca::key_pin(&pem.contents).unwrap()
+    };
+    assert_eq!((pin(&repeated), &repeated.name), (pin(&joined), &joined.name));
+
+    let bundle = world.join(Role::Proxy, "src").await;
+    let mut own = EnrolmentClient::new(client::connect(&bundle).await.unwrap());
+    let (_, csr_pem) = afterimage_controlplane::ca::key_and_request().unwrap();
+    let renew = |csr_pem: &str| RenewRequest { csr_pem: csr_pem.into(), request_id: "renew".into() };
+    let first = own.renew(renew(&csr_pem)).await.unwrap().into_inner();
+    let again = own.renew(renew(&csr_pem)).await.unwrap().into_inner();
+    assert_eq!(pin(&first), pin(&again));
+    assert_eq!(code(own.renew(renew(&other)).await), Code::InvalidArgument);
+}
+
 #[tokio::test]
 async fn of_two_that_race_for_a_token_one_gets_in() {
     let world = World::new().await;
@@ -94,7 +146,7 @@ async fn of_two_that_race_for_a_token_one_gets_in() {
 async fn a_guessed_secret_neither_works_nor_spends_the_token() {
     let world = World::new().await;
     let token = afterimage_controlplane::token::JoinToken::parse(&world.token(Role::Admin, "ann").await).unwrap();
-    let wrong = JoinRequest { token_id: token.id.clone(), secret: "guess".into(), csr_pem: String::new() };
+    let wrong = JoinRequest { token_id: token.id.clone(), secret: "guess".into(), ..JoinRequest::default() };
     let mut enrolment = EnrolmentClient::new(anonymous(&world).await);
     assert_eq!(code(enrolment.join(wrong).await), Code::PermissionDenied);
     client::join(&token.encode(), None).await.unwrap();
@@ -104,7 +156,12 @@ async fn a_guessed_secret_neither_works_nor_spends_the_token() {
 async fn a_token_is_spent_even_if_the_request_is_bad() {
     let world = World::new().await;
     let token = afterimage_controlplane::token::JoinToken::parse(&world.token(Role::Viewer, "v").await).unwrap();
-    let bad = JoinRequest { token_id: token.id.clone(), secret: token.secret.clone(), csr_pem: "no".into() };
+    let bad = JoinRequest {
+        token_id: token.id.clone(),
+        secret: token.secret.clone(),
+        csr_pem: "no".into(),
+        ..JoinRequest::default()
+    };
     let mut enrolment = EnrolmentClient::new(anonymous(&world).await);
     assert_eq!(code(enrolment.join(bad).await), Code::InvalidArgument);
     assert!(client::join(&token.encode(), None).await.is_err());

@@ -276,10 +276,19 @@ impl Coordinator {
     ///
     /// # Errors
     /// There is none of that name; it is too late.
-    pub async fn cancel_operation(self: &Arc<Self>, name: &Name, by: &str) -> Result<v1::Operation, Problem> {
+    pub async fn cancel_operation(
+        self: &Arc<Self>,
+        name: &Name,
+        by: &str,
+        request: &Asked,
+    ) -> Result<v1::Operation, Problem> {
+        let now = self.clock.wall_ns();
         let (operation, asked) = self
             .change(|model, txn| {
                 let mut operation = model.operation(name)?.clone();
+                if request.done(model)?.is_some() {
+                    return Ok((operation, false));
+                }
                 let before = operation.work.cancelled_by.clone();
                 operation
                     .work
@@ -290,6 +299,7 @@ impl Coordinator {
                     operation.version += 1;
                     txn.put(Object::Operation(operation.clone()));
                 }
+                request.record(model, txn, now, &operation.uid);
                 Ok((operation, asked))
             })
             .await?;

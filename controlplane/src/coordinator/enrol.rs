@@ -14,6 +14,7 @@ use crate::model::{MAX_OBJECTS, MAX_TOKENS};
 use crate::names::{Kind, Name, check_id};
 use crate::objects::{Object, Proxy, new_uid};
 use crate::problem::Problem;
+use crate::requests::Asked;
 use crate::token::{JoinToken, TokenRecord, TokenRefusal};
 
 /// How long a token is good for if nothing is said.
@@ -33,6 +34,7 @@ impl Coordinator {
         name: &str,
         ttl_s: u64,
         validate_only: bool,
+        request: &Asked,
     ) -> Result<(String, u64), Problem> {
         check_id("name", name)?;
         let ttl = match ttl_s {
@@ -40,27 +42,42 @@ impl Coordinator {
             s if TTL_S.contains(&s) => Duration::from_secs(s),
             s => return Err(Problem::invalid("ttl_s", s, format!("{} to {} seconds", TTL_S.start(), TTL_S.end()))),
         };
-        let expire = self.clock.wall_ns() + ttl.as_nanos() as u64;
-        let (record, secret) =
-            TokenRecord::new(tenant, role, name, expire).map_err(|e| Problem::Internal(e.to_string()))?;
+        let now = self.clock.wall_ns();
+        let (record, mut secret) = TokenRecord::new(tenant, role, name, now + ttl.as_nanos() as u64)
+            .map_err(|e| Problem::Internal(e.to_string()))?;
+        let (record, secret) = match request.key() {
+            "" => (record, secret),
+            // The secret is kept nowhere: for the same request it is made anew.
+            key => {
+                secret = self.keys.derive(&format!("join-token/{key}"));
+                (record.with_secret(&secret), secret)
+            }
+        };
+        let record = self
+            .change(|model, txn| {
+                if let Some(done) = request.done(model)? {
+                    let known = model.tokens.get(&done.uid).cloned();
+                    return known.ok_or_else(|| crate::requests::gone("join token", &done.uid));
+                }
+                if model.tokens.len() >= MAX_TOKENS {
+                    return Err(Problem::Limit { what: "join tokens given out".into(), limit: MAX_TOKENS as u64 });
+                }
+                if !validate_only {
+                    txn.put(Object::Token(record.clone()));
+                    request.record(model, txn, now, &record.id);
+                }
+                Ok(record)
+            })
+            .await?;
+        let expire = record.expire_time_ns;
         let token = JoinToken {
-            id: record.id.clone(),
+            id: record.id,
             secret,
             endpoint: self.settings.endpoint.clone(),
             ca_pem: self.trust().pem.clone(),
             role: role.as_str().to_owned(),
             name: name.to_owned(),
         };
-        self.change(|model, txn| {
-            if model.tokens.len() >= MAX_TOKENS {
-                return Err(Problem::Limit { what: "join tokens given out".into(), limit: MAX_TOKENS as u64 });
-            }
-            if !validate_only {
-                txn.put(Object::Token(record));
-            }
-            Ok(())
-        })
-        .await?;
         Ok((if validate_only { String::new() } else { token.encode() }, expire))
     }
 
@@ -68,17 +85,29 @@ impl Coordinator {
     ///
     /// # Errors
     /// The token is spent, expired or wrong; the request is none.
-    pub async fn join(self: &Arc<Self>, id: &str, secret: &str, csr_pem: &str) -> Result<v1::JoinResponse, Problem> {
+    pub async fn join(self: &Arc<Self>, join: &v1::JoinRequest) -> Result<v1::JoinResponse, Problem> {
+        let (id, secret) = (join.token_id.as_str(), join.secret.as_str());
         let now = self.clock.wall_ns();
+        let spent = |r: &TokenRecord| Asked::new(&r.tenant, &format!("token/{id}"), "Join", &join.request_id, join);
         let taken = self
             .change(|model, txn| {
-                let Some(record) = model.tokens.get(id) else { return Ok(Err(TokenRefusal::Unknown)) };
+                let Some(record) = model.tokens.get(id) else {
+                    // Spent by this very request, whose answer was lost: with the same secret and the same key.
+                    let again = model.requests.values().find_map(|r| {
+                        let token = r.token.as_ref().filter(|t| t.id == id)?;
+                        spent(token).ok()?.done(model).ok().flatten().map(|_| token.clone())
+                    });
+                    return Ok(again.ok_or(TokenRefusal::Unknown));
+                };
                 let checked = record.check(secret, now);
                 if checked == Err(TokenRefusal::WrongSecret) {
                     // Ids are no secrets: whoever guesses one must not spend it for its owner.
                     return Ok(Err(TokenRefusal::WrongSecret));
                 }
                 txn.delete(Object::Token(record.clone()));
+                if checked.is_ok() {
+                    spent(record)?.record_token(model, txn, now, record);
+                }
                 Ok(checked.map(|()| record.clone()))
             })
             .await?;
@@ -90,14 +119,28 @@ impl Coordinator {
                 needs: "a token that is neither spent nor expired; ask an admin for a new one".into(),
             }
         })?;
-        self.issue(&record.tenant, record.role, &record.name, None, csr_pem).await
+        self.issue(&record.tenant, record.role, &record.name, None, &join.csr_pem).await
     }
 
     /// A new certificate for who has a good one.
     ///
     /// # Errors
     /// The proxy has been deleted; the request is none.
-    pub async fn renew(self: &Arc<Self>, who: &Identity, csr_pem: &str) -> Result<v1::JoinResponse, Problem> {
+    pub async fn renew(
+        self: &Arc<Self>,
+        who: &Identity,
+        csr_pem: &str,
+        request: &Asked,
+    ) -> Result<v1::JoinResponse, Problem> {
+        // One that is asked again is a certificate for the same key: nothing is lost or gained by it.
+        let now = self.clock.wall_ns();
+        self.change(|model, txn| {
+            if request.done(model)?.is_none() {
+                request.record(model, txn, now, "");
+            }
+            Ok(())
+        })
+        .await?;
         if who.role == Role::Proxy {
             self.proxy_of(who)?;
         }

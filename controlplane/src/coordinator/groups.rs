@@ -14,7 +14,7 @@ use crate::fields::{self, Rules};
 use crate::group::{DiskWanted, Found, check_disks, new_group};
 use crate::model::Model;
 use crate::names::{Kind, Name};
-use crate::objects::{Disk, Group, GroupPhase, Object, Proxy, ViewKind};
+use crate::objects::{Disk, Group, GroupPhase, Object, Proxy, ViewKind, new_uid};
 use crate::policy::check_text;
 use crate::problem::Problem;
 use crate::requests::{Asked, gone};
@@ -408,7 +408,14 @@ impl Coordinator {
     ///
     /// # Errors
     /// There is none of that name; its source is not there, is not held, or cannot read or write what it has to.
-    pub async fn inspect_branch(&self, name: &Name, export_to: &str) -> Result<v1::Branch, Problem> {
+    pub async fn inspect_branch(
+        self: &Arc<Self>,
+        name: &Name,
+        export_to: &str,
+        request: &Asked,
+    ) -> Result<v1::Branch, Problem> {
+        // Two that come at once with one id: the second waits for what the first is told.
+        let _turn = self.turns.of(request.key()).await;
         let model = self.model();
         let group = model.group(name)?;
         let plain = !export_to.split('/').any(|part| part == "..") && !export_to.chars().any(char::is_control);
@@ -425,7 +432,18 @@ impl Coordinator {
             Tell::InspectBranch(v1::InspectBranch { stream_uid: group.uid.clone(), export_to: export_to.to_owned() });
         // A copy takes as long as its disks are large.
         let wait = if export_to.is_empty() { Duration::from_secs(30) } else { Duration::from_secs(3600) };
-        match self.command(source, "", "", tell, Duration::ZERO, wait).await {
+        // Only so that the id is not used for another request: the proxy knows the command again, and one that it has
+        // forgotten looks at, and writes, the same.
+        let (now, uid) = (self.clock.wall_ns(), group.uid.clone());
+        self.change(|model, txn| {
+            if request.done(model)?.is_none() {
+                request.record(model, txn, now, &uid);
+            }
+            Ok(())
+        })
+        .await?;
+        let id = if request.key().is_empty() { new_uid() } else { request.key().to_owned() };
+        match self.command_once(&id, source, "", "", tell, Duration::ZERO, wait).await {
             Ok(Outcome::Branch(branch)) => Ok(branch),
             Ok(Outcome::Error(e)) => Err(refusal(source, &e)),
             Ok(_) => Err(misfit(source)),

@@ -31,7 +31,7 @@ fn required<'a, T>(field: &str, value: &'a Option<T>) -> Result<&'a T, Problem> 
 }
 
 /// What a caller asks to be done once, by the id that it gives.
-fn once(scope: &Scope, method: &str, id: &str, request: &impl prost::Message) -> Result<Asked, Problem> {
+pub(super) fn once(scope: &Scope, method: &str, id: &str, request: &impl prost::Message) -> Result<Asked, Problem> {
     crate::audit::asked_with(id);
     Asked::new(&scope.0.tenant, &actor(&scope.0), method, id, request)
 }
@@ -192,8 +192,11 @@ impl groups_server::Groups for Operator {
     }
 
     async fn inspect_branch(&self, request: Request<InspectBranchRequest>) -> Answer<Branch> {
-        let group = Scope::of(&request)?.name("group", Kind::Group, &request.get_ref().group)?;
-        ok(self.0.inspect_branch(&group, &request.get_ref().export_to).await?)
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "InspectBranch", &r.request_id, &r)?;
+        ok(self.0.inspect_branch(&group, &r.export_to, &asked).await?)
     }
 }
 
@@ -327,8 +330,10 @@ impl operations_server::Operations for Operator {
 
     async fn cancel_operation(&self, request: Request<CancelOperationRequest>) -> Answer<v1::Operation> {
         let scope = Scope::of(&request)?;
-        let name = scope.name("name", Kind::Operation, &request.get_ref().name)?;
-        ok(self.0.cancel_operation(&name, &actor(&scope.0)).await?)
+        let r = request.into_inner();
+        let name = scope.name("name", Kind::Operation, &r.name)?;
+        let asked = once(&scope, "CancelOperation", &r.request_id, &r)?;
+        ok(self.0.cancel_operation(&name, &actor(&scope.0), &asked).await?)
     }
 
     async fn delete_operation(&self, request: Request<DeleteOperationRequest>) -> Answer<DeleteOperationResponse> {

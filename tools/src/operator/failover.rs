@@ -131,7 +131,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
         }
         Verb::Cancel { operation, no_wait } => {
             let about = format!("operation \"{operation}\"");
-            let request = v1::CancelOperationRequest { name: session.operation(&operation) };
+            let request = v1::CancelOperationRequest { name: session.operation(&operation), ..Default::default() };
             let asked = session.ask(&about, session.operations().cancel_operation(request)).await?;
             let ended = if no_wait { asked } else { follow(session, asked, None).await? };
             out.show(&documents::operation(&ended), || shown(&ended));

@@ -161,8 +161,11 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             out.show(&documents::group(&made), || shown(&made));
         }
         Verb::Branch { group, export } => {
-            let request =
-                v1::InspectBranchRequest { group: session.group(&group), export_to: export.unwrap_or_default() };
+            let request = v1::InspectBranchRequest {
+                group: session.group(&group),
+                export_to: export.unwrap_or_default(),
+                ..Default::default()
+            };
             let branch = session.ask(object(&group), session.groups().inspect_branch(request)).await?;
             out.show(&documents::branch(&branch), || branched(&branch));
         }
