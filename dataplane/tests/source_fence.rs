@@ -95,6 +95,24 @@ fn a_source_that_stepped_down_stays_down_over_a_restart() {
 }
 
 #[test]
+fn a_refusal_of_what_was_claimed_before_does_not_take_a_disk_that_was_given_since() {
+    let mut bed = Bed::usual(1);
+    bed.ready();
+    bed.write(0, 0, &[1; 4096]).expect("written");
+    bed.acked();
+    bed.world.crash(bed.node);
+    (bed.refuse_claims, bed.gives_meanwhile) = (Some((FIRST, 3)), Some((FIRST, 3)));
+    bed.restart();
+    bed.until("protected", |bed| bed.is_protected());
+    assert!(!fenced(&mut bed));
+    bed.write(0, 4096, &[2; 4096]).expect("its disk is its own");
+    bed.acked();
+    bed.assert_equal();
+    let claims: Vec<u64> = bed.held.hellos.iter().map(|hello| hello.disks[0].generation).collect();
+    assert_eq!(claims, [1, 3], "the claim that was refused is made again, as it is now");
+}
+
+#[test]
 fn the_other_disks_of_a_group_go_on_without_the_fenced_one() {
     let mut bed = Bed::usual(2);
     bed.ready();

@@ -111,6 +111,9 @@ impl Group {
 
     /// The target has said that a disk was fenced, not which: nothing is answered until it is known.
     pub fn fenced_somewhere<I: Io>(&mut self, w: &mut Around<'_, I>, generation: u64) {
+        if self.claims_enough(w, None, generation) {
+            return self.lost(w, "the target fenced what this source has been given since");
+        }
         if self.disks_in(w).count() <= 1 {
             return self.step_down(w, None, generation);
         }
@@ -118,6 +121,14 @@ impl Group {
         self.ship.link.close(w.io);
         self.ship.link.again(w.io.now());
         self.hold_turn(w);
+    }
+
+    /// A fence of this generation is no newer than what the disk (each disk, if none is named) has been given: what was
+    /// refused is a claim from before, and is made again.
+    pub fn claims_enough<I: Io>(&self, w: &Around<'_, I>, disk: Option<DiskId>, generation: u64) -> bool {
+        let disks = self.disks.iter().filter_map(|index| w.disks[*index as usize].as_ref());
+        let mut within = disks.filter(|one| one.out.is_none() && disk.is_none_or(|id| one.config.id == id)).peekable();
+        within.peek().is_some() && within.all(|one| one.config.generation >= generation)
     }
 
     fn disks_in<'a, I>(&'a self, w: &'a Around<'_, I>) -> impl Iterator<Item = DiskId> + 'a {

@@ -222,7 +222,7 @@ impl Group {
     }
 
     /// The connection is gone.
-    fn lost<I: Io>(&mut self, w: &mut Around<'_, I>, reason: &str) {
+    pub(super) fn lost<I: Io>(&mut self, w: &mut Around<'_, I>, reason: &str) {
         self.ship.link.close(w.io);
         self.ship.link.fail(w.io.now(), reason);
         self.ship.queue.healthy = false;
@@ -347,6 +347,11 @@ impl Group {
         let now = w.io.now();
         match failure {
             LinkFailure::Unreachable(reason) => self.ship.link.fail(now, &reason),
+            LinkFailure::Refused(Refusal::Fenced { disk, generation }, message)
+                if self.claims_enough(w, Some(disk), generation) =>
+            {
+                self.ship.link.fail(now, &message);
+            }
             LinkFailure::Refused(Refusal::Fenced { disk, generation }, _) => self.step_down(w, Some(disk), generation),
             // The target is past what an earlier life has to say: see `linked`.
             LinkFailure::Refused(Refusal::Branch, _) if self.ship.past().is_some() => self.reincarnate(w, false, 0),

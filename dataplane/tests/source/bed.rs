@@ -155,6 +155,8 @@ pub struct Bed {
     pub left: Vec<u16>,
     /// A hello that claims this disk below this generation is refused.
     pub refuse_claims: Option<(DiskId, u64)>,
+    /// Each hello is under way when the source is given this disk under this generation.
+    pub gives_meanwhile: Option<(DiskId, u64)>,
     /// No connection can be made.
     pub unreachable: bool,
     /// What the target says to a hello instead of welcoming it.
@@ -197,6 +199,7 @@ impl Bed {
             generation: 1,
             left: Vec::new(),
             refuse_claims: None,
+            gives_meanwhile: None,
             unreachable: false,
             refusal: None,
             link: None,
@@ -316,6 +319,9 @@ impl Bed {
     }
 
     fn connect(&mut self, hello: &Hello) {
+        if let Some(given) = self.gives_meanwhile {
+            self.source.set_generations(&mut self.io, STREAM, &[given]);
+        }
         if self.unreachable {
             let failure = LinkFailure::Unreachable("no way".into());
             return self.source.link_failed(&mut self.io, STREAM, failure);
