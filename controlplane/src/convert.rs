@@ -223,7 +223,7 @@ pub fn phase_to_proto(group: &Group) -> v1::Phase {
         GroupPhase::Protecting | GroupPhase::Deleting if group.complete => v1::Phase::Protected,
         GroupPhase::Protecting | GroupPhase::Deleting => v1::Phase::Syncing,
         GroupPhase::FailingOver { .. } => v1::Phase::FailingOver,
-        GroupPhase::FailedOver { .. } => v1::Phase::FailedOver,
+        GroupPhase::FailedOver { .. } | GroupPhase::Changing { .. } => v1::Phase::FailedOver,
     }
 }
 
@@ -245,7 +245,7 @@ pub fn group_to_proto(model: &Model, group: &Group) -> v1::Group {
         phase: phase_to_proto(group).into(),
         operation: model.active_operation(group).map(|o| o.name().to_string()).unwrap_or_default(),
         failover_view: match &group.phase {
-            GroupPhase::FailedOver { view } => child(&name, "views", view),
+            GroupPhase::FailedOver { view } | GroupPhase::Changing { view, .. } => child(&name, "views", view),
             _ => String::new(),
         },
         placement: group.placement.clone(),
@@ -281,6 +281,7 @@ pub fn view_to_proto(model: &Model, view: &View) -> v1::View {
         reason: view.reason.clone(),
         open: view.open,
         etag: model.etag(&Object::View(view.clone()).key()),
+        kept: view.kept,
     }
 }
 
@@ -302,9 +303,11 @@ pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation
         start_time_ns: s.started_ns,
         end_time_ns: s.ended_ns,
     };
+    let opens = work.spec.verb != failover::Verb::UndoFailover;
+    let left = model.view(&group, &work.facts.leaves).ok();
     let result = (work.state == failover::State::Done).then(|| v1::FailoverResult {
         point: work.facts.point.as_ref().map(|p| point_to_proto(&group, p)),
-        view: model.view(&group, failover::FAILOVER_VIEW).ok().map(|v| view_to_proto(model, v)),
+        view: model.view(&group, &work.facts.view).ok().filter(|_| opens).map(|v| view_to_proto(model, v)),
         fence: match work.facts.fence {
             Some(failover::FenceKind::Confirmed) => v1::FenceKind::Confirmed,
             Some(failover::FenceKind::Unconfirmed) => v1::FenceKind::Unconfirmed,
@@ -315,12 +318,13 @@ pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation
         generation: work.facts.generation,
         rpo_at_start_us: work.facts.rpo_at_start_us,
         zero_loss: work.facts.zero_loss,
+        branch: left.filter(|v| v.kept).map(|v| view_to_proto(model, v)),
     });
     v1::Operation {
         name: operation.name().to_string(),
         uid: operation.uid.clone(),
         version: operation.version,
-        verb: "failover".to_owned(),
+        verb: work.spec.verb.as_str().to_owned(),
         subject: group.to_string(),
         request_id: operation.request_id.clone(),
         actor: operation.actor.clone(),

@@ -1,25 +1,38 @@
 //! Failover as a machine: which step is next, what it takes, what its outcome changes. No I/O, no clock.
 //!
 //! ```text
-//! check · fence · drain · raise-generation · [lease] · resolve-point · open-view · finish
-//!           │ any failure up to here
-//!           ▼
-//! close-view · return-generation · release          (undoing: the source goes on under a new generation)
+//! failover          check · fence · drain · raise-generation · [lease] · resolve-point · open-view · finish
+//! planned-failover  check · catch-up · fence · drain · raise-generation · resolve-point · open-view · finish
+//!                     │ any failure up to here
+//!                     ▼
+//!                   close-view · return-generation · release  (undoing: the source goes on under a new generation)
+//!
+//! undo-failover     check · leave-view · return-generation · release · [discard]
+//!                     │ if the view cannot be left: as it was
+//! change-point      check · resolve-point · open-view · leave-view · finish
+//!                     │ any failure up to here: close-view, and as it was
 //! ```
+//! The source is let go on only when nobody can write to the view any more. A planned failover takes nothing from the
+//! source unless all that it had captured is at the target.
+//!
 //! A step is recorded as running before it is done ([`Failover::begin`]), with what it changes in the group, so that a
 //! coordinator that restarts does the same step again. Every command is safe to repeat. The undoing steps never fail:
 //! whom they cannot reach is told by the desired state when it is back.
+
+mod checks;
+mod parts;
 
 use afterimage_wire::v1;
 use afterimage_wire::v1::command::Command as Tell;
 use afterimage_wire::v1::command_result::Outcome;
 use serde::{Deserialize, Serialize};
 
+pub use self::checks::{check, check_failed_over, check_point, free_view};
+pub use self::parts::{Choice, Facts, Failure, FenceKind, Spec, State, StepName, StepRecord, StepState, Verb};
 use crate::convert;
-use crate::objects::{Disk, ExportRecord, Group, GroupPhase, PointRecord, proxy_view_name};
-use crate::problem::Problem;
+use crate::objects::{Disk, Group, GroupPhase, PointRecord, proxy_view_name};
 
-/// Id of the view that a failed over group runs from.
+/// Id of the view that a failed over group runs from; another is `failover-2` and so on, where it has been there before.
 pub const FAILOVER_VIEW: &str = "failover";
 
 /// How long a command may take, milliseconds.
@@ -35,174 +48,6 @@ const UNDO_MS: u64 = 3_000;
 /// Waited beyond a lease, milliseconds, and a tenth of the lease more: clocks run at different speeds, and what was being
 /// answered when it ran out may take a moment.
 const LEASE_MARGIN_MS: u64 = 1_000;
-
-/// Which point is wanted.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Choice {
-    /// The newest durable write.
-    Latest,
-    /// A cut.
-    Cut(u64),
-    /// The last write not after this time, nanoseconds since the Unix epoch.
-    Time(u64),
-    /// Exactly this write.
-    Seq(u64),
-}
-
-/// What was asked for.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Spec {
-    /// Which point.
-    pub to: Choice,
-    /// Go on if the source cannot be reached.
-    pub unconfirmed: bool,
-    /// For a person.
-    pub reason: String,
-}
-
-/// The steps.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum StepName {
-    /// It can be done: before anything is stored.
-    Check,
-    /// The source holds all I/O, or the operator says that it is gone.
-    Fence,
-    /// What a fenced source had captured becomes durable.
-    Drain,
-    /// The disks are taken from their writer.
-    RaiseGeneration,
-    /// A source that could not be reached has stopped by itself.
-    Lease,
-    /// The choice becomes one point.
-    ResolvePoint,
-    /// That point is opened for writing.
-    OpenView,
-    /// The group runs from the view.
-    Finish,
-    /// Undoing: the view goes.
-    CloseView,
-    /// Undoing: the source gets a generation above the one that was raised.
-    ReturnGeneration,
-    /// Undoing: the source's I/O goes on.
-    Release,
-}
-
-impl StepName {
-    /// As the API has it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Check => "check",
-            Self::Fence => "fence",
-            Self::Drain => "drain",
-            Self::RaiseGeneration => "raise-generation",
-            Self::Lease => "lease",
-            Self::ResolvePoint => "resolve-point",
-            Self::OpenView => "open-view",
-            Self::Finish => "finish",
-            Self::CloseView => "close-view",
-            Self::ReturnGeneration => "return-generation",
-            Self::Release => "release",
-        }
-    }
-}
-
-/// How far a step is.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum StepState {
-    /// To be done.
-    Pending,
-    /// Recorded; may have been done.
-    Running,
-    /// Done.
-    Done,
-    /// Failed.
-    Failed,
-    /// Not needed.
-    Skipped,
-}
-
-/// A step as recorded.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct StepRecord {
-    /// Which.
-    pub name: StepName,
-    /// How far.
-    pub state: StepState,
-    /// What was found or done.
-    pub detail: String,
-    /// Nanoseconds since the Unix epoch; 0 if not begun.
-    pub started_ns: u64,
-    /// Nanoseconds since the Unix epoch; 0 if not ended.
-    pub ended_ns: u64,
-}
-
-/// How far the operation is.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// Going forward.
-    Running,
-    /// A step has failed.
-    Undoing,
-    /// The group runs from its view.
-    Done,
-    /// Undone.
-    Failed,
-}
-
-/// Why the source does not write any more.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FenceKind {
-    /// The source proxy holds all I/O.
-    Confirmed,
-    /// The operator said so by name.
-    Unconfirmed,
-    /// Its lease has run out: it has stopped by itself.
-    #[serde(rename = "self-fenced")]
-    SelfFenced,
-}
-
-/// What has been found out on the way.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct Facts {
-    /// RPO as shown when it began, microseconds.
-    pub rpo_at_start_us: u64,
-    /// Uids of the group's disks.
-    pub disks: Vec<String>,
-    /// Last number that the fenced source had drawn.
-    pub last_seq: Option<u64>,
-    /// How the source was fenced.
-    pub fence: Option<FenceKind>,
-    /// Lease that the source is known to keep to, milliseconds; 0 if none is.
-    #[serde(default)]
-    pub lease_ms: u64,
-    /// No answered write was missing at the target when the disks were taken.
-    #[serde(default)]
-    pub zero_loss: bool,
-    /// Generation that the target is told to raise to.
-    pub at_least: u64,
-    /// Generation that it raised to.
-    pub generation: u64,
-    /// The point.
-    pub point: Option<PointRecord>,
-    /// The view's exports.
-    pub exports: Vec<ExportRecord>,
-}
-
-/// Why it failed.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Failure {
-    /// At which step.
-    pub step: StepName,
-    /// What went wrong.
-    pub message: String,
-    /// What to do.
-    pub remedy: String,
-}
 
 /// A failover.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -252,6 +97,11 @@ pub enum Action {
         /// Milliseconds.
         within_ms: u64,
     },
+    /// Wait until the target holds what the source has captured until now, for a bounded time.
+    CatchUp {
+        /// Milliseconds.
+        within_ms: u64,
+    },
     /// Wait for so long, then apply [`Reply::Nothing`].
     Wait {
         /// Milliseconds.
@@ -273,83 +123,34 @@ pub enum Reply {
     Unreachable(String),
     /// The target's newest record after draining.
     Drained(u64),
+    /// How many records the target is behind after catching up.
+    CaughtUp(u64),
     /// For [`Action::Record`].
     Nothing,
 }
 
-/// Checks that a failover fits the group's state, before anything is stored.
-///
-/// # Errors
-/// What does not fit, and what does.
-pub fn check(
-    spec: &Spec,
-    confirm_name: &str,
-    group: &Group,
-    disks: usize,
-    source_connected: bool,
-    target_connected: bool,
-    lease_ms: u64,
-) -> Result<(), Problem> {
-    let name = group.name();
-    match &group.phase {
-        GroupPhase::Protecting => {}
-        GroupPhase::FailingOver { operation } => {
-            let remedy = format!("wait for tenants/{}/operations/{operation}", group.tenant);
-            return Err(Problem::state(name, "being failed over already", remedy));
-        }
-        GroupPhase::FailedOver { view } => {
-            let remedy = format!("it runs from the view \"{view}\"; verbs that fit: points, views");
-            return Err(Problem::state(name, "failed over already", remedy));
-        }
-        GroupPhase::Deleting => return Err(Problem::state(name, "being deleted", "nothing fits any more")),
-    }
-    if disks == 0 {
-        return Err(Problem::state(name, "without disks", "add a disk first"));
-    }
-    if spec.unconfirmed && confirm_name != group.id {
-        return Err(Problem::invalid("confirm_name", confirm_name, format!("the group's id, typed: {:?}", group.id)));
-    }
-    if !target_connected {
-        let detail = format!("the target of {name} is not connected; look at that proxy, then start again");
-        return Err(Problem::Unreachable { proxy: group.target.clone(), detail });
-    }
-    // Without it, a source that keeps to a lease has stopped after a while.
-    if !source_connected && !spec.unconfirmed && lease_ms == 0 {
-        return Err(Problem::state(
-            name,
-            format!("not to be fenced: its source \"{}\" cannot be reached", group.source),
-            "bring that proxy back; or, if its machine is known to be off, start the failover with `unconfirmed` and \
-             the group's id in `confirm_name`",
-        ));
-    }
-    Ok(())
-}
-
-/// Checks that a point is fit to run from.
-///
-/// # Errors
-/// It is damaged or holds not all disks.
-pub fn check_point(point: &PointRecord, damage: &str, disks: &[(String, String)]) -> Result<(), String> {
-    if !damage.is_empty() {
-        return Err(format!("the point {} is damaged: {damage}", point.seq));
-    }
-    let missing: Vec<&str> =
-        disks.iter().filter(|(uid, _)| !point.disks.contains(uid)).map(|(_, id)| id.as_str()).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(format!("the point {} does not hold {}: being synchronised there", point.seq, missing.join(", ")))
-}
-
 impl Failover {
-    /// A failover whose checks have passed.
-    pub fn new(spec: Spec, disks: &[&Disk], rpo_at_start_us: u64, lease_ms: u64, checked: String, now_ns: u64) -> Self {
+    /// A verb whose checks have passed. `leaves` is the view that a group that is failed over runs from, `view` the one
+    /// that is opened.
+    pub fn new(
+        spec: Spec,
+        disks: &[&Disk],
+        (view, leaves): (&str, &str),
+        rpo_at_start_us: u64,
+        lease_ms: u64,
+        checked: String,
+        now_ns: u64,
+    ) -> Self {
         use StepName::*;
-        let mut steps: Vec<StepRecord> =
-            [Check, Fence, Drain, RaiseGeneration, Lease, ResolvePoint, OpenView, Finish].map(pending).into();
-        if lease_ms == 0 {
-            steps.retain(|step| step.name != Lease);
-        }
+        let names: &[StepName] = match spec.verb {
+            Verb::Failover if lease_ms == 0 => &[Check, Fence, Drain, RaiseGeneration, ResolvePoint, OpenView, Finish],
+            Verb::Failover => &[Check, Fence, Drain, RaiseGeneration, Lease, ResolvePoint, OpenView, Finish],
+            Verb::PlannedFailover => &[Check, CatchUp, Fence, Drain, RaiseGeneration, ResolvePoint, OpenView, Finish],
+            Verb::UndoFailover if spec.discard => &[Check, LeaveView, ReturnGeneration, Release, Discard],
+            Verb::UndoFailover => &[Check, LeaveView, ReturnGeneration, Release],
+            Verb::ChangePoint => &[Check, ResolvePoint, OpenView, LeaveView, Finish],
+        };
+        let mut steps: Vec<StepRecord> = names.iter().copied().map(pending).collect();
         steps[0] = StepRecord {
             state: StepState::Done,
             detail: checked,
@@ -357,9 +158,31 @@ impl Failover {
             ended_ns: now_ns,
             ..steps[0].clone()
         };
-        let disks = disks.iter().map(|d| d.uid.clone()).collect();
-        let facts = Facts { rpo_at_start_us, lease_ms, disks, ..Facts::default() };
+        let facts = Facts {
+            rpo_at_start_us,
+            disks: disks.iter().map(|d| d.uid.clone()).collect(),
+            last_seq: None,
+            fence: None,
+            lease_ms,
+            zero_loss: false,
+            at_least: 0,
+            generation: 0,
+            point: None,
+            exports: Vec::new(),
+            view: view.to_owned(),
+            leaves: leaves.to_owned(),
+            reopens: false,
+        };
         Self { spec, state: State::Running, steps, facts, error: None, cancelled_by: String::new() }
+    }
+
+    /// Opens a view that is there already, with what was written to it: its point is known.
+    #[must_use]
+    pub fn reopening(mut self, point: PointRecord) -> Self {
+        self.facts.point = Some(point);
+        self.facts.reopens = true;
+        self.steps.retain(|step| step.name != StepName::ResolvePoint);
+        self
     }
 
     /// True once nothing is left to do.
@@ -387,17 +210,18 @@ impl Failover {
             step.started_ns = now_ns;
         }
         let stream_uid = group.uid.clone();
-        let view = proxy_view_name(&group.tenant, &group.id, FAILOVER_VIEW);
+        let view = proxy_view_name(&group.tenant, &group.id, &self.facts.view);
         let back = if resumed { RETURN_MS } else { 0 };
         let tell = |side, command, connect_ms, answer_ms| Action::Tell { side, command, connect_ms, answer_ms };
         match step.name {
             StepName::Check | StepName::Finish => Action::Record,
+            StepName::CatchUp => Action::CatchUp { within_ms: self.spec.within_ms },
             StepName::Fence => {
                 group.hold = true;
                 tell(Side::Source, Tell::Fence(v1::Fence { stream_uid, hold: true }), back, FENCE_MS)
             }
             StepName::Drain => match (self.spec.to, self.facts.last_seq) {
-                (Choice::Latest, Some(seq)) => Action::Drain { seq, within_ms: DRAIN_MS },
+                (Choice::Latest, Some(seq)) => Action::Drain { seq, within_ms: self.spec.within_ms.max(DRAIN_MS) },
                 _ => Action::Record,
             },
             StepName::RaiseGeneration => {
@@ -434,12 +258,27 @@ impl Failover {
                 };
                 tell(Side::Target, Tell::OpenView(command), RETURN_MS, ANSWER_MS)
             }
-            StepName::CloseView => {
+            StepName::LeaveView => {
+                let view = proxy_view_name(&group.tenant, &group.id, &self.facts.leaves);
+                // Kept in any case: if nobody hears that it was closed, it is opened again.
+                let command = v1::CloseView { view, keep_delta: true };
+                tell(Side::Target, Tell::CloseView(command), RETURN_MS, ANSWER_MS)
+            }
+            StepName::Discard => {
+                let view = proxy_view_name(&group.tenant, &group.id, &self.facts.leaves);
                 let command = v1::CloseView { view, keep_delta: false };
+                tell(Side::Target, Tell::CloseView(command), RETURN_MS, ANSWER_MS)
+            }
+            StepName::CloseView => {
+                // What had been written to it before this operation is not this operation's to delete.
+                let command = v1::CloseView { view, keep_delta: self.facts.reopens };
                 tell(Side::Target, Tell::CloseView(command), UNDO_MS, UNDO_MS)
             }
             StepName::ReturnGeneration => {
                 // Above the one that was raised: what the source writes from here is another branch.
+                if self.facts.at_least == 0 {
+                    self.facts.at_least = group.generation;
+                }
                 let generation = self.facts.at_least.max(self.facts.generation) + 1;
                 group.generation = generation;
                 group.writer_generation = generation;
@@ -462,7 +301,7 @@ impl Failover {
     pub fn apply(&mut self, group: &mut Group, disks: &[(String, String)], reply: Reply, now_ns: u64) {
         let Some(at) = self.current() else { return };
         let name = self.steps[at].name;
-        let outcome = if self.state == State::Undoing {
+        let outcome = if self.state == State::Undoing || self.is_past_return(name) {
             Ok(self.undone(group, name, reply))
         } else if name == StepName::Lease && !self.cancelled_by.is_empty() {
             // The wait may have been cut short: nobody knows that the source has stopped.
@@ -490,13 +329,24 @@ impl Failover {
         if self.current().is_some() || self.ended() {
             return;
         }
-        if self.state == State::Undoing {
-            group.phase = GroupPhase::Protecting;
-            self.state = State::Failed;
-        } else {
-            group.phase = GroupPhase::FailedOver { view: FAILOVER_VIEW.to_owned() };
-            self.state = State::Done;
-        }
+        let runs_from = |view: &str| GroupPhase::FailedOver { view: view.to_owned() };
+        group.phase = match (self.state == State::Undoing, self.spec.verb) {
+            (true, verb) if verb.is_of_failed_over() => runs_from(&self.facts.leaves),
+            (true, _) | (false, Verb::UndoFailover) => GroupPhase::Protecting,
+            (false, _) => runs_from(&self.facts.view),
+        };
+        self.state = if self.state == State::Undoing { State::Failed } else { State::Done };
+    }
+
+    /// The view has been left, and the source is to go on: from here on nothing can fail.
+    fn is_past_return(&self, step: StepName) -> bool {
+        self.spec.verb == Verb::UndoFailover
+            && matches!(step, StepName::ReturnGeneration | StepName::Release | StepName::Discard)
+    }
+
+    /// From this step on it goes on to its end.
+    fn decided_at(&self) -> StepName {
+        if self.spec.verb.is_of_failed_over() { StepName::LeaveView } else { StepName::OpenView }
     }
 
     /// Asks that it be given up, by whom; between two steps it will be.
@@ -507,7 +357,7 @@ impl Failover {
         match self.state {
             State::Done | State::Failed => Err("ended"),
             State::Undoing => Ok(()),
-            State::Running if self.reached(StepName::OpenView) => Err("past the step from which it goes on to its end"),
+            State::Running if self.reached(self.decided_at()) => Err("past the step from which it goes on to its end"),
             State::Running => {
                 if self.cancelled_by.is_empty() {
                     by.clone_into(&mut self.cancelled_by);
@@ -518,17 +368,19 @@ impl Failover {
     }
 
     fn given_up(&self) -> (String, String) {
-        (
-            format!("given up by {}", self.cancelled_by),
-            "the source has been let go on; start again when it is wanted".into(),
-        )
+        let goes_on = if self.spec.verb.is_of_failed_over() {
+            "the group runs on as it did"
+        } else {
+            "the source has been let go on"
+        };
+        (format!("given up by {}", self.cancelled_by), format!("{goes_on}; start again when it is wanted"))
     }
 
     /// Before the next step: gives it up if that is asked. A step that was being done is done first.
     fn heed_cancel(&mut self, group: &mut Group) {
         let next = self.steps.iter().find(|s| matches!(s.state, StepState::Pending | StepState::Running));
         let Some(next) = next.filter(|s| s.state == StepState::Pending).map(|s| s.name) else { return };
-        if self.state == State::Running && !self.cancelled_by.is_empty() && !self.reached(StepName::OpenView) {
+        if self.state == State::Running && !self.cancelled_by.is_empty() && !self.reached(self.decided_at()) {
             let (message, remedy) = self.given_up();
             self.fail(group, next, message, remedy);
             self.settle(group);
@@ -554,8 +406,22 @@ impl Failover {
     ) -> Result<(StepState, String), (String, String)> {
         use StepState::{Done, Skipped};
         let target = group.target.as_str();
-        let again = format!("the source has been let go on; look at the target proxy \"{target}\", then start again");
+        let planned = self.spec.verb == Verb::PlannedFailover;
+        let goes_on = if self.spec.verb.is_of_failed_over() {
+            "the group runs on as it did"
+        } else {
+            "the source has been let go on"
+        };
+        let again = format!("{goes_on}; look at the target proxy \"{target}\", then start again");
+        let rest = "wait until the group has caught up (see `status`), or allow more time; or start a failover that is not planned";
         match (name, reply) {
+            (StepName::CatchUp, Reply::CaughtUp(0)) => {
+                Ok((Done, "what the source captures is at the target at once".into()))
+            }
+            (StepName::CatchUp, Reply::CaughtUp(behind)) => Err((
+                format!("the target is {behind} records behind its source, and the time for catching up is over"),
+                format!("nothing was held or taken; {rest}"),
+            )),
             (StepName::Fence, Reply::Answer(Outcome::Fenced(fenced))) => {
                 self.facts.fence = Some(FenceKind::Confirmed);
                 self.facts.last_seq = Some(fenced.last_seq);
@@ -563,6 +429,10 @@ impl Failover {
             }
             (StepName::Fence, reply) => {
                 let why = why(reply);
+                if planned {
+                    let remedy = "its I/O has been let go on; look at that proxy, then start again, or start a failover that is not planned";
+                    return Err((format!("the source did not confirm that it holds all I/O: {why}"), remedy.into()));
+                }
                 if self.spec.unconfirmed {
                     self.facts.fence = Some(FenceKind::Unconfirmed);
                     return Ok((Done, format!("unconfirmed, as the operator said by name: {why}")));
@@ -583,6 +453,10 @@ impl Failover {
                 let last = self.facts.last_seq.unwrap_or_default();
                 let detail = if seq >= last {
                     "everything that the source had captured is durable at the target".to_owned()
+                } else if planned {
+                    let message =
+                        format!("the target holds records up to {seq} of {last}: the rest did not arrive in time");
+                    return Err((message, format!("the source has been let go on; {rest}")));
                 } else {
                     format!("the target holds records up to {seq} of {last}; the rest did not arrive in time")
                 };
@@ -604,6 +478,13 @@ impl Failover {
             }
             (StepName::ResolvePoint, Reply::Answer(Outcome::Point(point))) => {
                 let record = convert::point_from_proto(&point);
+                if planned && record.seq < self.facts.last_seq.unwrap_or(u64::MAX) {
+                    let message = format!(
+                        "the newest point is record {}, and the source had come to {:?}",
+                        record.seq, self.facts.last_seq
+                    );
+                    return Err((message, format!("the source has been let go on; {rest}")));
+                }
                 check_point(&record, &point.damage, disks)
                     .map_err(|message| (message, "choose an older point, such as a cut from `points`".to_owned()))?;
                 let detail = format!("record {}", record.seq);
@@ -615,6 +496,15 @@ impl Failover {
                 self.facts.exports = opened.exports.iter().map(convert::export_from_proto).collect();
                 Ok((Done, format!("{} disks", opened.exports.len())))
             }
+            (StepName::LeaveView, Reply::Answer(Outcome::Done(_))) => {
+                Ok((Done, format!("\"{}\" is closed, and what was written to it is kept", self.facts.leaves)))
+            }
+            (StepName::LeaveView, reply) => Err((
+                format!("the view \"{}\" was not closed: {}", self.facts.leaves, why(reply)),
+                format!(
+                    "the group runs on from it; stop what uses its disks, look at the target proxy \"{target}\", then start again"
+                ),
+            )),
             (StepName::Check | StepName::Finish, Reply::Nothing) => Ok((Done, String::new())),
             (_, reply) => Err((why(reply), again)),
         }
@@ -623,7 +513,9 @@ impl Failover {
     fn undone(&mut self, group: &Group, name: StepName, reply: Reply) -> (StepState, String) {
         match reply {
             Reply::Answer(Outcome::Error(e)) => (StepState::Skipped, format!("refused: {}", e.message)),
-            Reply::Answer(_) | Reply::Nothing | Reply::Drained(_) => (StepState::Done, String::new()),
+            Reply::Answer(_) | Reply::Nothing | Reply::Drained(_) | Reply::CaughtUp(_) => {
+                (StepState::Done, String::new())
+            }
             Reply::Unreachable(detail) => {
                 let proxy = if name == StepName::Release { &group.source } else { &group.target };
                 (StepState::Skipped, format!("{detail}; \"{proxy}\" is told when it is back"))
@@ -645,7 +537,7 @@ impl Failover {
                 self.steps.push(pending(by));
             }
         }
-        debug_assert!(group.hold || !self.reached(StepName::Fence), "only steps from the fence on can fail");
+        debug_assert!(group.hold || !self.reached(StepName::Fence), "what was held is let go on by undoing");
     }
 }
 
@@ -661,7 +553,7 @@ fn why(reply: Reply) -> String {
     match reply {
         Reply::Answer(Outcome::Error(e)) => e.message,
         Reply::Unreachable(detail) => detail,
-        Reply::Answer(_) | Reply::Drained(_) | Reply::Nothing => {
+        Reply::Answer(_) | Reply::Drained(_) | Reply::CaughtUp(_) | Reply::Nothing => {
             "the proxy's answer does not fit the command".to_owned()
         }
     }
@@ -670,3 +562,5 @@ fn why(reply: Reply) -> String {
 #[cfg(test)]
 #[path = "failover_tests.rs"]
 mod tests;
+#[cfg(test)]
+mod verbs_tests;

@@ -1,10 +1,11 @@
 //! The failover machine, step by step, with scripted proxies.
 
 use super::*;
+use crate::problem::Problem;
 
 const UID: &str = "6f1f7c9e-0000-4000-8000-000000000001";
 
-fn group() -> Group {
+pub(super) fn group() -> Group {
     Group {
         uid: UID.into(),
         tenant: "default".into(),
@@ -28,18 +29,18 @@ fn group() -> Group {
     }
 }
 
-fn disks() -> Vec<(String, String)> {
+pub(super) fn disks() -> Vec<(String, String)> {
     vec![("d1".into(), "data".into())]
 }
 
 fn failover(to: Choice, unconfirmed: bool) -> Failover {
-    let spec = Spec { to, unconfirmed, reason: String::new() };
-    let mut work = Failover::new(spec, &[], 700, 0, "ok".into(), 5);
+    let spec = Spec { unconfirmed, ..Spec::new(Verb::Failover, to) };
+    let mut work = Failover::new(spec, &[], (FAILOVER_VIEW, ""), 700, 0, "ok".into(), 5);
     work.facts.disks = vec!["d1".into()];
     work
 }
 
-fn point(seq: u64) -> v1::Point {
+pub(super) fn point(seq: u64) -> v1::Point {
     v1::Point { seq, disks: vec!["d1".into()], ..v1::Point::default() }
 }
 
@@ -48,12 +49,12 @@ fn opened() -> Outcome {
     Outcome::View(v1::ViewOpened { exports: vec![export] })
 }
 
-fn error(message: &str) -> Outcome {
+pub(super) fn error(message: &str) -> Outcome {
     Outcome::Error(v1::CommandError { kind: 1, message: message.into() })
 }
 
 /// The answer of a proxy that does as it is told.
-fn obeyed(command: &Tell) -> Reply {
+pub(super) fn obeyed(command: &Tell) -> Reply {
     Reply::Answer(match command {
         Tell::Fence(f) if f.hold => Outcome::Fenced(v1::Fenced { last_seq: 90 }),
         Tell::RaiseGeneration(r) => {
@@ -73,6 +74,7 @@ fn run(work: &mut Failover, group: &mut Group, mut fault: impl FnMut(&Tell) -> O
             Action::Ended => break,
             Action::Record | Action::Wait { .. } => Reply::Nothing,
             Action::Drain { seq, .. } => Reply::Drained(seq),
+            Action::CatchUp { .. } => Reply::CaughtUp(0),
             Action::Tell { command, .. } => {
                 let reply = fault(&command).unwrap_or_else(|| obeyed(&command));
                 told.push(command);
@@ -120,8 +122,8 @@ fn a_source_that_cannot_be_reached_needs_the_operators_word() {
 #[test]
 fn a_source_with_a_lease_is_waited_for_after_its_disks_were_taken() {
     let gone = |t: &Tell| matches!(t, Tell::Fence(f) if f.hold).then(|| Reply::Unreachable("not connected".into()));
-    let spec = Spec { to: Choice::Latest, unconfirmed: false, reason: String::new() };
-    let (mut work, mut shop) = (Failover::new(spec, &[], 700, 10_000, "ok".into(), 5), group());
+    let spec = Spec::new(Verb::Failover, Choice::Latest);
+    let (mut work, mut shop) = (Failover::new(spec, &[], (FAILOVER_VIEW, ""), 700, 10_000, "ok".into(), 5), group());
     work.facts.disks = vec!["d1".into()];
     let mut waited = None;
     for now in 10.. {
@@ -136,7 +138,7 @@ fn a_source_with_a_lease_is_waited_for_after_its_disks_were_taken() {
                 Reply::Nothing
             }
             Action::Record => Reply::Nothing,
-            Action::Drain { .. } => panic!("the source is gone"),
+            Action::Drain { .. } | Action::CatchUp { .. } => panic!("the source is gone"),
             Action::Tell { command, .. } => gone(&command).unwrap_or_else(|| match &command {
                 Tell::RaiseGeneration(r) => {
                     let raised = v1::GenerationRaised { generation: r.at_least, zero_loss: true };
@@ -153,7 +155,7 @@ fn a_source_with_a_lease_is_waited_for_after_its_disks_were_taken() {
     assert_eq!(waited, Some((12_000, 2)), "a lease, a tenth, and a second after the generation was raised");
     assert!(work.facts.zero_loss);
     // With a confirmation nothing is waited for.
-    let mut work = Failover::new(work.spec.clone(), &[], 700, 10_000, "ok".into(), 5);
+    let mut work = Failover::new(work.spec.clone(), &[], (FAILOVER_VIEW, ""), 700, 10_000, "ok".into(), 5);
     work.facts.disks = vec!["d1".into()];
     let mut shop = group();
     run(&mut work, &mut shop, |_| None);
@@ -231,6 +233,7 @@ fn a_machine_stored_at_any_step_goes_on_from_there() {
             let reply = match work.begin(&mut group, 1) {
                 Action::Record | Action::Wait { .. } => Reply::Nothing,
                 Action::Drain { seq, .. } => Reply::Drained(seq),
+                Action::CatchUp { .. } => Reply::CaughtUp(0),
                 Action::Tell { command, .. } => obeyed(&command),
                 Action::Ended => panic!("ended early"),
             };
@@ -257,7 +260,7 @@ fn a_resumed_fence_waits_for_the_source_to_come_back() {
 
 #[test]
 fn what_does_not_fit_is_refused_with_state_and_remedy() {
-    let spec = |unconfirmed| Spec { to: Choice::Latest, unconfirmed, reason: String::new() };
+    let spec = |unconfirmed| Spec { unconfirmed, ..Spec::new(Verb::Failover, Choice::Latest) };
     let protecting = Group { phase: GroupPhase::Protecting, ..group() };
     assert_eq!(check(&spec(false), "", &protecting, 1, true, true, 0), Ok(()));
     assert!(matches!(check(&spec(false), "", &group(), 1, true, true, 0), Err(Problem::State { .. })));
@@ -321,6 +324,7 @@ fn given_up_at_any_step_it_leaves_the_group_protected_or_says_that_it_is_too_lat
                     Action::Ended => break,
                     Action::Tell { command, .. } => obeyed(&command),
                     Action::Drain { seq, .. } => Reply::Drained(seq),
+                    Action::CatchUp { .. } => Reply::CaughtUp(0),
                     Action::Record | Action::Wait { .. } => Reply::Nothing,
                 };
                 work.apply(&mut group, &disks(), reply, now);
@@ -340,8 +344,8 @@ fn given_up_at_any_step_it_leaves_the_group_protected_or_says_that_it_is_too_lat
 
 #[test]
 fn a_lease_that_was_waited_for_when_it_was_given_up_is_not_taken_for_run_out() {
-    let spec = Spec { to: Choice::Latest, unconfirmed: false, reason: String::new() };
-    let mut work = Failover::new(spec, &[], 0, 60_000, "ok".into(), 5);
+    let spec = Spec::new(Verb::Failover, Choice::Latest);
+    let mut work = Failover::new(spec, &[], (FAILOVER_VIEW, ""), 0, 60_000, "ok".into(), 5);
     work.facts.disks = vec!["d1".into()];
     let mut group = group();
     for now in 10.. {

@@ -10,7 +10,7 @@ use crate::audit::Head;
 use crate::authorities::Authorities;
 use crate::certificates::Certificate;
 use crate::names::Name;
-use crate::objects::{Disk, Group, GroupPhase, KeyRecord, Object, Operation, Policy, Proxy, View};
+use crate::objects::{Disk, Group, KeyRecord, Object, Operation, Policy, Proxy, View};
 use crate::problem::Problem;
 use crate::requests::RequestRecord;
 use crate::restore::Restored;
@@ -382,10 +382,7 @@ impl Model {
 
     /// The operation that is being done on a group, if any.
     pub fn active_operation(&self, group: &Group) -> Option<&Operation> {
-        match &group.phase {
-            GroupPhase::FailingOver { operation } => self.operations.get(&pair(&group.tenant, operation)),
-            _ => None,
-        }
+        self.operations.get(&pair(&group.tenant, group.phase.operation()?))
     }
 
     /// The etag of an object: changes with it.
@@ -419,15 +416,15 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::failover::{Choice, Failover, Spec};
+    use crate::failover::{Choice, Failover, Spec, Verb};
     use crate::objects::ExportRecord;
     use crate::store::Store;
     use crate::store::redb::RedbStore;
 
     /// A failover of so many disks.
     fn operation(disks: usize, version: u64) -> Object {
-        let spec = Spec { to: Choice::Latest, unconfirmed: false, reason: String::new() };
-        let mut work = Failover::new(spec, &[], 0, 0, "ok".into(), 1);
+        let spec = Spec::new(Verb::Failover, Choice::Latest);
+        let mut work = Failover::new(spec, &[], ("failover", ""), 0, 0, "ok".into(), 1);
         work.facts.disks = (0..disks).map(|_| crate::objects::new_uid()).collect();
         let export = |uid: &String| ExportRecord {
             disk: "a-disk-with-a-name-of-usual-length".into(),
@@ -448,7 +445,7 @@ mod tests {
             actor,
             created_ns: 1,
             ended_ns: 0,
-            work,
+            work: Box::new(work),
         })
     }
 

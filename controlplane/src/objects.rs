@@ -48,8 +48,30 @@ pub enum GroupPhase {
         /// Id of the view.
         view: String,
     },
+    /// It runs from a view at its target, and an operation is changing that: back to its source, or to another point.
+    Changing {
+        /// Uid of the operation.
+        operation: String,
+        /// Id of the view that it ran from when that began.
+        view: String,
+    },
     /// Its protection is being ended.
     Deleting,
+}
+
+impl GroupPhase {
+    /// Its source does not write: it runs from a view at its target.
+    pub fn is_failed_over(&self) -> bool {
+        matches!(self, Self::FailedOver { .. } | Self::Changing { .. })
+    }
+
+    /// Uid of the operation that is being done on it.
+    pub fn operation(&self) -> Option<&str> {
+        match self {
+            Self::FailingOver { operation } | Self::Changing { operation, .. } => Some(operation),
+            Self::Protecting | Self::FailedOver { .. } | Self::Deleting => None,
+        }
+    }
 }
 
 /// A group.
@@ -279,6 +301,9 @@ pub struct View {
     /// As given.
     #[serde(default)]
     pub request_id: String,
+    /// It is closed, and the target keeps what was written to it: a branch.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 impl View {
@@ -323,7 +348,7 @@ pub struct Operation {
     /// Nanoseconds since the Unix epoch; 0 before the end.
     pub ended_ns: u64,
     /// The work.
-    pub work: Failover,
+    pub work: Box<Failover>,
 }
 
 impl Operation {

@@ -25,11 +25,11 @@ const NOW: [(&str, &str); 14] = [
     ),
     (
         "views/default/shop/failover",
-        r#"{"uid":"v","tenant":"default","group":"shop","id":"failover","version":2,"created_ns":1,"kind":"failover","writable":true,"point":{"seq":90,"cut":null,"wall_ns":5,"label":"","clock_synced":false,"flush_clean":false,"disks":["d"],"timeline":""},"disk_uids":["d"],"exports":[{"disk":"data","disk_uid":"d","name":"shop.failover/data","uris":["nbd+unix:///x"],"size":1048576}],"reason":"r","open":true,"closing":false,"request_id":""}"#,
+        r#"{"uid":"v","tenant":"default","group":"shop","id":"failover","version":2,"created_ns":1,"kind":"failover","writable":true,"point":{"seq":90,"cut":null,"wall_ns":5,"label":"","clock_synced":false,"flush_clean":false,"disks":["d"],"timeline":""},"disk_uids":["d"],"exports":[{"disk":"data","disk_uid":"d","name":"shop.failover/data","uris":["nbd+unix:///x"],"size":1048576}],"reason":"r","open":true,"closing":false,"request_id":"","kept":false}"#,
     ),
     (
         "operations/default/o",
-        r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":""},"state":"done","steps":[{"name":"raise-generation","state":"done","detail":"","started_ns":1,"ended_ns":2}],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","lease_ms":0,"zero_loss":false,"at_least":2,"generation":2,"point":null,"exports":[]},"error":null,"cancelled_by":""}}"#,
+        r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":"","verb":"failover","discard":false,"within_ms":0},"state":"done","steps":[{"name":"raise-generation","state":"done","detail":"","started_ns":1,"ended_ns":2}],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","lease_ms":0,"zero_loss":false,"at_least":2,"generation":2,"point":null,"exports":[],"view":"failover","leaves":"","reopens":false},"error":null,"cancelled_by":""}}"#,
     ),
     (
         "tokens/t",
@@ -50,7 +50,7 @@ const NOW: [(&str, &str); 14] = [
 ];
 
 /// As earlier versions wrote them: by kind, what [`NOW`] has of the same.
-const EARLIER: [(&str, &str); 11] = [
+const EARLIER: [(&str, &str); 13] = [
     (
         "policies/default/gold",
         r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0,"bandwidth_bytes_per_s":0,"allowed_hours":[],"time_zone":"UTC","priority":50,"excluded_disks":[]}}"#,
@@ -62,6 +62,14 @@ const EARLIER: [(&str, &str); 11] = [
     (
         "proxies/default/src",
         r#"{"uid":"p","tenant":"default","id":"src","version":2,"created_ns":1,"pin":"aa","previous_pin":null,"expire_time_ns":9,"data_address":"","nbd_addresses":[],"capabilities":[],"boot_id":"","software_version":"","renew_time_ns":0}"#,
+    ),
+    (
+        "views/default/shop/failover",
+        r#"{"uid":"v","tenant":"default","group":"shop","id":"failover","version":2,"created_ns":1,"kind":"failover","writable":true,"point":{"seq":90,"cut":null,"wall_ns":5,"label":"","clock_synced":false,"flush_clean":false,"disks":["d"],"timeline":""},"disk_uids":["d"],"exports":[{"disk":"data","disk_uid":"d","name":"shop.failover/data","uris":["nbd+unix:///x"],"size":1048576}],"reason":"r","open":true,"closing":false,"request_id":""}"#,
+    ),
+    (
+        "operations/default/o",
+        r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":""},"state":"done","steps":[{"name":"raise-generation","state":"done","detail":"","started_ns":1,"ended_ns":2}],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","lease_ms":0,"zero_loss":false,"at_least":2,"generation":2,"point":null,"exports":[]},"error":null,"cancelled_by":""}}"#,
     ),
     (
         "policies/default/gold",

@@ -12,7 +12,7 @@ use afterimage_wire::v1;
 use serde::{Deserialize, Serialize};
 
 use crate::certificates::{Certificate, Revoked};
-use crate::failover::{FAILOVER_VIEW, Failure, State, StepState};
+use crate::failover::{Failure, State, StepState};
 use crate::keys::Wrapper;
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name};
@@ -68,10 +68,13 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
     objects.extend(model.certificates.into_values().map(|c| Object::Certificate((*c).clone())));
     objects.extend(model.requests.into_values().map(|r| Object::Request((*r).clone())));
     // A view that was being made or closed then is nobody's now; what is open its target will say.
-    objects.extend(model.views.into_values().filter(|v| v.open && !v.closing).map(Object::View));
+    objects.extend(model.views.into_values().filter(|v| v.kept || v.open && !v.closing).map(Object::View));
     objects.extend(model.groups.into_values().map(|mut group| {
-        if matches!(group.phase, GroupPhase::FailingOver { .. }) {
-            group.phase = GroupPhase::Protecting;
+        match &group.phase {
+            GroupPhase::FailingOver { .. } => group.phase = GroupPhase::Protecting,
+            // What became of it its ends will say.
+            GroupPhase::Changing { view, .. } => group.phase = GroupPhase::FailedOver { view: view.clone() },
+            GroupPhase::Protecting | GroupPhase::FailedOver { .. } | GroupPhase::Deleting => {}
         }
         Object::Group(group)
     }));
@@ -278,12 +281,15 @@ fn merged(
     if let Some((_, said)) = ends.target {
         let held = said.disks.iter().map(|d| d.generation).max().unwrap_or(0);
         group.generation = group.generation.max(held);
-        let failed_over = views(model, &group, said, now_ns, txn);
+        let runs_from = views(model, &group, said, now_ns, txn);
+        let failed_over = runs_from.is_some();
         let was = matches!(group.phase, GroupPhase::FailedOver { .. });
-        if failed_over && !was {
-            restored.note(format!("group \"{name}\": failed over since; it runs from its view"));
-            group.phase = GroupPhase::FailedOver { view: FAILOVER_VIEW.to_owned() };
-        } else if !failed_over && was && ends.source.is_some_and(|(_, s)| !s.hold) {
+        if let Some(view) = runs_from {
+            if !was {
+                restored.note(format!("group \"{name}\": failed over since; it runs from its view"));
+            }
+            group.phase = GroupPhase::FailedOver { view };
+        } else if was && ends.source.is_some_and(|(_, s)| !s.hold) {
             restored.note(format!("group \"{name}\": its failover was undone since"));
             group.phase = GroupPhase::Protecting;
         }
@@ -313,14 +319,17 @@ fn disks(model: &Model, group: &Group, said: &v1::SourceGroup, now_ns: u64, rest
 }
 
 /// Views as their target has them; whether the group runs from one.
-fn views(model: &Model, group: &Group, said: &v1::TargetStream, now_ns: u64, txn: &mut Txn) -> bool {
+fn views(model: &Model, group: &Group, said: &v1::TargetStream, now_ns: u64, txn: &mut Txn) -> Option<String> {
     let named = |v: &View| said.views.iter().any(|o| o.view == v.proxy_name());
-    let gone: Vec<View> = model.views_of(group).filter(|v| !named(v)).cloned().collect();
+    // What is kept of one that is closed nobody names.
+    let gone: Vec<View> = model.views_of(group).filter(|v| !named(v) && !v.kept).cloned().collect();
     gone.into_iter().for_each(|v| txn.delete(Object::View(v)));
-    let mut failed_over = false;
+    let mut runs_from = None;
     for open in &said.views {
         let Some(id) = open.view.rsplit('.').next().filter(|id| !id.is_empty()) else { continue };
-        failed_over |= id == FAILOVER_VIEW;
+        if open.kind() == v1::ViewKind::Failover {
+            runs_from = Some(id.to_owned());
+        }
         if model.views_of(group).any(|v| v.id == id) {
             continue;
         }
@@ -348,10 +357,11 @@ fn views(model: &Model, group: &Group, said: &v1::TargetStream, now_ns: u64, txn
             reason: open.reason.clone(),
             open: true,
             closing: false,
+            kept: false,
             request_id: String::new(),
         }));
     }
-    failed_over
+    runs_from
 }
 
 /// What the ends of a group have been promised for it, over what its policy says.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::desired::desired;
+use crate::failover::FAILOVER_VIEW;
 use crate::group::tests::{first_disk, policy, proxy};
 use crate::policy::Wanted;
 
@@ -135,6 +136,7 @@ fn failed_over(old: &Model) -> Model {
         reason: String::new(),
         open: true,
         closing: false,
+        kept: false,
         request_id: String::new(),
     }));
     newer.applied(txn, newer.revision + 1)

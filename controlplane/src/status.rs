@@ -73,7 +73,7 @@ impl Scene<'_> {
         if group.phase == GroupPhase::Deleting {
             out.push(finding("deleting", Severity::Info, "being deleted; if that stopped half-way, delete it again"));
         }
-        let over = matches!(group.phase, GroupPhase::FailedOver { .. });
+        let over = group.phase.is_failed_over();
         let (source, target) = (self.model.source_of(group), self.model.target_of(group));
         // A group that runs at its target does not need its source.
         let source_there = !over && self.reach("source", "source-unreachable", &group.source, source, &mut out);
@@ -281,7 +281,7 @@ impl Scene<'_> {
     /// The RPO of a group as it is shown.
     pub fn rpo(&self, group: &Group, stream: &StreamLive) -> v1::Rpo {
         let target_us = self.model.policy_of(group).map_or(0, |p| p.promises.rpo_target_us);
-        let over = matches!(group.phase, GroupPhase::FailedOver { .. });
+        let over = group.phase.is_failed_over();
         let shown = stream.rpo.shown(self.now_ns, target_us).filter(|_| !over);
         v1::Rpo {
             now_us: shown.map(|s| s.now_us),

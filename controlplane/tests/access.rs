@@ -395,7 +395,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
         ("Groups", "CreateGroup GetGroup ListGroups UpdateGroup DeleteGroup CreateDisk GetDisk ListDisks DeleteDisk"),
         ("Proxies", "GetProxy ListProxies DeleteProxy"),
         ("Points", "ListPoints ResolvePoint CreateCut"),
-        ("Failovers", "StartFailover"),
+        ("Failovers", "StartFailover StartPlannedFailover UndoFailover ChangePoint"),
         ("Operations", "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation"),
         ("Views", "CreateView GetView ListViews DeleteView"),
         ("Status", "GetStatus GetRpo Watch ListEvents"),

@@ -1,7 +1,9 @@
 //! A failover as the coordinator does it: its decisions are the real ones ([`afterimage_controlplane::failover`]), what it
 //! tells the proxies is done on the stage, and it dies between any two steps and goes on from what it had recorded.
 
-use afterimage_controlplane::failover::{Action, Choice, Failover, FenceKind, Reply, Side, Spec, State};
+use afterimage_controlplane::failover::{
+    Action, Choice, FAILOVER_VIEW, Failover, FenceKind, Reply, Side, Spec, State, Verb,
+};
 use afterimage_controlplane::objects::{Group, GroupPhase};
 use afterimage_dataplane::io::{Io, Nanos};
 use afterimage_dataplane::target::{self, ViewConfig};
@@ -15,7 +17,11 @@ use crate::front::Front;
 use crate::run::{MS, Run};
 use crate::stage::disk_id;
 
-/// Most steps of one failover, those of a coordinator that died counted again.
+/// How long a planned failover waits for what is still to come, milliseconds.
+const PLANNED_MS: u64 = 3_000;
+/// A journal's budget that no run uses up, bytes.
+const ROOM: u64 = 1 << 30;
+/// Most steps of one operation, those of a coordinator that died counted again.
 const MOST_STEPS: usize = 100;
 
 fn error(message: impl Into<String>) -> Reply {
@@ -49,31 +55,57 @@ impl Run {
 
     /// Plays a failover to its end; whatever the plan still has in store goes on beside it.
     pub(crate) fn coordinate(&mut self) -> Result<(), String> {
-        let disks: Vec<(String, String)> =
-            (0..self.plan.setup.disks.len()).map(|d| (disk_id(d).to_string(), format!("disk{d}"))).collect();
         let lease = self.plan.setup.lease;
         if lease > 0 && self.rng.chance(0.5) {
             self.cut_off(true);
         }
         let unconfirmed = lease == 0 && self.stage.source.is_none() || self.rng.chance(0.2);
-        let spec = Spec { to: Choice::Latest, unconfirmed, reason: "tested".into() };
-        let mut work = Failover::new(spec, &[], 0, lease / MS, "fits".into(), 1);
-        work.facts.disks = disks.iter().map(|(uid, _)| uid.clone()).collect();
+        let mut spec = Spec { unconfirmed, reason: "tested".into(), ..Spec::new(Verb::Failover, Choice::Latest) };
+        if lease == 0 && !unconfirmed && self.rng.chance(0.4) {
+            spec = Spec { within_ms: PLANNED_MS, ..Spec::new(Verb::PlannedFailover, Choice::Latest) };
+        }
         let mut group = self.group_object(self.stage.generation);
+        let work = Failover::new(spec, &[], (FAILOVER_VIEW, ""), 0, lease / MS, "fits".into(), 1);
+        let (work, answered) = self.operate(work, &mut group)?;
+        match work.state {
+            State::Done => self.taken_over(&work, answered)?,
+            State::Failed => return self.goes_on(&group),
+            State::Running | State::Undoing => return Err(format!("the failover has ended as {:?}", work.state)),
+        }
+        if self.rng.chance(0.5) {
+            return Ok(());
+        }
+        // And back: what the hosts had been answered is in the source's disks, and comes over without all of them.
+        group.phase = GroupPhase::Changing { operation: "undo".into(), view: FAILOVER_VIEW.into() };
+        let spec = Spec { discard: self.rng.chance(0.5), ..Spec::new(Verb::UndoFailover, Choice::Latest) };
+        let work = Failover::new(spec, &[], ("", FAILOVER_VIEW), 0, 0, "fits".into(), 1);
+        let (work, _) = self.operate(work, &mut group)?;
+        if work.state != State::Done || group.phase != GroupPhase::Protecting || group.hold {
+            return Err(format!("the failover cannot be undone: {work:#?}"));
+        }
+        self.goes_on(&group)
+    }
+
+    /// Plays an operation to its end. With a source that holds all I/O: how many answers it had given by then, and in which
+    /// of its lives.
+    fn operate(&mut self, mut work: Failover, group: &mut Group) -> Result<(Failover, Option<(u64, u64)>), String> {
+        let disks: Vec<(String, String)> =
+            (0..self.plan.setup.disks.len()).map(|d| (disk_id(d).to_string(), format!("disk{d}"))).collect();
+        work.facts.disks = disks.iter().map(|(uid, _)| uid.clone()).collect();
         let (mut answered, mut waited) = (None, false);
         for step in 0.. {
             if step == MOST_STEPS {
-                return Err(format!("the failover does not end: {work:#?}"));
+                return Err(format!("the operation does not end: {work:#?}"));
             }
             let now = self.stage.world.now();
-            let action = work.begin(&mut group, now);
+            let action = work.begin(group, now);
             // Recorded from here on; whoever goes on begins with what was.
-            let recorded = serde_json::to_string(&(&work, &group)).map_err(|e| e.to_string())?;
+            let recorded = serde_json::to_string(&(&work, &*group)).map_err(|e| e.to_string())?;
             let (before, after) = (self.rng.chance(0.1), self.rng.chance(0.1));
             self.stage.hold = group.hold;
             if before {
                 self.say("the coordinator dies before it acts");
-                (work, group) = serde_json::from_str(&recorded).map_err(|e| e.to_string())?;
+                (work, *group) = serde_json::from_str(&recorded).map_err(|e| e.to_string())?;
                 continue;
             }
             let reply = match action {
@@ -85,6 +117,13 @@ impl Run {
                     waited = true;
                     Reply::Nothing
                 }
+                Action::CatchUp { within_ms } => match self.stage.group().map(|group| group.captured_seq) {
+                    Some(seq) => match self.drain(seq, within_ms)? {
+                        Reply::Drained(held) => Reply::CaughtUp(seq.saturating_sub(held)),
+                        other => other,
+                    },
+                    None => Reply::Unreachable("it has not reported how far it is".into()),
+                },
                 Action::Drain { seq, within_ms } => self.drain(seq, within_ms)?,
                 Action::Tell { side, command, connect_ms, answer_ms } => {
                     self.say(&format!("the coordinator tells the {side:?}: {command:?}"));
@@ -96,41 +135,63 @@ impl Run {
             }
             if after {
                 self.say("the coordinator dies before it has recorded what came of it");
-                (work, group) = serde_json::from_str(&recorded).map_err(|e| e.to_string())?;
+                (work, *group) = serde_json::from_str(&recorded).map_err(|e| e.to_string())?;
                 continue;
             }
-            work.apply(&mut group, &disks, reply, self.stage.world.now());
+            work.apply(group, &disks, reply, self.stage.world.now());
             self.stage.hold = group.hold;
             if work.facts.fence == Some(FenceKind::Confirmed) && answered.is_none() {
                 answered = Some((self.host.answered, self.stage.source_lives));
             }
         }
-        self.say(&format!("the failover has ended: {:?}, {:?}", work.state, work.error));
-        match work.state {
-            State::Done => self.taken_over(&work, answered),
-            State::Failed => {
-                self.silent_at = None;
-                self.stage.deposed = false;
-                if self.stage.cut_off {
-                    self.cut_off(false);
-                }
-                // The desired state reaches the source: it goes on, under the generation that it was given back.
-                self.stage.generation = group.writer_generation;
-                if group.writer_generation != 1 && self.stage.source.is_some() {
-                    self.fell_source(false)?;
-                }
-                self.mend_all()?;
-                if self.stage.target.is_none() {
-                    self.stage.start_target();
-                }
-                self.target_ready()?;
-                self.stage.converge();
-                self.watch.calm(self.stage.world.now());
-                self.rest()?;
-                self.at_rest()
-            }
-            State::Running | State::Undoing => Err(format!("the failover has ended as {:?}", work.state)),
+        self.say(&format!("{} has ended: {:?}, {:?}", work.spec.verb.as_str(), work.state, work.error));
+        Ok((work, answered))
+    }
+
+    /// The source writes again, under the generation that it was given back: the desired state reaches it.
+    fn goes_on(&mut self, group: &Group) -> Result<(), String> {
+        self.silent_at = None;
+        self.stage.deposed = false;
+        self.stage.hold = group.hold;
+        if self.stage.cut_off {
+            self.cut_off(false);
         }
+        let generation = group.writer_generation;
+        if self.stage.generation != generation && self.stage.source.is_some() {
+            match self.rng.below(4) {
+                // A process that learns of it at its start; one that runs; one that has begun to connect as it was.
+                0 => self.fell_source(false)?,
+                1 => self.stage.give_generation(generation),
+                _ => {
+                    self.fell_source(false)?;
+                    self.stage.start_source();
+                    let limit = self.stage.world.now() + 10_000 * MS;
+                    while !self.stage.protected && self.stage.world.now() < limit {
+                        let until = self.stage.world.now() + MS / 4;
+                        self.until(until)?;
+                    }
+                    let until = self.stage.world.now() + self.rng.between(0, 12) * MS / 4;
+                    self.until(until)?;
+                    self.stage.give_generation(generation);
+                }
+            }
+        }
+        self.stage.generation = generation;
+        self.mend_all()?;
+        // What was written meanwhile may be more than the journal may hold beside the newest complete point: the stream stops
+        // then, says so, and waits for room.
+        if self.stage.setup.budget_bytes < ROOM {
+            self.stage.setup.budget_bytes = ROOM;
+            self.fell_target(false)?;
+        }
+        if self.stage.target.is_none() {
+            self.stage.start_target();
+        }
+        self.target_ready()?;
+        self.stage.converge();
+        self.watch.calm(self.stage.world.now());
+        self.rest()?;
+        self.at_rest()
     }
 
     /// The group runs from the view: nothing answered may be missing if the source held everything.
@@ -146,6 +207,9 @@ impl Run {
             return Err(format!("a source that holds all I/O has given {more} answers"));
         }
         let drained = work.facts.last_seq.is_some_and(|last| point.seq >= last);
+        if work.spec.verb == Verb::PlannedFailover && !drained {
+            return Err(format!("a planned failover took record {} of {:?}", point.seq, work.facts.last_seq));
+        }
         let floor = match self.claimed {
             _ if self.robbed => 0,
             _ if answered.is_some() && drained => u64::MAX,

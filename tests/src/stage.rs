@@ -416,6 +416,16 @@ impl Stage {
         }
     }
 
+    /// A source that runs is told its disks' generation; one that is still opening them is left as it is.
+    pub fn give_generation(&mut self, generation: u64) {
+        let stream = self.stream;
+        let generations: Vec<_> = (0..self.setup.disks.len()).map(|disk| (disk_id(disk), generation)).collect();
+        if let Some(life) = self.source.as_mut().filter(|_| self.protected) {
+            life.core.set_generations(&mut life.io, stream, &generations);
+            self.world.wake(self.source_node);
+        }
+    }
+
     fn open_stream(&mut self) {
         let config = StreamConfig {
             stream: self.stream,

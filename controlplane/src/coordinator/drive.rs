@@ -11,148 +11,19 @@ use tokio::time::{Instant, sleep};
 use super::Coordinator;
 use crate::audit;
 use crate::convert;
-use crate::failover::{self, Action, Choice, FAILOVER_VIEW, Failover, Reply, Side, Spec, StepName, StepState};
+use crate::failover::{self, Action, Choice, Failover, Reply, Side, StepName, StepState, Verb};
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name};
-use crate::objects::{Group, GroupPhase, Object, Operation, View, ViewKind, new_uid};
-use crate::policy::check_text;
+use crate::objects::{Group, Object, Operation, View, ViewKind, new_uid};
 use crate::problem::Problem;
-use crate::requests::{Asked, gone};
+use crate::requests::Asked;
 
 /// Before a change that the store refused is tried again.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 /// Between two looks at how far the target is.
 const DRAIN_POLL: Duration = Duration::from_millis(25);
 
-/// A failover as asked for.
-#[derive(Clone, Debug)]
-pub struct FailoverWanted {
-    /// Which point.
-    pub to: Choice,
-    /// Go on if the source cannot be reached.
-    pub unconfirmed: bool,
-    /// The group's id, typed.
-    pub confirm_name: String,
-    /// Checks only.
-    pub validate_only: bool,
-    /// Of the caller.
-    pub request_id: String,
-    /// For a person.
-    pub reason: String,
-    /// Who asks.
-    pub actor: String,
-}
-
 impl Coordinator {
-    /// Checks a failover and starts it.
-    ///
-    /// # Errors
-    /// It does not fit the state; the target is not there, or the point is not fit.
-    pub async fn start_failover(
-        self: &Arc<Self>,
-        name: &Name,
-        wanted: FailoverWanted,
-        request: &Asked,
-    ) -> Result<v1::Operation, Problem> {
-        check_text("reason", &wanted.reason)?;
-        let model = self.model();
-        if let Some(done) = request.done(&model)? {
-            return Ok(convert::operation_to_proto(&model, operation_made(&model, name, &done.uid)?));
-        }
-        // As an earlier version of this program recorded it.
-        if let Some(same) = same_request(&model, name, &wanted.request_id) {
-            return Ok(convert::operation_to_proto(&model, same));
-        }
-        let spec = Spec { to: wanted.to, unconfirmed: wanted.unconfirmed, reason: wanted.reason.clone() };
-        self.check_failover(&model, name, &spec, &wanted.confirm_name)?;
-        // Known before anything is stopped: such a point is held, is whole, and can be named.
-        let point = self.resolve_point(name, wanted.to).await?;
-        let disks = disk_names(&model, model.group(name)?);
-        failover::check_point(&convert::point_from_proto(&point), &point.damage, &disks).map_err(|state| {
-            Problem::state(name, format!("not to be failed over there: {state}"), "choose another point")
-        })?;
-        let checked = format!("record {} can be opened", point.seq);
-        let rpo = self.look(|scene, _| {
-            let live = scene.live.streams.get(&scene.model.group(name).ok()?.uid)?;
-            scene.rpo(scene.model.group(name).ok()?, live).now_us
-        });
-        let now = self.clock.wall_ns();
-        let uid = new_uid();
-        let begun = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    return Ok((operation_made(model, name, &done.uid)?.clone(), false));
-                }
-                if let Some(same) = same_request(model, name, &wanted.request_id) {
-                    return Ok((same.clone(), false));
-                }
-                self.check_failover(model, name, &spec, &wanted.confirm_name)?;
-                let group = model.group(name)?;
-                let disks: Vec<_> = model.disks_of(group).collect();
-                let operation = Operation {
-                    uid: uid.clone(),
-                    tenant: name.tenant.clone(),
-                    version: 1,
-                    group: name.id.clone(),
-                    request_id: wanted.request_id.clone(),
-                    actor: wanted.actor.clone(),
-                    created_ns: now,
-                    ended_ns: 0,
-                    work: Failover::new(
-                        spec.clone(),
-                        &disks,
-                        rpo.unwrap_or_default(),
-                        self.lease_of(model, group),
-                        checked,
-                        now,
-                    ),
-                };
-                if wanted.validate_only {
-                    return Ok((operation, false));
-                }
-                let phase = GroupPhase::FailingOver { operation: uid.clone() };
-                request.record(model, txn, now, &uid);
-                txn.put(Object::Group(Group { version: group.version + 1, phase, ..group.clone() }));
-                txn.put(Object::Operation(operation.clone()));
-                for old in model.surplus_operations(&name.tenant) {
-                    txn.delete(Object::Operation(old.clone()));
-                }
-                Ok((operation, true))
-            })
-            .await?;
-        let (operation, started) = begun;
-        if started {
-            let message = format!("failover begun by {}: {}", operation.actor, operation.name());
-            self.tell(Severity::Warning, "operation", &name.to_string(), &message);
-            tokio::spawn(self.clone().drive(operation.name()));
-        }
-        let mut shown = convert::operation_to_proto(&self.model(), &operation);
-        if wanted.validate_only && !started {
-            shown.validate_only = true;
-            shown.name.clear();
-            shown.uid.clear();
-            shown.state = v1::OperationState::Done.into();
-        }
-        Ok(shown)
-    }
-
-    fn check_failover(&self, model: &Model, name: &Name, spec: &Spec, confirm: &str) -> Result<(), Problem> {
-        let group = model.group(name)?;
-        let connected = |p: Option<&crate::objects::Proxy>| p.is_some_and(|p| self.sessions.connected(&p.uid));
-        let (source, target) = (connected(model.source_of(group)), connected(model.target_of(group)));
-        let lease = self.lease_of(model, group);
-        failover::check(spec, confirm, group, model.disks_of(group).count(), source, target, lease)
-    }
-
-    /// The lease that the group's source keeps to for certain, milliseconds; 0 if none: it has reported so since it was
-    /// last told anything, and the policy has not changed its mind.
-    fn lease_of(&self, model: &Model, group: &Group) -> u64 {
-        let wanted = model.policy_of(group).map_or(0, |p| p.promises.lease_ms);
-        let live = self.live.lock().expect("nothing panics while it holds this");
-        let kept = live.streams.get(&group.uid).map_or(0, |stream| stream.lease_ms);
-        if wanted == 0 || kept == 0 { 0 } else { wanted.max(kept) }
-    }
-
     /// Goes on with what an earlier life of the coordinator had begun.
     pub(super) fn resume_operations(self: &Arc<Self>) {
         for operation in self.model().operations.values().filter(|o| o.ended_ns == 0) {
@@ -163,7 +34,7 @@ impl Coordinator {
     }
 
     /// Does an operation to its end.
-    async fn drive(self: Arc<Self>, name: Name) {
+    pub(super) async fn drive(self: Arc<Self>, name: Name) {
         let by_itself = audit::Caller::new(&name.tenant, audit::ITSELF, &name.to_string());
         audit::CALLER.scope(by_itself, self.drive_on(name)).await;
     }
@@ -216,7 +87,7 @@ impl Coordinator {
                 group.version += 1;
                 group.updated_ns = now;
                 let told = changes(&group_name, &before, &operation.work);
-                keep_view(model, txn, &group, &operation);
+                keep_views(model, txn, &group, &operation);
                 txn.put(Object::Group(group.clone()));
                 let ended = operation.ended_ns != 0;
                 txn.put(Object::Operation(operation));
@@ -240,6 +111,7 @@ impl Coordinator {
                 }
                 Reply::Nothing
             }
+            Action::CatchUp { within_ms } => self.catch_up(group, Duration::from_millis(within_ms)).await,
             Action::Drain { seq, within_ms } => self.drain(group, seq, Duration::from_millis(within_ms)).await,
             Action::Tell { side, command, connect_ms, answer_ms } => {
                 let model = self.model();
@@ -330,6 +202,30 @@ impl Coordinator {
         self.delete_object(name, etag, validate_only, request, look).await.map(drop)
     }
 
+    /// Waits until the target holds what the source had captured when this began.
+    async fn catch_up(&self, group: &Group, within: Duration) -> Reply {
+        let until = Instant::now() + within;
+        let stands = || {
+            let live = self.live.lock().expect("nothing panics while it holds this");
+            let stream = live.streams.get(&group.uid)?;
+            Some((stream.source.as_ref()?.1.captured_seq, stream.target.as_ref()?.1.durable_seq))
+        };
+        let mut wanted = None;
+        loop {
+            let now = stands();
+            // A coordinator that has just begun has not heard from them yet.
+            wanted = wanted.or(now.map(|(captured, _)| captured));
+            let behind = wanted.map(|seq: u64| seq.saturating_sub(now.map_or(0, |(_, durable)| durable)));
+            match behind {
+                Some(behind) if behind == 0 || Instant::now() >= until => return Reply::CaughtUp(behind),
+                None if Instant::now() >= until => {
+                    return Reply::Unreachable("its ends have not reported how far they are".to_owned());
+                }
+                _ => sleep(DRAIN_POLL).await,
+            }
+        }
+    }
+
     /// Waits until the target holds what the held source had captured.
     async fn drain(&self, group: &Group, seq: u64, within: Duration) -> Reply {
         let model = self.model();
@@ -377,18 +273,7 @@ impl Coordinator {
     }
 }
 
-/// The operation of a group of this tenant that a request began.
-fn operation_made<'a>(model: &'a Model, group: &Name, uid: &str) -> Result<&'a Operation, Problem> {
-    let name = Name::new(&group.tenant, Kind::Operation, uid);
-    model.operation(&name).map_err(|_| gone("operation", &name))
-}
-
-fn same_request<'a>(model: &'a Model, group: &Name, request_id: &str) -> Option<&'a Operation> {
-    let same = |o: &&Operation| o.tenant == group.tenant && o.group == group.id && o.request_id == request_id;
-    model.operations.values().filter(|_| !request_id.is_empty()).find(same)
-}
-
-fn disk_names(model: &Model, group: &Group) -> Vec<(String, String)> {
+pub(super) fn disk_names(model: &Model, group: &Group) -> Vec<(String, String)> {
     model.disks_of(group).map(|d| (d.uid.clone(), d.id.clone())).collect()
 }
 
@@ -396,14 +281,33 @@ fn running_step(operation: &Operation) -> Option<StepName> {
     operation.work.steps.iter().find(|s| s.state == StepState::Running).map(|s| s.name)
 }
 
-/// The view object follows the steps: recorded before it is opened, gone once it is closed.
-fn keep_view(model: &Model, txn: &mut Txn, group: &Group, operation: &Operation) {
-    let step = |name| operation.work.steps.iter().find(|s| s.name == name).map(|s| s.state);
-    let old = model.view(&group.name(), FAILOVER_VIEW).ok();
+/// The view objects follow the steps: recorded before they are opened, gone or kept once they are closed.
+fn keep_views(model: &Model, txn: &mut Txn, group: &Group, operation: &Operation) {
+    let work = &operation.work;
+    let step = |name| work.steps.iter().find(|s| s.name == name).map(|s| s.state);
+    if let Ok(left) = model.view(&group.name(), &work.facts.leaves)
+        && let Some(state) = step(StepName::LeaveView).filter(|s| *s != StepState::Pending)
+    {
+        let kept = state == StepState::Done;
+        let view = View {
+            version: left.version + 1,
+            closing: state == StepState::Running,
+            open: !kept,
+            kept,
+            exports: if kept { Vec::new() } else { left.exports.clone() },
+            ..left.clone()
+        };
+        // As long as it is not known to be deleted it can be named, and deleted later.
+        match step(StepName::Discard) == Some(StepState::Done) {
+            true => txn.delete(Object::View(left.clone())),
+            false => txn.put(Object::View(view)),
+        }
+    }
+    let old = model.view(&group.name(), &work.facts.view).ok();
     let begun = step(StepName::OpenView).is_some_and(|s| s != StepState::Pending);
     let closed = matches!(step(StepName::CloseView), Some(StepState::Done | StepState::Skipped));
-    let Some(point) = operation.work.facts.point.clone().filter(|_| begun) else { return };
-    if closed {
+    let Some(point) = work.facts.point.clone().filter(|_| begun) else { return };
+    if closed && !work.facts.reopens {
         if let Some(old) = old {
             txn.delete(Object::View(old.clone()));
         }
@@ -413,17 +317,18 @@ fn keep_view(model: &Model, txn: &mut Txn, group: &Group, operation: &Operation)
         uid: old.map_or_else(new_uid, |v| v.uid.clone()),
         tenant: group.tenant.clone(),
         group: group.id.clone(),
-        id: FAILOVER_VIEW.to_owned(),
+        id: work.facts.view.clone(),
         version: old.map_or(1, |v| v.version + 1),
         created_ns: old.map_or(group.updated_ns, |v| v.created_ns),
         kind: ViewKind::Failover,
         writable: true,
         point,
-        disk_uids: operation.work.facts.disks.clone(),
-        exports: operation.work.facts.exports.clone(),
-        reason: operation.work.spec.reason.clone(),
-        open: step(StepName::OpenView) == Some(StepState::Done),
-        closing: step(StepName::CloseView).is_some(),
+        disk_uids: work.facts.disks.clone(),
+        exports: work.facts.exports.clone(),
+        reason: work.spec.reason.clone(),
+        open: step(StepName::OpenView) == Some(StepState::Done) && !closed,
+        closing: step(StepName::CloseView).is_some() && !closed,
+        kept: closed,
         request_id: String::new(),
     };
     txn.put(Object::View(view));
@@ -448,13 +353,22 @@ fn changes(group: &Name, before: &Failover, after: &Failover) -> Vec<(Severity, 
     }
     if before.state != after.state {
         let message = match (after.state, &after.error) {
-            (failover::State::Done, _) => (Severity::Warning, "failed over".to_owned()),
+            (failover::State::Done, _) => (Severity::Warning, done_word(after.spec.verb).to_owned()),
             (failover::State::Failed, Some(e)) => {
-                (Severity::Error, format!("failover failed at {}: {}; {}", e.step.as_str(), e.message, e.remedy))
+                let (verb, step) = (after.spec.verb.as_str(), e.step.as_str());
+                (Severity::Error, format!("{verb} failed at {step}: {}; {}", e.message, e.remedy))
             }
             _ => return told,
         };
         told.push((message.0, group.to_string(), message.1));
     }
     told
+}
+
+fn done_word(verb: Verb) -> &'static str {
+    match verb {
+        Verb::Failover | Verb::PlannedFailover => "failed over",
+        Verb::UndoFailover => "its failover is undone: it runs at its source again",
+        Verb::ChangePoint => "it runs from another point",
+    }
 }

@@ -264,9 +264,9 @@ impl Coordinator {
     fn check_deletable(&self, model: &Model, group: &Group, points: bool, force: bool) -> Result<(), Problem> {
         let name = group.name();
         match &group.phase {
-            GroupPhase::FailingOver { operation } => {
+            GroupPhase::FailingOver { operation } | GroupPhase::Changing { operation, .. } => {
                 let remedy = format!("wait for tenants/{}/operations/{operation}", group.tenant);
-                return Err(Problem::state(name, "being failed over", remedy));
+                return Err(Problem::state(name, "being failed over, or back", remedy));
             }
             GroupPhase::FailedOver { .. } if points || !force => {
                 let remedy = "its machine runs from its points; to forget the group and keep them, say `force` and not \
@@ -275,6 +275,7 @@ impl Coordinator {
             }
             _ => {}
         }
+        // What was kept of a failover is deleted with the points, or stays with them.
         if let Some(view) = model.views_of(group).find(|v| v.kind != ViewKind::Failover) {
             return Err(Problem::state(name, format!("shown by {}", view.name()), "close that view first"));
         }

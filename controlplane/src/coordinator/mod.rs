@@ -47,11 +47,12 @@ mod policies;
 mod report;
 mod restore;
 mod rpo;
+mod verbs;
 mod views;
 mod watchman;
 
-pub use drive::FailoverWanted;
 pub use points::page_size;
+pub use verbs::{Asking, From as RunFrom};
 
 /// How long a proxy may take to answer a caller who waits.
 const PATIENCE: Duration = Duration::from_secs(15);

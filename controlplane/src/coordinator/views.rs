@@ -78,6 +78,7 @@ impl Coordinator {
             reason: asked.reason.clone(),
             open: false,
             closing: false,
+            kept: false,
             request_id: request_id.to_owned(),
         };
         if validate_only {
@@ -162,10 +163,15 @@ impl Coordinator {
                 }
                 let view = model.view(group, id)?;
                 model.check_etag(view.name(), &Object::View(view.clone()).key(), etag)?;
-                let runs = matches!(model.group(group).map(|g| &g.phase), Ok(GroupPhase::FailingOver { .. }))
-                    || matches!(model.group(group).map(|g| &g.phase), Ok(GroupPhase::FailedOver { view }) if view == id);
+                let runs = match model.group(group).map(|g| &g.phase) {
+                    // Which one is being opened or left changes meanwhile.
+                    Ok(GroupPhase::FailingOver { .. } | GroupPhase::Changing { .. }) => true,
+                    Ok(GroupPhase::FailedOver { view }) => view == id,
+                    _ => false,
+                };
                 if view.kind == ViewKind::Failover && runs {
-                    let remedy = "it cannot be closed while the group is failed over";
+                    let remedy =
+                        "it cannot be closed while the group runs from it; verbs that fit: undo-failover, change-point";
                     return Err(Problem::state(view.name(), "what its group runs from", remedy));
                 }
                 if validate_only {

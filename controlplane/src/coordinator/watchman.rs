@@ -54,7 +54,7 @@ impl Coordinator {
         let Live { streams, .. } = &mut *live;
         for group in model.groups.values() {
             let Some(stream) = streams.get_mut(&group.uid) else { continue };
-            if matches!(group.phase, GroupPhase::FailedOver { .. }) {
+            if group.phase.is_failed_over() {
                 stream.rpo.clear();
                 stream.alarm = Alarm::default();
                 continue;

@@ -76,7 +76,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
         | ("Points", "CreateCut")
-        | ("Failovers", "StartFailover")
+        | ("Failovers", "StartFailover" | "StartPlannedFailover" | "UndoFailover" | "ChangePoint")
         | ("Operations", "CancelOperation" | "DeleteOperation")
         | ("Views", "CreateView" | "DeleteView") => Needs::Operator,
         _ => return None,
@@ -438,7 +438,7 @@ mod tests {
             ("Proxies", &[Role::Admin], "DeleteProxy"),
             ("Points", READ, "ListPoints ResolvePoint"),
             ("Points", CHANGE, "CreateCut"),
-            ("Failovers", CHANGE, "StartFailover"),
+            ("Failovers", CHANGE, "StartFailover StartPlannedFailover UndoFailover ChangePoint"),
             ("Operations", READ, "GetOperation ListOperations WaitOperation"),
             ("Operations", CHANGE, "CancelOperation DeleteOperation"),
             ("Views", READ, "GetView ListViews"),

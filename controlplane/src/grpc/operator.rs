@@ -9,7 +9,8 @@ use tonic::{Request, Response, Status};
 
 use super::auth::{Scope, actor};
 use crate::convert;
-use crate::coordinator::{Coordinator, FailoverWanted};
+use crate::coordinator::{Asking, Coordinator, RunFrom};
+use crate::failover::{Choice, Spec, Verb};
 use crate::names::{Kind, Name, check_id};
 use crate::paging::Page;
 use crate::problem::Problem;
@@ -19,6 +20,8 @@ use crate::requests::Asked;
 const MAX_WAIT_MS: u64 = 600_000;
 /// The wait if nothing is said, milliseconds.
 const DEFAULT_WAIT_MS: u64 = 60_000;
+/// How long each wait of a planned failover may take if nothing is said, milliseconds.
+const PLANNED_WITHIN_MS: u64 = 60_000;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -278,17 +281,56 @@ impl failovers_server::Failovers for Operator {
         let r = request.into_inner();
         let group = scope.name("group", Kind::Group, &r.group)?;
         let asked = once(&scope, "StartFailover", &r.request_id, &r)?;
-        let wanted = FailoverWanted {
-            to: convert::choice_from_proto("to", r.to.as_ref())?,
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        let spec = Spec {
             unconfirmed: r.unconfirmed,
-            confirm_name: r.confirm_name,
-            validate_only: r.validate_only,
-            request_id: r.request_id,
             reason: r.reason,
-            actor: actor(&scope.0),
+            ..Spec::new(Verb::Failover, convert::choice_from_proto("to", r.to.as_ref())?)
         };
-        ok(self.0.start_failover(&group, wanted, &asked).await?)
+        ok(self.0.start_failover(&group, spec, &r.confirm_name, &asking, &asked).await?)
     }
+
+    async fn start_planned_failover(&self, request: Request<StartPlannedFailoverRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let within_ms = match r.within_ms {
+            0 => PLANNED_WITHIN_MS,
+            ms if (1_000..=3_600_000).contains(&ms) => ms,
+            ms => return Err(Problem::invalid("within_ms", ms, "1000 to 3600000, or 0 for 60000").into()),
+        };
+        let asked = once(&scope, "StartPlannedFailover", &r.request_id, &r)?;
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        let spec = Spec { within_ms, reason: r.reason, ..Spec::new(Verb::PlannedFailover, Choice::Latest) };
+        ok(self.0.start_failover(&group, spec, "", &asking, &asked).await?)
+    }
+
+    async fn undo_failover(&self, request: Request<UndoFailoverRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "UndoFailover", &r.request_id, &r)?;
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        ok(self.0.undo_failover(&group, (r.discard, r.force, r.reason), &asking, &asked).await?)
+    }
+
+    async fn change_point(&self, request: Request<ChangePointRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "ChangePoint", &r.request_id, &r)?;
+        let from = match &r.choice {
+            Some(change_point_request::Choice::View(view)) => RunFrom::Kept(view.clone()),
+            Some(change_point_request::Choice::To(to)) => RunFrom::Point(convert::choice_from_proto("to", Some(to))?),
+            None => return Err(Problem::invalid("to", "nothing", "a point, or a view that is kept").into()),
+        };
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        ok(self.0.change_point(&group, from, (r.force, r.reason), &asking, &asked).await?)
+    }
+}
+
+fn asking(scope: &Scope, request_id: String, validate_only: bool) -> Asking {
+    Asking { actor: actor(&scope.0), request_id, validate_only }
 }
 
 #[tonic::async_trait]

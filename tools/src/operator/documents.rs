@@ -280,6 +280,7 @@ pub fn view(view: &v1::View) -> Value {
         "kind": view_word(view.kind()),
         "writable": view.writable,
         "open": view.open,
+        "kept": view.kept,
         "point": view.point.as_ref().map(point),
         "disks": view.disks,
         "exports": view.exports.iter().map(|export| json!({
@@ -325,6 +326,7 @@ pub fn operation(operation: &v1::Operation) -> Value {
             "generation": result.generation,
             "rpo_at_start_ms": millis(result.rpo_at_start_us.saturating_mul(1000)),
             "zero_loss": result.zero_loss,
+            "branch": result.branch.as_ref().map(view),
         })),
     })
 }

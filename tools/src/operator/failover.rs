@@ -1,9 +1,9 @@
-//! `afterimage failover`: start a group from its replica, and follow the operation that does it.
+//! `afterimage failover`: start a group from its replica, bring it back, and follow the operation that does it.
 
 use std::time::{Duration, Instant};
 
 use afterimage_wire::v1::{self, OperationState, StepState};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use uuid::Uuid;
 
 use super::documents::{self, fence_word, group_of, id, operation_word, step_word};
@@ -21,6 +21,30 @@ const WAIT_STEP: Duration = Duration::from_millis(250);
 /// How long a coordinator that cannot be reached is tried again while an operation is followed: the operation goes on
 /// in it, or after its restart, whether or not it is watched.
 const WAIT_RETRY: Duration = Duration::from_secs(30);
+
+/// How an operation is begun.
+#[derive(Args, Debug)]
+pub struct Begin {
+    /// Return once it is started.
+    #[arg(long)]
+    no_wait: bool,
+    /// Why, for people; kept with the operation.
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    /// The same id starts the same operation only once [default: a new one].
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+}
+
+impl Begin {
+    fn reason(&self) -> String {
+        self.reason.clone().unwrap_or_default()
+    }
+
+    fn request_id(&self) -> String {
+        self.request_id.clone().unwrap_or_else(|| Uuid::new_v4().to_string())
+    }
+}
 
 /// Verbs of `afterimage failover`.
 #[derive(Subcommand, Debug)]
@@ -47,15 +71,71 @@ pub enum Verb {
         /// Check only; nothing is changed.
         #[arg(long)]
         dry_run: bool,
-        /// Return once it is started.
+        #[command(flatten)]
+        start: Begin,
+    },
+    /// Hand a group over with nothing lost: its source holds its I/O, and all that it had captured goes along.
+    #[command(after_help = "Examples:\n  \
+        afterimage failover planned shop --dry-run       check only\n  \
+        afterimage failover planned shop --within 5m     a long way to catch up\n\n\
+        Stop the machine first: what it still writes is held and not answered.\n\
+        Exit codes: 0 done, 1 a step failed (the source goes on), 3 not allowed now, 4 unreachable.")]
+    Planned {
+        /// The group's name.
+        group: String,
+        /// How long catching up may take, and again what is left once I/O is held.
+        #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration_ns)]
+        within: u64,
+        /// Check only; nothing is changed.
         #[arg(long)]
-        no_wait: bool,
-        /// Why, for people; kept with the new branch of history.
-        #[arg(long, value_name = "TEXT")]
-        reason: Option<String>,
-        /// The same id starts the same failover only once [default: a new one].
-        #[arg(long, value_name = "ID")]
-        request_id: Option<String>,
+        dry_run: bool,
+        #[command(flatten)]
+        start: Begin,
+    },
+    /// Bring a group that is failed over back to its source, as that left it; only what it wrote since is sent.
+    #[command(after_help = "Examples:\n  \
+        afterimage failover undo shop                    what was written meanwhile is kept as a branch\n  \
+        afterimage failover undo shop --discard --yes    and here it is deleted\n\n\
+        Stop the machine at the target first; the source's goes on when this is done.\n\
+        Exit codes: 0 done, 1 a step failed (the group runs on as it did), 3 not allowed now, 4 unreachable.")]
+    Undo {
+        /// The group's name.
+        group: String,
+        /// Delete what was written to its view, instead of keeping it.
+        #[arg(long)]
+        discard: bool,
+        /// Also while hosts have the view's disks open: they lose them.
+        #[arg(long)]
+        force: bool,
+        /// Check only; nothing is changed.
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        start: Begin,
+    },
+    /// Run a group that is failed over from another point, or from what is kept of an earlier one.
+    #[command(after_help = "Examples:\n  \
+        afterimage failover change-point shop --to time:-10m      a point before the damage\n  \
+        afterimage failover change-point shop --view failover     back to what was written there\n\n\
+        What was written to the present view is kept as a branch: see `afterimage view list`.\n\
+        Exit codes: 0 done, 1 a step failed (the group runs on as it did), 3 not allowed now, 4 unreachable.")]
+    ChangePoint {
+        /// The group's name.
+        group: String,
+        /// latest, cut:N, time:2026-11-21T10:00:00Z, time:-5m (ago), seq:N.
+        #[arg(long, value_name = "POINT", value_parser = selector, required_unless_present = "view")]
+        to: Option<Selector>,
+        /// A view that is kept, from `afterimage view list`.
+        #[arg(long, value_name = "VIEW", conflicts_with = "to")]
+        view: Option<String>,
+        /// Also while hosts have the present view's disks open: they lose them.
+        #[arg(long)]
+        force: bool,
+        /// Check only; nothing is changed.
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        start: Begin,
     },
     /// Show a failover with its steps.
     Show {
@@ -95,7 +175,7 @@ pub enum Verb {
 pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
     let out = session.out;
     match verb {
-        Verb::Start { group, to, unconfirmed, dry_run, no_wait, reason, request_id } => {
+        Verb::Start { group, to, unconfirmed, dry_run, start } => {
             if let Some(name) = &unconfirmed
                 && *name != group
             {
@@ -115,19 +195,71 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 unconfirmed: unconfirmed.is_some(),
                 confirm_name: unconfirmed.unwrap_or_default(),
                 validate_only: dry_run,
-                request_id: request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
-                reason: reason.unwrap_or_default(),
+                request_id: start.request_id(),
+                reason: start.reason(),
             };
             let started = session.ask(object(&group), session.failovers().start_failover(request)).await?;
-            if no_wait && !dry_run {
-                out.show(&documents::operation(&started), || {
-                    let name = id(&started.name);
-                    format!("failover {name} of group {group} started; follow it: afterimage failover wait {name}")
-                });
-                return Ok(());
+            follow_to_end(session, &group, started, &start).await
+        }
+        Verb::Planned { group, within, dry_run, start } => {
+            if !dry_run {
+                let loss = format!(
+                    "Group {group} will run at its target, with all that its source has captured. All I/O of the source's \
+                     disks will be held."
+                );
+                out.confirm(&object(&group), &loss)?;
             }
-            let ended = if dry_run { started } else { follow(session, started, None).await? };
-            end(session, &ended)
+            let request = v1::StartPlannedFailoverRequest {
+                group: session.group(&group),
+                within_ms: (within / 1_000_000).max(1),
+                validate_only: dry_run,
+                request_id: start.request_id(),
+                reason: start.reason(),
+            };
+            let started = session.ask(object(&group), session.failovers().start_planned_failover(request)).await?;
+            follow_to_end(session, &group, started, &start).await
+        }
+        Verb::Undo { group, discard, force, dry_run, start } => {
+            if !dry_run {
+                let written = if discard { "is deleted" } else { "does not come along, and is kept as a branch" };
+                let loss = format!(
+                    "Group {group} will run at its source again, as that left it. What was written to its view {written}."
+                );
+                out.confirm(&object(&group), &loss)?;
+            }
+            let request = v1::UndoFailoverRequest {
+                group: session.group(&group),
+                discard,
+                force,
+                validate_only: dry_run,
+                request_id: start.request_id(),
+                reason: start.reason(),
+            };
+            let started = session.ask(object(&group), session.failovers().undo_failover(request)).await?;
+            follow_to_end(session, &group, started, &start).await
+        }
+        Verb::ChangePoint { group, to, view, force, dry_run, start } => {
+            let choice = match (to, view) {
+                (Some(to), _) => Some(v1::change_point_request::Choice::To(api(to))),
+                (None, view) => view.map(v1::change_point_request::Choice::View),
+            };
+            if !dry_run {
+                let loss = format!(
+                    "Group {group} will run from another place in its history. What was written to its present view does \
+                     not come along, and is kept as a branch."
+                );
+                out.confirm(&object(&group), &loss)?;
+            }
+            let request = v1::ChangePointRequest {
+                group: session.group(&group),
+                choice,
+                force,
+                validate_only: dry_run,
+                request_id: start.request_id(),
+                reason: start.reason(),
+            };
+            let started = session.ask(object(&group), session.failovers().change_point(request)).await?;
+            follow_to_end(session, &group, started, &start).await
         }
         Verb::Cancel { operation, no_wait } => {
             let about = format!("operation \"{operation}\"");
@@ -152,9 +284,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let request =
                 v1::ListOperationsRequest { parent: session.tenant(), active_only: active, ..Default::default() };
             let all: Vec<v1::Operation> = every!(session, "operations", operations.list_operations(request).operations);
-            let fits = |operation: &v1::Operation| {
-                operation.verb == "failover" && group.as_ref().is_none_or(|g| group_of(&operation.subject) == g)
-            };
+            let fits = |operation: &v1::Operation| group.as_ref().is_none_or(|g| group_of(&operation.subject) == g);
             let found: Vec<v1::Operation> = all.into_iter().filter(fits).collect();
             let document = found.iter().map(documents::operation).collect::<Vec<_>>();
             out.show(&serde_json::json!({"failovers": document}), || listed(&found));
@@ -166,6 +296,19 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             end(session, &ended)
         }
     }
+}
+
+/// What has been started, until it is done unless that is not wanted.
+async fn follow_to_end(session: &Session, group: &str, started: v1::Operation, how: &Begin) -> Result<(), Failure> {
+    if how.no_wait && !started.validate_only {
+        session.out.show(&documents::operation(&started), || {
+            let (verb, name) = (&started.verb, id(&started.name));
+            format!("{verb} {name} of group {group} started; follow it: afterimage failover wait {name}")
+        });
+        return Ok(());
+    }
+    let ended = if started.validate_only { started } else { follow(session, started, None).await? };
+    end(session, &ended)
 }
 
 async fn get(session: &Session, operation: &str) -> Result<v1::Operation, Failure> {
@@ -306,12 +449,23 @@ fn result(operation: &v1::Operation) -> String {
     let Some(result) = &operation.failover else { return String::new() };
     let group = group_of(&operation.subject);
     let mut shown = String::new();
+    if operation.verb == "undo-failover" {
+        shown += &format!("group {group} runs at its source again\n");
+    }
     if let Some(point) = &result.point {
         shown += &format!("group {group} is at write {} of {}", point.seq, show_time(point.wall_ns));
-        shown += &format!("; its source is fenced ({})\n", fence_word(result.fence()));
+        shown += &match result.fence() {
+            v1::FenceKind::Unspecified => "\n".to_owned(),
+            fence => format!("; its source is fenced ({})\n", fence_word(fence)),
+        };
     }
-    shown += &format!("generation of its disks: {}\n", result.generation);
-    shown += &format!("RPO as it was shown when this began: {}\n", show_duration(result.rpo_at_start_us * 1000));
+    if result.generation > 0 {
+        shown += &format!("generation of its disks: {}\n", result.generation);
+        shown += &format!("RPO as it was shown when this began: {}\n", show_duration(result.rpo_at_start_us * 1000));
+    }
+    if let Some(branch) = &result.branch {
+        shown += &format!("what was written meanwhile is kept as the view {}\n", id(&branch.name));
+    }
     if let Some(view) = &result.view {
         shown += "start its machine from:\n";
         shown += &exports(view);
@@ -322,8 +476,8 @@ fn result(operation: &v1::Operation) -> String {
 fn shown(operation: &v1::Operation) -> String {
     // A dry run is stored nowhere and has no name.
     let what = match operation.validate_only {
-        true => "dry run of a failover".to_owned(),
-        false => format!("failover {}", id(&operation.name)),
+        true => format!("dry run of {}", operation.verb),
+        false => format!("{} {}", operation.verb, id(&operation.name)),
     };
     let state = operation_word(operation.state());
     let mut shown = format!("{what} of group {}: {state}\n", group_of(&operation.subject));
@@ -350,7 +504,7 @@ fn listed(operations: &[v1::Operation]) -> String {
         return "no failovers".to_owned();
     }
     table(
-        &["=FAILOVER", "GROUP", "STATE", "STARTED", ">TOOK"],
+        &["=FAILOVER", "GROUP", "VERB", "STATE", "STARTED", ">TOOK"],
         operations.iter().map(|operation| {
             let mood = match operation.state() {
                 OperationState::Done => Mood::Good,
@@ -361,6 +515,7 @@ fn listed(operations: &[v1::Operation]) -> String {
             vec![
                 text(id(&operation.name)),
                 text(group_of(&operation.subject)),
+                text(&operation.verb),
                 state(operation_word(operation.state()), mood),
                 text(show_time(operation.create_time_ns)),
                 text(took.unwrap_or_default()),

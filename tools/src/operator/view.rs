@@ -154,7 +154,11 @@ pub fn listed(views: &[v1::View]) -> String {
                 text(group_of(&view.name)),
                 text(id(&view.name)),
                 text(view_word(view.kind())),
-                if view.open { state("open", Mood::Good) } else { state("not open", Mood::Care) },
+                match (view.open, view.kept) {
+                    (true, _) => state("open", Mood::Good),
+                    (false, true) => state("kept", Mood::Plain),
+                    (false, false) => state("not open", Mood::Care),
+                },
                 text(point.seq.to_string()),
                 text(show_time(point.wall_ns)),
                 text(disks.join(" ")),
@@ -169,7 +173,17 @@ fn shown(view: &v1::View) -> String {
         ("view", format!("{}/{}", group_of(&view.name), id(&view.name))),
         ("kind", view_word(view.kind()).to_owned()),
         ("writable", if view.writable { "yes" } else { "no" }.to_owned()),
-        ("state", if view.open { "open" } else { "not open" }.to_owned()),
+        (
+            "state",
+            if view.open {
+                "open"
+            } else if view.kept {
+                "closed, and what was written is kept"
+            } else {
+                "not open"
+            }
+            .to_owned(),
+        ),
         ("point", format!("write {} of {}", point.seq, show_time(point.wall_ns))),
         ("reason", view.reason.clone()),
         ("created", show_time(view.create_time_ns)),
