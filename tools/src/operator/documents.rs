@@ -572,6 +572,7 @@ mod tests {
                 "priority",
                 "retention_s",
                 "rpo_target_ms",
+                "same_site",
                 "sync_deadline_ms",
                 "time_zone",
                 "uid",
@@ -587,7 +588,10 @@ mod tests {
         );
         assert_eq!(
             keys(&view(&v1::View::default())),
-            ["created", "disks", "exports", "group", "kind", "open", "point", "reason", "uid", "view", "writable"]
+            [
+                "created", "disks", "exports", "group", "kept", "kind", "open", "point", "reason", "uid", "view",
+                "writable"
+            ]
         );
     }
 }

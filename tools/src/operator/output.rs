@@ -154,18 +154,46 @@ pub fn state(value: impl Into<String>, mood: Mood) -> Cell {
     }
 }
 
-/// Names and values of one object, a line each, values below each other.
+/// Names and values of one object, values below each other: a line each, or more where a value has more words than fit.
 pub fn fields(fields: &[(&str, String)]) -> String {
     let widest = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    fields
-        .iter()
-        .map(|(name, value)| format!("{name:widest$}  {}\n", if value.is_empty() { "-" } else { value }))
-        .collect()
+    let room = usize::from(width()).saturating_sub(widest + 2);
+    let shown = |(name, value): &(&str, String)| {
+        let lines = folded(if value.is_empty() { "-" } else { value }, room);
+        let names = std::iter::once(*name).chain(std::iter::repeat(""));
+        lines.iter().zip(names).map(|(line, name)| format!("{name:widest$}  {line}\n")).collect::<String>()
+    };
+    fields.iter().map(shown).collect()
+}
+
+/// Lines of at most so many characters, broken between words; a word that is longer stays whole, so that it can be copied.
+fn folded(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split(' ') {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_values_go_on_below_themselves() {
+        let shown = fields(&[("uid", "u".repeat(120)), ("placed at", "some words ".repeat(20).trim_end().to_owned())]);
+        let lines: Vec<&str> = shown.lines().collect();
+        assert_eq!(lines[0].len(), 131, "what is one word stays one: {shown}");
+        assert!(lines.len() > 3 && lines[1..].iter().all(|line| line.len() <= usize::from(MAX_WIDTH)), "{shown}");
+        assert!(lines[2].starts_with("           "), "{shown}");
+        assert_eq!(folded("a  b", 10), ["a  b"]);
+    }
 
     fn widths(text: &str) -> usize {
         text.lines().map(|l| l.chars().count()).max().unwrap_or(0)

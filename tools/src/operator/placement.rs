@@ -77,9 +77,11 @@ fn shown(placement: &v1::Placement) -> String {
             ]
         }),
     );
-    for candidate in &placement.candidates {
-        shown += &format!("\n{}: {}", id(&candidate.proxy), candidate.reason);
-    }
+    shown += "\n";
+    shown += &table(
+        &["TARGET", "WHY"],
+        placement.candidates.iter().map(|c| vec![text(id(&c.proxy)), text(c.reason.as_str())]),
+    );
     shown
 }
 
@@ -93,7 +95,7 @@ mod tests {
         let candidate = |proxy: char, fits| v1::PlacementCandidate {
             proxy: format!("tenants/default/proxies/{}", proxy.to_string().repeat(63)),
             fits,
-            reason: "short of 3.0 GiB".into(),
+            reason: format!("short of 3.0 GiB: {}", "what it has is promised to others ".repeat(6)),
             site: "s".repeat(63),
             room: Some(room),
             ..Default::default()
@@ -104,7 +106,7 @@ mod tests {
             ..Default::default()
         };
         let text = shown(&placement);
-        assert!(text.lines().take(3).all(|line| line.chars().count() <= 100), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
         assert!(text.contains("chosen") && text.contains("short of 3.0 GiB"), "{text}");
     }
 }

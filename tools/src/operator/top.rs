@@ -1,6 +1,6 @@
 //! `afterimage top`: groups and proxies, live, on a terminal; once and plain where there is none.
 //!
-//! What is known ([`Screen`]) and how it is drawn ([`draw`]) know nothing of the terminal, so that both can be tested. The
+//! What is known ([`Screen`]) and how it is drawn ([`mod@draw`]) know nothing of the terminal, so that both can be tested. The
 //! terminal is given back however this ends: by a key, a signal, an error ([`Terminal`]) or a panic (ratatui's hook).
 
 use std::time::Duration;

@@ -118,9 +118,10 @@ pub struct PolicyText {
     time_zone: Option<String>,
     priority: Option<u32>,
     exclude: Option<Vec<String>>,
+    same_site: Option<bool>,
 }
 
-/// A group; `policy`, `source` and `target` are needed where it is new.
+/// A group; `policy` and `source` are needed where it is new, and without `target` the coordinator chooses one.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct GroupText {
@@ -168,6 +169,8 @@ pub enum Value {
     Text(String),
     /// Texts.
     List(Vec<String>),
+    /// Yes or no.
+    Flag(bool),
 }
 
 impl fmt::Display for Value {
@@ -193,6 +196,7 @@ impl fmt::Display for Value {
             Self::Text(text) if text.is_empty() => f.write_str("\"\""),
             Self::Text(text) => f.write_str(text),
             Self::List(list) => write!(f, "[{}]", list.join(", ")),
+            Self::Flag(yes) => write!(f, "{yes}"),
         }
     }
 }
@@ -320,6 +324,14 @@ pub const FIELDS: &[Field] = &[
         unit: 1,
     },
     list!("exclude", exclude, excluded_disks),
+    Field {
+        name: "same-site",
+        path: "same_site",
+        said: |text| text.same_site.map(Value::Flag),
+        kept: |policy| Value::Flag(policy.same_site.unwrap_or(false)),
+        set: |policy, value| policy.same_site = Some(*value == Value::Flag(true)),
+        unit: 1,
+    },
 ];
 
 impl PolicyText {
@@ -393,6 +405,7 @@ mod tests {
             time-zone = "Europe/Vienna"
             priority = 90
             exclude = ["swap*"]
+            same-site = true
         "#;
         let document = Document::parse("x", text).unwrap();
         let said = document.policy["gold"].said("gold").unwrap();

@@ -1,6 +1,6 @@
 //! `afterimage apply`: what a document says is brought about, and nothing else.
 //!
-//! The document is compared with what there is ([`plan`]); the difference is shown and asked about; all of it is checked
+//! The document is compared with what there is ([`mod@plan`]); the difference is shown and asked about; all of it is checked
 //! by the coordinator before any of it is done. An object is changed only if it still is what was compared (etags). Nothing
 //! is ever deleted, moved or started over: what is not in the document stays as it is.
 

@@ -170,12 +170,14 @@ fn created(name: &str, said: &GroupText, full: &impl Fn(&str, &str) -> String) -
     };
     let policy = said.policy.as_deref().ok_or_else(|| missing("policy"))?;
     let source = said.source.as_deref().ok_or_else(|| missing("source"))?;
-    let target = said.target.as_deref().ok_or_else(|| missing("target"))?;
+    // Without one the coordinator chooses.
+    let target = said.target.as_deref();
     let mut differences = Vec::new();
     if let Some(description) = &said.description {
         differences.push(Difference { field: "description", from: None, to: text(description) });
     }
-    for (field, value) in [("policy", policy), ("source", source), ("target", target)] {
+    let named = [("policy", Some(policy)), ("source", Some(source)), ("target", target)];
+    for (field, value) in named.into_iter().filter_map(|(field, value)| Some((field, value?))) {
         differences.push(Difference { field, from: None, to: text(value) });
     }
     let mut disks = Vec::new();
@@ -186,7 +188,7 @@ fn created(name: &str, said: &GroupText, full: &impl Fn(&str, &str) -> String) -
     let group = v1::Group {
         policy: full("policies", policy),
         source: full("proxies", source),
-        target: full("proxies", target),
+        target: target.map(|target| full("proxies", target)).unwrap_or_default(),
         description: said.description.clone().unwrap_or_default(),
         disks,
         ..Default::default()
