@@ -254,11 +254,13 @@ MAY = [
         Policies.GetPolicy Policies.ListPolicies Groups.GetGroup Groups.ListGroups Groups.GetDisk Groups.ListDisks
         Proxies.GetProxy Proxies.ListProxies Points.ListPoints Points.ResolvePoint Operations.GetOperation
         Operations.ListOperations Operations.WaitOperation Views.GetView Views.ListViews Status.GetStatus Status.GetRpo
-        Status.Watch Status.ListEvents Backups.GetRestore Certificates.ListCertificates Certificates.GetAuthorities"""),
+        Status.Watch Status.ListEvents Backups.GetRestore Certificates.ListCertificates Certificates.GetAuthorities
+        Groups.ExplainPlacement"""),
     (["operator", "admin"], """
         Policies.CreatePolicy Policies.UpdatePolicy Policies.DeletePolicy Groups.CreateGroup Groups.UpdateGroup
         Groups.DeleteGroup Groups.CreateDisk Groups.DeleteDisk Groups.InspectBranch Points.CreateCut
-        Failovers.StartFailover Operations.CancelOperation Operations.DeleteOperation Views.CreateView
+        Failovers.StartFailover Failovers.StartPlannedFailover Failovers.UndoFailover Failovers.ChangePoint
+        Operations.CancelOperation Operations.DeleteOperation Views.CreateView
         Views.DeleteView"""),
     (["admin"], """
         Proxies.DeleteProxy Audit.ListAuditRecords Audit.VerifyAudit Enrolment.CreateJoinToken Backups.CreateBackup

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use afterimage_controlplane::bundle::Bundle;
+use afterimage_controlplane::grpc::rate::Rate;
 use afterimage_controlplane::store::StoreError;
 use afterimage_controlplane::{Config, Running, ServeError, client, start};
 use afterimage_wire::v1::command::Command as Tell;
@@ -44,7 +45,9 @@ pub struct World {
 
 async fn bring_up(folder: &std::path::Path, port: u16) -> (Running, Bundle, Channel) {
     let config = Config::new(folder.join("coordinator"), ([127, 0, 0, 1], port).into());
-    let config = Config { report_interval: Duration::from_millis(50), ..config };
+    // Tests call as fast as they can.
+    let calls = Rate { per_s: 0, ..Rate::default() };
+    let config = Config { report_interval: Duration::from_millis(50), calls, ..config };
     let mut tries = 100;
     let running = loop {
         match start(config.clone()).await {
