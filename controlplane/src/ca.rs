@@ -13,6 +13,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
+use rustls::CertificateError;
+use rustls::pki_types::UnixTime;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -363,6 +365,29 @@ pub fn key_pin(der: &[u8]) -> Option<[u8; 32]> {
 pub fn not_after(der: &[u8]) -> Option<u64> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
     u64::try_from(certificate.validity().not_after.timestamp()).ok()
+}
+
+/// Verifies a certificate as of `now`, and once more as of its end if nothing but its age is wrong and it `may` be taken
+/// although it ended then (seconds since the Unix epoch).
+///
+/// # Errors
+/// What is wrong with it.
+pub fn verify_though_expired<T>(
+    certificate: &[u8],
+    now: UnixTime,
+    verify: impl Fn(UnixTime) -> Result<T, rustls::Error>,
+    may: impl FnOnce(u64) -> bool,
+) -> Result<T, rustls::Error> {
+    verify(now).or_else(|error| {
+        let expired = matches!(
+            error,
+            rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })
+        );
+        match not_after(certificate).filter(|ended| expired && may(*ended)) {
+            Some(ended) => verify(UnixTime::since_unix_epoch(Duration::from_secs(ended))),
+            None => Err(error),
+        }
+    })
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {

@@ -1,6 +1,6 @@
 //! Certificates that have been issued and have not ended: who has one, until when, whether it still counts. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use afterimage_wire::v1;
@@ -126,8 +126,7 @@ pub fn newest(model: &Model, wanted: impl Fn(&Certificate) -> bool) -> Vec<&Arc<
 pub fn record(model: &Model, txn: &mut Txn, certificate: Certificate) -> Result<(), Problem> {
     let own = |c: &Certificate| c.tenant == certificate.tenant;
     if model.certificates.values().filter(|c| own(c)).count() >= MAX_CERTIFICATES {
-        let kept: Vec<&str> = newest(model, own).into_iter().map(|c| c.serial.as_str()).collect();
-        let kept: std::collections::HashSet<&str> = kept.into_iter().collect();
+        let kept: HashSet<&str> = newest(model, own).into_iter().map(|c| c.serial.as_str()).collect();
         let may_go = |c: &&Arc<Certificate>| own(c) && c.revoked.is_none() && !kept.contains(c.serial.as_str());
         let superseded = model.certificates.values().filter(may_go);
         let oldest = superseded.min_by_key(|c| c.issued_ns);

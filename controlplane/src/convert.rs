@@ -303,11 +303,10 @@ pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation
         start_time_ns: s.started_ns,
         end_time_ns: s.ended_ns,
     };
-    let opens = work.spec.verb != failover::Verb::UndoFailover;
     let left = model.view(&group, &work.facts.leaves).ok();
     let result = (work.state == failover::State::Done).then(|| v1::FailoverResult {
         point: work.facts.point.as_ref().map(|p| point_to_proto(&group, p)),
-        view: model.view(&group, &work.facts.view).ok().filter(|_| opens).map(|v| view_to_proto(model, v)),
+        view: model.view(&group, &work.facts.view).ok().map(|v| view_to_proto(model, v)),
         fence: match work.facts.fence {
             Some(failover::FenceKind::Confirmed) => v1::FenceKind::Confirmed,
             Some(failover::FenceKind::Unconfirmed) => v1::FenceKind::Unconfirmed,

@@ -367,13 +367,17 @@ impl Failover {
         }
     }
 
+    /// What has become of the group when this is undone.
+    fn goes_on(&self) -> &'static str {
+        match self.spec.verb.is_of_failed_over() {
+            true => "the group runs on as it did",
+            false => "the source has been let go on",
+        }
+    }
+
     fn given_up(&self) -> (String, String) {
-        let goes_on = if self.spec.verb.is_of_failed_over() {
-            "the group runs on as it did"
-        } else {
-            "the source has been let go on"
-        };
-        (format!("given up by {}", self.cancelled_by), format!("{goes_on}; start again when it is wanted"))
+        let remedy = format!("{}; start again when it is wanted", self.goes_on());
+        (format!("given up by {}", self.cancelled_by), remedy)
     }
 
     /// Before the next step: gives it up if that is asked. A step that was being done is done first.
@@ -407,11 +411,7 @@ impl Failover {
         use StepState::{Done, Skipped};
         let target = group.target.as_str();
         let planned = self.spec.verb == Verb::PlannedFailover;
-        let goes_on = if self.spec.verb.is_of_failed_over() {
-            "the group runs on as it did"
-        } else {
-            "the source has been let go on"
-        };
+        let goes_on = self.goes_on();
         let again = format!("{goes_on}; look at the target proxy \"{target}\", then start again");
         let rest = "wait until the group has caught up (see `status`), or allow more time; or start a failover that is not planned";
         match (name, reply) {

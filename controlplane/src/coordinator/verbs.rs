@@ -66,10 +66,9 @@ impl Coordinator {
             let group = model.group(name)?;
             let disks: Vec<_> = model.disks_of(group).collect();
             let lease = self.lease_of(model, group);
-            let views = (failover::free_view(model, group), String::new());
+            let view = failover::free_view(model, group);
             let checked = format!("record {} can be opened", point.seq);
-            let views = (views.0.as_str(), views.1.as_str());
-            Ok(Failover::new(spec.clone(), &disks, views, rpo.unwrap_or_default(), lease, checked, now))
+            Ok(Failover::new(spec.clone(), &disks, (&view, ""), rpo.unwrap_or_default(), lease, checked, now))
         })
         .await
     }

@@ -16,9 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme,
-};
+use rustls::{DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
@@ -28,7 +26,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::{Connected, TcpConnectInfo, TlsConnectInfo};
 
 use super::bound::{Bounded, Counted};
-use crate::ca::{identify, not_after};
+use crate::ca::{identify, verify_though_expired};
 use crate::connections::{Connections, Guard};
 
 /// How long a TLS handshake may take.
@@ -116,13 +114,7 @@ impl ClientCertVerifier for Expired {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let verify = |at| self.inner.verify_client_cert(end_entity, intermediates, at);
-        match verify(now) {
-            Err(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
-                let ended = not_after(end_entity).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
-                verify(UnixTime::since_unix_epoch(Duration::from_secs(ended)))
-            }
-            verified => verified,
-        }
+        verify_though_expired(end_entity, now, verify, |_| true)
     }
 
     fn verify_tls12_signature(

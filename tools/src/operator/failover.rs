@@ -25,6 +25,9 @@ const WAIT_RETRY: Duration = Duration::from_secs(30);
 /// How an operation is begun.
 #[derive(Args, Debug)]
 pub struct Begin {
+    /// Check only; nothing is changed.
+    #[arg(long)]
+    dry_run: bool,
     /// Return once it is started.
     #[arg(long)]
     no_wait: bool,
@@ -68,9 +71,6 @@ pub enum Verb {
         /// Go on although nobody confirms that the source is off; NAME is the group's name, typed again.
         #[arg(long, value_name = "NAME")]
         unconfirmed: Option<String>,
-        /// Check only; nothing is changed.
-        #[arg(long)]
-        dry_run: bool,
         #[command(flatten)]
         start: Begin,
     },
@@ -86,9 +86,6 @@ pub enum Verb {
         /// How long catching up may take, and again what is left once I/O is held.
         #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration_ns)]
         within: u64,
-        /// Check only; nothing is changed.
-        #[arg(long)]
-        dry_run: bool,
         #[command(flatten)]
         start: Begin,
     },
@@ -107,9 +104,6 @@ pub enum Verb {
         /// Also while hosts have the view's disks open: they lose them.
         #[arg(long)]
         force: bool,
-        /// Check only; nothing is changed.
-        #[arg(long)]
-        dry_run: bool,
         #[command(flatten)]
         start: Begin,
     },
@@ -131,9 +125,6 @@ pub enum Verb {
         /// Also while hosts have the present view's disks open: they lose them.
         #[arg(long)]
         force: bool,
-        /// Check only; nothing is changed.
-        #[arg(long)]
-        dry_run: bool,
         #[command(flatten)]
         start: Begin,
     },
@@ -175,7 +166,7 @@ pub enum Verb {
 pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
     let out = session.out;
     match verb {
-        Verb::Start { group, to, unconfirmed, dry_run, start } => {
+        Verb::Start { group, to, unconfirmed, start } => {
             if let Some(name) = &unconfirmed
                 && *name != group
             {
@@ -186,7 +177,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 )
                 .hint(format!("to say that the source's machine is off, write --unconfirmed {group}")));
             }
-            if !dry_run {
+            if !start.dry_run {
                 out.confirm(&object(&group), &loss(session, &group, to, unconfirmed.is_some()).await?)?;
             }
             let request = v1::StartFailoverRequest {
@@ -194,15 +185,15 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 to: Some(api(to)),
                 unconfirmed: unconfirmed.is_some(),
                 confirm_name: unconfirmed.unwrap_or_default(),
-                validate_only: dry_run,
+                validate_only: start.dry_run,
                 request_id: start.request_id(),
                 reason: start.reason(),
             };
             let started = session.ask(object(&group), session.failovers().start_failover(request)).await?;
             follow_to_end(session, &group, started, &start).await
         }
-        Verb::Planned { group, within, dry_run, start } => {
-            if !dry_run {
+        Verb::Planned { group, within, start } => {
+            if !start.dry_run {
                 let loss = format!(
                     "Group {group} will run at its target, with all that its source has captured. All I/O of the source's \
                      disks will be held."
@@ -212,15 +203,15 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let request = v1::StartPlannedFailoverRequest {
                 group: session.group(&group),
                 within_ms: (within / 1_000_000).max(1),
-                validate_only: dry_run,
+                validate_only: start.dry_run,
                 request_id: start.request_id(),
                 reason: start.reason(),
             };
             let started = session.ask(object(&group), session.failovers().start_planned_failover(request)).await?;
             follow_to_end(session, &group, started, &start).await
         }
-        Verb::Undo { group, discard, force, dry_run, start } => {
-            if !dry_run {
+        Verb::Undo { group, discard, force, start } => {
+            if !start.dry_run {
                 let written = if discard { "is deleted" } else { "does not come along, and is kept as a branch" };
                 let loss = format!(
                     "Group {group} will run at its source again, as that left it. What was written to its view {written}."
@@ -231,19 +222,19 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 group: session.group(&group),
                 discard,
                 force,
-                validate_only: dry_run,
+                validate_only: start.dry_run,
                 request_id: start.request_id(),
                 reason: start.reason(),
             };
             let started = session.ask(object(&group), session.failovers().undo_failover(request)).await?;
             follow_to_end(session, &group, started, &start).await
         }
-        Verb::ChangePoint { group, to, view, force, dry_run, start } => {
+        Verb::ChangePoint { group, to, view, force, start } => {
             let choice = match (to, view) {
                 (Some(to), _) => Some(v1::change_point_request::Choice::To(api(to))),
                 (None, view) => view.map(v1::change_point_request::Choice::View),
             };
-            if !dry_run {
+            if !start.dry_run {
                 let loss = format!(
                     "Group {group} will run from another place in its history. What was written to its present view does \
                      not come along, and is kept as a branch."
@@ -254,7 +245,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 group: session.group(&group),
                 choice,
                 force,
-                validate_only: dry_run,
+                validate_only: start.dry_run,
                 request_id: start.request_id(),
                 reason: start.reason(),
             };

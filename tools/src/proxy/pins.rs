@@ -4,14 +4,13 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, RwLock};
-use std::time::Duration;
 
 pub use afterimage_controlplane::ca::GRACE;
-use afterimage_controlplane::ca::{key_pin, not_after};
+use afterimage_controlplane::ca::{key_pin, verify_though_expired};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
+use rustls::{DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
 /// The keys (SHA-256 of the public key) of the proxies that this one is paired with.
 #[derive(Clone, Debug, Default)]
@@ -24,13 +23,12 @@ impl Pins {
         *self.0.write().expect("nothing panics while it holds this") = pins;
     }
 
-    /// When the certificate ended, if it may be taken as of then.
-    fn ended(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Option<UnixTime> {
-        let ended = not_after(certificate)?;
-        let late = now.as_secs().checked_sub(ended)?;
-        let paired = key_pin(certificate)?;
-        let known = self.0.read().expect("nothing panics while it holds this").contains(&paired[..]);
-        (known && late <= GRACE.as_secs()).then(|| UnixTime::since_unix_epoch(Duration::from_secs(ended)))
+    /// It is a paired proxy's, and has not ended too long ago.
+    fn may_be_late(&self, certificate: &CertificateDer<'_>, now: UnixTime, ended: u64) -> bool {
+        let late = now.as_secs().checked_sub(ended);
+        late.is_some_and(|late| late <= GRACE.as_secs())
+            && key_pin(certificate)
+                .is_some_and(|key| self.0.read().expect("nothing panics while it holds this").contains(&key[..]))
     }
 
     /// Verifies now, and once more as of the certificate's end if nothing but its age is wrong.
@@ -40,16 +38,7 @@ impl Pins {
         now: UnixTime,
         verify: impl Fn(UnixTime) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        verify(now).or_else(|error| {
-            let expired = matches!(
-                error,
-                Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })
-            );
-            match self.ended(certificate, now).filter(|_| expired) {
-                Some(ended) => verify(ended),
-                None => Err(error),
-            }
-        })
+        verify_though_expired(certificate, now, verify, |ended| self.may_be_late(certificate, now, ended))
     }
 }
 
