@@ -70,6 +70,7 @@ fn source_group(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::SourceG
         block_bytes: d.block,
         physical_block_bytes: d.physical_block,
         generation: group.writer_generation,
+        view: String::new(),
     };
     v1::SourceGroup {
         stream_uid: group.uid.clone(),
@@ -110,6 +111,7 @@ fn target_stream(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::Target
         physical_block_bytes: d.physical_block,
         generation: group.generation,
         seed_path: d.seed_path.clone(),
+        base_path: String::new(),
     };
     v1::TargetStream {
         stream_uid: group.uid.clone(),

@@ -206,6 +206,11 @@ impl Delta {
         })
     }
 
+    /// Nobody waits for an answer to a change or a flush.
+    pub fn is_settled(&self) -> bool {
+        self.waiting.is_empty() && self.written_askers.is_empty() && self.durable_askers.is_empty()
+    }
+
     fn idle(&self) -> bool {
         self.waiting.is_empty()
             && self.written_askers.is_empty()

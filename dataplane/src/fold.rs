@@ -154,6 +154,10 @@ impl Fold {
 
 /// Why the oldest segment is to be folded, if it is.
 fn due(stream: &Stream) -> Option<&'static str> {
+    // What lies over a disk in its place stays over it.
+    if !stream.bases.is_empty() {
+        return None;
+    }
     let segments = &stream.journal.segments;
     let front = segments.front()?;
     if Some(front.uid) == stream.journal.active_uid() {

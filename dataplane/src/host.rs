@@ -83,6 +83,8 @@ pub enum FrontId {
     Vhost = 1,
     /// ublk.
     Ublk = 2,
+    /// A source in the same thread, whose disk this is: [`crate::loopback`].
+    Loopback = 3,
 }
 
 impl FrontId {

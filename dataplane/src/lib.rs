@@ -15,6 +15,7 @@ macro_rules! mutant {
 }
 
 pub mod host;
+mod loopback;
 pub mod mutant;
 pub mod seal;
 
@@ -40,6 +41,7 @@ pub mod fold;
 pub mod index;
 pub mod journal;
 pub mod receive;
+pub mod reverse;
 mod scrub;
 mod shelf;
 pub mod target;

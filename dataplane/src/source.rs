@@ -342,6 +342,22 @@ impl<I: Io> Source<I> {
         disks.find(|d| d.config.id == disk).map(|d| d.key)
     }
 
+    /// Answers of a disk that are ready; none if it has gone.
+    pub(crate) fn answers_of(&mut self, key: DiskKey) -> Option<&mut VecDeque<Answer>> {
+        self.disks.get_mut(key.0 as usize)?.as_mut().map(Disk::answers)
+    }
+
+    /// Nothing that hosts asked of the disk is under way or waits, unless it waits because all I/O is held.
+    pub(crate) fn is_drained(&self, key: DiskKey) -> bool {
+        let disk = self.disks.get(key.0 as usize).and_then(Option::as_ref);
+        disk.is_none_or(|disk| disk.is_drained() || disk.is_fenced())
+    }
+
+    /// The disk has been let go of.
+    pub(crate) fn has_closed(&self, key: DiskKey) -> bool {
+        self.disks.get(key.0 as usize).is_none_or(Option::is_none)
+    }
+
     /// True if a completion with this token is this source's.
     pub fn owns(&self, token: Token) -> bool {
         token >> 48 == self.base >> 48

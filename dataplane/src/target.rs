@@ -22,7 +22,9 @@ use crate::view::{Reads, View};
 
 mod config;
 mod hello;
+pub(crate) mod images;
 mod mend;
+mod merge;
 pub(crate) mod ops;
 mod points;
 mod promise;
@@ -34,7 +36,8 @@ mod views;
 
 pub use config::{Choice, MAX_SEGMENT, MIN_SEGMENT, PointError, StreamConfig, TargetConfig, TargetError, ViewConfig};
 pub use status::{
-    Damage, DiskStatus, LostBlocks, PointInfo, ScrubStatus, StreamState, StreamStatus, TargetEvent, ViewStatus,
+    Damage, DiskStatus, LostBlocks, MergeStatus, PointInfo, ScrubStatus, StreamState, StreamStatus, TargetEvent,
+    ViewStatus,
 };
 pub use views::ViewDisk;
 
@@ -65,6 +68,8 @@ pub struct Target<I: Io> {
     delivering: Vec<(DiskKey, Answer)>,
     /// Images to begin with, of disks that may come.
     seeds: BTreeMap<DiskId, String>,
+    /// Replicas in their place, of streams that may come.
+    bases: BTreeMap<StreamId, BTreeMap<DiskId, String>>,
     /// There is more to do without a completion.
     more: bool,
     starved_at: Option<Nanos>,
@@ -107,6 +112,7 @@ impl<I: Io> Target<I> {
             views: Vec::new(),
             delivering: Vec::new(),
             seeds: BTreeMap::new(),
+            bases: BTreeMap::new(),
             more: false,
             starved_at: None,
             marker: std::marker::PhantomData,
@@ -162,6 +168,7 @@ impl<I: Io> Target<I> {
         let seeds = seeds_of(&self.seeds, &config);
         let mut open = Stream::open(io, id, config, &self.config)?;
         open.seeds.wanted = seeds;
+        open.bases = self.bases.get(&open.config.stream).cloned().unwrap_or_default();
         open.open_turn(&mut Ctx { io, ops: &mut self.ops }, &mut self.next_id, &mut self.events);
         self.streams.insert(id, open);
         Ok(())
@@ -201,6 +208,7 @@ impl<I: Io> Target<I> {
     pub fn drop_stream(&mut self, io: &mut I, stream: StreamId, erase: bool) -> Result<(), TargetError> {
         let id = self.id_of(stream).ok_or(TargetError::UnknownStream(stream))?;
         self.forget_stream(io, id);
+        self.bases.remove(&stream);
         if !erase {
             return Ok(());
         }
@@ -291,6 +299,16 @@ impl<I: Io> Target<I> {
                     stream.scrub_done(io, done, &mut self.events);
                 }
             }
+            Purpose::Merge(id, cookie) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.merge_done(&mut self.reads, cookie, &done);
+                }
+            }
+            Purpose::MergeSync(id) => {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    stream.merge_synced(&done);
+                }
+            }
             Purpose::Chunk(number) => self.reads.on_chunk(number, done),
             Purpose::Image(number) => self.reads.on_image(number, done),
         }
@@ -371,6 +389,9 @@ impl<I: Io> Target<I> {
         }
         self.give_way(io);
         self.mend(io.now());
+        for stream in self.streams.values_mut() {
+            self.more |= stream.merge_turn(&mut Ctx { io, ops: &mut self.ops }, &mut self.reads);
+        }
         let mut ctx = Ctx { io, ops: &mut self.ops };
         self.reads.turn(&mut ctx, &mut self.streams);
         for (id, suspect) in self.reads.suspects.drain(..) {

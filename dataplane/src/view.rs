@@ -21,8 +21,9 @@ use crate::journal::segment::cover_aligned;
 use crate::journal::{Journal, Writer};
 use crate::scrub::Suspect;
 use crate::seal::{open_chunk, payload};
+use crate::target::images::Image;
 use crate::target::ops::{Ctx, JournalId, Purpose};
-use crate::target::stream::{Image, Stream};
+use crate::target::stream::Stream;
 
 pub mod cache;
 

@@ -403,7 +403,8 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
         Tell::LabelCut(c) => {
             Outcome::Point(v1::Point { label: c.label.clone(), cut: Some(11), ..point(state, &c.stream_uid, 101) })
         }
-        Tell::Unprotect(_) | Tell::DropStream(_) | Tell::LeaveDisk(_) => Outcome::Done(Done {}),
+        Tell::Unprotect(_) | Tell::DropStream(_) | Tell::LeaveDisk(_) | Tell::ReleaseDisks(_) => Outcome::Done(Done {}),
+        Tell::MergeStream(_) => Outcome::Merged(v1::Merged { complete: true, merged_bytes: 0, total_bytes: 0 }),
         Tell::InspectBranch(_) => Outcome::Branch(Branch::default()),
         Tell::Observe(_) => Outcome::Observed(state.clone()),
     }

@@ -1,7 +1,8 @@
 //! The one seam of the data plane: operations go in with the buffers they own, completions come out with them.
 //!
-//! Two implementations: [`ring::Ring`], raw io_uring, and [`sim::SimIo`], one node of a simulated world. All `unsafe`
-//! of the project stands in this module. The clock is read here and nowhere else.
+//! Two implementations: [`ring::Ring`], raw io_uring, and [`sim::SimIo`], one node of a simulated world; and
+//! [`tapped::Tapped`] around either, for disks that are served in the same thread. All `unsafe` of the project stands in
+//! this module. The clock is read here and nowhere else.
 //!
 //! Rules, the same for both and held by the tests in `tests/conformance.rs`:
 //! - A buffer given to an operation belongs to the kernel until its [`Done`], which brings it back, also on error.
@@ -21,6 +22,7 @@ pub mod guest;
 pub mod inherited;
 pub mod ring;
 pub mod sim;
+pub mod tapped;
 pub mod ublk;
 
 pub use buf::{Buf, Class, Pool};

@@ -144,6 +144,14 @@ pub enum TargetError {
         /// Why.
         why: String,
     },
+    /// It cannot be written into the disks that it began with.
+    #[error("stream {stream} cannot be merged: {why}")]
+    Unmergeable {
+        /// Stream.
+        stream: StreamId,
+        /// Why.
+        why: String,
+    },
     /// No such disk in the stream.
     #[error("disk {0} is not in the stream")]
     UnknownDisk(DiskId),

@@ -55,6 +55,10 @@ pub(crate) enum Purpose {
     Chunk(u64),
     /// A piece of a replica image for a view's read.
     Image(u64),
+    /// Writing to a base.
+    Merge(u32, u64),
+    /// Syncing it.
+    MergeSync(u32),
 }
 
 /// Operations under way, by the lower 48 bits of their token.

@@ -294,3 +294,16 @@ pub enum TargetEvent {
         damage: Damage,
     },
 }
+
+/// How far a merge is.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct MergeStatus {
+    /// All of it is on stable storage.
+    pub complete: bool,
+    /// Looked at, bytes.
+    pub done: u64,
+    /// Bytes of the disks.
+    pub total: u64,
+    /// Written, bytes.
+    pub written: u64,
+}

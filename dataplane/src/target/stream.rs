@@ -9,10 +9,11 @@ use afterimage_wire::record::DiskInfo;
 use afterimage_wire::segment::Predecessor;
 use afterimage_wire::stream_state::{DeltaView, StreamStateFile};
 use afterimage_wire::timeline::TimelineKind;
-use afterimage_wire::{ALIGN, align_up};
 
 use super::config::{StreamConfig, TargetConfig, TargetError, ViewConfig};
 use super::hello::is_behind;
+use super::images::Image;
+use super::merge::Merge;
 use super::ops::{Ctx, JournalId, Purpose};
 use super::promise::Promise;
 use super::reopen::Reopen;
@@ -44,18 +45,6 @@ const ROLL_PART: u64 = 8;
 const MAX_TO_INDEX: usize = 8;
 /// Shortest stream time of a segment that is not full.
 const ROLL_MIN: Nanos = 1_000_000_000;
-
-/// A replica image.
-#[derive(Copy, Clone, Debug)]
-pub(crate) struct Image {
-    pub file: File,
-    /// Bytes.
-    pub size: u64,
-    /// Alignment of I/O.
-    pub block: u32,
-    /// Ranges can be given back.
-    pub unmap: bool,
-}
 
 /// How far a stream is open.
 #[derive(Debug)]
@@ -124,6 +113,10 @@ pub(crate) struct Stream {
     pub to_index: VecDeque<Written>,
     /// Images that replicas begin with.
     pub seeds: Seeds,
+    /// Files and devices that are the replicas of disks, in their place; of all disks of the stream, or of none.
+    pub bases: BTreeMap<DiskId, String>,
+    /// They are being written to.
+    pub merge: Option<Merge>,
     /// What the source asks by hash.
     pub compare: Compare,
     ripe: usize,
@@ -186,6 +179,8 @@ impl Stream {
             promise: Promise::default(),
             to_index: VecDeque::new(),
             seeds: Seeds::default(),
+            bases: BTreeMap::new(),
+            merge: None,
             compare: Compare::default(),
             ripe: 0,
             noted: 0,
@@ -294,49 +289,6 @@ impl Stream {
         matches!(self.phase, Phase::Ready)
     }
 
-    /// Makes sure that the disk's image is there and long enough; an image never shrinks.
-    pub fn ensure_image<I: Io>(&mut self, io: &mut I, info: &DiskInfo) -> Result<(), Errno> {
-        let want = align_up(usize::try_from(info.size).map_err(|_| Errno::INVAL)?) as u64;
-        if let Some(image) = self.images.get_mut(&info.slot) {
-            if image.size < want {
-                io.set_len(image.file, want, false)?;
-                image.size = want;
-            }
-            return Ok(());
-        }
-        let (dir, path) = (format!("{}/replica", self.dir), format!("{}/replica/{}.img", self.dir, info.id));
-        let how = OpenHow { write: true, create_new: false, lock: true };
-        let file = match io.open(&path, how) {
-            Err(Errno::NOENT) => {
-                let file = io.open(&path, OpenHow { create_new: true, ..how })?;
-                io.sync_dir(&dir).map(|()| file)
-            }
-            other => other,
-        }?;
-        let ready = io.info(file).and_then(|now| {
-            if now.size < want {
-                io.set_len(file, want, false)?;
-            }
-            Ok((now, now.size.max(want)))
-        });
-        let (now, size) = ready.inspect_err(|_| io.close(file))?;
-        let block = now.block.clamp(512, ALIGN as u32);
-        self.images.insert(info.slot, Image { file, size, block, unmap: now.discard });
-        Ok(())
-    }
-
-    /// The image of a slot, at least `end` bytes long.
-    pub fn image_for<I: Io>(&mut self, io: &mut I, slot: u16, end: u64) -> Result<Option<Image>, Errno> {
-        let info = self.points.base().get(&slot).map(|life| life.info.clone());
-        let info = info.or_else(|| {
-            let known = self.history.table().disks.iter().find(|disk| disk.disk.slot == slot);
-            known.map(|disk| disk.disk.clone())
-        });
-        let Some(info) = info else { return Ok(None) };
-        self.ensure_image(io, &DiskInfo { size: info.size.max(end), ..info })?;
-        Ok(self.images.get(&slot).copied())
-    }
-
     /// When to go on with opening although nothing completes.
     pub fn deadline(&self) -> Option<Nanos> {
         let phase = match &self.phase {
@@ -405,7 +357,7 @@ impl Stream {
                     }
                     match self.ensure_image(ctx.io, &info) {
                         Ok(()) => {}
-                        Err(Errno::AGAIN) => {
+                        Err(Errno::AGAIN | Errno::BUSY) => {
                             self.again = Some(ctx.io.now() + LOCK_AGAIN);
                             return Ok((Phase::Images, false));
                         }

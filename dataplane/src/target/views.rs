@@ -9,7 +9,7 @@ use afterimage_wire::timeline::TimelineKind;
 use super::config::{Choice, PointError, TargetError, ViewConfig};
 use super::stream::ViewPin;
 use super::{MAX_VIEWS, Target};
-use crate::delta::Change;
+use crate::delta::{Change, Delta};
 use crate::host::{Answer, DiskKey, Disks, Export, Geometry, HostDisk, Request};
 use crate::index::points::holds;
 use crate::index::{Content, Cover};
@@ -139,8 +139,8 @@ impl<I: Io> Target<I> {
     /// Not known, or storage.
     pub fn close_view(&mut self, io: &mut I, name: &str, keep_delta: bool) -> Result<(), TargetError> {
         let shut = self.shut_view(name);
-        let kept = |delta: &crate::delta::Delta| delta.view.name == name;
-        let shelf = |delta: &crate::delta::Delta| view_of(&delta.view.name) == Some(name);
+        let kept = |delta: &Delta| delta.view.name == name;
+        let shelf = |delta: &Delta| view_of(&delta.view.name) == Some(name);
         let mut streams = self.streams.values_mut();
         let Some(stream) = streams.find(|stream| stream.deltas.iter().any(|delta| kept(delta) || shelf(delta))) else {
             return if shut { Ok(()) } else { Err(TargetError::UnknownView(name.to_owned())) };
@@ -188,6 +188,13 @@ impl<I: Io> Target<I> {
                 }
                 continue;
             }
+            if let Some(stream) = super::merge::stream_of(key) {
+                if let Some(merge) = self.streams.get_mut(&stream).and_then(|stream| stream.merge.as_mut()) {
+                    merge.answer(answer);
+                    self.more = true;
+                }
+                continue;
+            }
             if let Some(stream) = stream_of(key) {
                 if let Some(stream) = self.streams.get_mut(&stream) {
                     stream.shelving.answers.push(answer);
@@ -201,6 +208,38 @@ impl<I: Io> Target<I> {
             }
         }
         self.delivering = answers;
+    }
+
+    /// Answers of a disk of a view that are ready; none if it has gone.
+    pub(crate) fn answers_of(&mut self, key: DiskKey) -> Option<&mut VecDeque<Answer>> {
+        let (view, disk) = self.find_disk(key)?;
+        Some(&mut self.views[view].disks[disk].answers)
+    }
+
+    /// Every change that was asked of the view's disks has been answered.
+    pub(crate) fn is_settled(&self, key: DiskKey) -> bool {
+        let view = self.find_disk(key).map(|(view, _)| &self.views[view]);
+        let delta = view.and_then(|view| {
+            let stream = self.streams.get(&view.stream)?;
+            stream.deltas.iter().find(|delta| Some(delta.id) == view.delta)
+        });
+        delta.is_none_or(Delta::is_settled)
+    }
+
+    /// The view that a disk is of.
+    pub(crate) fn view_name(&self, key: DiskKey) -> Option<&str> {
+        self.find_disk(key).map(|(view, _)| self.views[view].name.as_str())
+    }
+
+    /// Tells what was written to a view from what is written to any other, also of the same name; 0 if it cannot be written.
+    pub(crate) fn view_identity(&self, name: &str) -> u64 {
+        let deltas = self.streams.values().flat_map(|stream| &stream.deltas);
+        let timeline = deltas.map(|delta| &delta.view).find(|view| view.name == name).map(|view| view.timeline.0);
+        timeline.map_or(0, |id| {
+            id.chunks(8).fold(1, |sum, part| {
+                part.iter().fold(sum, |sum: u64, byte| sum.wrapping_mul(0x100_0000_01b3) ^ u64::from(*byte))
+            }) | 1
+        })
     }
 
     fn find_disk(&self, key: DiskKey) -> Option<(usize, usize)> {

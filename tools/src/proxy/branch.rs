@@ -36,7 +36,7 @@ pub async fn inspect(proxy: &Proxy, said: &InspectBranch) -> Result<Branch, Refu
     let Some(group) = running.or(wanted) else {
         return refused(Kind::NotFound, format!("stream {stream} is not protected from here"));
     };
-    let disks = convert::group(&group, &proxy.places(), false)?.disks;
+    let disks = convert::group(&group, &proxy.places_of(&group), false)?.disks;
     let folder = said.export_to.clone();
     if !folder.is_empty() && !folder.starts_with('/') {
         return refused(Kind::Invalid, format!("export_to `{folder}`: allowed is an absolute path"));
@@ -50,7 +50,8 @@ pub async fn inspect(proxy: &Proxy, said: &InspectBranch) -> Result<Branch, Refu
     }
 }
 
-fn branch_of(stream: StreamId, disks: &[DiskConfig], folder: &str) -> Result<Branch, String> {
+/// As [`inspect`], of disks that nobody writes to; into `folder` unless that is empty.
+pub(super) fn branch_of(stream: StreamId, disks: &[DiskConfig], folder: &str) -> Result<Branch, String> {
     let mut branch = Branch { disks: Vec::with_capacity(disks.len()) };
     for disk in disks {
         branch.disks.push(disk_of(stream, disk).map_err(|error| format!("`{}`: {error}", disk.log_path))?);

@@ -19,7 +19,8 @@ use tokio::sync::oneshot;
 use super::branch;
 use super::converge::{self, ViewError};
 use super::convert::{self, Senseless};
-use super::cores::{SourceCore, TargetCore};
+use super::cores::{self, SourceCore, TargetCore};
+use super::failback;
 use super::report;
 use super::runtime::{Gone, Handle};
 use super::state::{CutWaiter, Proxy, StateError};
@@ -76,7 +77,10 @@ impl From<TargetError> for Refused {
             TargetError::Point(error) => return error.into(),
             TargetError::Config { .. } => Kind::Invalid,
             TargetError::UnknownStream(_) | TargetError::UnknownDisk(_) | TargetError::UnknownView(_) => Kind::NotFound,
-            TargetError::Recovering(_) | TargetError::NameTaken(_) | TargetError::TooManyViews => Kind::WrongState,
+            TargetError::Recovering(_)
+            | TargetError::NameTaken(_)
+            | TargetError::TooManyViews
+            | TargetError::Unmergeable { .. } => Kind::WrongState,
             TargetError::Failed { .. } | TargetError::Storage { .. } | TargetError::Format { .. } => Kind::Io,
         };
         Self(kind, error.to_string())
@@ -148,6 +152,8 @@ fn name(verb: &Verb) -> &'static str {
         Verb::LeaveDisk(_) => "leave disk",
         Verb::InspectBranch(_) => "inspect branch",
         Verb::Observe(_) => "observe",
+        Verb::ReleaseDisks(_) => "release disks",
+        Verb::MergeStream(_) => "merge stream",
     }
 }
 
@@ -165,30 +171,30 @@ async fn verb(proxy: &Proxy, verb: Option<Verb>) -> Result<Outcome, Refused> {
         Some(Verb::DropStream(said)) => drop_stream(proxy, &said.stream_uid).await,
         Some(Verb::LeaveDisk(said)) => leave_disk(proxy, &said).await,
         Some(Verb::Observe(_)) => Ok(Outcome::Observed(proxy.desired.borrow().clone())),
+        Some(Verb::ReleaseDisks(said)) => failback::release_disks(proxy, &said).await,
+        Some(Verb::MergeStream(said)) => failback::merge_stream(proxy, &said).await,
         Some(Verb::InspectBranch(said)) => branch::inspect(proxy, &said).await.map(Outcome::Branch),
         None => refused(Kind::Unsupported, "the command is not known in this version"),
     }
 }
 
-fn source(proxy: &Proxy) -> Result<&Handle<SourceCore>, Refused> {
+pub(super) fn source(proxy: &Proxy) -> Result<&Handle<SourceCore>, Refused> {
     proxy.source.as_ref().map_or_else(|| refused(Kind::Unsupported, "this proxy has no source role"), Ok)
 }
 
-fn target(proxy: &Proxy) -> Result<&Handle<TargetCore>, Refused> {
+pub(super) fn target(proxy: &Proxy) -> Result<&Handle<TargetCore>, Refused> {
     proxy.target.as_ref().map_or_else(|| refused(Kind::Unsupported, "this proxy has no target role"), Ok)
 }
 
 async fn fence(proxy: &Proxy, said: &Fence) -> Result<Outcome, Refused> {
     let stream: StreamId = convert::id("stream_uid", &said.stream_uid)?;
     let hold = said.hold;
-    let last = source(proxy)?
-        .call(move |desk| {
-            desk.core.fence(desk.io, stream, hold);
-            let status = desk.core.status(desk.io.now());
-            status.iter().find(|group| group.stream == stream).map(|group| group.captured_seq)
-        })
-        .await?;
-    match (last, hold) {
+    let last = proxy.at_source(stream, move |source, io| {
+        source.fence(io, stream, hold);
+        let status = source.status(io.now());
+        status.iter().find(|group| group.stream == stream).map(|group| group.captured_seq)
+    });
+    match (last.await?.flatten(), hold) {
         (Some(last_seq), true) => Ok(Outcome::Fenced(Fenced { last_seq })),
         (Some(_), false) => Ok(Outcome::Done(Done {})),
         (None, _) => refused(Kind::NotFound, format!("stream {stream} is not protected from here")),
@@ -453,10 +459,7 @@ async fn leave_disk(proxy: &Proxy, said: &LeaveDisk) -> Result<Outcome, Refused>
     }
     ublk::end(proxy, Role::Source, &devices).await;
     let only = SourceGroup { disks: vec![leaving], ..group };
-    for disk in convert::group(&only, &proxy.places(), false)?.disks {
-        let _ = std::fs::remove_file(disk.log_path);
-        let _ = std::fs::remove_file(disk.witness_path);
-    }
+    forget_disks(proxy, &only)?;
     Ok(Outcome::Done(Done {}))
 }
 
@@ -470,10 +473,16 @@ fn not_in_use(proxy: &Proxy, role: Role, exports: &[String]) -> Result<(), Refus
 
 async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
     let stream: StreamId = convert::id("stream_uid", uid)?;
-    source(proxy)?;
+    if !proxy.captures(stream) {
+        source(proxy)?;
+    }
     let running = proxy.applied.borrow().groups.get(&stream).cloned();
     let disks = running.iter().flat_map(|group| &group.disks);
     let devices: Vec<String> = disks.map(|disk| disk.export_name.clone()).collect();
+    if running.as_ref().is_some_and(convert::is_of_views) {
+        // Hosts go on with the view itself, by the devices that they have.
+        return end_capture(proxy, stream, uid).await;
+    }
     not_in_use(proxy, Role::Source, &devices)?;
     forget(proxy, |desired| desired.sources.retain(|group| group.stream_uid != uid))?;
     if let Some(group) = running {
@@ -481,17 +490,47 @@ async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
             return refused(Kind::Io, "the group does not stop: a disk may hang");
         }
         ublk::end(proxy, Role::Source, &devices).await;
-        // What logs and spill hold is of use to this stream only, and it has ended. What is left does no harm.
-        let trust_reboot = false;
-        for disk in convert::group(&group, &proxy.places(), trust_reboot)?.disks {
-            let _ = std::fs::remove_file(disk.log_path);
-            let _ = std::fs::remove_file(disk.witness_path);
-        }
-        if let Some(spill) = proxy.config.source.as_ref().and_then(|role| role.spill.as_ref()) {
-            let _ = std::fs::remove_dir_all(spill.dir.join(stream.to_string()));
-        }
+        forget_disks(proxy, &group)?;
+        forget_spill(proxy, &group);
     }
     Ok(Outcome::Done(Done {}))
+}
+
+/// Ends the capture of views.
+async fn end_capture(proxy: &Proxy, stream: StreamId, uid: &str) -> Result<Outcome, Refused> {
+    let running = proxy.applied.borrow().groups.get(&stream).cloned();
+    let stopped = converge::unprotect(proxy, stream).await?;
+    forget(proxy, |desired| desired.sources.retain(|group| group.stream_uid != uid))?;
+    if stopped.is_none() {
+        return refused(Kind::Io, "the capture of the view does not stop: its delta may hang");
+    }
+    // From now on nobody keeps the views back.
+    proxy.changed.notify_one();
+    if let Some(group) = running {
+        forget_disks(proxy, &group)?;
+        forget_spill(proxy, &group);
+    }
+    Ok(Outcome::Done(Done {}))
+}
+
+/// Removes what is remembered of disks for a stream. It is of use to that only; where it has ended, what is left does no
+/// harm.
+pub(super) fn forget_disks(proxy: &Proxy, group: &SourceGroup) -> Result<(), Refused> {
+    for disk in convert::group(group, &proxy.places_of(group), false)?.disks {
+        let _ = std::fs::remove_file(disk.log_path);
+        let _ = std::fs::remove_file(disk.witness_path);
+    }
+    Ok(())
+}
+
+/// Removes what waited to be sent.
+pub(super) fn forget_spill(proxy: &Proxy, group: &SourceGroup) {
+    let role = proxy.config.target.as_ref().filter(|_| convert::is_of_views(group));
+    let outbound = role.map(|role| cores::outbound(role).join("spill"));
+    let own = || Some(proxy.config.source.as_ref()?.spill.as_ref()?.dir.clone());
+    if let Some(dir) = outbound.or_else(own) {
+        let _ = std::fs::remove_dir_all(dir.join(&group.stream_uid));
+    }
 }
 
 async fn drop_stream(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {

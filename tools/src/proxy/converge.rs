@@ -7,7 +7,7 @@ use std::time::Duration;
 use afterimage_dataplane::source::{DiskConfig, ProtectError};
 use afterimage_dataplane::target::{Choice, PointError, TargetError};
 use afterimage_wire::ids::{DiskId, StreamId};
-use afterimage_wire::v1::{OpenView, Problem, Severity, SourceDisk, SourceGroup, TargetStream};
+use afterimage_wire::v1::{DesiredState, OpenView, Problem, Severity, SourceDisk, SourceGroup, TargetStream};
 
 use super::config::Serve;
 use super::convert;
@@ -95,7 +95,8 @@ async fn once(proxy: &Proxy) -> Result<bool, Gone> {
             Ok(())
         }
     };
-    for group in &desired.sources {
+    keep_back(proxy, &desired).await?;
+    for group in desired.sources.iter().filter(|group| !convert::is_of_views(group)) {
         note(&group.stream_uid, converge_group(proxy, group).await)?;
     }
     for stream in &desired.targets {
@@ -104,6 +105,10 @@ async fn once(proxy: &Proxy) -> Result<bool, Gone> {
             note(&stream.stream_uid, reopen(proxy, view).await)?;
         }
     }
+    // Once the views are open.
+    for group in desired.sources.iter().filter(|group| convert::is_of_views(group)) {
+        note(&group.stream_uid, converge_group(proxy, group).await)?;
+    }
     let known: Vec<String> = proxy.problems.borrow().iter().map(|p| p.message.clone()).collect();
     for problem in problems.iter().filter(|p| !known.contains(&p.message)) {
         proxy.event(Severity::Warning, problem.stream_uid.parse().ok(), "converge", problem.message.clone());
@@ -111,6 +116,14 @@ async fn once(proxy: &Proxy) -> Result<bool, Gone> {
     *proxy.problems.borrow_mut() = problems;
     proxy.offers.send_replace(());
     Ok(locked)
+}
+
+/// Views that are to be captured are offered to hosts only when they are.
+async fn keep_back(proxy: &Proxy, desired: &DesiredState) -> Result<(), Gone> {
+    let Some(target) = &proxy.target else { return Ok(()) };
+    let disks = desired.sources.iter().flat_map(|group| &group.disks);
+    let views: Vec<String> = disks.filter(|disk| !disk.view.is_empty()).map(|disk| disk.view.clone()).collect();
+    target.call(move |desk| desk.core.keep_back(views)).await
 }
 
 /// Why a disk of `--serve` is not served.
@@ -179,14 +192,14 @@ async fn converge_group(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
 
 /// When frames of a group may leave: by its policy, and by the clock.
 async fn converge_pace(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone> {
-    let Some(source) = &proxy.source else { return Ok(()) };
     let pace = convert::pace(group, jiff::Timestamp::now()).map_err(problem)?;
     let stream: StreamId = convert::id("stream_uid", &group.stream_uid).map_err(problem)?;
     let was = proxy.applied.borrow().paces.get(&stream).copied().unwrap_or_default();
     if was == pace || !proxy.applied.borrow().groups.contains_key(&stream) {
         return Ok(());
     }
-    source.call(move |desk| desk.core.set_pace(desk.io, stream, pace)).await?.map_err(problem)?;
+    let set = proxy.at_source(stream, move |source, io| source.set_pace(io, stream, pace)).await?;
+    set.unwrap_or(Ok(())).map_err(problem)?;
     proxy.applied.borrow_mut().paces.insert(stream, pace);
     if was.closed != pace.closed {
         let message = if pace.closed { "nothing is sent from now on" } else { "it is sent again" };
@@ -196,10 +209,14 @@ async fn converge_pace(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone>
 }
 
 async fn converge_disks(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone> {
-    let Some(source) = &proxy.source else {
+    let captures = convert::is_of_views(group);
+    if proxy.source.is_none() && !captures {
         return Err(problem("this proxy has no source role: `source.nbd` is not set"));
-    };
-    let places = proxy.places();
+    }
+    if proxy.target.is_none() && captures {
+        return Err(problem("this proxy has no target role, so no views: `target.journal` is not set"));
+    }
+    let places = proxy.places_of(group);
     let trust_reboot = proxy.config.source.as_ref().is_some_and(|role| role.trust_reboot);
     let config = convert::group(group, &places, trust_reboot).map_err(problem)?;
     let stream = config.stream;
@@ -212,12 +229,25 @@ async fn converge_disks(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
                 keep::folder(dir).map_err(|e| problem(format!("{}: {e}", dir.display())))?;
             }
             let pace = convert::pace(group, jiff::Timestamp::now()).map_err(problem)?;
-            let protected = source.call(move |desk| {
-                desk.core.protect(desk.io, config)?;
-                // Before the first frame could leave.
-                desk.core.set_pace(desk.io, stream, pace)
-            });
-            protected.await?.map_err(|error| match error {
+            let protected = match (&proxy.source, &proxy.target) {
+                (_, Some(target)) if captures => {
+                    let capture = target.call(move |desk| {
+                        desk.core.capture(desk.io, config)?;
+                        desk.core.source.set_pace(desk.io, stream, pace)
+                    });
+                    capture.await?
+                }
+                (Some(source), _) => {
+                    let protect = source.call(move |desk| {
+                        desk.core.protect(desk.io, config)?;
+                        // Before the first frame could leave.
+                        desk.core.set_pace(desk.io, stream, pace)
+                    });
+                    protect.await?
+                }
+                _ => return Ok(()),
+            };
+            protected.map_err(|error| match error {
                 ProtectError::Locked { .. } => Undone::Locked(error.to_string()),
                 error => problem(error),
             })?;
@@ -241,21 +271,23 @@ async fn converge_disks(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
         Some(was) => {
             if was.hold != group.hold {
                 let hold = group.hold;
-                source.call(move |desk| desk.core.fence(desk.io, stream, hold)).await?;
+                proxy.at_source(stream, move |source, io| source.fence(io, stream, hold)).await?;
             }
             let generations = raised(&was, group);
             if !generations.is_empty() && !group.hold {
-                source.call(move |desk| desk.core.set_generations(desk.io, stream, &generations)).await?;
+                proxy.at_source(stream, move |source, io| source.set_generations(io, stream, &generations)).await?;
             }
             if was.lease_ms != group.lease_ms || was.sync_deadline_ms != group.sync_deadline_ms {
                 let (lease, deadline) = (config.lease, config.sync_deadline);
-                let changed = source.call(move |desk| desk.core.set_waiting(desk.io, stream, lease, deadline));
-                changed.await?.map_err(problem)?;
+                let changed =
+                    proxy.at_source(stream, move |source, io| source.set_waiting(io, stream, lease, deadline));
+                changed.await?.unwrap_or(Ok(())).map_err(problem)?;
             }
             if was.cut_interval_ms != group.cut_interval_ms || was.compression != group.compression {
                 let (interval, compress) = (config.cut_interval, config.compress);
-                let changed = source.call(move |desk| desk.core.set_policy(desk.io, stream, interval, compress));
-                changed.await?.map_err(problem)?;
+                let changed =
+                    proxy.at_source(stream, move |source, io| source.set_policy(io, stream, interval, compress));
+                changed.await?.unwrap_or(Ok(())).map_err(problem)?;
             }
             // Disks and key stay as they were given, so that a change is seen again when the hold ends.
             let disks = if group.hold { was.disks } else { group.disks.clone() };
@@ -279,10 +311,15 @@ async fn stop_group(proxy: &Proxy, stream: StreamId) -> Result<(), Undone> {
 /// # Errors
 /// [`Gone`].
 pub async fn unprotect(proxy: &Proxy, stream: StreamId) -> Result<Option<bool>, Gone> {
-    let Some(source) = &proxy.source else { return Ok(Some(true)) };
     let (done, stopped) = tokio::sync::oneshot::channel();
     proxy.waiters.borrow_mut().stops.push((stream, done));
-    source.call(move |desk| desk.core.unprotect(desk.io, stream)).await?;
+    match (&proxy.source, &proxy.target) {
+        (_, Some(target)) if proxy.captures(stream) => {
+            target.call(move |desk| desk.core.release(desk.io, stream)).await?;
+        }
+        (Some(source), _) => source.call(move |desk| desk.core.unprotect(desk.io, stream)).await?,
+        _ => return Ok(Some(true)),
+    }
     let clean = tokio::time::timeout(STOP_WAIT, stopped).await.ok().and_then(Result::ok);
     if clean.is_some() {
         proxy.applied.borrow_mut().groups.remove(&stream);
@@ -305,7 +342,11 @@ async fn converge_stream(proxy: &Proxy, said: &TargetStream) -> Result<(), Undon
         return Ok(());
     }
     let seeds = convert::seeds(said).map_err(problem)?;
+    let bases = convert::bases(said).map_err(problem)?;
     let opened = target.call(move |desk| {
+        if !bases.is_empty() {
+            desk.core.base(stream, bases);
+        }
         seeds.into_iter().for_each(|(disk, path)| desk.core.seed(disk, path));
         desk.core.open_stream(desk.io, config)
     });

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use afterimage_controlplane::hours::Hours;
+use afterimage_dataplane::reverse::path_of;
 use afterimage_dataplane::seal;
 use afterimage_dataplane::source::{DiskConfig, GroupConfig, Pace};
 use afterimage_dataplane::target::{Choice, PointInfo, StreamConfig, ViewConfig};
@@ -63,6 +64,11 @@ pub struct Places {
     pub witness: Option<PathBuf>,
 }
 
+/// Its disks are disks of views, which are captured.
+pub fn is_of_views(group: &SourceGroup) -> bool {
+    group.disks.iter().any(|disk| !disk.view.is_empty())
+}
+
 /// A group as the source core takes it.
 ///
 /// # Errors
@@ -70,7 +76,7 @@ pub struct Places {
 pub fn group(group: &SourceGroup, places: &Places, trust_reboot: bool) -> Result<GroupConfig, Senseless> {
     let disks = group.disks.iter().map(|disk| {
         let disk = source_disk(disk, places)?;
-        Ok(DiskConfig { trust_reboot, ..disk })
+        Ok(DiskConfig { trust_reboot: trust_reboot || disk.trust_reboot, ..disk })
     });
     let disks = disks.collect::<Result<_, _>>()?;
     Ok(GroupConfig {
@@ -110,8 +116,12 @@ pub fn pace(group: &SourceGroup, now: jiff::Timestamp) -> Result<Pace, Senseless
 
 fn source_disk(disk: &SourceDisk, places: &Places) -> Result<DiskConfig, Senseless> {
     let id = id::<DiskId>("disks.uid", &disk.uid)?;
-    if !disk.path.starts_with('/') {
-        return senseless("disks.path", format!("`{}`", disk.path), "an absolute path");
+    let captured = !disk.view.is_empty();
+    if disk.path.starts_with('/') == captured {
+        return senseless("disks.path", format!("`{}`", disk.path), "an absolute path, or empty for a disk of a view");
+    }
+    if captured && places.intent.is_none() {
+        return senseless("disks.view", format!("`{}`", disk.view), "a view that is open at this proxy");
     }
     let place = |dir: &Option<PathBuf>, kind: &str| match dir {
         Some(dir) => dir.join(format!("{id}.{kind}")).to_string_lossy().into_owned(),
@@ -122,14 +132,15 @@ fn source_disk(disk: &SourceDisk, places: &Places) -> Result<DiskConfig, Sensele
         slot: slot(disk.slot)?,
         name: disk.export_name.clone(),
         label: disk.name.clone(),
-        path: disk.path.clone(),
+        path: if captured { path_of(&disk.view, &disk.name) } else { disk.path.clone() },
         log_path: place(&places.intent, "intent"),
         witness_path: place(&places.witness, "witness"),
         serial: disk.serial.clone(),
         block: disk.block_bytes,
         generation: disk.generation,
         read_only: false,
-        trust_reboot: false,
+        // Nobody can have written to a view but through here.
+        trust_reboot: captured,
     })
 }
 
@@ -155,6 +166,25 @@ pub fn stream(stream: &TargetStream) -> Result<StreamConfig, Senseless> {
 pub fn seeds(stream: &TargetStream) -> Result<Vec<(DiskId, String)>, Senseless> {
     let named = stream.disks.iter().filter(|disk| !disk.seed_path.is_empty());
     named.map(|disk| Ok((id::<DiskId>("disks.uid", &disk.uid)?, disk.seed_path.clone()))).collect()
+}
+
+/// What replicas of a stream are, in their place, by disk.
+///
+/// # Errors
+/// Names the field.
+pub fn bases(stream: &TargetStream) -> Result<Vec<(DiskId, String)>, Senseless> {
+    let named = stream.disks.iter().filter(|disk| !disk.base_path.is_empty());
+    let bases = named.map(|disk| {
+        if !disk.base_path.starts_with('/') {
+            return senseless("disks.base_path", format!("`{}`", disk.base_path), "an absolute path");
+        }
+        Ok((id::<DiskId>("disks.uid", &disk.uid)?, disk.base_path.clone()))
+    });
+    let bases: Vec<_> = bases.collect::<Result<_, _>>()?;
+    if !bases.is_empty() && bases.len() != stream.disks.len() {
+        return senseless("disks.base_path", "empty for some disks", "one for each disk, or for none");
+    }
+    Ok(bases)
 }
 
 fn target_disk(disk: &TargetDisk) -> Result<(DiskInfo, u64), Senseless> {

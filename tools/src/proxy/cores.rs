@@ -1,31 +1,36 @@
 //! The two cores as the loop of [`super::runtime`] wants them, made from the configuration.
 
+use std::path::PathBuf;
+
 use afterimage_dataplane::io::ring::{Ring, Waker};
 use afterimage_dataplane::io::{Class, Done, Nanos};
+use afterimage_dataplane::reverse::ReversibleTarget;
 use afterimage_dataplane::sealers::Sealer;
 use afterimage_dataplane::source::{Source, SourceEvent, SourceLimits, pool_classes};
 use afterimage_dataplane::target::{Target, TargetConfig, TargetError, TargetEvent};
 
-use super::config::{SourceRole, TargetRole};
-use super::runtime::{self, Core, DataThread, StartError};
+use super::config::{DEFAULT_MAX_WAIT_MS, DEFAULT_SPILL, SourceRole, TargetRole};
+use super::runtime::{self, Core, DataThread, StartError, ThreadIo};
 
 /// The source core of this proxy.
-pub type SourceCore = Source<Ring>;
+pub type SourceCore = Source<ThreadIo>;
 /// The target core of this proxy.
-pub type TargetCore = Target<Ring>;
+pub type TargetCore = ReversibleTarget<Ring>;
 
 /// Machine id of a source core.
 const SOURCE_ID: u16 = 0x0001;
+/// Machine id of the source that captures views.
+const CAPTURE_ID: u16 = 0x0002;
 /// Machine id of a target core.
 const TARGET_ID: u16 = 0x2000;
 
 impl Core for SourceCore {
     type Event = SourceEvent;
 
-    fn done(&mut self, io: &mut Ring, done: Done) {
+    fn done(&mut self, io: &mut ThreadIo, done: Done) {
         Source::done(self, io, done);
     }
-    fn turn(&mut self, io: &mut Ring) {
+    fn turn(&mut self, io: &mut ThreadIo) {
         Source::turn(self, io);
     }
     fn deadline(&self) -> Option<Nanos> {
@@ -34,7 +39,7 @@ impl Core for SourceCore {
     fn next_event(&mut self) -> Option<SourceEvent> {
         Source::next_event(self)
     }
-    fn stop(&mut self, io: &mut Ring) {
+    fn stop(&mut self, io: &mut ThreadIo) {
         Source::stop(self, io);
     }
     fn is_idle(&self) -> bool {
@@ -42,27 +47,37 @@ impl Core for SourceCore {
     }
 }
 
-impl Core for TargetCore {
-    type Event = TargetEvent;
+/// What a target core has to say.
+pub enum TargetCoreEvent {
+    /// Of its streams and views.
+    Target(TargetEvent),
+    /// Of the views that it captures.
+    Source(SourceEvent),
+}
 
-    fn done(&mut self, io: &mut Ring, done: Done) {
-        Target::done(self, io, done);
+impl Core for TargetCore {
+    type Event = TargetCoreEvent;
+
+    fn done(&mut self, io: &mut ThreadIo, done: Done) {
+        ReversibleTarget::done(self, io, done);
     }
-    fn turn(&mut self, io: &mut Ring) {
-        Target::turn(self, io);
+    fn turn(&mut self, io: &mut ThreadIo) {
+        ReversibleTarget::turn(self, io);
     }
     fn deadline(&self) -> Option<Nanos> {
-        Target::deadline(self)
+        ReversibleTarget::deadline(self)
     }
-    fn next_event(&mut self) -> Option<TargetEvent> {
-        Target::next_event(self)
+    fn next_event(&mut self) -> Option<TargetCoreEvent> {
+        let own = Target::next_event(self).map(TargetCoreEvent::Target);
+        own.or_else(|| self.source.next_event().map(TargetCoreEvent::Source))
     }
-    fn stop(&mut self, _io: &mut Ring) {
-        // Whatever it has acknowledged is durable; what it has not, the source sends again. The ring finishes what is
-        // under way when it is dropped.
+    fn stop(&mut self, io: &mut ThreadIo) {
+        // Whatever a target has acknowledged is durable; what it has not, the source sends again. The ring finishes what
+        // is under way when it is dropped. What is captured of views is another matter.
+        self.source.stop(io);
     }
     fn is_idle(&self) -> bool {
-        true
+        ReversibleTarget::is_idle(self)
     }
 }
 
@@ -106,10 +121,30 @@ pub fn start_target(role: &TargetRole) -> Result<DataThread<TargetCore>, TargetS
         config.budget_bytes = budget;
     }
     config.check()?;
+    let limits = capture_limits(role);
     let started = runtime::start("target", &target_classes(role.memory), move |_, _| {
-        Target::new(TARGET_ID, config).expect("the settings have been checked")
+        let target = Target::new(TARGET_ID, config).expect("the settings have been checked");
+        ReversibleTarget::new(target, Source::new(CAPTURE_ID, limits, Sealer::Inline))
     });
     Ok(started?)
+}
+
+/// What is captured of views shares the target's pool and its file system.
+fn capture_limits(role: &TargetRole) -> SourceLimits {
+    let defaults = SourceLimits::default();
+    SourceLimits {
+        queue_bytes: usize::try_from(role.memory / 8).unwrap_or(usize::MAX).max(4 << 20),
+        max_wait: DEFAULT_MAX_WAIT_MS * 1_000_000,
+        spill_dir: outbound(role).join("spill").to_string_lossy().into_owned(),
+        spill_bytes: DEFAULT_SPILL,
+        spill_reserve_bytes: 2 * role.reserve,
+        ..defaults
+    }
+}
+
+/// Folder, beside the journals, of what a source keeps of the views that it captures.
+pub fn outbound(role: &TargetRole) -> PathBuf {
+    role.journal.join("outbound")
 }
 
 /// Why there is no target.

@@ -4,9 +4,9 @@
 //! in the table below and one in [`uris`]; what can be set of it stands in `config.rs`, and `service.rs` lets its hosts in.
 //! Capture, views, reports and everything behind them do not know which front ends there are.
 
+use super::runtime::ThreadIo;
 use afterimage_dataplane::host::{DiskKey, Disks, ExportStatus, FrontEnd};
 use afterimage_dataplane::io::Done;
-use afterimage_dataplane::io::ring::Ring;
 
 use super::state::Proxy;
 use super::ublk::Role;
@@ -17,7 +17,7 @@ macro_rules! fronts {
     ($($(#[$about:meta])* $name:ident: $module:ident, $id:literal;)*) => {
         /// All of them.
         pub struct Fronts {
-            $($(#[$about])* pub $name: afterimage_dataplane::$module::Server<Ring>,)*
+            $($(#[$about])* pub $name: afterimage_dataplane::$module::Server<ThreadIo>,)*
         }
 
         impl Fronts {
@@ -28,7 +28,7 @@ macro_rules! fronts {
             }
 
             /// Takes a completion, or gives it back if it is no front end's.
-            pub fn done(&mut self, io: &mut Ring, disks: &mut impl Disks<Ring>, done: Done) -> Option<Done> {
+            pub fn done(&mut self, io: &mut ThreadIo, disks: &mut impl Disks<ThreadIo>, done: Done) -> Option<Done> {
                 $(if self.$name.owns(done.token) {
                     self.$name.done(io, disks, done);
                     return None;
@@ -38,7 +38,7 @@ macro_rules! fronts {
 
             /// Gives hosts their answers, and disks what hosts ask. True if a further call may find more without a completion
             /// in between: what a later front end asks may let go what an earlier one waits for.
-            pub fn collect(&mut self, io: &mut Ring, disks: &mut impl Disks<Ring>) -> bool {
+            pub fn collect(&mut self, io: &mut ThreadIo, disks: &mut impl Disks<ThreadIo>) -> bool {
                 let (mut more, mut earlier_idle) = (false, true);
                 $(
                     // What one front end found answered may let another one's requests go on.
@@ -51,13 +51,13 @@ macro_rules! fronts {
             }
 
             /// Drops the hosts of an export that is no longer on offer.
-            pub fn close_export(&mut self, io: &mut Ring, key: DiskKey) {
+            pub fn close_export(&mut self, io: &mut ThreadIo, key: DiskKey) {
                 $(self.$name.close_export(io, key);)*
             }
 
             /// Lets all hosts go.
-            pub fn shutdown(&mut self, io: &mut Ring) {
-                $(FrontEnd::<Ring>::shutdown(&mut self.$name, io);)*
+            pub fn shutdown(&mut self, io: &mut ThreadIo) {
+                $(FrontEnd::<ThreadIo>::shutdown(&mut self.$name, io);)*
             }
 
             /// No hosts are left.

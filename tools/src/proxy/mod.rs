@@ -24,6 +24,7 @@ pub mod config;
 mod converge;
 mod convert;
 mod cores;
+mod failback;
 mod fronts;
 mod given;
 mod identity;

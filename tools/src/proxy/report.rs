@@ -16,10 +16,10 @@ use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Serializer, V2Serializer};
 
 use super::convert;
-use super::cores::TargetCore;
+use super::cores::{SourceCore, TargetCore};
 use super::fronts;
 use super::room::Measured;
-use super::runtime::{Desk, Gone};
+use super::runtime::{Desk, Gone, ThreadIo};
 use super::state::Proxy;
 use super::ublk::Role;
 
@@ -64,21 +64,31 @@ impl Reporter {
     }
 
     async fn sources(&mut self, proxy: &Proxy) -> Result<Vec<SourceGroupReport>, Gone> {
-        let Some(source) = &proxy.source else { return Ok(Vec::new()) };
-        let (groups, clients) = source
-            .call(|desk| {
-                let status = desk.core.status(desk.io.now());
-                let with_rpo = |group: GroupStatus| {
-                    let rpo = desk.core.rpo_histogram(group.stream).cloned();
-                    (group, rpo)
-                };
-                (status.into_iter().map(with_rpo).collect::<Vec<_>>(), desk.fronts.status())
-            })
-            .await?;
-        let clients = by_export(&clients);
+        let mut groups = Vec::new();
+        let mut clients = HashMap::new();
+        if let Some(source) = &proxy.source {
+            let ask = source.call(|desk| (statuses(desk.core, desk.io), desk.fronts.status()));
+            let (found, status) = ask.await?;
+            groups.extend(found);
+            clients.extend(by_export(&status).into_iter().map(|(key, count)| ((Role::Source, key), count)));
+        }
+        if let Some(target) = &proxy.target {
+            let ask = target.call(|desk| {
+                let mut found = statuses(&desk.core.source, desk.io);
+                // Hosts know them by the keys of the views.
+                for disk in found.iter_mut().flat_map(|(group, _)| &mut group.disks) {
+                    disk.key = desk.core.view_key(disk.key).unwrap_or(disk.key);
+                }
+                (found, desk.fronts.status())
+            });
+            let (found, status) = ask.await?;
+            groups.extend(found);
+            clients.extend(by_export(&status).into_iter().map(|(key, count)| ((Role::Target, key), count)));
+        }
         self.rpo.retain(|stream, _| groups.iter().any(|(group, _)| group.stream == *stream));
         let mut reports = Vec::with_capacity(groups.len());
         for (group, rpo) in groups {
+            let role = if proxy.captures(group.stream) { Role::Target } else { Role::Source };
             let histogram = rpo.map(|rpo| self.new_samples(group.stream, rpo)).unwrap_or_default();
             let disks = group.disks.iter().map(|disk| SourceDiskReport {
                 disk_uid: disk.id.to_string(),
@@ -88,8 +98,8 @@ impl Reporter {
                     disk_state(&group, disk).to_owned()
                 },
                 generation: disk.generation,
-                uris: fronts::uris(proxy, Role::Source, &disk.name),
-                clients: clients.get(&disk.key).copied().unwrap_or_default(),
+                uris: fronts::uris(proxy, role, &disk.name),
+                clients: clients.get(&(role, disk.key)).copied().unwrap_or_default(),
                 sync: sync(disk),
             });
             let (link, link_detail) = link(&group.state);
@@ -144,6 +154,16 @@ impl Reporter {
         self.rpo.insert(stream, now);
         encode(&fresh)
     }
+}
+
+/// How a source's groups are, with their samples of the RPO.
+fn statuses(source: &SourceCore, io: &ThreadIo) -> Vec<(GroupStatus, Option<Histogram<u64>>)> {
+    let status = source.status(io.now());
+    let with_rpo = |group: GroupStatus| {
+        let rpo = source.rpo_histogram(group.stream).cloned();
+        (group, rpo)
+    };
+    status.into_iter().map(with_rpo).collect()
 }
 
 /// In the bounds that the protocol names; what lies above them counts as the highest.

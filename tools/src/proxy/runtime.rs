@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 
 use afterimage_dataplane::host::Disks;
 use afterimage_dataplane::io::ring::{Ring, RingConfig, RingError, Waker};
+use afterimage_dataplane::io::tapped::Tapped;
 use afterimage_dataplane::io::{Class, Done, Io, Nanos, Pool};
 use tokio::sync::{mpsc, oneshot};
 
@@ -33,22 +34,25 @@ const OUTBOX_FULL: Nanos = 10_000_000;
 /// How long hosts' requests may take to end at a stop, before it goes on without them.
 const CLIENTS_END: Nanos = 3_000_000_000;
 
+/// What a data thread does its I/O with.
+pub type ThreadIo = Tapped<Ring>;
+
 /// What the loop asks of a core: [`afterimage_dataplane::source::Source`] or
-/// [`afterimage_dataplane::target::Target`].
-pub trait Core: Disks<Ring> + 'static {
+/// [`afterimage_dataplane::reverse::ReversibleTarget`].
+pub trait Core: Disks<ThreadIo> + 'static {
     /// What it has to say.
     type Event: Send + 'static;
 
     /// Takes a completion of its own.
-    fn done(&mut self, io: &mut Ring, done: Done);
+    fn done(&mut self, io: &mut ThreadIo, done: Done);
     /// Moves its queues.
-    fn turn(&mut self, io: &mut Ring);
+    fn turn(&mut self, io: &mut ThreadIo);
     /// When it wants its next turn, if nothing happens before.
     fn deadline(&self) -> Option<Nanos>;
     /// The next thing it has to say.
     fn next_event(&mut self) -> Option<Self::Event>;
     /// Ends cleanly: what is under way is finished.
-    fn stop(&mut self, io: &mut Ring);
+    fn stop(&mut self, io: &mut ThreadIo);
     /// Nothing is under way.
     fn is_idle(&self) -> bool;
 }
@@ -56,7 +60,7 @@ pub trait Core: Disks<Ring> + 'static {
 /// What a data thread owns, before a job.
 pub struct Desk<'a, C> {
     /// The ring.
-    pub io: &'a mut Ring,
+    pub io: &'a mut ThreadIo,
     /// The core.
     pub core: &'a mut C,
     /// The front ends.
@@ -171,7 +175,7 @@ pub struct DataThread<C: Core> {
 pub fn start<C: Core>(
     name: &str,
     classes: &[Class],
-    build: impl FnOnce(&mut Ring, Waker) -> C + Send + 'static,
+    build: impl FnOnce(&mut ThreadIo, Waker) -> C + Send + 'static,
 ) -> Result<DataThread<C>, StartError> {
     let (inbox, orders) = mpsc::channel(INBOX);
     let (outbox, events) = mpsc::channel(OUTBOX);
@@ -179,7 +183,7 @@ pub fn start<C: Core>(
     let (label, classes) = (name.to_owned(), classes.to_vec());
     let thread = std::thread::Builder::new().name(format!("data-{name}")).spawn(move || {
         let mut io = match make_ring(&label, &classes) {
-            Ok(io) => io,
+            Ok(io) => Tapped::new(io),
             Err(error) => {
                 let _ = started.send(Err(error));
                 return;
@@ -233,7 +237,7 @@ enum Stop {
 }
 
 struct DataLoop<C: Core> {
-    io: Ring,
+    io: ThreadIo,
     core: C,
     fronts: Fronts,
     orders: mpsc::Receiver<Order<C>>,

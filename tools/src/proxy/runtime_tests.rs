@@ -21,32 +21,32 @@ struct Idle {
 
 struct NoDisk(VecDeque<Answer>);
 
-impl HostDisk<Ring> for NoDisk {
+impl HostDisk<ThreadIo> for NoDisk {
     fn geometry(&self) -> Geometry {
         Geometry { size: 0, block: 512, physical_block: 512, read_only: true, discard: false, serial: String::new() }
     }
-    fn request(&mut self, _: &mut Ring, _: u64, _: Request) {}
+    fn request(&mut self, _: &mut ThreadIo, _: u64, _: Request) {}
     fn answers(&mut self) -> &mut VecDeque<Answer> {
         &mut self.0
     }
-    fn allocation(&mut self, _: &mut Ring, _: u64) -> Result<Allocation, Errno> {
+    fn allocation(&mut self, _: &mut ThreadIo, _: u64) -> Result<Allocation, Errno> {
         Err(Errno::IO)
     }
 }
 
-impl Disks<Ring> for Idle {
+impl Disks<ThreadIo> for Idle {
     fn exports(&self) -> Vec<Export> {
         Vec::new()
     }
-    fn disk(&mut self, _: DiskKey) -> Option<impl HostDisk<Ring> + '_> {
+    fn disk(&mut self, _: DiskKey) -> Option<impl HostDisk<ThreadIo> + '_> {
         None::<NoDisk>
     }
 }
 
 impl Core for Idle {
     type Event = u32;
-    fn done(&mut self, _: &mut Ring, _: Done) {}
-    fn turn(&mut self, _: &mut Ring) {
+    fn done(&mut self, _: &mut ThreadIo, _: Done) {}
+    fn turn(&mut self, _: &mut ThreadIo) {
         self.turns.fetch_add(1, Ordering::Relaxed);
     }
     fn deadline(&self) -> Option<Nanos> {
@@ -55,7 +55,7 @@ impl Core for Idle {
     fn next_event(&mut self) -> Option<u32> {
         self.say.pop_front()
     }
-    fn stop(&mut self, _: &mut Ring) {
+    fn stop(&mut self, _: &mut ThreadIo) {
         self.stopped = true;
     }
     fn is_idle(&self) -> bool {

@@ -180,6 +180,7 @@ fn source_group(group: &Group) -> Result<SourceGroup, ConfigError> {
         block_bytes: disk.block,
         physical_block_bytes: disk.block.max(4096),
         generation: 1,
+        view: String::new(),
     });
     Ok(SourceGroup {
         stream_uid: group.stream.clone(),
@@ -209,6 +210,7 @@ fn target_stream(group: &Group) -> Result<TargetStream, ConfigError> {
         physical_block_bytes: disk.block.max(4096),
         generation: 1,
         seed_path: disk.seed_path.clone(),
+        base_path: String::new(),
     });
     Ok(TargetStream {
         stream_uid: group.stream.clone(),

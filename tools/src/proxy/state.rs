@@ -14,11 +14,11 @@ use prost::Message;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::config::Config;
-use super::convert::Places;
-use super::cores::{SourceCore, TargetCore};
+use super::convert::{self, Places};
+use super::cores::{self, SourceCore, TargetCore};
 use super::identity::Identity;
 use super::keep;
-use super::runtime::Handle;
+use super::runtime::{Gone, Handle, ThreadIo};
 
 /// File of the last desired state: it holds policy keys, hence its mode.
 const DESIRED_FILE: &str = "desired.pb";
@@ -217,8 +217,44 @@ impl Proxy {
         Ok(())
     }
 
-    /// Where write-intent logs and their witnesses stand; without a state folder beside the disks.
-    pub fn places(&self) -> Places {
+    /// The stream is of a view that is captured here, so its source is in the target's thread.
+    pub fn captures(&self, stream: StreamId) -> bool {
+        let uid = stream.to_string();
+        let desired = self.desired.borrow();
+        let applied = self.applied.borrow();
+        let mut known = desired.sources.iter().chain(applied.groups.get(&stream));
+        known.any(|group| group.stream_uid == uid && convert::is_of_views(group))
+    }
+
+    /// Runs `job` with the source that a stream is of, in its thread. None: this proxy has no such role.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub async fn at_source<R: Send + 'static>(
+        &self,
+        stream: StreamId,
+        job: impl FnOnce(&mut SourceCore, &mut ThreadIo) -> R + Send + 'static,
+    ) -> Result<Option<R>, Gone> {
+        match (&self.source, &self.target) {
+            (_, Some(target)) if self.captures(stream) => {
+                target.call(move |desk| job(&mut desk.core.source, desk.io)).await.map(Some)
+            }
+            (Some(source), _) => source.call(move |desk| job(desk.core, desk.io)).await.map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Where write-intent logs and their witnesses of a group stand; without a state folder beside the disks.
+    pub fn places_of(&self, group: &SourceGroup) -> Places {
+        match &self.config.target {
+            Some(role) if convert::is_of_views(group) => {
+                Places { intent: Some(cores::outbound(role)), ..self.places() }
+            }
+            _ => self.places(),
+        }
+    }
+
+    fn places(&self) -> Places {
         let within = |name| self.config.state_dir.as_ref().map(|dir| dir.join(name));
         let told = self.config.source.as_ref().and_then(|role| role.witness.clone());
         Places { intent: within("intent"), witness: told.or_else(|| within("witness")) }

@@ -13,6 +13,7 @@ use afterimage_wire::ids::StreamId;
 use afterimage_wire::v1::Severity;
 use tokio::sync::{Semaphore, mpsc};
 
+use super::cores::TargetCoreEvent;
 use super::link::{self, LinkError};
 use super::pins::GRACE;
 use super::runtime::Gone;
@@ -152,11 +153,11 @@ pub async fn part(proxy: &Proxy) -> Result<(), Gone> {
     for stream in parted {
         proxy.linked.borrow_mut().remove(&stream);
         let desired = proxy.desired.borrow().sources.iter().any(|s| s.stream_uid == stream.to_string());
-        match (&proxy.source, &proxy.target) {
-            (Some(source), _) if desired => {
-                source.call(move |desk| desk.core.cut_off(desk.io, stream, REVOKED)).await?;
+        match (desired, &proxy.target) {
+            (true, _) => {
+                proxy.at_source(stream, move |source, io| source.cut_off(io, stream, REVOKED)).await?;
             }
-            (_, Some(target)) => target.call(move |desk| desk.core.cut_off(desk.io, stream, REVOKED)).await?,
+            (false, Some(target)) => target.call(move |desk| desk.core.cut_off(desk.io, stream, REVOKED)).await?,
             _ => {}
         }
         proxy.event(Severity::Warning, Some(stream), "link", format!("ended: {REVOKED}"));
@@ -166,22 +167,21 @@ pub async fn part(proxy: &Proxy) -> Result<(), Gone> {
 
 /// Makes the link that the source core asks for, and gives it the result.
 async fn connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<(), Gone> {
-    let Some(source) = &proxy.source else { return Ok(()) };
     let failure = match try_connect(proxy, stream, hello).await {
         // Revoked while it was being made.
         Ok(link) if proxy.is_revoked(&link.pin) => LinkFailure::Unreachable(REVOKED.to_owned()),
         Ok(link) => {
             alarm(proxy, stream, "the target", link.expired);
             proxy.linked.borrow_mut().insert(stream, link.pin);
-            let linked = source.call(move |desk| match desk.io.attach(link.fd) {
+            let linked = proxy.at_source(stream, move |source, io| match io.attach(link.fd) {
                 Ok(sock) => {
                     let (timeline, position, whole) = (link.timeline, link.position, link.whole_resync);
-                    desk.core.linked(desk.io, stream, sock, link.control, timeline, position, whole);
+                    source.linked(io, stream, sock, link.control, timeline, position, whole);
                     None
                 }
                 Err(errno) => Some(format!("the connection cannot be used: {errno}")),
             });
-            match linked.await? {
+            match linked.await?.flatten() {
                 None => return Ok(()),
                 Some(why) => LinkFailure::Unreachable(why),
             }
@@ -189,7 +189,8 @@ async fn connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<(), Go
         Err(LinkError::Refused { reason, message }) => LinkFailure::Refused(reason, message),
         Err(error) => LinkFailure::Unreachable(error.to_string()),
     };
-    source.call(move |desk| desk.core.link_failed(desk.io, stream, failure)).await
+    proxy.at_source(stream, move |source, io| source.link_failed(io, stream, failure)).await?;
+    Ok(())
 }
 
 async fn try_connect(proxy: &Proxy, stream: StreamId, hello: Hello) -> Result<link::Linked, LinkError> {
@@ -316,9 +317,16 @@ fn may_write(proxy: &Proxy, peer: &Peer, hello: &Hello) -> Result<(), Welcome> {
 }
 
 /// Follows the target core until it ends.
-pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetEvent>) {
+pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetCoreEvent>) {
     while let Some(event) = events.recv().await {
         proxy.offers.send_replace(());
+        let event = match event {
+            TargetCoreEvent::Target(event) => event,
+            TargetCoreEvent::Source(event) => {
+                source_event(&proxy, event);
+                continue;
+            }
+        };
         let (severity, stream, kind, message) = match event {
             TargetEvent::Ready { stream } => {
                 // Views wait for this.

@@ -236,7 +236,10 @@ fn answer(
         Command::InspectDisk(inspect) => {
             error(v1::CommandErrorKind::NotFound, &format!("{}: no such file or directory", inspect.path))
         }
-        Command::Unprotect(_) | Command::DropStream(_) | Command::LeaveDisk(_) => Outcome::Done(v1::Done {}),
+        Command::Unprotect(_) | Command::DropStream(_) | Command::LeaveDisk(_) | Command::ReleaseDisks(_) => {
+            Outcome::Done(v1::Done {})
+        }
+        Command::MergeStream(_) => Outcome::Merged(v1::Merged { complete: true, merged_bytes: 0, total_bytes: 0 }),
         Command::InspectBranch(_) => Outcome::Branch(v1::Branch::default()),
         Command::Observe(_) => Outcome::Observed(desired.clone()),
     }
