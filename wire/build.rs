@@ -6,10 +6,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Ok(());
     }
     let mut compiler = protox::Compiler::new(["proto"])?;
-    compiler
-        .include_source_info(true)
-        .include_imports(true)
-        .open_files(["afterimage/v1/coordinator.proto", "afterimage/v1/proxy.proto"])?;
+    compiler.include_source_info(true).include_imports(true).open_files([
+        "afterimage/v1/coordinator.proto",
+        "afterimage/v1/machine.proto",
+        "afterimage/v1/proxy.proto",
+    ])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("afterimage.v1.bin"), compiler.encode_file_descriptor_set())?;
     let mut config = tonic_prost_build::Config::new();

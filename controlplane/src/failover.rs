@@ -20,6 +20,7 @@
 //! whom they cannot reach is told by the desired state when it is back.
 
 mod checks;
+mod machines;
 mod parts;
 
 use afterimage_wire::v1;
@@ -28,6 +29,7 @@ use afterimage_wire::v1::command_result::Outcome;
 use serde::{Deserialize, Serialize};
 
 pub use self::checks::{check, check_failed_over, check_point, free_view};
+pub use self::machines::{Driven, Order, Stands, fences};
 pub use self::parts::{Choice, Facts, Failure, FenceKind, Spec, State, StepName, StepRecord, StepState, Verb};
 use crate::convert;
 use crate::objects::{Disk, Group, GroupPhase, PointRecord, proxy_view_name};
@@ -107,6 +109,8 @@ pub enum Action {
         /// Milliseconds.
         ms: u64,
     },
+    /// Commands for the proxies of machines, all at once.
+    Machines(Vec<Order>),
     /// Nothing: apply [`Reply::Nothing`].
     Record,
     /// It has ended.
@@ -125,6 +129,8 @@ pub enum Reply {
     Drained(u64),
     /// How many records the target is behind after catching up.
     CaughtUp(u64),
+    /// What came of each order, as they were given.
+    Machines(Vec<Stands>),
     /// For [`Action::Record`].
     Nothing,
 }
@@ -172,6 +178,8 @@ impl Failover {
             view: view.to_owned(),
             leaves: leaves.to_owned(),
             reopens: false,
+            machines: Vec::new(),
+            left: Vec::new(),
         };
         Self { spec, state: State::Running, steps, facts, error: None, cancelled_by: String::new() }
     }
@@ -209,12 +217,20 @@ impl Failover {
         if !resumed {
             step.started_ns = now_ns;
         }
+        let name = step.name;
         let stream_uid = group.uid.clone();
         let view = proxy_view_name(&group.tenant, &group.id, &self.facts.view);
         let back = if resumed { RETURN_MS } else { 0 };
         let tell = |side, command, connect_ms, answer_ms| Action::Tell { side, command, connect_ms, answer_ms };
-        match step.name {
+        match name {
             StepName::Check | StepName::Finish => Action::Record,
+            StepName::StopSource
+            | StepName::PowerOff
+            | StepName::StartReplica
+            | StepName::AwaitReplica
+            | StepName::StopReplica
+            | StepName::RestartReplica
+            | StepName::StartSource => self.machine_action(name, group),
             StepName::CatchUp => Action::CatchUp { within_ms: self.spec.within_ms },
             StepName::Fence => {
                 group.hold = true;
@@ -341,7 +357,10 @@ impl Failover {
     /// The view has been left, and the source is to go on: from here on nothing can fail.
     fn is_past_return(&self, step: StepName) -> bool {
         self.spec.verb == Verb::UndoFailover
-            && matches!(step, StepName::ReturnGeneration | StepName::Release | StepName::Discard)
+            && matches!(
+                step,
+                StepName::ReturnGeneration | StepName::Release | StepName::StartSource | StepName::Discard
+            )
     }
 
     /// From this step on it goes on to its end.
@@ -415,6 +434,7 @@ impl Failover {
         let again = format!("{goes_on}; look at the target proxy \"{target}\", then start again");
         let rest = "wait until the group has caught up (see `status`), or allow more time; or start a failover that is not planned";
         match (name, reply) {
+            (name, reply) if name.is_of_machines() => self.machines_done(group, name, reply),
             (StepName::CatchUp, Reply::CaughtUp(0)) => {
                 Ok((Done, "what the source captures is at the target at once".into()))
             }
@@ -436,6 +456,9 @@ impl Failover {
                 if self.spec.unconfirmed {
                     self.facts.fence = Some(FenceKind::Unconfirmed);
                     return Ok((Done, format!("unconfirmed, as the operator said by name: {why}")));
+                }
+                if self.steps.iter().any(|s| s.name == StepName::PowerOff) && self.facts.lease_ms == 0 {
+                    return Ok((Done, format!("{why}; its machines are to be switched off instead")));
                 }
                 if self.facts.lease_ms > 0 {
                     self.facts.fence = Some(FenceKind::SelfFenced);
@@ -512,8 +535,9 @@ impl Failover {
 
     fn undone(&mut self, group: &Group, name: StepName, reply: Reply) -> (StepState, String) {
         match reply {
+            reply if name.is_of_machines() => self.machines_undone(name, reply),
             Reply::Answer(Outcome::Error(e)) => (StepState::Skipped, format!("refused: {}", e.message)),
-            Reply::Answer(_) | Reply::Nothing | Reply::Drained(_) | Reply::CaughtUp(_) => {
+            Reply::Answer(_) | Reply::Nothing | Reply::Drained(_) | Reply::CaughtUp(_) | Reply::Machines(_) => {
                 (StepState::Done, String::new())
             }
             Reply::Unreachable(detail) => {
@@ -528,9 +552,13 @@ impl Failover {
         self.state = State::Undoing;
         self.steps.retain(|s| s.state != StepState::Pending);
         let undo = [
+            (StepName::StartReplica, StepName::StopReplica),
             (StepName::OpenView, StepName::CloseView),
             (StepName::RaiseGeneration, StepName::ReturnGeneration),
             (StepName::Fence, StepName::Release),
+            (StepName::StopSource, StepName::StartSource),
+            (StepName::PowerOff, StepName::StartSource),
+            (StepName::StopReplica, StepName::RestartReplica),
         ];
         for (of, by) in undo {
             if self.reached(of) {
@@ -553,12 +581,14 @@ fn why(reply: Reply) -> String {
     match reply {
         Reply::Answer(Outcome::Error(e)) => e.message,
         Reply::Unreachable(detail) => detail,
-        Reply::Answer(_) | Reply::Drained(_) | Reply::CaughtUp(_) | Reply::Nothing => {
+        Reply::Answer(_) | Reply::Drained(_) | Reply::CaughtUp(_) | Reply::Machines(_) | Reply::Nothing => {
             "the proxy's answer does not fit the command".to_owned()
         }
     }
 }
 
+#[cfg(test)]
+mod machines_tests;
 #[cfg(test)]
 #[path = "failover_tests.rs"]
 mod tests;

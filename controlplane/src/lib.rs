@@ -25,6 +25,7 @@ pub mod hooks;
 pub mod hours;
 pub mod keys;
 pub mod live;
+pub mod machine;
 pub mod metrics;
 pub mod model;
 pub mod names;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::audit::Head;
 use crate::authorities::Authorities;
 use crate::certificates::Certificate;
+use crate::machine::Machine;
 use crate::names::Name;
 use crate::objects::{Disk, Group, KeyRecord, Object, Operation, Policy, Proxy, View};
 use crate::problem::Problem;
@@ -53,6 +54,8 @@ pub struct Model {
     pub proxies: BTreeMap<Key, Proxy>,
     /// Views, by tenant, group and id.
     pub views: BTreeMap<(String, String, String), View>,
+    /// Machines.
+    pub machines: BTreeMap<Key, Machine>,
     /// Operations, by tenant and uid.
     pub operations: BTreeMap<Key, Operation>,
     /// Tokens, by id.
@@ -242,6 +245,7 @@ impl Model {
             Object::Proxy(o) => drop(self.proxies.insert(pair(&o.tenant, &o.id), o)),
             Object::View(o) => drop(self.views.insert((o.tenant.clone(), o.group.clone(), o.id.clone()), o)),
             Object::Operation(o) => drop(self.operations.insert(pair(&o.tenant, &o.uid), o)),
+            Object::Machine(o) => drop(self.machines.insert(pair(&o.tenant, &o.id), o)),
             Object::Token(o) => drop(self.tokens.insert(o.id.clone(), o)),
             Object::Key(o) => drop(self.keys.insert(o.id.clone(), o)),
             Object::Certificate(o) => {
@@ -263,6 +267,7 @@ impl Model {
             Object::Proxy(o) => drop(self.proxies.remove(&pair(&o.tenant, &o.id))),
             Object::View(o) => drop(self.views.remove(&(o.tenant.clone(), o.group.clone(), o.id.clone()))),
             Object::Operation(o) => drop(self.operations.remove(&pair(&o.tenant, &o.uid))),
+            Object::Machine(o) => drop(self.machines.remove(&pair(&o.tenant, &o.id))),
             Object::Token(o) => drop(self.tokens.remove(&o.id)),
             Object::Key(o) => drop(self.keys.remove(&o.id)),
             Object::Certificate(o) => drop(self.certificates.remove(&pair(&o.tenant, &o.serial))),
@@ -326,6 +331,14 @@ impl Model {
         self.operations.get(&pair(&name.tenant, &name.id)).ok_or_else(|| Problem::not_found(name.kind.noun(), name))
     }
 
+    /// A machine.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn machine(&self, name: &Name) -> Result<&Machine, Problem> {
+        self.machines.get(&pair(&name.tenant, &name.id)).ok_or_else(|| Problem::not_found(name.kind.noun(), name))
+    }
+
     /// A view.
     ///
     /// # Errors
@@ -369,6 +382,11 @@ impl Model {
     /// Disks of a group, in the order of their slots, without those that are leaving.
     pub fn disks_of(&self, group: &Group) -> impl Iterator<Item = &Disk> {
         self.disks.range((group.uid.clone(), 0)..=(group.uid.clone(), u16::MAX)).map(|(_, d)| d).filter(|d| !d.leaving)
+    }
+
+    /// Machines of a group's disks, in the order of their ids.
+    pub fn machines_of<'a>(&'a self, group: &'a Group) -> impl Iterator<Item = &'a Machine> {
+        self.machines.values().filter(|m| m.tenant == group.tenant && m.group == group.id)
     }
 
     /// Views of a group.

@@ -41,6 +41,8 @@ pub enum Kind {
     Proxy,
     /// `operations`
     Operation,
+    /// `machines`
+    Machine,
 }
 
 impl Kind {
@@ -51,6 +53,7 @@ impl Kind {
             Self::Group => "groups",
             Self::Proxy => "proxies",
             Self::Operation => "operations",
+            Self::Machine => "machines",
         }
     }
 
@@ -61,6 +64,7 @@ impl Kind {
             Self::Group => "group",
             Self::Proxy => "proxy",
             Self::Operation => "operation",
+            Self::Machine => "machine",
         }
     }
 }

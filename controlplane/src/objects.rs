@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::authorities::Authorities;
 use crate::certificates::Certificate;
 use crate::failover::Failover;
+use crate::machine::Machine;
 use crate::names::{Kind, Name, child};
 use crate::policy::Promises;
 use crate::requests::RequestRecord;
@@ -382,6 +383,8 @@ pub enum Object {
     View(View),
     /// An operation.
     Operation(Operation),
+    /// A machine.
+    Machine(Machine),
     /// A join token.
     Token(TokenRecord),
     /// A policy key.
@@ -410,6 +413,7 @@ impl Object {
             Self::Proxy(o) => format!("proxies/{}/{}", o.tenant, o.id),
             Self::View(o) => format!("views/{}/{}/{}", o.tenant, o.group, o.id),
             Self::Operation(o) => format!("operations/{}/{}", o.tenant, o.uid),
+            Self::Machine(o) => format!("machines/{}/{}", o.tenant, o.id),
             Self::Token(o) => format!("tokens/{}", o.id),
             Self::Key(o) => format!("keys/{}", o.id),
             Self::Certificate(o) => format!("certificates/{}/{}", o.tenant, o.serial),
@@ -430,6 +434,7 @@ impl Object {
             Self::Proxy(o) => serde_json::to_vec(o),
             Self::View(o) => serde_json::to_vec(o),
             Self::Operation(o) => serde_json::to_vec(o),
+            Self::Machine(o) => serde_json::to_vec(o),
             Self::Token(o) => serde_json::to_vec(o),
             Self::Key(o) => serde_json::to_vec(o),
             Self::Authorities(o) => serde_json::to_vec(o),
@@ -458,6 +463,7 @@ impl Object {
             "proxies" => Self::Proxy(read(key, value)?),
             "views" => Self::View(read(key, value)?),
             "operations" => Self::Operation(read(key, value)?),
+            "machines" => Self::Machine(read(key, value)?),
             "tokens" => Self::Token(read(key, value)?),
             "keys" => Self::Key(read(key, value)?),
             "certificates" => Self::Certificate(read(key, value)?),

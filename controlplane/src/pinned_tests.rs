@@ -5,7 +5,7 @@ use super::*;
 
 /// As this version writes them. A field that comes goes behind the others, with a default, and its kind's old bytes go into
 /// [`EARLIER`].
-const NOW: [(&str, &str); 14] = [
+const NOW: [(&str, &str); 15] = [
     ("term", "7"),
     (
         "policies/default/gold",
@@ -38,6 +38,10 @@ const NOW: [(&str, &str); 14] = [
     (
         "authorities",
         r#"{"issuing":{"id":"n","wrapped":"00ff","since_ns":5},"replaced":{"id":"o","wrapped":null,"since_ns":0}}"#,
+    ),
+    (
+        "machines/default/web",
+        r#"{"uid":"m","tenant":"default","id":"web","version":2,"created_ns":1,"updated_ns":2,"description":"d","group":"shop","disks":["data"],"cpus":2,"memory":1073741824,"firmware":"bios","nics":[{"mac":"","network":"lan"}],"source":{"proxy":"","driver":"libvirt","profile":"default","machine":"web01"},"target":{"proxy":"dr2","driver":"qemu","profile":"default","machine":""},"ready":{"tcp":"10.0.0.7:80"},"stop_within_ms":120000,"ready_within_ms":300000,"stopped_at_source":true,"runs_from":"failover"}"#,
     ),
     ("keys/k", r#"{"id":"k","wrapped":"00ff"}"#),
     (

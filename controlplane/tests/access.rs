@@ -398,6 +398,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
         ("Failovers", "StartFailover StartPlannedFailover UndoFailover ChangePoint"),
         ("Operations", "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation"),
         ("Views", "CreateView GetView ListViews DeleteView"),
+        ("Machines", "CreateMachine GetMachine ListMachines UpdateMachine DeleteMachine ProbeMachine"),
         ("Status", "GetStatus GetRpo Watch ListEvents"),
         ("Enrolment", "CreateJoinToken Join Renew"),
     ];

@@ -111,6 +111,7 @@ impl Run {
             let reply = match action {
                 Action::Ended => break,
                 Action::Record => Reply::Nothing,
+                Action::Machines(_) => unreachable!("groups of the simulator have no machines"),
                 Action::Wait { ms } => {
                     let until = self.stage.world.now() + ms * MS;
                     self.until(until)?;

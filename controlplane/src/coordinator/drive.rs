@@ -9,6 +9,7 @@ use afterimage_wire::v1::{self, Severity};
 use tokio::time::{Instant, sleep};
 
 use super::Coordinator;
+use super::machines::keep_machines;
 use crate::audit;
 use crate::convert;
 use crate::failover::{self, Action, Choice, Failover, Reply, Side, StepName, StepState, Verb};
@@ -88,6 +89,7 @@ impl Coordinator {
                 group.updated_ns = now;
                 let told = changes(&group_name, &before, &operation.work);
                 keep_views(model, txn, &group, &operation);
+                keep_machines(model, txn, &operation);
                 txn.put(Object::Group(group.clone()));
                 let ended = operation.ended_ns != 0;
                 txn.put(Object::Operation(operation));
@@ -113,6 +115,10 @@ impl Coordinator {
             }
             Action::CatchUp { within_ms } => self.catch_up(group, Duration::from_millis(within_ms)).await,
             Action::Drain { seq, within_ms } => self.drain(group, seq, Duration::from_millis(within_ms)).await,
+            Action::Machines(orders) => {
+                let step = self.model().operation(name).ok().and_then(running_step).map_or("", StepName::as_str);
+                self.order_all(&name.tenant, &name.id, step, &orders).await
+            }
             Action::Tell { side, command, connect_ms, answer_ms } => {
                 let model = self.model();
                 let proxy = match side {

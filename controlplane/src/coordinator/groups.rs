@@ -228,6 +228,7 @@ impl Coordinator {
             let Ok(old) = model.group(name) else { return Ok(()) };
             request.record(model, txn, now, &old.uid);
             model.views_of(old).for_each(|v| txn.delete(Object::View(v.clone())));
+            model.machines_of(old).for_each(|m| txn.delete(Object::Machine(m.clone())));
             let disks = model.disks.values().filter(|d| d.group_uid == old.uid);
             disks.for_each(|d| txn.delete(Object::Disk(d.clone())));
             if let Some(key) = model.keys.get(&old.key).filter(|_| delete_points) {
@@ -382,6 +383,10 @@ impl Coordinator {
         model.check_etag(&full, &Object::Disk(disk.clone()).key(), etag)?;
         if model.disks_of(group).all(|d| d.uid == disk.uid) {
             return Err(Problem::state(name, "of this one disk only", "delete the group instead"));
+        }
+        if let Some(machine) = model.machines_of(group).find(|m| m.disks.iter().any(|d| d == id)) {
+            let remedy = "change that machine's disks first";
+            return Err(Problem::state(full, format!("in use by {}", machine.name()), remedy));
         }
         let source = model.source_of(group).ok_or_else(|| Problem::not_found("proxy", &group.source))?;
         if validate_only {

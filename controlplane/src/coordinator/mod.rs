@@ -41,6 +41,7 @@ mod drive;
 mod enrol;
 mod groups;
 mod hooks;
+mod machines;
 mod placement;
 mod points;
 mod policies;

@@ -204,6 +204,13 @@ impl Coordinator {
             let user = model.groups.values().find(uses);
             let remedy = "delete that group first";
             let hindrance = user.map(|user| Problem::state(name, format!("in use by {}", user.name()), remedy));
+            let names = |m: &&crate::machine::Machine| {
+                m.tenant == name.tenant && (m.source.proxy == name.id || m.target.proxy == name.id)
+            };
+            let machine = model.machines.values().find(names);
+            let remedy = "give that machine another proxy first";
+            let hindrance =
+                hindrance.or(machine.map(|m| Problem::state(name, format!("in use by {}", m.name()), remedy)));
             Ok((Object::Proxy(old.clone()), old.uid.clone(), hindrance))
         };
         let uid = self.delete_object(name, etag, validate_only, request, look).await?;

@@ -10,7 +10,7 @@ use crate::convert;
 use crate::failover::{self, Choice, Failover, Spec, Verb};
 use crate::model::Model;
 use crate::names::{Kind, Name};
-use crate::objects::{Group, GroupPhase, Object, Operation, ViewKind, new_uid};
+use crate::objects::{ExportRecord, Group, GroupPhase, Object, Operation, ViewKind, new_uid};
 use crate::policy::check_text;
 use crate::problem::Problem;
 use crate::requests::{Asked, gone};
@@ -68,7 +68,10 @@ impl Coordinator {
             let lease = self.lease_of(model, group);
             let view = failover::free_view(model, group);
             let checked = format!("record {} can be opened", point.seq);
-            Ok(Failover::new(spec.clone(), &disks, (&view, ""), rpo.unwrap_or_default(), lease, checked, now))
+            let (machines, fences) = self.machines_for(model, group, spec.verb)?;
+            let rpo = rpo.unwrap_or_default();
+            let work = Failover::new(spec.clone(), &disks, (&view, ""), rpo, lease, checked, now);
+            Ok(work.with_machines(machines, fences, Vec::new()))
         })
         .await
     }
@@ -92,7 +95,9 @@ impl Coordinator {
             let group = model.group(name)?;
             let disks: Vec<_> = model.disks_of(group).collect();
             let checked = format!("the group runs from its view \"{view}\"");
-            Ok(Failover::new(spec.clone(), &disks, ("", &view), 0, 0, checked, now))
+            let work = Failover::new(spec.clone(), &disks, ("", &view), 0, 0, checked, now);
+            let (machines, fences) = self.machines_for(model, group, spec.verb)?;
+            Ok(work.with_machines(machines, fences, exports_of(model, name, &view)))
         })
         .await
     }
@@ -129,7 +134,11 @@ impl Coordinator {
             let leaves = self.check_failed_over(model, name, spec.verb, force)?;
             let group = model.group(name)?;
             let disks: Vec<_> = model.disks_of(group).collect();
-            let new = |view: &str| Failover::new(spec.clone(), &disks, (view, &leaves), 0, 0, checked.clone(), now);
+            let (machines, fences) = self.machines_for(model, group, spec.verb)?;
+            let new = |view: &str| {
+                let work = Failover::new(spec.clone(), &disks, (view, &leaves), 0, 0, checked.clone(), now);
+                work.with_machines(machines.clone(), fences, exports_of(model, name, &leaves))
+            };
             match &from {
                 From::Point(_) => Ok(new(&failover::free_view(model, group))),
                 From::Kept(id) => {
@@ -222,13 +231,18 @@ impl Coordinator {
         let connected = |p: Option<&crate::objects::Proxy>| p.is_some_and(|p| self.sessions.connected(&p.uid));
         let (source, target) = (connected(model.source_of(group)), connected(model.target_of(group)));
         let lease = self.lease_of(model, group);
+        // Whoever can say that its machines are off makes up for a source that nobody can ask.
+        let lease = lease.max(u64::from(self.machines_fence(model, group)));
         failover::check(spec, confirm, group, model.disks_of(group).count(), source, target, lease)
     }
 
     fn check_failed_over(&self, model: &Model, name: &Name, verb: Verb, force: bool) -> Result<String, Problem> {
         let group = model.group(name)?;
         let target = model.target_of(group).is_some_and(|p| self.sessions.connected(&p.uid));
+        // What runs from it is stopped first.
+        let driven = model.machines_of(group).any(|m| !m.runs_from.is_empty());
         let in_use = match &group.phase {
+            _ if driven => 0,
             GroupPhase::FailedOver { view } => {
                 let view = model.view(name, view).map(|v| v.proxy_name()).unwrap_or_default();
                 let live = self.live.lock().expect("nothing panics while it holds this");
@@ -248,6 +262,11 @@ impl Coordinator {
         let kept = live.streams.get(&group.uid).map_or(0, |stream| stream.lease_ms);
         if wanted == 0 || kept == 0 { 0 } else { wanted.max(kept) }
     }
+}
+
+/// By which the disks of a view are reached.
+fn exports_of(model: &Model, group: &Name, view: &str) -> Vec<ExportRecord> {
+    model.view(group, view).map(|v| v.exports.clone()).unwrap_or_default()
 }
 
 /// The operation that the same request began, if one did.

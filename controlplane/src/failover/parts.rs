@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::FAILOVER_VIEW;
+use super::{Driven, FAILOVER_VIEW};
 use crate::objects::{ExportRecord, PointRecord};
 
 /// Which point is wanted.
@@ -110,6 +110,20 @@ pub enum StepName {
     ReturnGeneration,
     /// Undoing: the source's I/O goes on.
     Release,
+    /// The machines are switched off at the source.
+    StopSource,
+    /// A source that nobody can ask: its machines' power is cut.
+    PowerOff,
+    /// The replicas are switched on.
+    StartReplica,
+    /// They answer.
+    AwaitReplica,
+    /// The replicas are switched off.
+    StopReplica,
+    /// Undoing: the replicas are switched on again, from the view that the group runs from.
+    RestartReplica,
+    /// What was switched off at the source is switched on again.
+    StartSource,
 }
 
 impl StepName {
@@ -130,6 +144,13 @@ impl StepName {
             Self::CloseView => "close-view",
             Self::ReturnGeneration => "return-generation",
             Self::Release => "release",
+            Self::StopSource => "stop-source",
+            Self::PowerOff => "power-off",
+            Self::StartReplica => "start-replica",
+            Self::AwaitReplica => "await-replica",
+            Self::StopReplica => "stop-replica",
+            Self::RestartReplica => "restart-replica",
+            Self::StartSource => "start-source",
         }
     }
 }
@@ -226,6 +247,12 @@ pub struct Facts {
     /// The view is there already, closed, with what was written to it.
     #[serde(default)]
     pub reopens: bool,
+    /// The group's machines.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub machines: Vec<Driven>,
+    /// Exports of the view that it leaves, for machines that go on with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<ExportRecord>,
 }
 
 fn first_view() -> String {

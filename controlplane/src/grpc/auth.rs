@@ -72,12 +72,14 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Points", "ListPoints" | "ResolvePoint")
         | ("Operations", "GetOperation" | "ListOperations" | "WaitOperation")
         | ("Views", "GetView" | "ListViews")
+        | ("Machines", "GetMachine" | "ListMachines" | "ProbeMachine")
         | ("Status", "GetStatus" | "GetRpo" | "Watch" | "ListEvents") => Needs::Viewer,
         ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
         | ("Points", "CreateCut")
         | ("Failovers", "StartFailover" | "StartPlannedFailover" | "UndoFailover" | "ChangePoint")
         | ("Operations", "CancelOperation" | "DeleteOperation")
+        | ("Machines", "CreateMachine" | "UpdateMachine" | "DeleteMachine")
         | ("Views", "CreateView" | "DeleteView") => Needs::Operator,
         _ => return None,
     })
@@ -197,7 +199,7 @@ impl Scope {
         Ok(tenant)
     }
 
-    /// The name of a policy, group, proxy or operation.
+    /// The name of a policy, group, proxy, operation or machine.
     ///
     /// # Errors
     /// Malformed, or another tenant's.
@@ -443,6 +445,8 @@ mod tests {
             ("Operations", CHANGE, "CancelOperation DeleteOperation"),
             ("Views", READ, "GetView ListViews"),
             ("Views", CHANGE, "CreateView DeleteView"),
+            ("Machines", READ, "GetMachine ListMachines ProbeMachine"),
+            ("Machines", CHANGE, "CreateMachine UpdateMachine DeleteMachine"),
             ("Status", READ, "GetStatus GetRpo Watch ListEvents"),
             ("Audit", &[Role::Admin], "ListAuditRecords VerifyAudit"),
             ("Enrolment", &[Role::Admin], "CreateJoinToken"),
@@ -594,7 +598,7 @@ mod tests {
     fn a_viewer_changes_nothing() {
         for method in methods().iter().filter(|m| allows(needs(m).unwrap(), Some(Role::Viewer))) {
             let verb = method.rsplit('/').next().unwrap();
-            let reads = ["Get", "List", "Wait", "Watch", "Resolve", "Explain", "Join", "Renew"];
+            let reads = ["Get", "List", "Wait", "Watch", "Resolve", "Explain", "Probe", "Join", "Renew"];
             let reads = reads.iter().any(|v| verb.starts_with(v));
             assert!(reads, "{method}");
         }

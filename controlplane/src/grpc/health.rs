@@ -91,7 +91,9 @@ mod tests {
     #[test]
     fn the_services_are_those_of_the_descriptors() {
         let names = service_names();
-        for service in ["Policies", "Groups", "Proxies", "Points", "Failovers", "Operations", "Views", "Status"] {
+        for service in
+            ["Policies", "Groups", "Proxies", "Points", "Failovers", "Operations", "Views", "Machines", "Status"]
+        {
             assert!(names.contains(&format!("afterimage.v1.{service}")), "{service}: {names:?}");
         }
     }

@@ -12,6 +12,7 @@ use afterimage_wire::v1::certificates_server::CertificatesServer;
 use afterimage_wire::v1::enrolment_server::EnrolmentServer;
 use afterimage_wire::v1::failovers_server::FailoversServer;
 use afterimage_wire::v1::groups_server::GroupsServer;
+use afterimage_wire::v1::machines_server::MachinesServer;
 use afterimage_wire::v1::operations_server::OperationsServer;
 use afterimage_wire::v1::points_server::PointsServer;
 use afterimage_wire::v1::policies_server::PoliciesServer;
@@ -49,6 +50,7 @@ pub mod deadline;
 mod enrolment;
 mod errors;
 mod health;
+mod machines;
 pub mod member;
 mod operator;
 pub mod rate;
@@ -355,7 +357,8 @@ fn router(coordinator: &Arc<Coordinator>, limits: &Arc<rate::Limits>) -> Result<
         .add_service(bounded!(PointsServer, operator.clone()))
         .add_service(bounded!(FailoversServer, operator.clone()))
         .add_service(bounded!(OperationsServer, operator.clone()))
-        .add_service(bounded!(ViewsServer, operator))
+        .add_service(bounded!(ViewsServer, operator.clone()))
+        .add_service(bounded!(MachinesServer, operator))
         .add_service(bounded!(StatusServer, status::StatusService(coordinator.clone())))
         .add_service(bounded!(AuditServer, audit::AuditService(coordinator.clone())))
         .add_service(bounded!(BackupsServer, backups::BackupsService(coordinator.clone())))

@@ -17,6 +17,7 @@ use afterimage_wire::v1::coordinator_message::Message as Down;
 use afterimage_wire::v1::enrolment_client::EnrolmentClient;
 use afterimage_wire::v1::failovers_client::FailoversClient;
 use afterimage_wire::v1::groups_client::GroupsClient;
+use afterimage_wire::v1::machines_client::MachinesClient;
 use afterimage_wire::v1::operations_client::OperationsClient;
 use afterimage_wire::v1::points_client::PointsClient;
 use afterimage_wire::v1::policies_client::PoliciesClient;
@@ -166,6 +167,9 @@ impl World {
     pub fn operations(&self) -> OperationsClient<Channel> {
         OperationsClient::new(self.channel.clone())
     }
+    pub fn machines(&self) -> MachinesClient<Channel> {
+        MachinesClient::new(self.channel.clone())
+    }
     pub fn views(&self) -> ViewsClient<Channel> {
         ViewsClient::new(self.channel.clone())
     }
@@ -226,6 +230,8 @@ pub struct Journal {
     pub generation: u64,
     pub views: HashMap<String, OpenView>,
     pub held: HashMap<String, bool>,
+    /// Machines that are on, by what they are called.
+    pub on: std::collections::BTreeSet<String>,
 }
 
 pub struct FakeProxy {
@@ -244,7 +250,7 @@ pub fn register(bundle: &Bundle, script: &Script) -> Register {
         software_version: "test".into(),
         data_address: script.data_address.clone().unwrap_or_else(|| format!("{}.example:7070", bundle.name)),
         nbd_addresses: vec!["unix:/run/nbd".into()],
-        capabilities: vec!["source".into(), "target".into()],
+        capabilities: ["source", "target", "machine-hook", "machine-qemu"].map(str::to_owned).into(),
         boot_id: "boot".into(),
         observed_version: script.observed_version,
         observed_term: script.observed_term,
@@ -407,7 +413,28 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
         Tell::MergeStream(_) => Outcome::Merged(v1::Merged { complete: true, merged_bytes: 0, total_bytes: 0 }),
         Tell::InspectBranch(_) => Outcome::Branch(Branch::default()),
         Tell::Observe(_) => Outcome::Observed(state.clone()),
+        Tell::StartInstance(s) => {
+            journal.on.insert(called(&s.machine));
+            machine(MachinePower::On, false)
+        }
+        Tell::StopInstance(s) => {
+            journal.on.remove(&called(&s.machine));
+            machine(MachinePower::Off, false)
+        }
+        Tell::ProbeInstance(p) => match journal.on.contains(&called(&p.machine)) {
+            true => machine(MachinePower::On, true),
+            false => machine(MachinePower::Off, false),
+        },
     }
+}
+
+fn called(machine: &Option<MachineRef>) -> String {
+    machine.clone().unwrap_or_default().instance
+}
+
+/// How a machine stands.
+pub fn machine(power: MachinePower, ready: bool) -> Outcome {
+    Outcome::Machine(MachineState { power: power.into(), ready, detail: String::new() })
 }
 
 fn report(script: &Script, state: &DesiredState) -> Report {

@@ -10,6 +10,7 @@ use afterimage_controlplane::grpc::rate::{DEFAULT_BURST, DEFAULT_RATE};
 
 use super::Given;
 use crate::coordinator::{DATA_DIR, PORT};
+use crate::proxy::config::machines::{DEFAULT_HOOK_S, DEFAULT_LIBVIRT_URI, DEFAULT_QEMU};
 use crate::proxy::config::{
     DEFAULT_MAX_WAIT_MS, DEFAULT_POOL, DEFAULT_RESERVE, DEFAULT_SCRUB_HOURS, DEFAULT_SCRUB_RATE, DEFAULT_SEGMENT,
     DEFAULT_SPILL, DEFAULT_SPILL_RESERVE, DEFAULT_SPILL_SEGMENT, Size, default_seal_threads,
@@ -162,6 +163,38 @@ fn head(given: &Given, role: &str) -> Page {
     page
 }
 
+/// Of both roles.
+fn machines(page: &mut Page) {
+    page.table("machines");
+    page.say(
+        "What failovers may start and stop on this host, by names that machines refer to as DRIVER:NAME. Nothing of it ever \
+         comes from the coordinator.",
+    );
+    page.example(
+        "hook.web",
+        r#"{ start = ["/opt/web/start"], stop = ["/opt/web/stop"], probe = ["/opt/web/probe"] }"#,
+        &format!(
+            "Commands: 0 is yes, 3 is no (off; not answering), anything else that they cannot say. They read JSON. Also ready, \
+             and deadline_s = {DEFAULT_HOOK_S}."
+        ),
+    );
+    page.example(
+        "qemu.default",
+        r#"{ networks = { lan = "bridge,br=br0" } }"#,
+        &format!(
+            "Processes: program = \"{DEFAULT_QEMU}\", accelerators = [\"kvm\", \"tcg\"], arguments = [], uefi = an image; \
+             networks as for -netdev."
+        ),
+    );
+    page.example(
+        "libvirt.default",
+        r#"{ networks = { lan = "br0" } }"#,
+        &format!(
+            "Domains, by virsh: uri = \"{DEFAULT_LIBVIRT_URI}\", virsh = \"virsh\", kind = \"kvm\"; networks are bridges."
+        ),
+    );
+}
+
 /// A source's.
 pub fn source(given: &Given) -> String {
     let mut page = head(given, "source");
@@ -212,6 +245,7 @@ pub fn source(given: &Given) -> String {
     );
     page.default("spill_segment", size(DEFAULT_SPILL_SEGMENT), "Bytes of one file.");
     page.default("spill_reserve", size(DEFAULT_SPILL_RESERVE), "Left free on its file system.");
+    machines(&mut page);
     page.0
 }
 
@@ -252,6 +286,7 @@ pub fn target(given: &Given) -> String {
     );
     page.default("scrub_hours", DEFAULT_SCRUB_HOURS, "How often all that is held is verified; 0: never.");
     page.default("scrub_rate", size(DEFAULT_SCRUB_RATE), "Most bytes a second that this reads.");
+    machines(&mut page);
     page.0
 }
 

@@ -9,6 +9,10 @@ use serde_json::{Value, json};
 
 use super::values::{json_time, millis};
 
+mod machines;
+
+pub use machines::{driver_word, machine, power_word, probe, ready_word};
+
 /// The last part of a resource name: `tenants/default/groups/shop` → `shop`.
 pub fn id(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)

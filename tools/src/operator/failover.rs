@@ -430,7 +430,14 @@ fn end(session: &Session, operation: &v1::Operation) -> Result<(), Failure> {
             if !operation.validate_only {
                 out.note(result(operation).trim_end());
             }
-            Ok(())
+            match operation.steps.iter().find(|step| step.state() == StepState::Failed) {
+                None => Ok(()),
+                Some(step) => {
+                    let message = format!("done, but for the step {}: {}", step.name, step.detail);
+                    let hint = "look at the machine there; afterimage machine probe says how it stands";
+                    Err(Failure::new(Kind::Failed, object(group_of(&operation.subject)), message).hint(hint))
+                }
+            }
         }
     }
 }
@@ -457,8 +464,9 @@ fn result(operation: &v1::Operation) -> String {
     if let Some(branch) = &result.branch {
         shown += &format!("what was written meanwhile is kept as the view {}\n", id(&branch.name));
     }
+    let started = operation.steps.iter().any(|step| step.name == "start-replica" && step.state() == StepState::Done);
     if let Some(view) = &result.view {
-        shown += "start its machine from:\n";
+        shown += if started { "its machine runs from:\n" } else { "start its machine from:\n" };
         shown += &exports(view);
     }
     shown

@@ -4,7 +4,7 @@
 //! session     identity, connection, names, errors of calls        values      what is typed and shown: times, sizes, points
 //! failure     what went wrong, what to do, exit code              output      tables, JSON, questions
 //! documents   the shapes of the JSON                              enrol       join, token
-//! proxies · policy · group · placement · disk · point · failover · view · status · rpo · watch · audit     a module for each command
+//! proxies · policy · group · placement · disk · machine · point · failover · view · status · rpo · watch · audit     a module for each command
 //! ```
 
 use std::process::ExitCode;
@@ -22,6 +22,7 @@ pub mod enrol;
 pub mod failover;
 pub mod failure;
 pub mod group;
+pub mod machine;
 pub mod output;
 pub mod placement;
 pub mod point;
@@ -84,6 +85,8 @@ pub enum Command {
     Placement(Verbs<placement::Verb>),
     /// Disks of groups.
     Disk(Verbs<disk::Verb>),
+    /// Machines: what runs from a group's disks, started and stopped by failovers.
+    Machine(Verbs<machine::Verb>),
     /// Restore points: cuts, times, single writes.
     Point(Verbs<point::Verb>),
     /// Fail over: start a group from its replica, at any point.
@@ -204,6 +207,7 @@ impl Command {
             Command::Group(verbs) => &verbs.common,
             Command::Placement(verbs) => &verbs.common,
             Command::Disk(verbs) => &verbs.common,
+            Command::Machine(verbs) => &verbs.common,
             Command::Point(verbs) => &verbs.common,
             Command::Failover(verbs) => &verbs.common,
             Command::View(verbs) => &verbs.common,
@@ -259,6 +263,7 @@ async fn act(command: Command) -> Result<(), Failure> {
         Command::Group(verbs) => group::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Placement(verbs) => placement::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Disk(verbs) => disk::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Machine(verbs) => machine::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Point(verbs) => point::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Failover(verbs) => failover::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::View(verbs) => view::run(verbs.verb, &Session::open(&verbs.common).await?).await,

@@ -282,6 +282,11 @@ impl Session {
         self.name("operations", id)
     }
 
+    /// A machine's name in full.
+    pub fn machine(&self, id: &str) -> String {
+        self.name("machines", id)
+    }
+
     /// A disk's name in full.
     pub fn disk(&self, group: &str, id: &str) -> String {
         format!("{}/disks/{id}", self.group(group))
@@ -300,6 +305,11 @@ impl Session {
     /// Groups and their disks.
     pub fn groups(&self) -> v1::groups_client::GroupsClient<Channel> {
         v1::groups_client::GroupsClient::new(self.channel.clone())
+    }
+
+    /// Machines.
+    pub fn machines(&self) -> v1::machines_client::MachinesClient<Channel> {
+        v1::machines_client::MachinesClient::new(self.channel.clone())
     }
 
     /// Proxies.

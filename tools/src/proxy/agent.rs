@@ -351,6 +351,7 @@ fn register(proxy: &Proxy, bundle: &Bundle) -> Register {
     can(target.is_some(), "target");
     can(nbd_addresses.iter().any(|a| a.starts_with("unix:")), "nbd-unix");
     can(nbd_addresses.iter().any(|a| a.starts_with("tcp:")), "nbd-tcp");
+    capabilities.extend(proxy.config.machines.capabilities().map(str::to_owned));
     let data_address = target.map(|t| t.advertise.clone().unwrap_or_else(|| t.listen.to_string()));
     Register {
         name: proxy.config.name.clone(),

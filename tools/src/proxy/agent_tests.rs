@@ -157,6 +157,7 @@ fn play(
         target: None,
         log: LogFormat::Text,
         site: String::new(),
+        machines: Default::default(),
     };
     let proxy = Rc::new(Proxy::new(config, None, None));
     let shared = Rc::clone(&proxy);

@@ -21,6 +21,7 @@ use super::converge::{self, ViewError};
 use super::convert::{self, Senseless};
 use super::cores::{self, SourceCore, TargetCore};
 use super::failback;
+use super::machines;
 use super::report;
 use super::runtime::{Gone, Handle};
 use super::state::{CutWaiter, Proxy, StateError};
@@ -154,6 +155,9 @@ fn name(verb: &Verb) -> &'static str {
         Verb::Observe(_) => "observe",
         Verb::ReleaseDisks(_) => "release disks",
         Verb::MergeStream(_) => "merge stream",
+        Verb::StartInstance(_) => "start machine",
+        Verb::StopInstance(_) => "stop machine",
+        Verb::ProbeInstance(_) => "probe machine",
     }
 }
 
@@ -174,6 +178,9 @@ async fn verb(proxy: &Proxy, verb: Option<Verb>) -> Result<Outcome, Refused> {
         Some(Verb::ReleaseDisks(said)) => failback::release_disks(proxy, &said).await,
         Some(Verb::MergeStream(said)) => failback::merge_stream(proxy, &said).await,
         Some(Verb::InspectBranch(said)) => branch::inspect(proxy, &said).await.map(Outcome::Branch),
+        Some(Verb::StartInstance(said)) => machines::start(proxy, said).await,
+        Some(Verb::StopInstance(said)) => machines::stop(proxy, said).await,
+        Some(Verb::ProbeInstance(said)) => machines::probe(proxy, said).await,
         None => refused(Kind::Unsupported, "the command is not known in this version"),
     }
 }

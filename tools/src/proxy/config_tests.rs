@@ -79,3 +79,19 @@ fn a_token_is_never_printed() {
     let config = load(SOURCE, &args).unwrap();
     assert!(!format!("{config:?} {args:?}").contains("hush"));
 }
+
+#[test]
+fn machines_are_driven_by_what_this_host_names_and_by_absolute_paths() {
+    let machines = |text: &str| load(&format!("{SOURCE}[machines]\n{text}"), &Args::default()).map(|c| c.machines);
+    assert_eq!(machines("").unwrap(), Machines::default());
+    let hook = "hook.web = { start = ['/a', 'on'], stop = ['/a', 'off'], probe = ['/a'] }\n";
+    let made = machines(&format!("{hook}qemu.default = {{}}")).unwrap();
+    assert_eq!(made.hooks["web"].deadline, std::time::Duration::from_secs(machines::DEFAULT_HOOK_S));
+    assert_eq!(made.capabilities().collect::<Vec<_>>(), ["machine-hook", "machine-qemu"]);
+    assert_eq!(made.qemu["default"].accelerators, ["kvm", "tcg"]);
+    assert!(machines(&hook.replace("'/a', 'on'", "'a'")).unwrap_err().contains("`machines.hook.start`"));
+    assert!(machines(&hook.replace("'/a', 'on'", "")).unwrap_err().contains("an absolute path"));
+    assert!(machines("hook.web = { start = ['/a'] }").unwrap_err().contains("stop"));
+    assert!(machines(&hook.replace("web", "Web")).unwrap_err().contains("`Web`"));
+    assert!(machines(&hook.replace(" }", ", deadline_s = 0 }")).unwrap_err().contains("1 to 3600"));
+}

@@ -30,6 +30,7 @@ mod given;
 mod identity;
 mod keep;
 mod link;
+mod machines;
 mod pins;
 mod renewal;
 mod report;

@@ -55,6 +55,8 @@ pub struct Proxy {
     pub waiters: RefCell<Waiters>,
     /// Block devices of this host that disks and views have.
     pub ublk: super::ublk::Devices,
+    /// Machines of this host that are being started or stopped.
+    pub machines: super::machines::Turns,
     /// Something in `desired` or in the cores is new: converge.
     pub changed: Notify,
     /// Something in `desired` is new: certificates follow.
@@ -129,6 +131,7 @@ impl Proxy {
             events: RefCell::default(),
             waiters: RefCell::default(),
             ublk: super::ublk::Devices::default(),
+            machines: super::machines::Turns::default(),
             changed: Notify::new(),
             told: Notify::new(),
             offers: watch::Sender::new(()),
@@ -333,6 +336,7 @@ mod tests {
             target: None,
             log: LogFormat::Text,
             site: String::new(),
+            machines: Default::default(),
         };
         Proxy::new(config, None, None)
     }

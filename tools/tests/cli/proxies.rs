@@ -242,5 +242,8 @@ fn answer(
         Command::MergeStream(_) => Outcome::Merged(v1::Merged { complete: true, merged_bytes: 0, total_bytes: 0 }),
         Command::InspectBranch(_) => Outcome::Branch(v1::Branch::default()),
         Command::Observe(_) => Outcome::Observed(desired.clone()),
+        Command::StartInstance(_) | Command::StopInstance(_) | Command::ProbeInstance(_) => {
+            error(v1::CommandErrorKind::Unsupported, "nothing is set up for machines here")
+        }
     }
 }

@@ -1,0 +1,363 @@
+//! Machines within the verbs, step by step, at hosts that are scripts: what is on there is what counts.
+
+use std::collections::BTreeSet;
+
+use afterimage_wire::v1::{MachinePower, MachineRole, MachineState};
+
+use super::tests::{disks, error, group, obeyed};
+use super::*;
+use crate::machine::{Driver, Firmware, Machine, MachineDisk, Place, Ready};
+
+fn machine(id: &str) -> Driven {
+    let driven = || Place { driver: Driver::Hook, profile: "default".into(), ..Place::default() };
+    let machine = Machine {
+        uid: id.into(),
+        tenant: "default".into(),
+        id: id.into(),
+        version: 1,
+        created_ns: 1,
+        updated_ns: 1,
+        description: String::new(),
+        group: "shop".into(),
+        disks: Vec::new(),
+        cpus: 1,
+        memory: 1 << 30,
+        firmware: Firmware::Bios,
+        nics: Vec::new(),
+        source: driven(),
+        target: driven(),
+        ready: Ready::Running,
+        stop_within_ms: 1_000,
+        ready_within_ms: 1_000,
+        stopped_at_source: false,
+        runs_from: String::new(),
+    };
+    let disk =
+        MachineDisk { id: "data".into(), uid: "d1".into(), serial: "s".into(), size: 1, export_name: "x".into() };
+    Driven { machine, disks: vec![disk], was_on: None }
+}
+
+fn changing() -> GroupPhase {
+    GroupPhase::Changing { operation: "op".into(), view: FAILOVER_VIEW.into() }
+}
+
+fn over() -> Group {
+    Group { generation: 2, hold: true, phase: changing(), ..group() }
+}
+
+/// A verb with two machines; of a group that is failed over they run from its view.
+fn begun(verb: Verb, fences: bool) -> (Failover, Group) {
+    let of_over = verb.is_of_failed_over();
+    let mut machines = vec![machine("web"), machine("db")];
+    if of_over {
+        machines.iter_mut().for_each(|m| {
+            m.machine.runs_from = FAILOVER_VIEW.into();
+            m.machine.stopped_at_source = true;
+        });
+    }
+    let spec = Spec { within_ms: 1_000, ..Spec::new(verb, Choice::Latest) };
+    let views = match verb {
+        Verb::ChangePoint => ("failover-2", FAILOVER_VIEW),
+        Verb::UndoFailover => ("", FAILOVER_VIEW),
+        _ => (FAILOVER_VIEW, ""),
+    };
+    let mut work = Failover::new(spec, &[], views, 0, 0, "ok".into(), 5);
+    work.facts.disks = vec!["d1".into()];
+    (work.with_machines(machines, fences, Vec::new()), if of_over { over() } else { group() })
+}
+
+/// The hosts of the machines: what is on there, and whose orders fail.
+#[derive(Clone, Default)]
+struct Hosts {
+    source: BTreeSet<String>,
+    replica: BTreeSet<String>,
+    /// By what is said: "start", "stop", "probe", and the role.
+    fails: Option<(&'static str, MachineRole, &'static str)>,
+    unready: bool,
+    told: Vec<String>,
+}
+
+impl Hosts {
+    fn running() -> Self {
+        Self { source: ["web", "db"].map(str::to_owned).into(), ..Self::default() }
+    }
+
+    fn failed_over() -> Self {
+        Self { replica: ["web", "db"].map(str::to_owned).into(), ..Self::default() }
+    }
+
+    fn obey(&mut self, order: &Order) -> Stands {
+        let (word, machine) = match &order.tell {
+            Tell::StartInstance(s) => ("start", s.machine.clone().unwrap()),
+            Tell::StopInstance(s) => ("stop", s.machine.clone().unwrap()),
+            Tell::ProbeInstance(p) => ("probe", p.machine.clone().unwrap()),
+            other => panic!("{other:?}"),
+        };
+        let role = machine.role();
+        self.told.push(format!(
+            "{word} {} {}",
+            if role == MachineRole::Source { "source" } else { "replica" },
+            machine.instance
+        ));
+        if self.fails.is_some_and(|(w, r, id)| (w, r, id) == (word, role, machine.instance.as_str())) {
+            return Err("gone".into());
+        }
+        let all = if role == MachineRole::Source { &mut self.source } else { &mut self.replica };
+        match word {
+            "start" => drop(all.insert(machine.instance.clone())),
+            "stop" => drop(all.remove(&machine.instance)),
+            _ => {}
+        }
+        let on = all.contains(&machine.instance);
+        let power = if on { MachinePower::On } else { MachinePower::Off };
+        Ok(Outcome::Machine(MachineState { power: power.into(), ready: on && !self.unready, detail: String::new() }))
+    }
+
+    fn reply(&mut self, action: &Action) -> Reply {
+        match action {
+            Action::Machines(orders) => Reply::Machines(orders.iter().map(|order| self.obey(order)).collect()),
+            Action::CatchUp { .. } => Reply::CaughtUp(0),
+            Action::Drain { seq, .. } => Reply::Drained(*seq),
+            Action::Tell { command, .. } => obeyed(command),
+            _ => Reply::Nothing,
+        }
+    }
+
+    /// Nowhere does a machine run twice.
+    fn check(&self, work: &Failover) {
+        let both = self.source.intersection(&self.replica).count();
+        assert_eq!(both, 0, "a machine runs at both sites: {:?} {:?}", self.told, work.steps);
+    }
+}
+
+fn play(work: &mut Failover, group: &mut Group, hosts: &mut Hosts, mut fault: impl FnMut(&Action) -> Option<Reply>) {
+    for now in 10.. {
+        let action = work.begin(group, now);
+        if action == Action::Ended {
+            return;
+        }
+        let reply = fault(&action).unwrap_or_else(|| hosts.reply(&action));
+        hosts.check(work);
+        work.apply(group, &disks(), reply, now);
+        assert!(now < 60, "it does not end: {:?}", work.steps);
+    }
+}
+
+fn names(work: &Failover) -> Vec<&'static str> {
+    work.steps.iter().map(|s| s.name.as_str()).collect()
+}
+
+fn marks(work: &Failover) -> (bool, String) {
+    work.machine_marks(&work.facts.machines[0])
+}
+
+fn count(set: &BTreeSet<String>) -> usize {
+    set.len()
+}
+
+#[test]
+fn a_planned_failover_switches_off_here_and_on_there() {
+    let ((mut work, mut group), mut hosts) = (begun(Verb::PlannedFailover, true), Hosts::running());
+    play(&mut work, &mut group, &mut hosts, |_| None);
+    let steps = "check catch-up stop-source fence drain raise-generation resolve-point open-view start-replica \
+                 await-replica finish";
+    assert_eq!(names(&work).join(" "), steps);
+    assert_eq!((work.state, count(&hosts.source), count(&hosts.replica)), (State::Done, 0, 2));
+    assert_eq!(hosts.told[..2], ["probe source web", "probe source db"], "asked before anything is switched off");
+    assert_eq!(marks(&work), (true, FAILOVER_VIEW.to_owned()));
+}
+
+#[test]
+fn what_was_off_before_stays_off_when_it_is_undone() {
+    let ((mut work, mut group), mut hosts) = (begun(Verb::PlannedFailover, true), Hosts::running());
+    hosts.source.remove("db");
+    let lost = |action: &Action| matches!(action, Action::Drain { .. }).then_some(Reply::Drained(1));
+    play(&mut work, &mut group, &mut hosts, lost);
+    assert_eq!((work.state, group.hold), (State::Failed, false));
+    assert_eq!(hosts.source, ["web".to_owned()].into());
+    assert!(!hosts.told.contains(&"start source db".to_owned()));
+    assert_eq!(marks(&work), (false, String::new()));
+}
+
+#[test]
+fn a_source_whose_proxy_is_gone_is_fenced_by_who_cuts_its_power() {
+    let gone = |action: &Action| match action {
+        Action::Tell { command: Tell::Fence(_), .. } => Some(Reply::Unreachable("gone".into())),
+        _ => None,
+    };
+    let ((mut work, mut group), mut hosts) = (begun(Verb::Failover, true), Hosts::running());
+    play(&mut work, &mut group, &mut hosts, gone);
+    assert_eq!((work.state, work.facts.fence), (State::Done, Some(FenceKind::Confirmed)));
+    assert_eq!((count(&hosts.source), count(&hosts.replica)), (0, 2));
+
+    // Who cannot say so confirms nothing: the source goes on, with what had been switched off.
+    let ((mut work, mut group), mut hosts) = (begun(Verb::Failover, true), Hosts::running());
+    hosts.fails = Some(("stop", MachineRole::Source, "db"));
+    play(&mut work, &mut group, &mut hosts, gone);
+    assert_eq!((work.state, work.error.as_ref().unwrap().step), (State::Failed, StepName::PowerOff));
+    assert!(work.error.as_ref().unwrap().remedy.contains("confirm_name"));
+    assert_eq!((count(&hosts.source), count(&hosts.replica)), (2, 0));
+
+    // By name it goes on, and says what it knows.
+    let ((mut work, mut group), mut hosts) = (begun(Verb::Failover, true), Hosts::running());
+    hosts.fails = Some(("probe", MachineRole::Source, "db"));
+    work.spec.unconfirmed = true;
+    for _ in 0..40 {
+        let action = work.begin(&mut group, 1);
+        let reply = gone(&action).unwrap_or_else(|| hosts.reply(&action));
+        work.apply(&mut group, &disks(), reply, 1);
+    }
+    assert_eq!((work.state, work.facts.fence), (State::Done, Some(FenceKind::Unconfirmed)));
+}
+
+#[test]
+fn a_source_that_holds_its_io_keeps_its_machine() {
+    let ((mut work, mut group), mut hosts) = (begun(Verb::Failover, true), Hosts::running());
+    for now in 0..40 {
+        let action = work.begin(&mut group, now);
+        let reply = hosts.reply(&action);
+        work.apply(&mut group, &disks(), reply, now);
+    }
+    let power_off = work.steps.iter().find(|s| s.name == StepName::PowerOff).unwrap();
+    assert_eq!((work.state, power_off.state), (State::Done, StepState::Skipped));
+    assert!(hosts.told.iter().all(|told| !told.contains("source")), "{:?}", hosts.told);
+    assert_eq!(marks(&work), (false, FAILOVER_VIEW.to_owned()));
+}
+
+#[test]
+fn a_replica_that_does_not_start_gives_everything_back() {
+    for id in ["web", "db"] {
+        let ((mut work, mut group), mut hosts) = (begun(Verb::PlannedFailover, true), Hosts::running());
+        hosts.fails = Some(("start", MachineRole::Replica, id));
+        play(&mut work, &mut group, &mut hosts, |_| None);
+        assert_eq!((work.state, work.error.as_ref().unwrap().step), (State::Failed, StepName::StartReplica));
+        assert_eq!((group.hold, &group.phase), (false, &GroupPhase::Protecting));
+        assert_eq!((count(&hosts.source), count(&hosts.replica)), (2, 0));
+        let tail = names(&work);
+        let tail = &tail[tail.len() - 5..];
+        assert_eq!(tail, ["stop-replica", "close-view", "return-generation", "release", "start-source"]);
+        assert_eq!(marks(&work), (false, String::new()));
+    }
+}
+
+#[test]
+fn a_replica_that_runs_and_does_not_answer_is_left_running() {
+    let ((mut work, mut group), mut hosts) = (begun(Verb::PlannedFailover, true), Hosts::running());
+    hosts.unready = true;
+    play(&mut work, &mut group, &mut hosts, |_| None);
+    assert_eq!((work.state, &work.error), (State::Done, &None));
+    let awaited = work.steps.iter().find(|s| s.name == StepName::AwaitReplica).unwrap();
+    assert_eq!(awaited.state, StepState::Failed);
+    assert!(awaited.detail.contains("\"web\" does not answer in time"), "{}", awaited.detail);
+    assert_eq!(count(&hosts.replica), 2);
+}
+
+#[test]
+fn an_undoing_switches_off_there_first_and_on_here_last() {
+    let ((mut work, mut group), mut hosts) = (begun(Verb::UndoFailover, false), Hosts::failed_over());
+    play(&mut work, &mut group, &mut hosts, |_| None);
+    let steps = "check stop-replica leave-view return-generation release start-source";
+    assert_eq!(names(&work).join(" "), steps);
+    assert_eq!((count(&hosts.source), count(&hosts.replica)), (2, 0));
+    assert_eq!(marks(&work), (false, String::new()));
+
+    // Nobody there: it is said, and stays noted.
+    let ((mut work, mut group), mut hosts) = (begun(Verb::UndoFailover, false), Hosts::failed_over());
+    hosts.fails = Some(("start", MachineRole::Source, "web"));
+    play(&mut work, &mut group, &mut hosts, |_| None);
+    assert_eq!((work.state, group.hold), (State::Done, false));
+    assert_eq!((work.steps.last().unwrap().state, marks(&work)), (StepState::Skipped, (true, String::new())));
+}
+
+#[test]
+fn a_replica_that_cannot_be_switched_off_keeps_the_group_where_it_is() {
+    for verb in [Verb::UndoFailover, Verb::ChangePoint] {
+        let ((mut work, mut group), mut hosts) = (begun(verb, false), Hosts::failed_over());
+        hosts.fails = Some(("stop", MachineRole::Replica, "db"));
+        play(&mut work, &mut group, &mut hosts, |_| None);
+        assert_eq!((work.state, work.error.as_ref().unwrap().step), (State::Failed, StepName::StopReplica), "{verb:?}");
+        assert_eq!((group.hold, count(&hosts.replica)), (true, 2), "{verb:?}: {:?}", hosts.told);
+        assert_eq!(marks(&work), (true, FAILOVER_VIEW.to_owned()));
+    }
+    // Nor one whose view is not left.
+    for verb in [Verb::UndoFailover, Verb::ChangePoint] {
+        let ((mut work, mut group), mut hosts) = (begun(verb, false), Hosts::failed_over());
+        play(&mut work, &mut group, &mut hosts, |action| match action {
+            Action::Tell { command: Tell::CloseView(c), .. } if c.view == "shop.failover" => {
+                Some(Reply::Answer(error("in use")))
+            }
+            _ => None,
+        });
+        assert_eq!((work.state, count(&hosts.replica)), (State::Failed, 2), "{verb:?}");
+        assert_eq!(names(&work).last(), Some(&"restart-replica"));
+    }
+}
+
+#[test]
+fn a_changed_point_is_run_from_by_the_same_machines() {
+    let ((mut work, mut group), mut hosts) = (begun(Verb::ChangePoint, false), Hosts::failed_over());
+    play(&mut work, &mut group, &mut hosts, |_| None);
+    let steps = "check resolve-point open-view stop-replica leave-view start-replica await-replica finish";
+    assert_eq!(names(&work).join(" "), steps);
+    assert_eq!((work.state, count(&hosts.replica), marks(&work).1.as_str()), (State::Done, 2, "failover-2"));
+    // Past the view that was left there is no way back: it says so.
+    let ((mut work, mut group), mut hosts) = (begun(Verb::ChangePoint, false), Hosts::failed_over());
+    hosts.fails = Some(("start", MachineRole::Replica, "db"));
+    play(&mut work, &mut group, &mut hosts, |_| None);
+    assert_eq!((work.state, &group.phase), (State::Done, &GroupPhase::FailedOver { view: "failover-2".into() }));
+    assert!(work.steps.iter().any(|s| s.name == StepName::StartReplica && s.state == StepState::Failed));
+}
+
+/// The coordinator dies before and after each action of each verb, and somebody gives it up at each: what ran runs once.
+#[test]
+fn whenever_it_is_interrupted_each_machine_runs_once() {
+    for verb in [Verb::Failover, Verb::PlannedFailover, Verb::UndoFailover, Verb::ChangePoint] {
+        for source_gone in [false, true] {
+            for at in 0..24 {
+                for (cancels, acts) in [(false, false), (false, true), (true, false), (true, true)] {
+                    let (mut work, mut group) = begun(verb, true);
+                    let mut hosts = if verb.is_of_failed_over() { Hosts::failed_over() } else { Hosts::running() };
+                    if source_gone && verb == Verb::PlannedFailover {
+                        continue;
+                    }
+                    for now in 0.. {
+                        assert!(now < 80, "{verb:?} at {at} does not end: {:?}", work.steps);
+                        let action = work.begin(&mut group, now);
+                        if action == Action::Ended {
+                            break;
+                        }
+                        let stored = serde_json::to_string(&(&work, &group)).unwrap();
+                        if now == at && cancels {
+                            let _ = work.cancel("operator/anna");
+                        }
+                        if now == at && !cancels {
+                            // It dies; what it told may have been done.
+                            if acts {
+                                let _ = hosts.reply(&action);
+                            }
+                            (work, group) = serde_json::from_str(&stored).unwrap();
+                            continue;
+                        }
+                        let fences = matches!(&action, Action::Tell { command: Tell::Fence(f), .. } if f.hold);
+                        let reply = match fences && source_gone {
+                            true => Reply::Unreachable("gone".into()),
+                            false => hosts.reply(&action),
+                        };
+                        // A machine that is held does not write: with the source there both may be on for a while.
+                        if verb != Verb::Failover || source_gone {
+                            hosts.check(&work);
+                        }
+                        work.apply(&mut group, &disks(), reply, now);
+                    }
+                    let ctx = format!("{verb:?} at {at}, cancelled {cancels}, acted {acts}: {:?}", work.steps);
+                    let at_target = group.phase.is_failed_over();
+                    assert_eq!(count(&hosts.replica), if at_target { 2 } else { 0 }, "{ctx}");
+                    let held = verb == Verb::Failover && !source_gone;
+                    assert_eq!(count(&hosts.source), if at_target && !held { 0 } else { 2 }, "{ctx}");
+                    let (_, runs_from) = marks(&work);
+                    assert_eq!(runs_from.is_empty(), !at_target, "{ctx}");
+                }
+            }
+        }
+    }
+}
