@@ -80,13 +80,18 @@ fn follow(run: &mut Run, timeline: TimelineId) -> Result<(), String> {
     run.tap.follow(&world, node, timeline).map_err(|w| w.0)?;
     let Some(epoch) = run.epochs.last_mut() else { return Ok(()) };
     let from = epoch.searched + 1;
+    epoch.followed.resize(run.plan.setup.disks.len(), 0);
     for (seq, entry) in run.tap.entries.range(from..) {
         epoch.searched = *seq;
         if entry.record.kind != RecordKind::Write {
             continue;
         }
         let record = &entry.record;
-        for change in epoch.history.changes(usize::from(record.disk)) {
+        let changes = epoch.history.changes(usize::from(record.disk));
+        let known = |change: &Change| change.effect != Effect::Write || epoch.matched.contains_key(&change.id);
+        let followed = &mut epoch.followed[usize::from(record.disk)];
+        *followed += changes[*followed..].iter().take_while(|change| known(change)).count();
+        for change in &changes[*followed..] {
             let inside = change.offset >= record.offset && change.offset + change.len <= record.end();
             // A later record of the same block carries its bytes, too: it is the one numbered while the request ran.
             let meanwhile =
@@ -349,13 +354,12 @@ pub(crate) fn read_point(run: &mut Run, opened: Opened, floor: u64) -> Result<Ve
     Ok(images)
 }
 
-fn compare(run: &Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), String> {
+fn compare(run: &mut Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), String> {
     if let Some(gap) = run.tap.gap(seq).filter(|_| !run.robbed) {
         return Err(format!("record {gap} was in no segment when it was looked at, although {seq} is a point"));
     }
     for Image { disk, bytes: image, holes } in images.iter_mut() {
-        let mut model = vec![0; image.len()];
-        let unreadable = run.tap.apply(*disk as u16, 0, seq, &mut model);
+        let (model, unreadable) = run.tap.show(*disk as u16, seq, image.len());
         for hole in holes.iter() {
             let end = (hole + HOLE).min(image.len() as u64);
             if !run.robbed && !run.reads_fail && !unreadable.iter().any(|(from, to)| from < &end && hole < to) {
@@ -364,9 +368,9 @@ fn compare(run: &Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), 
             image[*hole as usize..end as usize].copy_from_slice(&model[*hole as usize..end as usize]);
         }
         let image = &*image;
-        if model != *image
-            && let Some(at) = model.iter().zip(image).position(|(a, b)| a != b)
-        {
+        let differ = (model != &image[..]).then(|| model.iter().zip(image).enumerate().filter(|(_, (a, b))| a != b));
+        let differ = differ.and_then(|mut places| Some((places.next()?.0, 1 + places.count())));
+        if let Some((at, bytes)) = differ {
             let over = |r: &&Record| {
                 r.disk == *disk as u16 && r.kind.changes_disk() && r.offset <= at as u64 && (at as u64) < r.end()
             };
@@ -375,10 +379,9 @@ fn compare(run: &Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), 
             // Which other place of the history the view shows there.
             let shown = records().find(|r| {
                 let mut other = vec![0; image.len()];
-                run.tap.apply(*disk as u16, 0, r.seq, &mut other);
+                run.tap.apply(*disk as u16, 0, r.seq, &mut other, &mut Vec::new());
                 other[at..(at + 16).min(image.len())] == image[at..(at + 16).min(image.len())]
             });
-            let bytes = model.iter().zip(image).filter(|(a, b)| a != b).count();
             let disk_now = run.source_disk(*disk);
             let source = if disk_now.get(at) == image.get(at) { "as the view has it" } else { "other than the view" };
             let status = run.stage.stream().map(|s| (s.floor, s.durable_seq, s.segments, s.folded_segments));
@@ -411,7 +414,7 @@ fn compare(run: &Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), 
 /// Reads a whole disk of a view, and says which blocks cannot be read; none if the target died over it.
 #[allow(clippy::type_complexity)]
 pub(crate) fn read_disk(run: &mut Run, key: DiskKey, size: u64) -> Result<Option<(Vec<u8>, Vec<u64>)>, String> {
-    let (mut image, mut holes) = (Vec::with_capacity(size as usize), Vec::new());
+    let (mut image, mut holes) = (Vec::new(), Vec::new());
     let mut whole = true;
     while (image.len() as u64) < size {
         let offset = image.len() as u64;
@@ -420,7 +423,11 @@ pub(crate) fn read_disk(run: &mut Run, key: DiskKey, size: u64) -> Result<Option
         match ask(run, key, Request::Read { offset, len })? {
             None => return Ok(None),
             Some(Ok(None)) => return Err(format!("a view's read of {len} bytes at {offset} gives no data")),
-            Some(Ok(Some(bytes))) => image.extend_from_slice(&bytes),
+            Some(Ok(Some(bytes))) if image.is_empty() && bytes.len() as u64 == size => image = bytes,
+            Some(Ok(Some(bytes))) => {
+                image.reserve_exact(size as usize - image.len());
+                image.extend_from_slice(&bytes);
+            }
             Some(Err(_)) if whole => {
                 // The same place again, in small pieces.
                 whole = false;

@@ -31,8 +31,11 @@ fn word(id: u64, number: u64) -> [u8; 8] {
 fn bits(id: u64, number: u64) -> u64 {
     let word = (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03)).wrapping_add(id);
     let word = (word ^ (word >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    // A quarter of the words is the id over and over, so that chunks compress.
-    if word >> 62 == 0 { (id & 0xff | (id & 0xff00 | 0x8000)) * 0x0001_0001_0001_0001 } else { spread(word) }
+    // A quarter of the words is the id over and over, so that chunks compress. Both are made: which it is cannot be
+    // foreseen.
+    let same = (id & 0xff | (id & 0xff00 | 0x8000)) * 0x0001_0001_0001_0001;
+    let which = u64::from(word >> 62 == 0).wrapping_neg();
+    same & which | spread(word) & !which
 }
 
 /// Eight bits from every seventh bit on: byte n is `word >> (7 * n)`.
@@ -66,9 +69,22 @@ fn is_pattern(id: u64, at: u64, bytes: &[u8]) -> bool {
     let (first, rest) = bytes.split_at(head);
     let number = (at + head as u64) / 8;
     let (whole, last) = rest.as_chunks::<8>();
+    // Most that are asked about are not it, which the first words tell; the others are gone through without a look at each.
+    let (quick, rest) = whole.split_at(whole.len().min(2));
+    let differs = |words: &[[u8; 8]], number: u64| {
+        let words = words.iter().zip(number..);
+        words.fold(0, |differs, (bytes, number)| differs | (u64::from_le_bytes(*bytes) ^ bits(id, number))) != 0
+    };
     first.iter().enumerate().all(|(i, byte)| *byte == pattern(id, at + i as u64))
-        && whole.iter().enumerate().all(|(i, bytes)| u64::from_le_bytes(*bytes) == bits(id, number + i as u64))
+        && !differs(quick, number)
+        && rest.chunks(64).zip(0..).all(|(words, chunk)| !differs(words, number + quick.len() as u64 + chunk * 64))
         && *last == word(id, number + whole.len() as u64)[..last.len()]
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, last) = bytes.as_chunks::<8>();
+    let zeros = |words: &[[u8; 8]]| words.iter().fold(0, |all, bytes| all | u64::from_le_bytes(*bytes)) == 0;
+    words.chunks(64).all(zeros) && last.iter().all(|byte| *byte == 0)
 }
 
 /// What a request does to its range.
@@ -114,7 +130,7 @@ impl Change {
     pub fn matches(&self, at: u64, bytes: &[u8]) -> bool {
         match self.effect {
             Effect::Write => is_pattern(self.id, at, bytes),
-            Effect::Zero => bytes.iter().all(|b| *b == 0),
+            Effect::Zero => is_zero(bytes),
         }
     }
 }
@@ -294,11 +310,13 @@ impl History {
     /// As [`History::judge`].
     pub fn judge_power_loss(&self, disk: usize, image: &[u8], floor: u64) -> Result<(), Violation> {
         let changes = &self.disks[disk].changes;
-        for piece in self.parts(disk, 0, image, &[])?.iter().filter(|p| !p.anything) {
-            let owner = piece.owners.first().map(|o| &changes[*o]);
-            for covering in piece.covering.iter().map(|c| &changes[*c]) {
+        let parts = self.parts(disk, 0, image, &[])?;
+        for piece in parts.pieces.iter().filter(|p| !p.anything) {
+            let (owners, covering) = parts.of(piece);
+            let owner = owners.first().map(|o| &changes[*o]);
+            for covering in covering.iter().map(|c| &changes[*c]) {
                 let kept = covering.answered.is_some_and(|a| a < floor || covering.durable);
-                if kept && piece.is_older(changes, covering) {
+                if kept && is_older(owners, changes, covering) {
                     return Err(Violation::Missing {
                         disk,
                         at: piece.at,
@@ -313,12 +331,13 @@ impl History {
         Ok(())
     }
 
-    fn judge_parts(&self, all: impl Iterator<Item = (usize, Vec<Piece>)>, floor: u64) -> Result<(), Violation> {
+    fn judge_parts(&self, all: impl Iterator<Item = (usize, Parts)>, floor: u64) -> Result<(), Violation> {
         let all: Vec<_> = all.collect();
         let mut must = floor;
         let mut because = None;
-        for (disk, pieces) in &all {
-            for owner in pieces.iter().filter(|p| p.len >= PROOF).filter_map(|p| p.owners.first().copied()) {
+        for (disk, parts) in &all {
+            let long = parts.pieces.iter().filter(|p| p.len >= PROOF);
+            for owner in long.filter_map(|p| parts.of(p).0.first().copied()) {
                 let change = &self.disks[*disk].changes[owner];
                 if change.effect == Effect::Write && change.issued > must {
                     must = change.issued;
@@ -326,13 +345,14 @@ impl History {
                 }
             }
         }
-        for (disk, pieces) in &all {
+        for (disk, parts) in &all {
             let changes = &self.disks[*disk].changes;
-            for piece in pieces {
-                let owner = piece.owners.first().map(|o| &changes[*o]);
-                for covering in piece.covering.iter().map(|c| &changes[*c]) {
+            for piece in parts.pieces.iter().filter(|piece| !piece.anything) {
+                let (owners, covering) = parts.of(piece);
+                let owner = owners.first().map(|o| &changes[*o]);
+                for covering in covering.iter().map(|c| &changes[*c]) {
                     let Some(answered) = covering.answered.filter(|a| *a < must) else { continue };
-                    if piece.is_older(changes, covering) && !piece.anything {
+                    if is_older(owners, changes, covering) {
                         let because = if answered < floor { None } else { because };
                         return Err(Violation::Missing {
                             disk: *disk,
@@ -350,7 +370,7 @@ impl History {
     }
 
     /// Cuts a range where requests begin and end, and finds whose bytes each piece holds.
-    fn parts(&self, disk: usize, offset: u64, bytes: &[u8], holes: &[u64]) -> Result<Vec<Piece>, Violation> {
+    fn parts(&self, disk: usize, offset: u64, bytes: &[u8], holes: &[u64]) -> Result<Parts, Violation> {
         let Disk { base, changes } = &self.disks[disk];
         let end = offset + bytes.len() as u64;
         let over = |change: &&Change| change.offset < end && change.end() > offset;
@@ -375,14 +395,16 @@ impl History {
         edges.dedup();
         begins.sort_unstable();
         let mut begins = begins.into_iter().peekable();
+        // Newest first: the explanation that asks least.
         let mut active: Vec<usize> = Vec::new();
-        let mut pieces = Vec::new();
+        let mut parts = Parts::default();
         for pair in edges.windows(2) {
             let (at, until) = (pair[0], pair[1]);
             active.retain(|c| changes[*c].end() > at);
             while let Some((_, index)) = begins.next_if(|(begin, _)| *begin <= at) {
                 if changes[index].end() > at {
-                    active.push(index);
+                    let place = active.partition_point(|other| *other > index);
+                    active.insert(place, index);
                 }
             }
             if active.is_empty() {
@@ -390,17 +412,24 @@ impl History {
                 continue;
             }
             let hole = holes.contains(&(at / HOLE * HOLE));
-            // Newest first: the explanation that asks least.
-            active.sort_unstable_by(|a, b| b.cmp(a));
             let content = &bytes[(at - offset) as usize..(until - offset) as usize];
-            let owners: Vec<_> = active.iter().copied().filter(|c| !hole && changes[*c].matches(at, content)).collect();
+            let first = parts.list.len();
+            // The same for all that write zeros.
+            let mut zero = None;
+            let mut matches = |change: &Change| match change.effect {
+                Effect::Write => is_pattern(change.id, at, content),
+                Effect::Zero => *zero.get_or_insert_with(|| is_zero(content)),
+            };
+            parts.list.extend(active.iter().copied().filter(|c| !hole && matches(&changes[*c])));
+            let owners = parts.list.len() - first;
             let anything = hole || active.iter().any(|c| changes[*c].failed);
-            if owners.is_empty() && !anything && *content != base[at as usize..until as usize] {
+            if owners == 0 && !anything && *content != base[at as usize..until as usize] {
                 return Err(Violation::Foreign { disk, at, len: until - at });
             }
-            pieces.push(Piece { at, len: until - at, owners, covering: active.clone(), anything });
+            parts.list.extend_from_slice(&active);
+            parts.pieces.push(Piece { at, len: until - at, first, owners, covering: active.len(), anything });
         }
-        Ok(pieces)
+        Ok(parts)
     }
 }
 
@@ -434,18 +463,32 @@ fn untouched(
 struct Piece {
     at: u64,
     len: u64,
-    /// Whose bytes may be there, newest first; none for what was there before.
-    owners: Vec<usize>,
-    covering: Vec<usize>,
+    /// Where in [`Parts::list`] its requests begin: those whose bytes may be there, newest first (none for what was there
+    /// before), then all that lie over it.
+    first: usize,
+    owners: usize,
+    covering: usize,
     /// A failed request lies here.
     anything: bool,
 }
 
-impl Piece {
-    /// What is there is older than that request, whoever's it is: they did not run together.
-    fn is_older(&self, changes: &[Change], than: &Change) -> bool {
-        self.owners.iter().all(|owner| changes[*owner].answered.is_some_and(|at| at < than.issued))
+/// The pieces of a range of a disk.
+#[derive(Debug, Default)]
+struct Parts {
+    pieces: Vec<Piece>,
+    list: Vec<usize>,
+}
+
+impl Parts {
+    /// Whose bytes may be there, and who lies over it.
+    fn of(&self, piece: &Piece) -> (&[usize], &[usize]) {
+        self.list[piece.first..piece.first + piece.owners + piece.covering].split_at(piece.owners)
     }
+}
+
+/// What is there is older than that request, whoever's it is: they did not run together.
+fn is_older(owners: &[usize], changes: &[Change], than: &Change) -> bool {
+    owners.iter().all(|owner| changes[*owner].answered.is_some_and(|at| at < than.issued))
 }
 
 #[cfg(test)]

@@ -32,6 +32,8 @@ pub struct Report {
     pub points: u64,
     /// Simulated time, nanoseconds.
     pub time: Nanos,
+    /// Hash of all that happened, line by line.
+    pub trace: u64,
 }
 
 /// A seed that failed.
@@ -50,6 +52,8 @@ pub(crate) struct Epoch {
     pub(crate) matched: BTreeMap<u64, u64>,
     /// Up to here the journal was searched for its writes.
     pub(crate) searched: u64,
+    /// For each disk, how many of its first requests need not be looked for: no writes, or matched.
+    pub(crate) followed: Vec<usize>,
     /// For each disk, how many of its first requests are in a complete point.
     pub(crate) settled: Vec<usize>,
 }
@@ -109,6 +113,7 @@ pub fn run(plan: Plan) -> Result<Report, Failure> {
             records: run.tap.entries.len() as u64,
             points: run.points,
             time: at,
+            trace: trace::hash(),
         }),
         Err(what) => Err(Failure { at, what }),
     }
@@ -272,6 +277,7 @@ impl Run {
                 history: History::new(images.clone(), next_id),
                 matched: BTreeMap::new(),
                 searched,
+                followed: Vec::new(),
                 settled: Vec::new(),
             });
         }
@@ -323,6 +329,7 @@ impl Run {
         self.stage.world.accept(self.stage.target_node);
         for epoch in &mut self.epochs {
             epoch.matched.retain(|_, seq| *seq <= durable);
+            epoch.followed.clear();
             epoch.searched = epoch.searched.min(durable);
         }
         if durable < self.acked {

@@ -265,8 +265,7 @@ impl Stage {
 
     /// How many files there are of segments, and of what is to become one, at both ends.
     pub fn segment_files(&self) -> usize {
-        let spilled = self.world.paths(self.source_node, SPILL).len();
-        self.world.paths(self.target_node, &self.segments()).len() + spilled
+        self.world.files(self.target_node, &self.segments()) + self.world.files(self.source_node, SPILL)
     }
 
     /// Starts the source's process. It opens its disks as soon as nothing of an older life holds them.

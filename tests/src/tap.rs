@@ -58,13 +58,28 @@ pub struct Tap {
     segments: BTreeMap<String, Option<Segment>>,
     /// Heads seen: one that cannot be read any more still says who wrote the segment.
     heads: BTreeMap<String, (SegmentHead, usize)>,
+    /// Stamps of the files as they were read last, and what they were read for.
+    seen: BTreeMap<String, (u64, u64)>,
+    seen_for: (Option<(IncarnationId, u64)>, TimelineId),
     /// Every record seen, by number.
     pub entries: BTreeMap<u64, Entry>,
+    /// Ends of synchronisations among them: when each was, by disk and number.
+    synced: BTreeMap<u16, BTreeMap<u64, u64>>,
+    /// A model of each disk as [`Tap::show`] left it, and the record up to which it is.
+    models: BTreeMap<u16, Model>,
     /// Every frame seen, in the order in which they were.
     pub frames: Vec<Frame>,
     losses: Vec<Loss>,
     /// Frames may be bad: what follows one that is on stable storage, as this place says, is looked for.
     pub harmed: Option<(IncarnationId, u64)>,
+}
+
+/// A disk as the records up to one make it.
+#[derive(Default)]
+struct Model {
+    seq: u64,
+    image: Vec<u8>,
+    unreadable: Vec<(u64, u64)>,
 }
 
 /// Where a frame lies.
@@ -99,8 +114,20 @@ impl std::fmt::Debug for Tap {
 impl Tap {
     /// Follows the segments in this folder.
     pub fn new(policy: PolicyKey, folder: String) -> Self {
-        let (segments, entries, frames) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
-        Self { policy, folder, segments, heads: BTreeMap::new(), entries, frames, losses: Vec::new(), harmed: None }
+        Self {
+            policy,
+            folder,
+            segments: BTreeMap::new(),
+            heads: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            seen_for: (None, TimelineId::NONE),
+            entries: BTreeMap::new(),
+            synced: BTreeMap::new(),
+            models: BTreeMap::new(),
+            frames: Vec::new(),
+            losses: Vec::new(),
+            harmed: None,
+        }
     }
 
     /// Reads what has come since; `timeline` is the branch that the source writes.
@@ -108,10 +135,19 @@ impl Tap {
     /// # Errors
     /// Whole frames that make no sense, or a number that means another record than it did.
     pub fn follow(&mut self, world: &World, node: NodeId, timeline: TimelineId) -> Result<(), Wrong> {
-        for path in world.paths(node, &self.folder) {
-            if !path.ends_with(".seg") {
-                continue;
+        if self.seen_for != (self.harmed, timeline) {
+            self.seen_for = (self.harmed, timeline);
+            self.seen.clear();
+        }
+        // A file that is as it was when all of it had been read has nothing new.
+        let mut changed = Vec::new();
+        world.stamps(node, &self.folder, |path, stamp| {
+            if path.ends_with(".seg") && self.seen.get(path) != Some(&stamp) {
+                changed.push((path.to_owned(), stamp));
             }
+        });
+        for (path, stamp) in changed {
+            self.seen.insert(path.clone(), stamp);
             let Some(head) = world.meant_range(node, &path, 0, ALIGN) else { continue };
             let read = SegmentHead::decode(&head).ok();
             if let Some(read) = &read
@@ -142,7 +178,9 @@ impl Tap {
                 self.segments.insert(path.clone(), segment);
             }
             if let Some(Some(segment)) = self.segments.get_mut(&path) {
-                read_frames(world, node, &path, segment, &mut self.entries, &mut self.frames, self.harmed)?;
+                let Self { entries, synced, models, frames, .. } = self;
+                let known = Known { entries, synced, models, frames };
+                read_frames(world, node, &path, segment, known, self.harmed)?;
             }
         }
         Ok(())
@@ -164,23 +202,26 @@ impl Tap {
         if !self.losses.iter().any(|known| (known.incarnation, known.frames) == (incarnation, frames)) {
             let (first_seq, found_at) = (damage.first_seq, damage.found_at);
             self.losses.push(Loss { incarnation, frames, first_seq, found_at, floor });
+            self.models.clear();
         }
     }
 
     /// The target holds nothing above `newest` any more (it lost power); what follows is read afresh.
     pub fn restart(&mut self, newest: u64) {
         self.segments.clear();
+        self.seen.clear();
+        self.models.clear();
         self.losses.retain(|loss| loss.found_at <= newest);
         self.entries.split_off(&(newest + 1));
+        self.synced.values_mut().for_each(|ends| drop(ends.split_off(&(newest + 1))));
         self.frames.clear();
     }
 
-    /// Applies the records of disk `slot` from `from` to `to`, both included, to its image. Returns the ranges that are
-    /// unreadable then.
-    pub fn apply(&self, slot: u16, from: u64, to: u64, image: &mut [u8]) -> Vec<(u64, u64)> {
-        let mut unreadable: Vec<(u64, u64)> = Vec::new();
+    /// Applies the records of disk `slot` from `from` to `to`, both included, to its image and to the ranges that are
+    /// unreadable.
+    pub fn apply(&self, slot: u16, from: u64, to: u64, image: &mut [u8], unreadable: &mut Vec<(u64, u64)>) {
         if from > to {
-            return unreadable;
+            return;
         }
         for entry in self.entries.range(from..=to).map(|(_, e)| e) {
             let record = &entry.record;
@@ -196,7 +237,7 @@ impl Tap {
             if !unreadable.is_empty() {
                 let (start, end) = (record.offset, record.end());
                 let left = |(from, to): (u64, u64)| [(from, to.min(start)), (from.max(end), to)];
-                unreadable = unreadable.into_iter().flat_map(left).filter(|(from, to)| from < to).collect();
+                *unreadable = unreadable.drain(..).flat_map(left).filter(|(from, to)| from < to).collect();
             }
             let range = record.offset as usize..(record.end() as usize).min(image.len());
             if record.kind.is_zero() {
@@ -205,7 +246,24 @@ impl Tap {
                 image[range].copy_from_slice(&entry.payload);
             }
         }
-        unreadable
+    }
+
+    /// Disk `slot`, of `size` bytes, as the records up to `seq` make it, and the ranges that are unreadable then.
+    pub fn show(&mut self, slot: u16, seq: u64, size: usize) -> (&[u8], &[(u64, u64)]) {
+        let mut model = self.models.remove(&slot).unwrap_or_default();
+        // What was lost is left out of what comes after it was found: that is no matter of going on.
+        let goes_on = self.losses.is_empty() && model.seq <= seq && model.image.len() == size;
+        let from = if goes_on { model.seq + 1 } else { 0 };
+        if !goes_on {
+            model.unreadable.clear();
+            model.image.clear();
+            model.image.resize(size, 0);
+        }
+        self.apply(slot, from, seq, &mut model.image, &mut model.unreadable);
+        model.seq = seq;
+        let place = self.models.entry(slot).or_default();
+        *place = model;
+        (&place.image, &place.unreadable)
     }
 
     /// The first number up to `seq` that is missing within its incarnation's.
@@ -231,13 +289,15 @@ impl Tap {
         let mut good = lost.is_none();
         for entry in self.entries.range(..=seq).map(|(_, e)| e).filter(|e| e.record.disk == slot) {
             let record = &entry.record;
-            match (record.kind, SyncMark::decode(&entry.payload)) {
-                (RecordKind::Leave, _) => complete = false,
-                (RecordKind::SyncBegin, Ok(mark)) => {
-                    complete = false;
-                    begun.insert(mark.sync, record.seq);
-                }
-                (RecordKind::SyncEnd, Ok(mark)) => {
+            match record.kind {
+                RecordKind::Leave => complete = false,
+                RecordKind::SyncBegin | RecordKind::SyncEnd => {
+                    let Ok(mark) = SyncMark::decode(&entry.payload) else { continue };
+                    if record.kind == RecordKind::SyncBegin {
+                        complete = false;
+                        begun.insert(mark.sync, record.seq);
+                        continue;
+                    }
                     complete = true;
                     // A synchronisation has the number of its first record, which may be in a frame that the disk lost.
                     good |= mark.whole && Some(begun.get(&mark.sync).copied().unwrap_or(mark.sync)) > lost;
@@ -250,8 +310,37 @@ impl Tap {
 
     /// When the newest synchronisation of disk `slot` that had ended by record `seq` did, on the source's clock.
     pub fn synced(&self, slot: u16, seq: u64) -> Option<u64> {
-        let ends = self.entries.range(..=seq).rev().map(|(_, e)| &e.record);
-        ends.into_iter().find(|r| r.disk == slot && r.kind == RecordKind::SyncEnd).map(|r| r.mono_ns)
+        self.synced.get(&slot)?.range(..=seq).next_back().map(|(_, at)| *at)
+    }
+}
+
+/// Records, ends of synchronisations and frames that have been read.
+struct Known<'a> {
+    entries: &'a mut BTreeMap<u64, Entry>,
+    synced: &'a mut BTreeMap<u16, BTreeMap<u64, u64>>,
+    models: &'a mut BTreeMap<u16, Model>,
+    frames: &'a mut Vec<Frame>,
+}
+
+impl Known<'_> {
+    /// Takes a record.
+    ///
+    /// # Errors
+    /// Its number was another one's.
+    fn take(&mut self, entry: Entry) -> Result<(), String> {
+        let record = &entry.record;
+        match self.entries.get(&record.seq) {
+            Some(known) if *known != entry => return Err(format!("record {} was another one before", record.seq)),
+            Some(_) => {}
+            None => {
+                if record.kind == RecordKind::SyncEnd {
+                    self.synced.entry(record.disk).or_default().insert(record.seq, record.mono_ns);
+                }
+                self.models.retain(|_, model| model.seq < record.seq);
+                self.entries.insert(record.seq, entry);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -260,8 +349,7 @@ fn read_frames(
     node: NodeId,
     path: &str,
     segment: &mut Segment,
-    entries: &mut BTreeMap<u64, Entry>,
-    frames: &mut Vec<Frame>,
+    mut known: Known<'_>,
     harmed: Option<(IncarnationId, u64)>,
 ) -> Result<(), Wrong> {
     loop {
@@ -299,21 +387,13 @@ fn read_frames(
                 let payload = record_payload(&record, plain).map_err(|e| wrong(e.to_string()))?.to_vec();
                 check_payload(&record, &payload).map_err(wrong)?;
                 let entry = Entry { incarnation: header.incarnation, frame: header.number.get(), record, payload };
-                match entries.get(&record.seq) {
-                    Some(known) if *known != entry => {
-                        return Err(wrong(format!("record {} was another one before", record.seq)));
-                    }
-                    Some(_) => {}
-                    None => {
-                        entries.insert(record.seq, entry);
-                    }
-                }
+                known.take(entry).map_err(wrong)?;
             }
         }
         if seq != header.last_seq.get() + 1 {
             return Err(wrong(format!("ends with record {} where its header says {}", seq - 1, header.last_seq.get())));
         }
-        frames.push(Frame {
+        known.frames.push(Frame {
             path: path.to_owned(),
             at: segment.read_to,
             len: length,

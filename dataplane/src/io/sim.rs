@@ -327,8 +327,24 @@ impl World {
     /// Paths of all files of the node that begin with `prefix`, sorted.
     pub fn paths(&self, node: NodeId, prefix: &str) -> Vec<String> {
         let state = self.0.borrow();
-        let names = state.nodes[node.0 as usize].names.visible();
-        names.map(|(path, _)| path.clone()).filter(|path| path.starts_with(prefix)).collect()
+        state.nodes[node.0 as usize].names.visible(prefix).map(|(path, _)| path.clone()).collect()
+    }
+
+    /// How many there are of them.
+    pub fn files(&self, node: NodeId, prefix: &str) -> usize {
+        self.0.borrow().nodes[node.0 as usize].names.visible(prefix).count()
+    }
+
+    /// Shows each of them with its stamp, which is another one after whatever may have changed what
+    /// [`World::file_range`] or [`World::meant_range`] gives.
+    pub fn stamps(&self, node: NodeId, prefix: &str, mut each: impl FnMut(&str, (u64, u64))) {
+        let state = self.0.borrow();
+        let machine = &state.nodes[node.0 as usize];
+        for (path, inode) in machine.names.visible(prefix) {
+            if let Some(file) = machine.inodes.get(&inode) {
+                each(path, (inode, file.content.stamp));
+            }
+        }
     }
 
     /// Sets the size of the node's disk, bytes.

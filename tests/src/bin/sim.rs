@@ -165,6 +165,8 @@ impl Total {
             self.sum.records += report.records;
             self.sum.points += report.points;
             self.sum.time += report.time;
+            // In whatever order seeds end.
+            self.sum.trace = self.sum.trace.wrapping_add(report.trace);
         } else {
             self.failed.push(seed);
         }
@@ -173,13 +175,14 @@ impl Total {
     fn line(&self, begun: Instant) -> String {
         let Self { sum, played, failed, .. } = self;
         format!(
-            "{played} seeds in {:.1} s ({:.0} s simulated): {} requests, {} records, {} restore points compared; {} failed",
+            "{played} seeds in {:.1} s ({:.0} s simulated): {} requests, {} records, {} restore points compared; {} failed; trace {:016x}",
             begun.elapsed().as_secs_f64(),
             sum.time as f64 / 1e9,
             sum.requests,
             sum.records,
             sum.points,
-            failed.len()
+            failed.len(),
+            sum.trace
         )
     }
 }

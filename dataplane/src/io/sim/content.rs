@@ -95,6 +95,8 @@ pub(super) struct Content {
     /// What those pages would hold had no write gone astray and nothing rotted.
     meant: BTreeMap<u64, Page>,
     allocated: Ranges,
+    /// Rises with whatever may change what a reader sees, or would see had nothing gone wrong.
+    pub(super) stamp: u64,
     /// Wall clock of the last change, nanoseconds.
     pub(super) mtime_ns: u64,
 }
@@ -110,6 +112,11 @@ impl Content {
     /// A copy of what is visible, all of it durable.
     pub(super) fn settled(&self) -> Self {
         Self { unsynced: BTreeMap::new(), meant: BTreeMap::new(), stable_size: self.size, ..self.clone() }
+    }
+
+    /// A copy that is put back: its stamp has these upper bits.
+    pub(super) fn restored(&self, bits: u64) -> Self {
+        Self { stamp: self.stamp & ((1 << 40) - 1) | bits, ..self.clone() }
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -129,10 +136,13 @@ impl Content {
 
     /// Fills `out`; what lies past the end reads as zeros.
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) {
-        out.fill(0);
+        let (from, to) = page_span(offset, out.len() as u64);
+        let mut pages = self.pages.range(from..to).peekable();
         for_pages(offset, out.len() as u64, |page, within, at| {
-            if let Some(bytes) = self.pages.get(&page) {
-                out[at..at + within.len()].copy_from_slice(&bytes[within]);
+            let out = &mut out[at..at + within.len()];
+            match pages.next_if(|(number, _)| **number == page) {
+                Some((_, bytes)) => out.copy_from_slice(&bytes[within]),
+                None => out.fill(0),
             }
         });
     }
@@ -140,6 +150,9 @@ impl Content {
     /// As [`Content::read`], of what would be there had no write gone astray and nothing rotted.
     pub(super) fn read_meant(&self, offset: u64, out: &mut [u8]) {
         self.read(offset, out);
+        if self.meant.is_empty() {
+            return;
+        }
         for_pages(offset, out.len() as u64, |page, within, at| {
             if let Some(bytes) = self.meant.get(&page) {
                 out[at..at + within.len()].copy_from_slice(&bytes[within]);
@@ -149,6 +162,7 @@ impl Content {
 
     /// These bytes should have been written, and were not.
     pub(super) fn lose(&mut self, offset: u64, bytes: &[u8]) {
+        self.stamp += 1;
         self.keep_meant(offset, bytes.len() as u64);
         for_pages(offset, bytes.len() as u64, |page, within, at| {
             if let Some(meant) = self.meant.get_mut(&page) {
@@ -175,6 +189,7 @@ impl Content {
 
     /// What is there is what is meant from now on.
     pub(super) fn accept(&mut self) {
+        self.stamp += u64::from(!self.meant.is_empty());
         self.meant.clear();
     }
 
@@ -182,6 +197,7 @@ impl Content {
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8], durable: bool) {
         let len = bytes.len() as u64;
         let (from, to) = page_span(offset, len);
+        self.stamp += 1;
         self.allocated.insert(from, to);
         for_pages(offset, len, |page, within, at| {
             if durable {
@@ -221,6 +237,7 @@ impl Content {
 
     /// The range reads as zeros; whole pages are given back if `unmap`, and are allocated otherwise.
     pub(super) fn zero(&mut self, offset: u64, len: u64, unmap: bool) {
+        self.stamp += 1;
         // As with KEEP_SIZE: what lies past the end stays past the end.
         let (from, to) = page_span(offset, len);
         for (page, meant) in self.meant.range_mut(from..to) {
@@ -255,6 +272,7 @@ impl Content {
             self.zero(len, self.size - len, true);
         }
         self.size = len;
+        self.stamp += 1;
         if allocate {
             self.allocated.insert(0, len.div_ceil(PAGE as u64));
         }
@@ -319,6 +337,7 @@ impl Content {
     /// Each unsynced sector survives with probability `keep`; the others fall back to what was durable.
     pub(super) fn power_loss(&mut self, rng: &mut Rng, keep: f64) {
         self.accept();
+        self.stamp += 1;
         for (number, unsynced) in std::mem::take(&mut self.unsynced) {
             let page = self.pages.entry(number).or_insert_with(zero_page);
             for sector in 0..SECTORS {

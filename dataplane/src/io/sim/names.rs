@@ -4,6 +4,7 @@
 //! one folder are lost in order: none survives an earlier one of its folder, or of its names, that was lost.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 
 use super::Rng;
 use crate::io::Errno;
@@ -80,8 +81,11 @@ impl Names {
         Self { stable: self.visible.clone(), pending: Vec::new(), ..self.clone() }
     }
 
-    pub(super) fn visible(&self) -> impl Iterator<Item = (&String, InodeId)> {
-        self.visible.iter().map(|(path, inode)| (path, *inode))
+    /// Names that begin with `prefix`, sorted.
+    pub(super) fn visible<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a String, InodeId)> {
+        let from = (Bound::Included(prefix), Bound::Unbounded);
+        let names = self.visible.range::<str, _>(from).take_while(move |(path, _)| path.starts_with(prefix));
+        names.map(|(path, inode)| (path, *inode))
     }
 
     pub(super) fn is_dir(&self, path: &str) -> bool {

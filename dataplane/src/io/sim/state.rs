@@ -109,6 +109,8 @@ pub(super) struct State {
     pub(super) ublk: Vec<Device>,
     pub(super) partitions: BTreeSet<(usize, usize)>,
     seed: u64,
+    /// Copies put back.
+    restores: u64,
 }
 
 impl State {
@@ -130,6 +132,7 @@ impl State {
             ublk: Vec::new(),
             partitions: BTreeSet::new(),
             seed,
+            restores: 0,
         }
     }
 
@@ -304,11 +307,14 @@ impl State {
         for life in self.lives.iter_mut().filter(|life| life.node == node) {
             life.files.clear();
         }
+        // Above all that whoever looks may have seen of the same file.
+        self.restores += 1;
+        let restored = self.restores << 40;
         let machine = &mut self.nodes[node];
         machine.names = disk.names.clone();
         let contents = disk.contents.iter();
-        machine.inodes =
-            contents.map(|(inode, content)| (*inode, Inode { content: content.clone(), locked: None })).collect();
+        let back = |content: &Content| Inode { content: content.restored(restored), locked: None };
+        machine.inodes = contents.map(|(inode, content)| (*inode, back(content))).collect();
         self.collect(node);
     }
 
