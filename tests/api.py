@@ -260,6 +260,8 @@ MAY = [
         Policies.CreatePolicy Policies.UpdatePolicy Policies.DeletePolicy Groups.CreateGroup Groups.UpdateGroup
         Groups.DeleteGroup Groups.CreateDisk Groups.DeleteDisk Groups.InspectBranch Points.CreateCut
         Failovers.StartFailover Failovers.StartPlannedFailover Failovers.UndoFailover Failovers.ChangePoint
+        Failovers.StartFailback Failovers.CancelFailback Failovers.SwitchFailback Failovers.CommitFailback
+        Failovers.UndoFailback
         Operations.CancelOperation Operations.DeleteOperation Views.CreateView Views.DeleteView
         Machines.CreateMachine Machines.UpdateMachine Machines.DeleteMachine"""),
     (["admin"], """

@@ -223,7 +223,10 @@ pub fn phase_to_proto(group: &Group) -> v1::Phase {
         GroupPhase::Protecting | GroupPhase::Deleting if group.complete => v1::Phase::Protected,
         GroupPhase::Protecting | GroupPhase::Deleting => v1::Phase::Syncing,
         GroupPhase::FailingOver { .. } => v1::Phase::FailingOver,
+        GroupPhase::Changing { .. } if group.reverse.is_some() => v1::Phase::FailingBack,
         GroupPhase::FailedOver { .. } | GroupPhase::Changing { .. } => v1::Phase::FailedOver,
+        GroupPhase::FailingBack { .. } => v1::Phase::FailingBack,
+        GroupPhase::FailedBack { .. } | GroupPhase::Settling { .. } => v1::Phase::FailedBack,
     }
 }
 
@@ -244,9 +247,9 @@ pub fn group_to_proto(model: &Model, group: &Group) -> v1::Group {
         disks: model.disks_of(group).map(|d| disk_to_proto(model, group, d)).collect(),
         phase: phase_to_proto(group).into(),
         operation: model.active_operation(group).map(|o| o.name().to_string()).unwrap_or_default(),
-        failover_view: match &group.phase {
-            GroupPhase::FailedOver { view } | GroupPhase::Changing { view, .. } => child(&name, "views", view),
-            _ => String::new(),
+        failover_view: match group.phase.view().filter(|_| group.phase.is_failed_over()) {
+            Some(view) => child(&name, "views", view),
+            None => String::new(),
         },
         placement: group.placement.clone(),
     }
@@ -305,7 +308,7 @@ pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation
     };
     let left = model.view(&group, &work.facts.leaves).ok();
     let result = (work.state == failover::State::Done).then(|| v1::FailoverResult {
-        point: work.facts.point.as_ref().map(|p| point_to_proto(&group, p)),
+        point: work.facts.point.as_ref().filter(|_| !work.spec.verb.is_back()).map(|p| point_to_proto(&group, p)),
         view: model.view(&group, &work.facts.view).ok().map(|v| view_to_proto(model, v)),
         fence: match work.facts.fence {
             Some(failover::FenceKind::Confirmed) => v1::FenceKind::Confirmed,

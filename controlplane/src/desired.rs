@@ -7,7 +7,7 @@ use crate::ca::Role;
 use crate::convert::{compression_to_proto, view_kind_to_proto};
 use crate::keys::unhex;
 use crate::model::Model;
-use crate::objects::{Disk, Group, GroupPhase, Proxy, View};
+use crate::objects::{Disk, Group, GroupPhase, Proxy, Reverse, View, proxy_view_name};
 
 /// The desired state of a proxy at this model's revision. `key` opens a policy key; a group whose key does not open is
 /// left out and named in the second part of the result.
@@ -36,8 +36,10 @@ pub fn desired(
             state.peers.push(as_peer(peer));
         }
         if is_source {
+            state.targets.extend(group.reverse.as_ref().map(|r| reverse_target(model, group, r, key.clone())));
             state.sources.push(source_group(model, group, key));
         } else {
+            state.sources.extend(group.reverse.as_ref().map(|r| reverse_source(model, group, r, key.clone())));
             state.targets.push(target_stream(model, group, key));
         }
     }
@@ -125,6 +127,55 @@ fn target_stream(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::Target
     }
 }
 
+/// The other way, at the group's target: the disks are those of the view. It keeps to no hours, since who waits for a failback
+/// waits for it, and to no lease, since nobody takes the view from it unasked.
+fn reverse_source(model: &Model, group: &Group, reverse: &Reverse, key: v1::PolicyKey) -> v1::SourceGroup {
+    let forth = source_group(model, group, key);
+    let source = model.source_of(group);
+    let view = proxy_view_name(&group.tenant, &group.id, &reverse.view);
+    let exports = model.view(&group.name(), &reverse.view).map(|v| v.exports.clone()).unwrap_or_default();
+    let disk = |d: v1::SourceDisk| v1::SourceDisk {
+        path: String::new(),
+        export_name: match exports.iter().find(|e| e.disk_uid == d.uid) {
+            Some(export) => export.name.clone(),
+            None => format!("{view}/{}", d.name),
+        },
+        generation: reverse.writer_generation,
+        view: view.clone(),
+        ..d
+    };
+    v1::SourceGroup {
+        stream_uid: reverse.stream_uid.clone(),
+        disks: forth.disks.into_iter().map(disk).collect(),
+        target_address: source.map(|s| s.data_address.clone()).unwrap_or_default(),
+        target_uid: source.map(|s| s.uid.clone()).unwrap_or_default(),
+        hold: reverse.hold,
+        lease_ms: 0,
+        sync_deadline_ms: 0,
+        allowed_hours: Vec::new(),
+        ..forth
+    }
+}
+
+/// The other way, at the group's source: what comes is kept beside its disks, and begins with what they hold.
+fn reverse_target(model: &Model, group: &Group, reverse: &Reverse, key: v1::PolicyKey) -> v1::TargetStream {
+    let forth = target_stream(model, group, key);
+    let path = |uid: &str| model.disks_of(group).find(|d| d.uid == uid).map(|d| d.path.clone()).unwrap_or_default();
+    let disk = |d: v1::TargetDisk| v1::TargetDisk {
+        generation: reverse.generation,
+        seed_path: String::new(),
+        base_path: path(&d.uid),
+        ..d
+    };
+    v1::TargetStream {
+        stream_uid: reverse.stream_uid.clone(),
+        disks: forth.disks.into_iter().map(disk).collect(),
+        source_uid: model.target_of(group).map(|t| t.uid.clone()).unwrap_or_default(),
+        views: Vec::new(),
+        ..forth
+    }
+}
+
 /// The command that opens a view, also after a restart of its proxy.
 pub fn open_view(group: &Group, view: &View) -> v1::OpenView {
     v1::OpenView {
@@ -187,6 +238,42 @@ mod tests {
         assert_eq!(source.peers[0].name, "dr");
         assert_eq!(target.peers[0].name, "src");
         assert_eq!(target.targets[0].retention_s, 60);
+    }
+
+    #[test]
+    fn while_it_fails_back_each_end_has_the_other_stream_too() {
+        let mut model = model();
+        let mut group = model.groups.values().next().unwrap().clone();
+        group.hold = true;
+        group.reverse = Some(Reverse {
+            stream_uid: "back".into(),
+            view: "failover".into(),
+            generation: 3,
+            writer_generation: 2,
+            hold: true,
+        });
+        let mut txn = Txn::default();
+        txn.put(Object::Group(group.clone()));
+        let source = model.proxies[&("default".to_owned(), "src".to_owned())].clone();
+        txn.put(Object::Proxy(Proxy { data_address: "src:1".into(), ..source.clone() }));
+        model = model.applied(txn, 9);
+        let (at_source, at_target) = (of(&model, "src"), of(&model, "dr"));
+        let disk = model.disks_of(&group).next().unwrap();
+
+        let back = &at_target.sources[0];
+        assert_eq!((back.stream_uid.as_str(), back.hold, back.target_address.as_str()), ("back", true, "src:1"));
+        assert_eq!((&back.target_uid, back.lease_ms), (&source.uid, 0));
+        let d = &back.disks[0];
+        assert_eq!((d.view.as_str(), d.path.as_str(), d.generation), ("shop.failover", "", 2));
+        assert_eq!((d.export_name.clone(), &d.uid), (format!("shop.failover/{}", disk.id), &disk.uid));
+        assert_eq!(at_target.targets[0].stream_uid, group.uid);
+
+        let kept = &at_source.targets[0];
+        assert_eq!((kept.stream_uid.as_str(), kept.source_uid.clone()), ("back", at_source.peers[0].uid.clone()));
+        let d = &kept.disks[0];
+        assert_eq!((&d.base_path, d.generation, d.seed_path.as_str()), (&disk.path, 3, ""));
+        assert!(at_source.sources[0].hold, "its own stays held");
+        assert_eq!(at_source.sources[0].disks[0].view, "");
     }
 
     #[test]

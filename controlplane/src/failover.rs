@@ -11,6 +11,16 @@
 //!                     │ if the view cannot be left: as it was
 //! change-point      check · resolve-point · open-view · leave-view · finish
 //!                     │ any failure up to here: close-view, and as it was
+//!
+//! failback          check · release-disks · reverse · await-reverse
+//!                     │ any failure: end-reverse · drop-reverse, and failed over as it was
+//! cancel-failback   check · end-reverse · drop-reverse
+//! switch-failback   check · catch-up · fence · drain · raise-generation · merge · leave-view ·
+//!                     │ any failure up to here: return-generation · release, of the reverse stream: failing back as it was
+//!                   end-reverse · drop-reverse · return-generation · release
+//!                     │ the source does not start: hold-again · take-again · reopen-view: failed over as it was
+//! commit-failback   check · discard
+//! undo-failback     as a failover, to the view as it was left
 //! ```
 //! The source is let go on only when nobody can write to the view any more. A planned failover takes nothing from the
 //! source unless all that it had captured is at the target.
@@ -20,6 +30,7 @@
 //! whom they cannot reach is told by the desired state when it is back.
 
 mod checks;
+mod failback;
 mod machines;
 mod parts;
 
@@ -28,11 +39,11 @@ use afterimage_wire::v1::command::Command as Tell;
 use afterimage_wire::v1::command_result::Outcome;
 use serde::{Deserialize, Serialize};
 
-pub use self::checks::{check, check_failed_over, check_point, free_view};
+pub use self::checks::{Ends, check, check_back, check_failed_over, check_point, free_view};
 pub use self::machines::{Driven, Order, Stands, fences};
 pub use self::parts::{Choice, Facts, Failure, FenceKind, Spec, State, StepName, StepRecord, StepState, Verb};
 use crate::convert;
-use crate::objects::{Disk, Group, GroupPhase, PointRecord, proxy_view_name};
+use crate::objects::{Disk, Group, GroupPhase, PointRecord, Way, proxy_view_name};
 
 /// Id of the view that a failed over group runs from; another is `failover-2` and so on, where it has been there before.
 pub const FAILOVER_VIEW: &str = "failover";
@@ -92,15 +103,19 @@ pub enum Action {
         /// How long to wait for its answer, milliseconds.
         answer_ms: u64,
     },
-    /// Wait until the target holds this record, for a bounded time; not reaching it is no failure.
+    /// Wait until the keeper of a stream holds this record, for a bounded time; not reaching it is no failure.
     Drain {
+        /// Which stream.
+        way: Way,
         /// Record number.
         seq: u64,
         /// Milliseconds.
         within_ms: u64,
     },
-    /// Wait until the target holds what the source has captured until now, for a bounded time.
+    /// Wait until the keeper of a stream holds what has been captured until now, for a bounded time.
     CatchUp {
+        /// Which stream.
+        way: Way,
         /// Milliseconds.
         within_ms: u64,
     },
@@ -111,10 +126,30 @@ pub enum Action {
     },
     /// Commands for the proxies of machines, all at once.
     Machines(Vec<Order>),
+    /// Have the source write what the reverse stream holds to its disks, for a bounded time; asked again it goes on.
+    Merge(v1::MergeStream),
+    /// Wait until proxies report something, for a bounded time.
+    Await {
+        /// What.
+        what: Awaited,
+        /// Milliseconds.
+        within_ms: u64,
+    },
     /// Nothing: apply [`Reply::Nothing`].
     Record,
     /// It has ended.
     Ended,
+}
+
+/// What proxies are to report.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Awaited {
+    /// Both have the reverse stream.
+    Reverse,
+    /// The source serves its disks, and captures.
+    Started,
+    /// The source has been told to hold all I/O, and does.
+    Held,
 }
 
 /// What came of an action. One at a time: its size does not matter.
@@ -131,6 +166,10 @@ pub enum Reply {
     CaughtUp(u64),
     /// What came of each order, as they were given.
     Machines(Vec<Stands>),
+    /// What was waited for has been reported.
+    Seen,
+    /// It has not, and what has been instead.
+    NotSeen(String),
     /// For [`Action::Record`].
     Nothing,
 }
@@ -155,6 +194,24 @@ impl Failover {
             Verb::UndoFailover if spec.discard => &[Check, LeaveView, ReturnGeneration, Release, Discard],
             Verb::UndoFailover => &[Check, LeaveView, ReturnGeneration, Release],
             Verb::ChangePoint => &[Check, ResolvePoint, OpenView, LeaveView, Finish],
+            Verb::UndoFailback if lease_ms == 0 => &[Check, Fence, Drain, RaiseGeneration, OpenView, Finish],
+            Verb::UndoFailback => &[Check, Fence, Drain, RaiseGeneration, Lease, OpenView, Finish],
+            Verb::Failback => &[Check, ReleaseDisks, Reverse, AwaitReverse],
+            Verb::CancelFailback => &[Check, EndReverse, DropReverse],
+            Verb::SwitchFailback => &[
+                Check,
+                CatchUp,
+                Fence,
+                Drain,
+                RaiseGeneration,
+                Merge,
+                LeaveView,
+                EndReverse,
+                DropReverse,
+                ReturnGeneration,
+                Release,
+            ],
+            Verb::CommitFailback => &[Check, Discard],
         };
         let mut steps: Vec<StepRecord> = names.iter().copied().map(pending).collect();
         steps[0] = StepRecord {
@@ -180,6 +237,8 @@ impl Failover {
             reopens: false,
             machines: Vec::new(),
             left: Vec::new(),
+            reverse: String::new(),
+            after: 0,
         };
         Self { spec, state: State::Running, steps, facts, error: None, cancelled_by: String::new() }
     }
@@ -218,6 +277,9 @@ impl Failover {
             step.started_ns = now_ns;
         }
         let name = step.name;
+        if self.spec.verb.is_back() {
+            return self.begin_back(group, name, resumed);
+        }
         let stream_uid = group.uid.clone();
         let view = proxy_view_name(&group.tenant, &group.id, &self.facts.view);
         let back = if resumed { RETURN_MS } else { 0 };
@@ -231,13 +293,15 @@ impl Failover {
             | StepName::StopReplica
             | StepName::RestartReplica
             | StepName::StartSource => self.machine_action(name, group),
-            StepName::CatchUp => Action::CatchUp { within_ms: self.spec.within_ms },
+            StepName::CatchUp => Action::CatchUp { way: Way::Forth, within_ms: self.spec.within_ms },
             StepName::Fence => {
                 group.hold = true;
                 tell(Side::Source, Tell::Fence(v1::Fence { stream_uid, hold: true }), back, FENCE_MS)
             }
             StepName::Drain => match (self.spec.to, self.facts.last_seq) {
-                (Choice::Latest, Some(seq)) => Action::Drain { seq, within_ms: self.spec.within_ms.max(DRAIN_MS) },
+                (Choice::Latest, Some(seq)) => {
+                    Action::Drain { way: Way::Forth, seq, within_ms: self.spec.within_ms.max(DRAIN_MS) }
+                }
                 _ => Action::Record,
             },
             StepName::RaiseGeneration => {
@@ -310,6 +374,15 @@ impl Failover {
                 group.hold = false;
                 tell(Side::Source, Tell::Fence(v1::Fence { stream_uid, hold: false }), UNDO_MS, UNDO_MS)
             }
+            StepName::ReleaseDisks
+            | StepName::Reverse
+            | StepName::AwaitReverse
+            | StepName::Merge
+            | StepName::EndReverse
+            | StepName::DropReverse
+            | StepName::HoldAgain
+            | StepName::TakeAgain
+            | StepName::ReopenView => unreachable!("a step of verbs about the reverse stream"),
         }
     }
 
@@ -317,7 +390,9 @@ impl Failover {
     pub fn apply(&mut self, group: &mut Group, disks: &[(String, String)], reply: Reply, now_ns: u64) {
         let Some(at) = self.current() else { return };
         let name = self.steps[at].name;
-        let outcome = if self.state == State::Undoing || self.is_past_return(name) {
+        let outcome = if self.spec.verb.is_back() {
+            self.apply_back(group, name, reply)
+        } else if self.state == State::Undoing || self.is_past_return(name) {
             Ok(self.undone(group, name, reply))
         } else if name == StepName::Lease && !self.cancelled_by.is_empty() {
             // The wait may have been cut short: nobody knows that the source has stopped.
@@ -328,6 +403,10 @@ impl Failover {
         let step = &mut self.steps[at];
         step.ended_ns = now_ns;
         match outcome {
+            Ok((StepState::Running, detail)) => {
+                step.ended_ns = 0;
+                step.detail = detail;
+            }
             Ok((state, detail)) => {
                 step.state = state;
                 step.detail = detail;
@@ -347,6 +426,9 @@ impl Failover {
         }
         let runs_from = |view: &str| GroupPhase::FailedOver { view: view.to_owned() };
         group.phase = match (self.state == State::Undoing, self.spec.verb) {
+            (undone, verb) if verb.is_back() => self.phase_back(group, undone),
+            (true, Verb::UndoFailback) if !self.stays_open() => failback::as_it_was(group),
+            (true, Verb::UndoFailback) => runs_from(&self.facts.view),
             (true, verb) if verb.is_of_failed_over() => runs_from(&self.facts.leaves),
             (true, _) | (false, Verb::UndoFailover) => GroupPhase::Protecting,
             (false, _) => runs_from(&self.facts.view),
@@ -363,9 +445,22 @@ impl Failover {
             )
     }
 
+    /// An undone failback has come to nothing, and its view could not be closed again.
+    pub fn stays_open(&self) -> bool {
+        let skipped = |s: &StepRecord| s.name == StepName::CloseView && s.state == StepState::Skipped;
+        self.spec.verb == Verb::UndoFailback && self.steps.iter().any(skipped)
+    }
+
     /// From this step on it goes on to its end.
     fn decided_at(&self) -> StepName {
-        if self.spec.verb.is_of_failed_over() { StepName::LeaveView } else { StepName::OpenView }
+        match self.spec.verb {
+            Verb::Failover | Verb::PlannedFailover | Verb::UndoFailback => StepName::OpenView,
+            Verb::UndoFailover | Verb::ChangePoint | Verb::SwitchFailback => StepName::LeaveView,
+            Verb::CancelFailback => StepName::EndReverse,
+            Verb::CommitFailback => StepName::Discard,
+            // It has no such step.
+            Verb::Failback => StepName::Finish,
+        }
     }
 
     /// Asks that it be given up, by whom; between two steps it will be.
@@ -388,9 +483,9 @@ impl Failover {
 
     /// What has become of the group when this is undone.
     fn goes_on(&self) -> &'static str {
-        match self.spec.verb.is_of_failed_over() {
-            true => "the group runs on as it did",
-            false => "the source has been let go on",
+        match self.spec.verb {
+            Verb::Failover | Verb::PlannedFailover | Verb::UndoFailback => "the source has been let go on",
+            _ => "the group runs on as it did",
         }
     }
 
@@ -534,16 +629,24 @@ impl Failover {
     }
 
     fn undone(&mut self, group: &Group, name: StepName, reply: Reply) -> (StepState, String) {
+        let closed = matches!(reply, Reply::Answer(Outcome::Done(_)));
+        if name == StepName::CloseView && self.spec.verb == Verb::UndoFailback && !closed {
+            // Hosts know that view from before: where it may be open, the source is not let go.
+            self.steps.retain(|s| s.state != StepState::Pending);
+            let why = why(reply);
+            return (
+                StepState::Skipped,
+                format!("nobody has confirmed that it is closed, so the group runs from it: {why}"),
+            );
+        }
         match reply {
             reply if name.is_of_machines() => self.machines_undone(name, reply),
             Reply::Answer(Outcome::Error(e)) => (StepState::Skipped, format!("refused: {}", e.message)),
-            Reply::Answer(_) | Reply::Nothing | Reply::Drained(_) | Reply::CaughtUp(_) | Reply::Machines(_) => {
-                (StepState::Done, String::new())
-            }
             Reply::Unreachable(detail) => {
                 let proxy = if name == StepName::Release { &group.source } else { &group.target };
                 (StepState::Skipped, format!("{detail}; \"{proxy}\" is told when it is back"))
             }
+            _ => (StepState::Done, String::new()),
         }
     }
 
@@ -551,6 +654,11 @@ impl Failover {
         self.error = Some(Failure { step, message, remedy });
         self.state = State::Undoing;
         self.steps.retain(|s| s.state != StepState::Pending);
+        if self.spec.verb.is_back() {
+            let steps = self.undo_back();
+            self.steps.extend(steps.iter().copied().map(pending));
+            return;
+        }
         let undo = [
             (StepName::StartReplica, StepName::StopReplica),
             (StepName::OpenView, StepName::CloseView),
@@ -581,12 +689,13 @@ fn why(reply: Reply) -> String {
     match reply {
         Reply::Answer(Outcome::Error(e)) => e.message,
         Reply::Unreachable(detail) => detail,
-        Reply::Answer(_) | Reply::Drained(_) | Reply::CaughtUp(_) | Reply::Machines(_) | Reply::Nothing => {
-            "the proxy's answer does not fit the command".to_owned()
-        }
+        Reply::NotSeen(instead) => instead,
+        _ => "the proxy's answer does not fit the command".to_owned(),
     }
 }
 
+#[cfg(test)]
+mod failback_tests;
 #[cfg(test)]
 mod machines_tests;
 #[cfg(test)]

@@ -26,6 +26,9 @@ pub(super) fn group() -> Group {
         complete: true,
         request_id: String::new(),
         placement: String::new(),
+        reverse: None,
+        overwritten: false,
+        leftovers: Vec::new(),
     }
 }
 
@@ -72,7 +75,9 @@ fn run(work: &mut Failover, group: &mut Group, mut fault: impl FnMut(&Tell) -> O
     for now in 10.. {
         let reply = match work.begin(group, now) {
             Action::Ended => break,
-            Action::Record | Action::Wait { .. } | Action::Machines(_) => Reply::Nothing,
+            Action::Record | Action::Wait { .. } | Action::Machines(_) | Action::Merge(_) | Action::Await { .. } => {
+                Reply::Nothing
+            }
             Action::Drain { seq, .. } => Reply::Drained(seq),
             Action::CatchUp { .. } => Reply::CaughtUp(0),
             Action::Tell { command, .. } => {
@@ -137,7 +142,7 @@ fn a_source_with_a_lease_is_waited_for_after_its_disks_were_taken() {
                 assert_eq!(work.clone().begin(&mut shop, now), Action::Wait { ms });
                 Reply::Nothing
             }
-            Action::Record | Action::Machines(_) => Reply::Nothing,
+            Action::Record | Action::Machines(_) | Action::Merge(_) | Action::Await { .. } => Reply::Nothing,
             Action::Drain { .. } | Action::CatchUp { .. } => panic!("the source is gone"),
             Action::Tell { command, .. } => gone(&command).unwrap_or_else(|| match &command {
                 Tell::RaiseGeneration(r) => {
@@ -231,7 +236,11 @@ fn a_machine_stored_at_any_step_goes_on_from_there() {
         let (mut work, mut group) = (failover(Choice::Latest, false), group());
         for _ in 0..crash_at {
             let reply = match work.begin(&mut group, 1) {
-                Action::Record | Action::Wait { .. } | Action::Machines(_) => Reply::Nothing,
+                Action::Record
+                | Action::Wait { .. }
+                | Action::Machines(_)
+                | Action::Merge(_)
+                | Action::Await { .. } => Reply::Nothing,
                 Action::Drain { seq, .. } => Reply::Drained(seq),
                 Action::CatchUp { .. } => Reply::CaughtUp(0),
                 Action::Tell { command, .. } => obeyed(&command),
@@ -325,7 +334,11 @@ fn given_up_at_any_step_it_leaves_the_group_protected_or_says_that_it_is_too_lat
                     Action::Tell { command, .. } => obeyed(&command),
                     Action::Drain { seq, .. } => Reply::Drained(seq),
                     Action::CatchUp { .. } => Reply::CaughtUp(0),
-                    Action::Record | Action::Wait { .. } | Action::Machines(_) => Reply::Nothing,
+                    Action::Record
+                    | Action::Wait { .. }
+                    | Action::Machines(_)
+                    | Action::Merge(_)
+                    | Action::Await { .. } => Reply::Nothing,
                 };
                 work.apply(&mut group, &disks(), reply, now);
             }

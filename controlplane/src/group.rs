@@ -259,6 +259,9 @@ pub fn new_group(model: &Model, name: &Name, group: &v1::Group, now_ns: u64) -> 
         complete: false,
         request_id: String::new(),
         placement: String::new(),
+        reverse: None,
+        overwritten: false,
+        leftovers: Vec::new(),
     })
 }
 

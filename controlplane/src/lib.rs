@@ -36,6 +36,7 @@ pub mod policy;
 pub mod problem;
 pub mod requests;
 pub mod restore;
+pub mod reverse;
 pub mod rpo;
 pub mod sessions;
 pub mod status;

@@ -24,6 +24,9 @@ fn model() -> (Model, Group) {
         complete: true,
         request_id: String::new(),
         placement: String::new(),
+        reverse: None,
+        overwritten: false,
+        leftovers: Vec::new(),
     };
     let disk = |slot: u16, id: &str| Disk {
         uid: format!("d{slot}"),

@@ -11,7 +11,7 @@ use crate::authorities::Authorities;
 use crate::certificates::Certificate;
 use crate::machine::Machine;
 use crate::names::Name;
-use crate::objects::{Disk, Group, KeyRecord, Object, Operation, Policy, Proxy, View};
+use crate::objects::{Disk, Group, KeyRecord, Object, Operation, Policy, Proxy, View, Way};
 use crate::problem::Problem;
 use crate::requests::RequestRecord;
 use crate::restore::Restored;
@@ -357,6 +357,13 @@ impl Model {
     /// The group whose stream has this uid.
     pub fn group_by_uid(&self, uid: &str) -> Option<&Group> {
         self.groups.values().find(|g| g.uid == uid)
+    }
+
+    /// The group that a stream with this uid is of, and which of its streams that is.
+    pub fn stream(&self, uid: &str) -> Option<(&Group, Way)> {
+        let back = |g: &&Group| g.stream(Way::Back) == Some(uid);
+        let forth = self.group_by_uid(uid).map(|group| (group, Way::Forth));
+        forth.or_else(|| self.groups.values().find(back).map(|group| (group, Way::Back)))
     }
 
     /// The proxy with this uid.

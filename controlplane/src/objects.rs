@@ -56,6 +56,27 @@ pub enum GroupPhase {
         /// Id of the view that it ran from when that began.
         view: String,
     },
+    /// It runs from a view at its target, and what is written there is protected back to its source.
+    FailingBack {
+        /// Id of the view.
+        view: String,
+    },
+    /// Its source writes again, with what was written to the view; that is not settled yet.
+    FailedBack {
+        /// Id of the view that it ran from, which its target keeps.
+        view: String,
+        /// The newest record that the target held then: a point above it is one of what the source writes since.
+        after: u64,
+    },
+    /// Failed back, and an operation settles that: it stays there, or goes back to the view.
+    Settling {
+        /// Uid of the operation.
+        operation: String,
+        /// As in [`Self::FailedBack`].
+        view: String,
+        /// As in [`Self::FailedBack`].
+        after: u64,
+    },
     /// Its protection is being ended.
     Deleting,
 }
@@ -63,16 +84,63 @@ pub enum GroupPhase {
 impl GroupPhase {
     /// Its source does not write: it runs from a view at its target.
     pub fn is_failed_over(&self) -> bool {
-        matches!(self, Self::FailedOver { .. } | Self::Changing { .. })
+        matches!(self, Self::FailedOver { .. } | Self::Changing { .. } | Self::FailingBack { .. })
+    }
+
+    /// Id of the view that it runs from, or that it ran from before it was failed back.
+    pub fn view(&self) -> Option<&str> {
+        match self {
+            Self::FailedOver { view } | Self::FailingBack { view } => Some(view),
+            Self::Changing { view, .. } | Self::FailedBack { view, .. } | Self::Settling { view, .. } => Some(view),
+            Self::Protecting | Self::FailingOver { .. } | Self::Deleting => None,
+        }
     }
 
     /// Uid of the operation that is being done on it.
     pub fn operation(&self) -> Option<&str> {
         match self {
             Self::FailingOver { operation } | Self::Changing { operation, .. } => Some(operation),
+            Self::Settling { operation, .. } => Some(operation),
             Self::Protecting | Self::FailedOver { .. } | Self::Deleting => None,
+            Self::FailingBack { .. } | Self::FailedBack { .. } => None,
         }
     }
+}
+
+/// Which of a group's streams.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// From its source to its target.
+    Forth,
+    /// While it is failing back: from its target to its source.
+    Back,
+}
+
+/// The stream by which a group that is failing back is protected to its source. As long as it is here, both proxies are to
+/// have it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Reverse {
+    /// Uid, another one each time.
+    pub stream_uid: String,
+    /// Id of the view whose writes it carries.
+    pub view: String,
+    /// Generation of its disks, as the group's source has been told, which is its target.
+    pub generation: u64,
+    /// Generation under which the view may be written.
+    pub writer_generation: u64,
+    /// All I/O of the view's hosts is held.
+    pub hold: bool,
+}
+
+/// A reverse stream that is over, and that a proxy which could not be told is still to end.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Leftover {
+    /// Uid of the stream.
+    pub stream_uid: String,
+    /// The group's target is still to end it.
+    pub at_target: bool,
+    /// The group's source is still to drop what it holds of it.
+    pub at_source: bool,
 }
 
 /// A group.
@@ -118,9 +186,47 @@ pub struct Group {
     /// Why its target was chosen; empty if it was named.
     #[serde(default)]
     pub placement: String,
+    /// By which it is failing back.
+    #[serde(default)]
+    pub reverse: Option<Reverse>,
+    /// What a failback brought has been written to its source's disks, or has begun to be: what its source had itself is not
+    /// there any more. Until a failback is committed.
+    #[serde(default)]
+    pub overwritten: bool,
+    /// What is left of failbacks that are over.
+    #[serde(default)]
+    pub leftovers: Vec<Leftover>,
 }
 
 impl Group {
+    /// Id of the proxy that writes a stream.
+    pub fn sender(&self, way: Way) -> &str {
+        if way == Way::Forth { &self.source } else { &self.target }
+    }
+
+    /// Id of the proxy that keeps a stream.
+    pub fn keeper(&self, way: Way) -> &str {
+        if way == Way::Forth { &self.target } else { &self.source }
+    }
+
+    /// Uid of a stream, if there is one.
+    pub fn stream(&self, way: Way) -> Option<&str> {
+        match way {
+            Way::Forth => Some(&self.uid),
+            Way::Back => self.reverse.as_ref().map(|reverse| reverse.stream_uid.as_str()),
+        }
+    }
+
+    /// Notes that a proxy is still to end a reverse stream.
+    pub fn leave(&mut self, stream_uid: &str, at_target: bool, at_source: bool) {
+        if let Some(known) = self.leftovers.iter_mut().find(|l| l.stream_uid == stream_uid) {
+            known.at_target |= at_target;
+            known.at_source |= at_source;
+        } else {
+            self.leftovers.push(Leftover { stream_uid: stream_uid.to_owned(), at_target, at_source });
+        }
+    }
+
     /// Its name.
     pub fn name(&self) -> Name {
         Name::new(&self.tenant, Kind::Group, &self.id)

@@ -13,7 +13,7 @@ const NOW: [(&str, &str); 15] = [
     ),
     (
         "groups/default/shop",
-        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":""}"#,
+        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":"","reverse":null,"overwritten":false,"leftovers":[]}"#,
     ),
     (
         "disks/g/00000",
@@ -29,7 +29,7 @@ const NOW: [(&str, &str); 15] = [
     ),
     (
         "operations/default/o",
-        r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":"","verb":"failover","discard":false,"within_ms":0},"state":"done","steps":[{"name":"raise-generation","state":"done","detail":"","started_ns":1,"ended_ns":2}],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","lease_ms":0,"zero_loss":false,"at_least":2,"generation":2,"point":null,"exports":[],"view":"failover","leaves":"","reopens":false},"error":null,"cancelled_by":""}}"#,
+        r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":"","verb":"failover","discard":false,"within_ms":0},"state":"done","steps":[{"name":"raise-generation","state":"done","detail":"","started_ns":1,"ended_ns":2}],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","lease_ms":0,"zero_loss":false,"at_least":2,"generation":2,"point":null,"exports":[],"view":"failover","leaves":"","reopens":false,"reverse":"","after":0},"error":null,"cancelled_by":""}}"#,
     ),
     (
         "tokens/t",
@@ -54,7 +54,15 @@ const NOW: [(&str, &str); 15] = [
 ];
 
 /// As earlier versions wrote them: by kind, what [`NOW`] has of the same.
-const EARLIER: [(&str, &str); 13] = [
+const EARLIER: [(&str, &str); 15] = [
+    (
+        "groups/default/shop",
+        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":""}"#,
+    ),
+    (
+        "operations/default/o",
+        r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":"","verb":"failover","discard":false,"within_ms":0},"state":"done","steps":[{"name":"raise-generation","state":"done","detail":"","started_ns":1,"ended_ns":2}],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","lease_ms":0,"zero_loss":false,"at_least":2,"generation":2,"point":null,"exports":[],"view":"failover","leaves":"","reopens":false},"error":null,"cancelled_by":""}}"#,
+    ),
     (
         "policies/default/gold",
         r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0,"bandwidth_bytes_per_s":0,"allowed_hours":[],"time_zone":"UTC","priority":50,"excluded_disks":[]}}"#,
@@ -118,6 +126,25 @@ fn every_kind_is_stored_as_it_is_pinned() {
     }
     let kinds: std::collections::BTreeSet<&str> = NOW.iter().map(|(key, _)| key.split('/').next().unwrap()).collect();
     assert_eq!(kinds.len(), NOW.len(), "each kind once");
+}
+
+/// A group whose failback goes on, and what its phases are called.
+#[test]
+fn a_failback_is_stored_as_it_is_pinned() {
+    let group = NOW.iter().find(|(key, _)| key.starts_with("groups/")).expect("a group").1;
+    let reverse = r#"{"stream_uid":"r","view":"failover","generation":2,"writer_generation":1,"hold":true}"#;
+    let leftover = r#"[{"stream_uid":"q","at_target":false,"at_source":true}]"#;
+    let reverse = group.replace(r#""reverse":null"#, &format!(r#""reverse":{reverse}"#));
+    let group = reverse.replace(r#""leftovers":[]"#, &format!(r#""leftovers":{leftover}"#));
+    for phase in [
+        r#"{"failing_back":{"view":"failover"}}"#,
+        r#"{"failed_back":{"view":"failover","after":90}}"#,
+        r#"{"settling":{"operation":"o","view":"failover","after":90}}"#,
+    ] {
+        let bytes = group.replace(r#"{"failed_over":{"view":"failover"}}"#, phase);
+        let object = Object::decode("groups/default/shop", bytes.as_bytes()).unwrap();
+        assert_eq!(String::from_utf8(object.encode()).unwrap(), bytes);
+    }
 }
 
 #[test]

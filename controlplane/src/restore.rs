@@ -6,6 +6,8 @@
 //!  restore ─▶ observing: proxies are asked, none is told ─▶ adopt(), with each that answers ─▶ confirm ─▶ as ever
 //! ```
 
+mod back;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use afterimage_wire::v1;
@@ -70,12 +72,7 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
     // A view that was being made or closed then is nobody's now; what is open its target will say.
     objects.extend(model.views.into_values().filter(|v| v.kept || v.open && !v.closing).map(Object::View));
     objects.extend(model.groups.into_values().map(|mut group| {
-        match &group.phase {
-            GroupPhase::FailingOver { .. } => group.phase = GroupPhase::Protecting,
-            // What became of it its ends will say.
-            GroupPhase::Changing { view, .. } => group.phase = GroupPhase::FailedOver { view: view.clone() },
-            GroupPhase::Protecting | GroupPhase::FailedOver { .. } | GroupPhase::Deleting => {}
-        }
+        stand_still(&mut group);
         Object::Group(group)
     }));
     objects.extend(model.operations.into_values().map(|mut operation| {
@@ -107,6 +104,23 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
     Ok(objects)
 }
 
+/// The group as it was before what was being done with it: that does not go on.
+fn stand_still(group: &mut Group) {
+    match &group.phase {
+        GroupPhase::FailingOver { .. } => group.phase = GroupPhase::Protecting,
+        // What became of it its ends will say.
+        GroupPhase::Changing { view, .. } if group.reverse.is_some() => {
+            group.phase = GroupPhase::FailingBack { view: view.clone() };
+        }
+        GroupPhase::Changing { view, .. } => group.phase = GroupPhase::FailedOver { view: view.clone() },
+        GroupPhase::Settling { view, after, .. } => {
+            group.phase = GroupPhase::FailedBack { view: view.clone(), after: *after };
+        }
+        GroupPhase::Protecting | GroupPhase::FailedOver { .. } | GroupPhase::Deleting => {}
+        GroupPhase::FailingBack { .. } | GroupPhase::FailedBack { .. } => {}
+    }
+}
+
 /// What a proxy has, as it says.
 #[derive(Clone, Debug)]
 pub struct Observed {
@@ -136,10 +150,10 @@ pub fn adopt(
 ) {
     let mut ends: BTreeMap<&str, Ends<'_>> = BTreeMap::new();
     for observed in all {
-        for group in &observed.state.sources {
+        for group in observed.state.sources.iter().filter(|g| !back::is_source(g)) {
             ends.entry(&group.stream_uid).or_default().source = Some((observed, group));
         }
-        for stream in &observed.state.targets {
+        for stream in observed.state.targets.iter().filter(|t| !back::is_target(t)) {
             ends.entry(&stream.stream_uid).or_default().target = Some((observed, stream));
         }
     }
@@ -156,7 +170,7 @@ pub fn adopt(
             },
         };
         let before = group.clone();
-        let group = merged(model, group, ends, now_ns, restored, txn);
+        let group = merged(model, group, ends, all, now_ns, restored, txn);
         let promises = promises_of(model, &group, ends);
         found.push(Found { touched: group != before, group, promises, created });
     }
@@ -230,6 +244,9 @@ fn new_group(
         complete: false,
         request_id: String::new(),
         placement: String::new(),
+        reverse: None,
+        overwritten: false,
+        leftovers: Vec::new(),
     })
 }
 
@@ -263,6 +280,7 @@ fn merged(
     model: &Model,
     mut group: Group,
     ends: &Ends<'_>,
+    all: &[Observed],
     now_ns: u64,
     restored: &mut Restored,
     txn: &mut Txn,
@@ -284,8 +302,9 @@ fn merged(
         let runs_from = views(model, &group, said, now_ns, txn);
         let failed_over = runs_from.is_some();
         let was = matches!(group.phase, GroupPhase::FailedOver { .. });
-        if let Some(view) = runs_from {
-            if !was {
+        let back = matches!(group.phase, GroupPhase::FailingBack { .. });
+        if let Some(view) = runs_from.clone() {
+            if !was && !back {
                 restored.note(format!("group \"{name}\": failed over since; it runs from its view"));
             }
             group.phase = GroupPhase::FailedOver { view };
@@ -297,6 +316,9 @@ fn merged(
         // may say that it goes on.
         let goes_on = !failed_over && ends.source.is_some_and(|(_, s)| !s.hold);
         group.hold = failed_over || (group.hold && !goes_on);
+        let released = ends.source.is_some_and(|(_, s)| !s.hold);
+        back::adopt(model, &mut group, all, runs_from.as_deref(), released, restored, txn);
+        group.overwritten &= group.phase != GroupPhase::Protecting;
     }
     group.generation = group.generation.max(group.writer_generation);
     group
@@ -320,7 +342,9 @@ fn disks(model: &Model, group: &Group, said: &v1::SourceGroup, now_ns: u64, rest
 
 /// Views as their target has them; whether the group runs from one.
 fn views(model: &Model, group: &Group, said: &v1::TargetStream, now_ns: u64, txn: &mut Txn) -> Option<String> {
-    let named = |v: &View| said.views.iter().any(|o| o.view == v.proxy_name());
+    // What a group that was failing back ran from is kept by name: see `back`.
+    let ran_from = |v: &View| group.reverse.as_ref().is_some_and(|r| r.view == v.id);
+    let named = |v: &View| said.views.iter().any(|o| o.view == v.proxy_name()) || ran_from(v);
     // What is kept of one that is closed nobody names.
     let gone: Vec<View> = model.views_of(group).filter(|v| !named(v) && !v.kept).cloned().collect();
     gone.into_iter().for_each(|v| txn.delete(Object::View(v)));
@@ -442,7 +466,7 @@ fn policies(model: &Model, groups: Vec<Found>, settle: bool, now_ns: u64, restor
 pub fn unknown<'a>(model: &'a Model, observed: &'a Observed) -> impl Iterator<Item = (&'a str, &'a str)> {
     let sources = observed.state.sources.iter().map(|s| (s.stream_uid.as_str(), s.name.as_str()));
     let targets = observed.state.targets.iter().map(|t| (t.stream_uid.as_str(), t.name.as_str()));
-    sources.chain(targets).filter(|(uid, _)| model.group_by_uid(uid).is_none())
+    sources.chain(targets).filter(|(uid, _)| model.stream(uid).is_none())
 }
 
 /// Groups that the backup knows and neither of their proxies does, of which both have been asked: ended since.

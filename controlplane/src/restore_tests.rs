@@ -4,6 +4,7 @@ use super::*;
 use crate::desired::desired;
 use crate::failover::FAILOVER_VIEW;
 use crate::group::tests::{first_disk, policy, proxy};
+use crate::objects::Reverse;
 use crate::policy::Wanted;
 
 const KEY: [u8; 32] = [7; 32];
@@ -157,6 +158,112 @@ fn a_failover_since_is_taken_over_whoever_says_so() {
     // By its source alone: where it runs is not known, but its source stays held.
     let (model, _) = after(&old, &newer, &["src"]);
     assert!(shop(&model).hold);
+}
+
+fn failing_back(old: &Model) -> Model {
+    changed(&failed_over(old), "shop", |group| {
+        group.phase = GroupPhase::FailingBack { view: FAILOVER_VIEW.into() };
+        let (stream_uid, view) = ("back".to_owned(), FAILOVER_VIEW.to_owned());
+        group.reverse = Some(Reverse { stream_uid, view, generation: 3, writer_generation: 2, hold: false });
+    })
+}
+
+#[test]
+fn a_failback_since_is_taken_over_and_its_stream_is_no_group() {
+    let old = model();
+    for (start, newer) in [(old.clone(), failing_back(&old)), (failed_over(&old), failing_back(&old))] {
+        // The same group in both.
+        let newer = changed(&newer, "shop", |group| group.uid.clone_from(&shop(&start).uid));
+        for asked in [&["src", "dr"][..], &["dr", "src"], &["dr"]] {
+            let (model, restored) = after(&start, &newer, asked);
+            let group = shop(&model);
+            assert_eq!(model.groups.len(), 1);
+            assert_eq!(group.phase, GroupPhase::FailingBack { view: FAILOVER_VIEW.into() }, "{asked:?}");
+            let reverse = group.reverse.as_ref().unwrap();
+            assert_eq!(
+                (reverse.stream_uid.as_str(), reverse.view.as_str(), reverse.hold),
+                ("back", FAILOVER_VIEW, false)
+            );
+            let both = asked.len() == 2;
+            assert_eq!((reverse.generation, reverse.writer_generation), if both { (3, 3) } else { (2, 2) });
+            assert!(group.hold && group.leftovers.is_empty() && !group.overwritten);
+            assert!(restored.findings[..].iter().any(|f| f.contains("failing back since")), "{restored:?}");
+            let all = told(&newer, "dr");
+            assert_eq!(unknown(&model, &all).count(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_view_that_was_held_for_a_switch_goes_on_once_its_source_is_known_to_be_held() {
+    let old = model();
+    let newer = changed(&failing_back(&old), "shop", |group| group.reverse.as_mut().unwrap().hold = true);
+    let (model, _) = after(&old, &newer, &["dr"]);
+    assert!(shop(&model).reverse.as_ref().unwrap().hold);
+    for order in orders() {
+        let (model, _) = after(&old, &newer, &order);
+        let group = shop(&model);
+        assert!(!group.reverse.as_ref().unwrap().hold && group.hold && group.overwritten, "{order:?}: {group:?}");
+    }
+}
+
+#[test]
+fn a_failback_that_has_ended_since_is_forgotten_and_what_it_had_is_not() {
+    let old = failing_back(&model());
+    // Given up; and switched, by which the source runs.
+    let cancelled = changed(&old, "shop", |group| {
+        (group.reverse, group.phase) = (None, GroupPhase::FailedOver { view: FAILOVER_VIEW.into() });
+    });
+    for order in orders() {
+        let (model, restored) = after(&old, &cancelled, &order);
+        let group = shop(&model);
+        assert_eq!((&group.phase, group.hold), (&GroupPhase::FailedOver { view: FAILOVER_VIEW.into() }, true));
+        assert!(group.reverse.is_none() && group.overwritten, "nobody knows whether a merge had begun");
+        assert!(restored.findings.iter().any(|f| f.contains("its failback has ended since")), "{restored:?}");
+    }
+    let mut txn = Txn::default();
+    let view = old.views.values().next().unwrap().clone();
+    txn.put(Object::View(View { open: false, kept: true, ..view }));
+    let switched = changed(&old, "shop", |group| {
+        (group.reverse, group.hold) = (None, false);
+        (group.generation, group.writer_generation) = (3, 3);
+        group.phase = GroupPhase::FailedBack { view: FAILOVER_VIEW.into(), after: 5 };
+    });
+    let switched = switched.applied(txn, switched.revision + 1);
+    for order in orders() {
+        let (model, _) = after(&old, &switched, &order);
+        let group = shop(&model);
+        assert!(!group.hold && group.reverse.is_none() && !group.phase.is_failed_over(), "{order:?}: {group:?}");
+        assert!(model.views.values().next().unwrap().kept, "what was written to it keeps its name");
+        assert_eq!((group.generation, group.writer_generation), (3, 3));
+    }
+    // Known of a group that is failed back, nothing is changed.
+    for order in orders() {
+        let (model, _) = after(&switched, &switched, &order);
+        assert_eq!(shop(&model), shop(&switched));
+    }
+}
+
+#[test]
+fn a_failback_in_a_backup_stands_where_it_stood() {
+    let old = failing_back(&model());
+    let phase = |phase: GroupPhase, reverse: bool| {
+        let model = changed(&old, "shop", |group| {
+            group.phase = phase;
+            if !reverse {
+                group.reverse = None;
+            }
+        });
+        let mut group = shop(&model).clone();
+        stand_still(&mut group);
+        group.phase
+    };
+    let (operation, view) = (|| "op".to_owned(), || FAILOVER_VIEW.to_owned());
+    let changing = || GroupPhase::Changing { operation: operation(), view: view() };
+    assert_eq!(phase(changing(), true), GroupPhase::FailingBack { view: view() });
+    assert_eq!(phase(changing(), false), GroupPhase::FailedOver { view: view() });
+    let settling = GroupPhase::Settling { operation: operation(), view: view(), after: 7 };
+    assert_eq!(phase(settling, false), GroupPhase::FailedBack { view: view(), after: 7 });
 }
 
 #[test]

@@ -10,7 +10,8 @@ use crate::convert;
 use crate::live::{Live, ProxyLive, StreamLive};
 use crate::model::Model;
 use crate::names::{Kind, Name, child};
-use crate::objects::{Disk, Group, GroupPhase, Object, Proxy};
+use crate::objects::{Disk, Group, GroupPhase, Object, Proxy, Way};
+use crate::reverse;
 use crate::rpo::WINDOW_S;
 use crate::text;
 
@@ -75,12 +76,13 @@ impl Scene<'_> {
         }
         let over = group.phase.is_failed_over();
         let (source, target) = (self.model.source_of(group), self.model.target_of(group));
-        // A group that runs at its target does not need its source.
-        let source_there = !over && self.reach("source", "source-unreachable", &group.source, source, &mut out);
+        // A group that runs at its target does not need its source, unless it is failing back.
+        let needed = !over || group.reverse.is_some();
+        let source_there = needed && self.reach("source", "source-unreachable", &group.source, source, &mut out);
         let target_there = self.reach("target", "target-unreachable", &group.target, target, &mut out);
         let nothing = StreamLive::default();
         let stream = self.live.streams.get(&group.uid).unwrap_or(&nothing);
-        if let Some((_, report)) = stream.source.as_ref().filter(|_| source_there) {
+        if let Some((_, report)) = stream.source.as_ref().filter(|_| source_there && !over) {
             self.source_conditions(group, report, &mut out);
         }
         if let Some((_, report)) = stream.target.as_ref().filter(|_| target_there) {
@@ -105,8 +107,78 @@ impl Scene<'_> {
             let severity = if ms >= policy.promises.error_after_ms { Severity::Error } else { Severity::Warning };
             out.push(finding("rpo-above-target", severity, format!("above its target of {target} ms")));
         }
-        self.problem_conditions(group, [source.filter(|_| !over), target], &mut out);
+        self.problem_conditions(group, [source.filter(|_| needed), target], &mut out);
+        self.back_conditions(group, &mut out);
         out
+    }
+
+    /// How far a failback is, and what is left of earlier ones.
+    fn back_conditions(&self, group: &Group, out: &mut Vec<Finding>) {
+        if let Some(uid) = group.stream(Way::Back) {
+            out.push(match self.missing_back(group) {
+                None => finding("ready-to-switch", Severity::Info, "its source has all of it"),
+                Some(missing) => finding("failing-back", Severity::Info, format!("not ready to switch: {missing}")),
+            });
+            let report = self.live.streams.get(uid).and_then(|s| s.target.as_ref());
+            if let Some((_, report)) = report.filter(|(_, r)| !r.stopped.is_empty()) {
+                let message = format!("\"{}\" takes no data of the failback: {}", group.source, report.stopped);
+                out.push(finding("reverse-stopped", Severity::Error, message));
+            }
+        }
+        if let GroupPhase::FailedBack { .. } = group.phase {
+            let message = match self.missing_back(group) {
+                None => "can be committed, or undone".to_owned(),
+                Some(missing) => format!("can be undone, and not be committed yet: {missing}"),
+            };
+            out.push(finding("failed-back", Severity::Info, message));
+        }
+        for leftover in &group.leftovers {
+            let ends = [(leftover.at_target, &group.target), (leftover.at_source, &group.source)];
+            let proxies: Vec<String> = ends.iter().filter(|(at, _)| *at).map(|(_, p)| format!("\"{p}\"")).collect();
+            let message = format!(
+                "{} is still to end the stream {} of an earlier failback; it is told until it has done so",
+                proxies.join(" and "),
+                leftover.stream_uid
+            );
+            out.push(finding("leftover", Severity::Warning, message));
+        }
+    }
+
+    /// What is missing before a group that is failing back can switch, or before one that is failed back can be committed.
+    pub fn missing_back(&self, group: &Group) -> Option<String> {
+        let proxies = [(&group.target, self.model.target_of(group)), (&group.source, self.model.source_of(group))];
+        let away = proxies.into_iter().find(|(_, p)| !p.is_some_and(|p| (self.connected)(&p.uid)));
+        if let Some((id, _)) = away {
+            return Some(format!("\"{id}\" is not connected"));
+        }
+        let (way, after) = match group.phase {
+            GroupPhase::FailedBack { after, .. } | GroupPhase::Settling { after, .. } => (Way::Forth, after),
+            _ => (Way::Back, 0),
+        };
+        reverse::missing(self.model, self.live, group, way, after)
+    }
+
+    /// How far a failback is, as it is shown.
+    fn reverse(&self, group: &Group) -> Option<v1::ReverseStatus> {
+        let uid = group.stream(Way::Back)?;
+        let nothing = StreamLive::default();
+        let stream = self.live.streams.get(uid).unwrap_or(&nothing);
+        let source = stream.source.as_ref().map(|(_, r)| r.clone()).unwrap_or_default();
+        let target = stream.target.as_ref().map(|(_, r)| r.clone()).unwrap_or_default();
+        let missing = self.missing_back(group);
+        let target_us = self.model.policy_of(group).map_or(0, |p| p.promises.rpo_target_us);
+        Some(v1::ReverseStatus {
+            stream_uid: uid.to_owned(),
+            ready: missing.is_none(),
+            missing: missing.unwrap_or_default(),
+            rpo: Some(self.rpo_of(stream, target_us, true)),
+            sync: source.sync,
+            captured_seq: source.captured_seq,
+            durable_seq: target.durable_seq,
+            wire_bytes: source.wire_bytes,
+            points: target.points,
+            journal_bytes: target.journal_bytes,
+        })
     }
 
     fn source_conditions(&self, group: &Group, report: &v1::SourceGroupReport, out: &mut Vec<Finding>) {
@@ -163,7 +235,8 @@ impl Scene<'_> {
     fn problem_conditions(&self, group: &Group, proxies: [Option<&Proxy>; 2], out: &mut Vec<Finding>) {
         for proxy in proxies.into_iter().flatten() {
             let problems = self.live.proxies.get(&proxy.uid).map(|p| p.problems.as_slice()).unwrap_or_default();
-            for problem in problems.iter().filter(|p| p.stream_uid == group.uid) {
+            let own = |uid: &str| group.uid == uid || group.stream(Way::Back) == Some(uid);
+            for problem in problems.iter().filter(|p| own(&p.stream_uid)) {
                 out.push(finding("error", Severity::Error, format!("\"{}\": {}", proxy.id, problem.message)));
             }
         }
@@ -268,6 +341,7 @@ impl Scene<'_> {
             journal_budget_bytes: target.journal_budget_bytes,
             segments: target.segments,
             scrub: target.scrub,
+            reverse: self.reverse(group),
             disks: disks.collect(),
             views: model.views_of(group).map(view).collect(),
             source: Name::new(&group.tenant, Kind::Proxy, &group.source).to_string(),
@@ -281,8 +355,12 @@ impl Scene<'_> {
     /// The RPO of a group as it is shown.
     pub fn rpo(&self, group: &Group, stream: &StreamLive) -> v1::Rpo {
         let target_us = self.model.policy_of(group).map_or(0, |p| p.promises.rpo_target_us);
-        let over = group.phase.is_failed_over();
-        let shown = stream.rpo.shown(self.now_ns, target_us).filter(|_| !over);
+        self.rpo_of(stream, target_us, !group.phase.is_failed_over())
+    }
+
+    /// The RPO of a stream as it is shown, if it has one.
+    fn rpo_of(&self, stream: &StreamLive, target_us: u64, has: bool) -> v1::Rpo {
+        let shown = stream.rpo.shown(self.now_ns, target_us).filter(|_| has);
         v1::Rpo {
             now_us: shown.map(|s| s.now_us),
             p50_us: shown.map(|s| s.p50_us),

@@ -396,6 +396,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
         ("Proxies", "GetProxy ListProxies DeleteProxy"),
         ("Points", "ListPoints ResolvePoint CreateCut"),
         ("Failovers", "StartFailover StartPlannedFailover UndoFailover ChangePoint"),
+        ("Failovers", "StartFailback CancelFailback SwitchFailback CommitFailback UndoFailback"),
         ("Operations", "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation"),
         ("Views", "CreateView GetView ListViews DeleteView"),
         ("Machines", "CreateMachine GetMachine ListMachines UpdateMachine DeleteMachine ProbeMachine"),

@@ -46,12 +46,13 @@ fn parts(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize)> {
 }
 
 impl Loopback {
-    /// Asks the disks for what waits. `disk_of`: which disk a file is; none while it may not be asked yet.
+    /// Asks the disks for what waits. `disk_of`: which disk a file is, and whether it is being given back; none while it may
+    /// not be asked yet.
     pub fn ask<I: Io>(
         &mut self,
         io: &mut Tapped<I>,
         disks: &mut impl Disks<Tapped<I>>,
-        disk_of: impl Fn(&str) -> Option<DiskKey>,
+        disk_of: impl Fn(&str) -> Option<(DiskKey, bool)>,
     ) {
         self.starved = false;
         let mut early = Vec::new();
@@ -59,7 +60,12 @@ impl Loopback {
             let key = io.taps.name(file).map(&disk_of);
             match key {
                 Some(None) => early.push((token, file, op)),
-                Some(Some(key)) => {
+                // Closed under its source, which has been told to let go and has nothing to write any more: what was answered
+                // is in the view's delta.
+                Some(Some((key, true))) if matches!(op, Op::Sync { .. }) && disks.disk(key).is_none() => {
+                    io.taps.complete(Done { token, result: Ok(0), part: None, parts: Vec::new() });
+                }
+                Some(Some((key, _))) => {
                     if let Err(op) = self.begin(io, disks, key, token, op) {
                         self.starved = true;
                         early.push((token, file, op));

@@ -51,7 +51,7 @@ pub struct ReversibleTarget<I: Io> {
     loopback: Loopback,
     /// By the view's key, which hosts know it by.
     captured: BTreeMap<DiskKey, Captured>,
-    /// Views that are offered only while they are captured.
+    /// Views that are offered only once they are captured.
     kept_back: BTreeSet<String>,
     starved_at: Option<Nanos>,
 }
@@ -93,9 +93,13 @@ impl<I: Io> ReversibleTarget<I> {
         }
     }
 
-    /// These views are offered to hosts only while they are captured; all others as soon as they are open.
+    /// These views are to be captured: where one is not open yet, hosts find it only when it is. Hosts of one that is open
+    /// keep it.
     pub fn keep_back(&mut self, views: impl IntoIterator<Item = String>) {
-        self.kept_back = views.into_iter().collect();
+        let exports = self.target.exports();
+        let open = |view: &String| exports.iter().any(|export| view_of(&export.name) == view);
+        let kept_back = std::mem::take(&mut self.kept_back);
+        self.kept_back = views.into_iter().filter(|view| kept_back.contains(view) || !open(view)).collect();
     }
 
     /// Protects disks of views: their paths are as [`path_of`] gives them.
@@ -147,6 +151,9 @@ impl<I: Io> ReversibleTarget<I> {
                 answers: VecDeque::new(),
             };
             self.captured.insert(key, captured);
+        }
+        for (_, path) in &paths {
+            self.kept_back.remove(view_of(path.strip_prefix(TAP_PREFIX).unwrap_or_default()));
         }
         Ok(())
     }
@@ -213,8 +220,8 @@ impl<I: Io> ReversibleTarget<I> {
         }
         let captured = &self.captured;
         self.loopback.ask(io, &mut self.target, |path| {
-            let (key, _) = captured.iter().find(|(_, captured)| captured.path == path && captured.settled)?;
-            Some(*key)
+            let (key, found) = captured.iter().find(|(_, captured)| captured.path == path && captured.settled)?;
+            Some((*key, found.told))
         });
         self.starved_at = self.loopback.starved.then(|| io.now() + STARVED);
         self.bring(io);

@@ -494,10 +494,26 @@ fn what_was_written_before_the_capture_is_not_missed() {
 fn a_view_that_is_to_be_captured_is_not_offered_before() {
     let mut scene = Scene::new(3);
     let key = scene.fail_over();
+    // Hosts that have it already keep it.
+    scene.away.target.keep_back([VIEW.to_owned()]);
+    scene.scribble(key);
+    scene.reverse();
+    scene.away.target.keep_back([VIEW.to_owned()]);
+    scene.scribble(key);
+    scene.world.crash(scene.away.node);
+    scene.away = Site::new(&scene.world, scene.away.node);
+    scene.away.target.keep_back([VIEW.to_owned()]);
+    scene.open_at(false, THERE, 2);
+    let key = scene.open_view();
     scene.away.target.keep_back([VIEW.to_owned()]);
     assert!(scene.away.target.exports().is_empty() && scene.away.target.disk(key).is_none());
-    scene.reverse();
+    scene.capture(1);
     assert_eq!(scene.away.target.exports().len(), 1);
+    scene.scribble(key);
+    // Nobody wants it captured any more.
+    scene.away.target.release(&mut scene.away.io, BACK);
+    scene.away.target.keep_back([]);
+    scene.until("given back", |scene| !scene.away.target.captures(BACK));
     scene.scribble(key);
 }
 

@@ -50,6 +50,9 @@ impl Run {
             complete: true,
             request_id: String::new(),
             placement: String::new(),
+            reverse: None,
+            overwritten: false,
+            leftovers: Vec::new(),
         }
     }
 
@@ -118,14 +121,18 @@ impl Run {
                     waited = true;
                     Reply::Nothing
                 }
-                Action::CatchUp { within_ms } => match self.stage.group().map(|group| group.captured_seq) {
+                Action::CatchUp { within_ms, .. } => match self.stage.group().map(|group| group.captured_seq) {
                     Some(seq) => match self.drain(seq, within_ms)? {
                         Reply::Drained(held) => Reply::CaughtUp(seq.saturating_sub(held)),
                         other => other,
                     },
                     None => Reply::Unreachable("it has not reported how far it is".into()),
                 },
-                Action::Drain { seq, within_ms } => self.drain(seq, within_ms)?,
+                Action::Drain { seq, within_ms, .. } => self.drain(seq, within_ms)?,
+                // Of failbacks, which are not played here.
+                Action::Merge(_) | Action::Await { .. } => {
+                    return Err(format!("no verb that is played here does that: {action:?}"));
+                }
                 Action::Tell { side, command, connect_ms, answer_ms } => {
                     self.say(&format!("the coordinator tells the {side:?}: {command:?}"));
                     self.tell(side, command, connect_ms, answer_ms)?

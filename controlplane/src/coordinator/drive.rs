@@ -15,7 +15,7 @@ use crate::convert;
 use crate::failover::{self, Action, Choice, Failover, Reply, Side, StepName, StepState, Verb};
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name};
-use crate::objects::{Group, Object, Operation, View, ViewKind, new_uid};
+use crate::objects::{Group, Object, Operation, View, ViewKind, Way, new_uid};
 use crate::problem::Problem;
 use crate::requests::Asked;
 
@@ -113,11 +113,20 @@ impl Coordinator {
                 }
                 Reply::Nothing
             }
-            Action::CatchUp { within_ms } => self.catch_up(group, Duration::from_millis(within_ms)).await,
-            Action::Drain { seq, within_ms } => self.drain(group, seq, Duration::from_millis(within_ms)).await,
             Action::Machines(orders) => {
                 let step = self.model().operation(name).ok().and_then(running_step).map_or("", StepName::as_str);
                 self.order_all(&name.tenant, &name.id, step, &orders).await
+            }
+            Action::CatchUp { way, within_ms } => self.catch_up(group, way, Duration::from_millis(within_ms)).await,
+            Action::Drain { way, seq, within_ms } => {
+                self.drain(group, way, seq, Duration::from_millis(within_ms)).await
+            }
+            Action::Merge(merge) => self.merge(name, group, merge).await,
+            Action::Await { what, within_ms } => {
+                tokio::select! {
+                    seen = self.await_report(group, what, Duration::from_millis(within_ms)) => seen,
+                    () = self.cancelled(name) => Reply::NotSeen("given up".to_owned()),
+                }
             }
             Action::Tell { side, command, connect_ms, answer_ms } => {
                 let model = self.model();
@@ -137,7 +146,7 @@ impl Coordinator {
     }
 
     /// Until somebody has asked that this operation be given up.
-    async fn cancelled(&self, name: &Name) {
+    pub(super) async fn cancelled(&self, name: &Name) {
         let mut changes = self.model_changes();
         loop {
             changes.mark_unchanged();
@@ -208,12 +217,12 @@ impl Coordinator {
         self.delete_object(name, etag, validate_only, request, look).await.map(drop)
     }
 
-    /// Waits until the target holds what the source had captured when this began.
-    async fn catch_up(&self, group: &Group, within: Duration) -> Reply {
+    /// Waits until a stream's keeper holds what had been captured when this began.
+    async fn catch_up(&self, group: &Group, way: Way, within: Duration) -> Reply {
         let until = Instant::now() + within;
         let stands = || {
             let live = self.live.lock().expect("nothing panics while it holds this");
-            let stream = live.streams.get(&group.uid)?;
+            let stream = live.streams.get(group.stream(way)?)?;
             Some((stream.source.as_ref()?.1.captured_seq, stream.target.as_ref()?.1.durable_seq))
         };
         let mut wanted = None;
@@ -232,13 +241,14 @@ impl Coordinator {
         }
     }
 
-    /// Waits until the target holds what the held source had captured.
-    async fn drain(&self, group: &Group, seq: u64, within: Duration) -> Reply {
+    /// Waits until a stream's keeper holds what had been captured, which is held.
+    async fn drain(&self, group: &Group, way: Way, seq: u64, within: Duration) -> Reply {
         let model = self.model();
-        let Some(target) = model.target_of(group) else { return Reply::Drained(0) };
+        let keeper = if way == Way::Forth { model.target_of(group) } else { model.source_of(group) };
+        let (Some(target), Some(stream)) = (keeper, group.stream(way)) else { return Reply::Drained(0) };
         let until = Instant::now() + within;
         let ask =
-            v1::ResolvePoint { stream_uid: group.uid.clone(), at: Some(convert::choice_to_proto(Choice::Latest)) };
+            v1::ResolvePoint { stream_uid: stream.to_owned(), at: Some(convert::choice_to_proto(Choice::Latest)) };
         let mut newest = 0;
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -283,6 +293,18 @@ pub(super) fn disk_names(model: &Model, group: &Group) -> Vec<(String, String)> 
     model.disks_of(group).map(|d| (d.uid.clone(), d.id.clone())).collect()
 }
 
+/// A view that is being left, or has been; and perhaps opened again.
+fn left_view(left: &View, work: &Failover, state: StepState) -> View {
+    let reopened = work.steps.iter().any(|s| s.name == StepName::ReopenView && s.state != StepState::Pending);
+    let kept = state == StepState::Done && !reopened;
+    let exports = match (kept, reopened) {
+        (true, _) => Vec::new(),
+        (false, true) => work.facts.exports.clone(),
+        (false, false) => left.exports.clone(),
+    };
+    View { version: left.version + 1, closing: state == StepState::Running, open: !kept, kept, exports, ..left.clone() }
+}
+
 fn running_step(operation: &Operation) -> Option<StepName> {
     operation.work.steps.iter().find(|s| s.state == StepState::Running).map(|s| s.name)
 }
@@ -291,27 +313,18 @@ fn running_step(operation: &Operation) -> Option<StepName> {
 fn keep_views(model: &Model, txn: &mut Txn, group: &Group, operation: &Operation) {
     let work = &operation.work;
     let step = |name| work.steps.iter().find(|s| s.name == name).map(|s| s.state);
-    if let Ok(left) = model.view(&group.name(), &work.facts.leaves)
-        && let Some(state) = step(StepName::LeaveView).filter(|s| *s != StepState::Pending)
-    {
-        let kept = state == StepState::Done;
-        let view = View {
-            version: left.version + 1,
-            closing: state == StepState::Running,
-            open: !kept,
-            kept,
-            exports: if kept { Vec::new() } else { left.exports.clone() },
-            ..left.clone()
-        };
+    if let Ok(left) = model.view(&group.name(), &work.facts.leaves) {
         // As long as it is not known to be deleted it can be named, and deleted later.
-        match step(StepName::Discard) == Some(StepState::Done) {
-            true => txn.delete(Object::View(left.clone())),
-            false => txn.put(Object::View(view)),
+        if step(StepName::Discard) == Some(StepState::Done) {
+            txn.delete(Object::View(left.clone()));
+        } else if let Some(state) = step(StepName::LeaveView).filter(|s| *s != StepState::Pending) {
+            txn.put(Object::View(left_view(left, work, state)));
         }
     }
     let old = model.view(&group.name(), &work.facts.view).ok();
     let begun = step(StepName::OpenView).is_some_and(|s| s != StepState::Pending);
-    let closed = matches!(step(StepName::CloseView), Some(StepState::Done | StepState::Skipped));
+    let stays = work.stays_open();
+    let closed = matches!(step(StepName::CloseView), Some(StepState::Done | StepState::Skipped)) && !stays;
     let Some(point) = work.facts.point.clone().filter(|_| begun) else { return };
     if closed && !work.facts.reopens {
         if let Some(old) = old {
@@ -332,8 +345,8 @@ fn keep_views(model: &Model, txn: &mut Txn, group: &Group, operation: &Operation
         disk_uids: work.facts.disks.clone(),
         exports: work.facts.exports.clone(),
         reason: work.spec.reason.clone(),
-        open: step(StepName::OpenView) == Some(StepState::Done) && !closed,
-        closing: step(StepName::CloseView).is_some() && !closed,
+        open: (step(StepName::OpenView) == Some(StepState::Done) && !closed) || stays,
+        closing: step(StepName::CloseView).is_some() && !closed && !stays,
         kept: closed,
         request_id: String::new(),
     };
@@ -376,5 +389,10 @@ fn done_word(verb: Verb) -> &'static str {
         Verb::Failover | Verb::PlannedFailover => "failed over",
         Verb::UndoFailover => "its failover is undone: it runs at its source again",
         Verb::ChangePoint => "it runs from another point",
+        Verb::Failback => "failing back: what is written to its view is protected to its source",
+        Verb::CancelFailback => "its failback is over: it stays failed over",
+        Verb::SwitchFailback => "failed back: it runs at its source, with all that was written to its view",
+        Verb::CommitFailback => "its failback is committed",
+        Verb::UndoFailback => "its failback is undone: it runs from its view, as that was left",
     }
 }

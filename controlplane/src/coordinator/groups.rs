@@ -265,9 +265,17 @@ impl Coordinator {
     fn check_deletable(&self, model: &Model, group: &Group, points: bool, force: bool) -> Result<(), Problem> {
         let name = group.name();
         match &group.phase {
-            GroupPhase::FailingOver { operation } | GroupPhase::Changing { operation, .. } => {
+            GroupPhase::FailingOver { operation }
+            | GroupPhase::Changing { operation, .. }
+            | GroupPhase::Settling { operation, .. } => {
                 let remedy = format!("wait for tenants/{}/operations/{operation}", group.tenant);
                 return Err(Problem::state(name, "being failed over, or back", remedy));
+            }
+            GroupPhase::FailingBack { .. } => {
+                return Err(Problem::state(name, "failing back", "cancel its failback first"));
+            }
+            GroupPhase::FailedBack { .. } => {
+                return Err(Problem::state(name, "failed back", "commit its failback first, or undo it"));
             }
             GroupPhase::FailedOver { .. } if points || !force => {
                 let remedy = "its machine runs from its points; to forget the group and keep them, say `force` and not \
@@ -275,6 +283,10 @@ impl Coordinator {
                 return Err(Problem::state(name, "failed over", remedy));
             }
             _ => {}
+        }
+        if !group.leftovers.is_empty() && !force {
+            let remedy = "wait until both its proxies are there; or say `force`, and look after these yourself";
+            return Err(Problem::state(name, "still with what is left of an earlier failback", remedy));
         }
         // What was kept of a failover is deleted with the points, or stays with them.
         if let Some(view) = model.views_of(group).find(|v| v.kind != ViewKind::Failover) {

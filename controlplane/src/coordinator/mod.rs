@@ -39,6 +39,7 @@ mod authorities;
 mod certificates;
 mod drive;
 mod enrol;
+mod failback;
 mod groups;
 mod hooks;
 mod machines;
@@ -119,6 +120,8 @@ pub struct Coordinator {
     history: History,
     audit: audit::Shared,
     turns: Turns,
+    /// Streams of failbacks that are over, by uid, which proxies are ending: at the target, or else at the source.
+    ending: Mutex<std::collections::HashSet<(String, bool)>>,
     /// Taken while a change is decided and committed: one at a time.
     changing: Arc<tokio::sync::Mutex<()>>,
     model: RwLock<Arc<Model>>,
@@ -173,6 +176,7 @@ impl Coordinator {
             history,
             audit,
             turns: Turns::default(),
+            ending: Mutex::default(),
             changing: Arc::default(),
             model: RwLock::new(Arc::new(model)),
             model_changed: watch::channel(0).0,

@@ -98,7 +98,7 @@ impl Coordinator {
             return Ok(convert::point_to_proto(name, point));
         }
         let group = model.group(name)?;
-        if group.phase != GroupPhase::Protecting {
+        if !matches!(group.phase, GroupPhase::Protecting | GroupPhase::FailedBack { .. }) {
             return Err(Problem::state(name, "not being protected by its source", "cuts are made only while it is"));
         }
         let source = model.source_of(group).ok_or_else(|| Problem::not_found("proxy", &group.source))?;

@@ -8,8 +8,9 @@ use tokio::sync::mpsc;
 
 use super::Coordinator;
 use crate::ca::{Identity, hex};
+use crate::failover::Verb;
 use crate::names::{Kind, Name, check_id};
-use crate::objects::{Object, Proxy};
+use crate::objects::{Group, GroupPhase, Object, Proxy};
 use crate::problem::Problem;
 use crate::sessions::Outgoing;
 
@@ -133,10 +134,10 @@ impl Coordinator {
         if report.number == 0 || !self.store.in_office() {
             return;
         }
-        let own = |g: &&crate::objects::Group| {
+        let own = |g: &&Group| {
             g.tenant == who.tenant
                 && g.source == who.name
-                && g.phase == crate::objects::GroupPhase::Protecting
+                && runs_at_its_source(model, g)
                 && !g.hold
                 && g.generation == g.writer_generation
                 // After a restore only the target knows whether that is still so.
@@ -151,9 +152,9 @@ impl Coordinator {
     /// A report has come.
     pub fn report(&self, who: &Identity, uid: &str, mut report: v1::Report) {
         let model = self.model();
-        let group = |stream: &str| model.group_by_uid(stream).filter(|g| g.tenant == who.tenant);
-        let subject = |stream: &str| match group(stream) {
-            Some(g) if g.source == who.name || g.target == who.name => g.name().to_string(),
+        let stream = |uid: &str| model.stream(uid).filter(|(g, _)| g.tenant == who.tenant);
+        let subject = |uid: &str| match stream(uid) {
+            Some((g, _)) if g.source == who.name || g.target == who.name => g.name().to_string(),
             _ => Name::new(&who.tenant, Kind::Proxy, &who.name).to_string(),
         };
         self.answer_report(who, uid, &model, &report);
@@ -162,8 +163,8 @@ impl Coordinator {
             let kind = if is_word(&event.kind) { event.kind.as_str() } else { "proxy" };
             self.tell(event.severity(), kind, &subject(&event.stream_uid), &event.message);
         }
-        let is_source = |stream: &str| group(stream).is_some_and(|g| g.source == who.name);
-        let is_target = |stream: &str| group(stream).is_some_and(|g| g.target == who.name);
+        let is_source = |uid: &str| stream(uid).is_some_and(|(g, way)| g.sender(way) == who.name);
+        let is_target = |uid: &str| stream(uid).is_some_and(|(g, way)| g.keeper(way) == who.name);
         let now = self.clock.mono_ns();
         let remarks = {
             let mut live = self.live.lock().expect("nothing panics while it holds this");
@@ -174,6 +175,18 @@ impl Coordinator {
         for remark in remarks {
             self.tell(Severity::Warning, "report", &subject(&remark.stream_uid), &remark.message);
         }
+    }
+}
+
+/// Its source's leases go on: nobody is about to take its disks from it.
+fn runs_at_its_source(model: &crate::model::Model, group: &Group) -> bool {
+    match group.phase {
+        GroupPhase::Protecting | GroupPhase::FailedBack { .. } => true,
+        // A commitment takes nothing.
+        GroupPhase::Settling { .. } => {
+            model.active_operation(group).is_some_and(|o| o.work.spec.verb == Verb::CommitFailback)
+        }
+        _ => false,
     }
 }
 

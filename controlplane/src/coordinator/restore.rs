@@ -164,16 +164,16 @@ impl Coordinator {
         Ok(self.restore_state())
     }
 
-    /// Views that were taken over get the exports that their targets report.
-    async fn name_exports(self: &Arc<Self>) {
+    /// Views that were taken over, or opened by the desired state, get the exports that their targets report.
+    pub(super) async fn name_exports(self: &Arc<Self>) {
         let found: Vec<View> = {
             let model = self.model();
             let live = self.live.lock().expect("nothing panics while it holds this");
             let exports = |v: &View| {
                 let group = model.group(&v.group_name()).ok()?;
                 let reported = live.streams.get(&group.uid)?.views.get(&v.proxy_name())?;
-                let exports = reported.exports.iter().map(convert::export_from_proto).collect();
-                Some(View { exports, version: v.version + 1, ..v.clone() })
+                let exports: Vec<_> = reported.exports.iter().map(convert::export_from_proto).collect();
+                (!exports.is_empty()).then(|| View { exports, version: v.version + 1, ..v.clone() })
             };
             model.views.values().filter(|v| v.open && v.exports.is_empty()).filter_map(exports).collect()
         };
@@ -217,7 +217,9 @@ fn late(model: &Model, observed: &Observed, restored: &mut Restored, now_ns: u64
     }
     for (uid, name, generation) in said {
         let name = Name::new(&proxy.tenant, Kind::Group, name);
+        let back = model.stream(uid).is_some_and(|(_, way)| way == crate::objects::Way::Back);
         match model.group_by_uid(uid) {
+            None if back => {}
             None => restored.note(nobody_knows(proxy, &name.id)),
             Some(group) if generation.unwrap_or(0) > group.generation => {
                 let generation = generation.unwrap_or(0);

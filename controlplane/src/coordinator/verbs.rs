@@ -6,6 +6,7 @@ use afterimage_wire::v1::{self, Severity};
 
 use super::Coordinator;
 use super::drive::disk_names;
+use super::failback::phase_during;
 use crate::convert;
 use crate::failover::{self, Choice, Failover, Spec, Verb};
 use crate::model::Model;
@@ -166,7 +167,7 @@ impl Coordinator {
     }
 
     /// Records an operation as `work` has it, and starts it. The same request begins one only once.
-    async fn begin(
+    pub(super) async fn begin(
         self: &Arc<Self>,
         name: &Name,
         verb: Verb,
@@ -183,10 +184,7 @@ impl Coordinator {
                 }
                 let work = work(model)?;
                 let group = model.group(name)?;
-                let phase = match work.spec.verb.is_of_failed_over() {
-                    true => GroupPhase::Changing { operation: uid.clone(), view: work.facts.leaves.clone() },
-                    false => GroupPhase::FailingOver { operation: uid.clone() },
-                };
+                let phase = phase_during(&work, group, &uid);
                 let operation = Operation {
                     uid: uid.clone(),
                     tenant: name.tenant.clone(),
@@ -226,7 +224,7 @@ impl Coordinator {
         Ok(shown)
     }
 
-    fn check_failover(&self, model: &Model, name: &Name, spec: &Spec, confirm: &str) -> Result<(), Problem> {
+    pub(super) fn check_failover(&self, model: &Model, name: &Name, spec: &Spec, confirm: &str) -> Result<(), Problem> {
         let group = model.group(name)?;
         let connected = |p: Option<&crate::objects::Proxy>| p.is_some_and(|p| self.sessions.connected(&p.uid));
         let (source, target) = (connected(model.source_of(group)), connected(model.target_of(group)));
@@ -256,7 +254,7 @@ impl Coordinator {
 
     /// The lease that the group's source keeps to for certain, milliseconds; 0 if none: it has reported so since it was
     /// last told anything, and the policy has not changed its mind.
-    fn lease_of(&self, model: &Model, group: &Group) -> u64 {
+    pub(super) fn lease_of(&self, model: &Model, group: &Group) -> u64 {
         let wanted = model.policy_of(group).map_or(0, |p| p.promises.lease_ms);
         let live = self.live.lock().expect("nothing panics while it holds this");
         let kept = live.streams.get(&group.uid).map_or(0, |stream| stream.lease_ms);

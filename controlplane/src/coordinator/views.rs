@@ -166,12 +166,12 @@ impl Coordinator {
                 let runs = match model.group(group).map(|g| &g.phase) {
                     // Which one is being opened or left changes meanwhile.
                     Ok(GroupPhase::FailingOver { .. } | GroupPhase::Changing { .. }) => true,
-                    Ok(GroupPhase::FailedOver { view }) => view == id,
+                    Ok(phase) => phase.view() == Some(id),
                     _ => false,
                 };
                 if view.kind == ViewKind::Failover && runs {
-                    let remedy =
-                        "it cannot be closed while the group runs from it; verbs that fit: undo-failover, change-point";
+                    let remedy = "it cannot be closed while the group runs from it, or may go back to it; verbs that fit: \
+                                  undo-failover, change-point, commit-failback";
                     return Err(Problem::state(view.name(), "what its group runs from", remedy));
                 }
                 if validate_only {

@@ -8,9 +8,10 @@ use afterimage_wire::v1::Severity;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Coordinator;
-use crate::live::{Live, StreamLive};
+use crate::live::Live;
 use crate::model::Model;
-use crate::objects::{Group, GroupPhase, Object};
+use crate::objects::{Group, GroupPhase, Object, Way};
+use crate::reverse::newest_of_all;
 use crate::rpo::Alarm;
 use crate::status::Finding;
 
@@ -41,6 +42,10 @@ impl Coordinator {
             }
             self.find_conditions(&model);
             self.find_complete(&model).await;
+            self.end_leftovers(&model);
+            if model.views.values().any(|v| v.open && v.exports.is_empty()) {
+                self.name_exports().await;
+            }
             self.further_rotation(&model);
             if round % SWEEP_EVERY == 1 {
                 self.sweep(&model).await;
@@ -52,9 +57,10 @@ impl Coordinator {
         let now = self.clock.mono_ns();
         let mut live = self.live.lock().expect("nothing panics while it holds this");
         let Live { streams, .. } = &mut *live;
-        for group in model.groups.values() {
-            let Some(stream) = streams.get_mut(&group.uid) else { continue };
-            if group.phase.is_failed_over() {
+        let both = |g| [Way::Forth, Way::Back].map(|way| (g, way));
+        for (group, way) in model.groups.values().flat_map(both) {
+            let Some(stream) = group.stream(way).and_then(|uid| streams.get_mut(uid)) else { continue };
+            if way == Way::Forth && group.phase.is_failed_over() {
                 stream.rpo.clear();
                 stream.alarm = Alarm::default();
                 continue;
@@ -65,7 +71,7 @@ impl Coordinator {
             let above = stream.rpo.shown(now, p.rpo_target_us).is_some_and(|shown| shown.now_us > p.rpo_target_us);
             stream.alarm.update(now, above, p.warn_after_ms, p.clear_after_ms);
         }
-        live.retain(|uid| model.group_by_uid(uid).is_some(), |uid| model.proxy_by_uid(uid).is_some());
+        live.retain(|uid| model.stream(uid).is_some(), |uid| model.proxy_by_uid(uid).is_some());
     }
 
     /// The minute that it is, by the wall clock: its beginning in seconds since the Unix epoch.
@@ -83,7 +89,9 @@ impl Coordinator {
                 let policy = model.group_by_uid(uid).and_then(|g| model.policy_of(g));
                 policy.map_or(u64::MAX, |p| p.promises.rpo_target_us)
             };
-            let taken = live.streams.iter_mut().filter_map(|(uid, s)| Some((uid.clone(), s.rpo.take(target(uid))?)));
+            // What is kept is kept by group: a reverse stream is gone with its failback.
+            let own = live.streams.iter_mut().filter(|(uid, _)| model.group_by_uid(uid).is_some());
+            let taken = own.filter_map(|(uid, s)| Some((uid.clone(), s.rpo.take(target(uid))?)));
             taken.collect()
         };
         let history = self.history.clone();
@@ -123,7 +131,7 @@ impl Coordinator {
             let complete = |g: &&Group| {
                 g.phase == GroupPhase::Protecting
                     && !g.complete
-                    && live.streams.get(&g.uid).is_some_and(|s| holds_all(model, g, s))
+                    && live.streams.get(&g.uid).is_some_and(|s| newest_of_all(model, g, s).is_some())
             };
             model.groups.values().filter(complete).cloned().collect()
         };
@@ -161,12 +169,4 @@ impl Coordinator {
             tracing::error!(error = %e, "cannot forget expired tokens");
         }
     }
-}
-
-/// The newest complete point holds every disk of the group.
-fn holds_all(model: &Model, group: &Group, stream: &StreamLive) -> bool {
-    let Some((_, report)) = &stream.target else { return false };
-    let Some(newest) = report.points.as_ref().and_then(|p| p.newest.as_ref()) else { return false };
-    let mut disks = model.disks_of(group).peekable();
-    disks.peek().is_some() && disks.all(|d| newest.disks.contains(&d.uid))
 }

@@ -32,6 +32,16 @@ pub enum Verb {
     UndoFailover,
     /// Failed over, it is to run from another point, or from what it had written from an earlier one.
     ChangePoint,
+    /// Failed over, what is written to its view is to be protected back to its source.
+    Failback,
+    /// That is to end; it stays failed over.
+    CancelFailback,
+    /// Failing back, it is to run at its source, with all that was written to its view.
+    SwitchFailback,
+    /// Failed back, it stays so: what its target keeps of the view goes.
+    CommitFailback,
+    /// Failed back, it is to run from its view again, as that was left.
+    UndoFailback,
 }
 
 impl Verb {
@@ -42,12 +52,22 @@ impl Verb {
             Self::PlannedFailover => "planned-failover",
             Self::UndoFailover => "undo-failover",
             Self::ChangePoint => "change-point",
+            Self::Failback => "failback",
+            Self::CancelFailback => "cancel-failback",
+            Self::SwitchFailback => "switch-failback",
+            Self::CommitFailback => "commit-failback",
+            Self::UndoFailback => "undo-failback",
         }
     }
 
     /// Begins with a group that is failed over.
     pub fn is_of_failed_over(self) -> bool {
         matches!(self, Self::UndoFailover | Self::ChangePoint)
+    }
+
+    /// Is about the reverse stream of a failback. One that is undone is a failover like another.
+    pub fn is_back(self) -> bool {
+        matches!(self, Self::Failback | Self::CancelFailback | Self::SwitchFailback | Self::CommitFailback)
     }
 }
 
@@ -108,7 +128,7 @@ pub enum StepName {
     CloseView,
     /// Undoing: the source gets a generation above the one that was raised.
     ReturnGeneration,
-    /// Undoing: the source's I/O goes on.
+    /// Undoing: the source's I/O goes on. Of a switch: the source starts; undone: the view's hosts go on.
     Release,
     /// The machines are switched off at the source.
     StopSource,
@@ -124,6 +144,24 @@ pub enum StepName {
     RestartReplica,
     /// What was switched off at the source is switched on again.
     StartSource,
+    /// The source lets go of the disks that it holds, so that they can be the base of the reverse stream.
+    ReleaseDisks,
+    /// The reverse stream is to be.
+    Reverse,
+    /// Both proxies have the reverse stream.
+    AwaitReverse,
+    /// What the reverse stream holds is written to the source's disks.
+    Merge,
+    /// The reverse stream ends at the target, which wrote it.
+    EndReverse,
+    /// What the source holds of the reverse stream is deleted; its disks stay as they are.
+    DropReverse,
+    /// Undoing: the source, which was let go, holds all I/O again.
+    HoldAgain,
+    /// Undoing: its disks are taken from the source again.
+    TakeAgain,
+    /// Undoing: the view that was left is opened as it was.
+    ReopenView,
 }
 
 impl StepName {
@@ -151,6 +189,15 @@ impl StepName {
             Self::StopReplica => "stop-replica",
             Self::RestartReplica => "restart-replica",
             Self::StartSource => "start-source",
+            Self::ReleaseDisks => "release-disks",
+            Self::Reverse => "reverse",
+            Self::AwaitReverse => "await-reverse",
+            Self::Merge => "merge",
+            Self::EndReverse => "end-reverse",
+            Self::DropReverse => "drop-reverse",
+            Self::HoldAgain => "hold-again",
+            Self::TakeAgain => "take-again",
+            Self::ReopenView => "reopen-view",
         }
     }
 }
@@ -253,6 +300,12 @@ pub struct Facts {
     /// Exports of the view that it leaves, for machines that go on with it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left: Vec<ExportRecord>,
+    /// Uid of the reverse stream; empty if it has no part in this.
+    #[serde(default)]
+    pub reverse: String,
+    /// The newest record of the target before a switch.
+    #[serde(default)]
+    pub after: u64,
 }
 
 fn first_view() -> String {

@@ -49,7 +49,12 @@ fn play(work: &mut Failover, group: &mut Group, mut fault: impl FnMut(&Action) -
             Action::CatchUp { .. } => Reply::CaughtUp(0),
             Action::Drain { seq, .. } => Reply::Drained(*seq),
             Action::Tell { command, .. } => obeyed(command),
-            Action::Record | Action::Wait { .. } | Action::Machines(_) | Action::Ended => Reply::Nothing,
+            Action::Record
+            | Action::Wait { .. }
+            | Action::Machines(_)
+            | Action::Merge(_)
+            | Action::Await { .. }
+            | Action::Ended => Reply::Nothing,
         });
         if let Action::Tell { command, .. } = action.clone() {
             told.push(command);

@@ -78,6 +78,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
         | ("Points", "CreateCut")
         | ("Failovers", "StartFailover" | "StartPlannedFailover" | "UndoFailover" | "ChangePoint")
+        | ("Failovers", "StartFailback" | "CancelFailback" | "SwitchFailback" | "CommitFailback" | "UndoFailback")
         | ("Operations", "CancelOperation" | "DeleteOperation")
         | ("Machines", "CreateMachine" | "UpdateMachine" | "DeleteMachine")
         | ("Views", "CreateView" | "DeleteView") => Needs::Operator,
@@ -441,6 +442,7 @@ mod tests {
             ("Points", READ, "ListPoints ResolvePoint"),
             ("Points", CHANGE, "CreateCut"),
             ("Failovers", CHANGE, "StartFailover StartPlannedFailover UndoFailover ChangePoint"),
+            ("Failovers", CHANGE, "StartFailback CancelFailback SwitchFailback CommitFailback UndoFailback"),
             ("Operations", READ, "GetOperation ListOperations WaitOperation"),
             ("Operations", CHANGE, "CancelOperation DeleteOperation"),
             ("Views", READ, "GetView ListViews"),

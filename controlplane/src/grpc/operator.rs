@@ -294,11 +294,7 @@ impl failovers_server::Failovers for Operator {
         let scope = Scope::of(&request)?;
         let r = request.into_inner();
         let group = scope.name("group", Kind::Group, &r.group)?;
-        let within_ms = match r.within_ms {
-            0 => PLANNED_WITHIN_MS,
-            ms if (1_000..=3_600_000).contains(&ms) => ms,
-            ms => return Err(Problem::invalid("within_ms", ms, "1000 to 3600000, or 0 for 60000").into()),
-        };
+        let within_ms = within_ms(r.within_ms)?;
         let asked = once(&scope, "StartPlannedFailover", &r.request_id, &r)?;
         let asking = asking(&scope, r.request_id, r.validate_only);
         let spec = Spec { within_ms, reason: r.reason, ..Spec::new(Verb::PlannedFailover, Choice::Latest) };
@@ -326,6 +322,67 @@ impl failovers_server::Failovers for Operator {
         };
         let asking = asking(&scope, r.request_id, r.validate_only);
         ok(self.0.change_point(&group, from, (r.force, r.reason), &asking, &asked).await?)
+    }
+
+    async fn start_failback(&self, request: Request<StartFailbackRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "StartFailback", &r.request_id, &r)?;
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        let spec = Spec { reason: r.reason, ..Spec::new(Verb::Failback, Choice::Latest) };
+        ok(self.0.start_back(&group, spec, &asking, &asked).await?)
+    }
+
+    async fn cancel_failback(&self, request: Request<CancelFailbackRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "CancelFailback", &r.request_id, &r)?;
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        let spec = Spec { reason: r.reason, ..Spec::new(Verb::CancelFailback, Choice::Latest) };
+        ok(self.0.start_back(&group, spec, &asking, &asked).await?)
+    }
+
+    async fn switch_failback(&self, request: Request<SwitchFailbackRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let within_ms = within_ms(r.within_ms)?;
+        let asked = once(&scope, "SwitchFailback", &r.request_id, &r)?;
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        let spec = Spec { within_ms, reason: r.reason, ..Spec::new(Verb::SwitchFailback, Choice::Latest) };
+        ok(self.0.start_back(&group, spec, &asking, &asked).await?)
+    }
+
+    async fn commit_failback(&self, request: Request<CommitFailbackRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "CommitFailback", &r.request_id, &r)?;
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        let spec = Spec { reason: r.reason, ..Spec::new(Verb::CommitFailback, Choice::Latest) };
+        ok(self.0.start_back(&group, spec, &asking, &asked).await?)
+    }
+
+    async fn undo_failback(&self, request: Request<UndoFailbackRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "UndoFailback", &r.request_id, &r)?;
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        let spec =
+            Spec { unconfirmed: r.unconfirmed, reason: r.reason, ..Spec::new(Verb::UndoFailback, Choice::Latest) };
+        ok(self.0.undo_failback(&group, spec, &r.confirm_name, &asking, &asked).await?)
+    }
+}
+
+/// How long each wait of a planned failover or a switch may take.
+fn within_ms(given: u64) -> Result<u64, Problem> {
+    match given {
+        0 => Ok(PLANNED_WITHIN_MS),
+        ms if (1_000..=3_600_000).contains(&ms) => Ok(ms),
+        ms => Err(Problem::invalid("within_ms", ms, "1000 to 3600000, or 0 for 60000")),
     }
 }
 

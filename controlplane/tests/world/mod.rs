@@ -232,6 +232,14 @@ pub struct Journal {
     pub held: HashMap<String, bool>,
     /// Machines that are on, by what they are called.
     pub on: std::collections::BTreeSet<String>,
+    /// Streams whose disks have been let go: not running while they are to be held.
+    pub released: Vec<String>,
+    /// Records that the keeper holds above 100.
+    pub more: u64,
+    /// Answers to a merge before the one that it is complete.
+    pub merges_left: u64,
+    /// What sources report of their synchronisation.
+    pub sync: Option<SyncProgress>,
 }
 
 pub struct FakeProxy {
@@ -409,8 +417,7 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
         Tell::LabelCut(c) => {
             Outcome::Point(v1::Point { label: c.label.clone(), cut: Some(11), ..point(state, &c.stream_uid, 101) })
         }
-        Tell::Unprotect(_) | Tell::DropStream(_) | Tell::LeaveDisk(_) | Tell::ReleaseDisks(_) => Outcome::Done(Done {}),
-        Tell::MergeStream(_) => Outcome::Merged(v1::Merged { complete: true, merged_bytes: 0, total_bytes: 0 }),
+        Tell::Unprotect(_) | Tell::DropStream(_) | Tell::LeaveDisk(_) => Outcome::Done(Done {}),
         Tell::InspectBranch(_) => Outcome::Branch(Branch::default()),
         Tell::Observe(_) => Outcome::Observed(state.clone()),
         Tell::StartInstance(s) => {
@@ -425,6 +432,17 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
             true => machine(MachinePower::On, true),
             false => machine(MachinePower::Off, false),
         },
+        Tell::ReleaseDisks(r) => {
+            journal.released.push(r.stream_uid.clone());
+            journal.held.remove(&r.stream_uid);
+            Outcome::Done(Done {})
+        }
+        Tell::MergeStream(_) => {
+            let complete = journal.merges_left == 0;
+            journal.merges_left = journal.merges_left.saturating_sub(1);
+            let merged_bytes = if complete { 4096 } else { 1024 };
+            Outcome::Merged(Merged { complete, merged_bytes, total_bytes: 4096, written_bytes: merged_bytes })
+        }
     }
 }
 
@@ -439,24 +457,36 @@ pub fn machine(power: MachinePower, ready: bool) -> Outcome {
 
 fn report(script: &Script, state: &DesiredState) -> Report {
     let journal = script.journal.lock().unwrap();
-    let source = |g: &SourceGroup| SourceGroupReport {
-        stream_uid: g.stream_uid.clone(),
-        link: LinkState::Up.into(),
-        rung: Rung::Streaming.into(),
-        held: g.hold || journal.held.get(&g.stream_uid).copied().unwrap_or_default(),
-        captured_seq: 100,
-        acked_seq: 100,
-        rpo_now_us: script.rpo_us,
-        lease_ms: g.lease_ms,
-        ..SourceGroupReport::default()
+    let source = |g: &SourceGroup| {
+        let held = g.hold || journal.held.get(&g.stream_uid).copied().unwrap_or_default();
+        let disk = |d: &SourceDisk| SourceDiskReport {
+            disk_uid: d.uid.clone(),
+            state: if held { "held" } else { "serving" }.into(),
+            generation: d.generation,
+            ..SourceDiskReport::default()
+        };
+        SourceGroupReport {
+            stream_uid: g.stream_uid.clone(),
+            link: LinkState::Up.into(),
+            rung: Rung::Streaming.into(),
+            held,
+            captured_seq: 100,
+            acked_seq: 100,
+            rpo_now_us: script.rpo_us,
+            lease_ms: g.lease_ms,
+            sync: journal.sync,
+            disks: g.disks.iter().map(disk).collect(),
+            ..SourceGroupReport::default()
+        }
     };
+    let runs = |g: &&SourceGroup| !(g.hold && journal.released.contains(&g.stream_uid));
     let target = |t: &TargetStream| TargetStreamReport {
         stream_uid: t.stream_uid.clone(),
         connected: true,
-        durable_seq: 100,
+        durable_seq: 100 + journal.more,
         points: Some(PointSummary {
             oldest: Some(point(state, &t.stream_uid, 1)),
-            newest: Some(point(state, &t.stream_uid, 100)),
+            newest: Some(point(state, &t.stream_uid, 100 + journal.more)),
             count: 100,
             cuts: 10,
         }),
@@ -464,7 +494,7 @@ fn report(script: &Script, state: &DesiredState) -> Report {
     };
     Report {
         observed_version: state.version,
-        sources: state.sources.iter().map(source).collect(),
+        sources: state.sources.iter().filter(runs).map(source).collect(),
         targets: state.targets.iter().map(target).collect(),
         room: script.free.map(|free_bytes| TargetRoom {
             total_bytes: 1 << 40,

@@ -36,6 +36,8 @@ pub fn phase_word(phase: v1::Phase) -> &'static str {
         v1::Phase::Protected => "protected",
         v1::Phase::FailingOver => "failing-over",
         v1::Phase::FailedOver => "failed-over",
+        v1::Phase::FailingBack => "failing-back",
+        v1::Phase::FailedBack => "failed-back",
     }
 }
 
@@ -369,21 +371,48 @@ fn sync(sync: Option<&v1::SyncProgress>) -> Value {
     })
 }
 
+fn rpo(rpo: &v1::Rpo) -> Value {
+    let ms = |us: Option<u64>| us.map(|us| millis(us.saturating_mul(1000)));
+    json!({
+        "now_ms": ms(rpo.now_us),
+        "p50_ms": ms(rpo.p50_us),
+        "p99_ms": ms(rpo.p99_us),
+        "max_ms": ms(rpo.max_us),
+        "target_ms": millis(rpo.target_us.saturating_mul(1000)),
+        "report_age_ms": ms(rpo.report_age_us),
+        "within_target": rpo.within_target,
+        "window_s": rpo.window_s,
+    })
+}
+
+fn reverse(reverse: &v1::ReverseStatus) -> Value {
+    json!({
+        "stream_uid": reverse.stream_uid,
+        "ready": reverse.ready,
+        "missing": null_if_empty_text(&reverse.missing),
+        "rpo": reverse.rpo.as_ref().map(rpo),
+        "sync": sync(reverse.sync.as_ref()),
+        "captured_seq": reverse.captured_seq,
+        "durable_seq": reverse.durable_seq,
+        "wire_bytes": reverse.wire_bytes,
+        "points": reverse.points.as_ref().map(points),
+        "journal_bytes": reverse.journal_bytes,
+    })
+}
+
+/// How far a group's failback is.
+pub fn failback(status: &v1::GroupStatus) -> Value {
+    json!({
+        "group": id(&status.name),
+        "phase": phase_word(status.phase()),
+        "reverse": status.reverse.as_ref().map(reverse),
+        "operation": status.operation.as_ref().map(operation),
+        "conditions": status.conditions.iter().map(condition).collect::<Vec<_>>(),
+    })
+}
+
 /// How a group stands.
 pub fn group_status(status: &v1::GroupStatus) -> Value {
-    let ms = |us: Option<u64>| us.map(|us| millis(us.saturating_mul(1000)));
-    let rpo = status.rpo.as_ref().map(|rpo| {
-        json!({
-            "now_ms": ms(rpo.now_us),
-            "p50_ms": ms(rpo.p50_us),
-            "p99_ms": ms(rpo.p99_us),
-            "max_ms": ms(rpo.max_us),
-            "target_ms": millis(rpo.target_us.saturating_mul(1000)),
-            "report_age_ms": ms(rpo.report_age_us),
-            "within_target": rpo.within_target,
-            "window_s": rpo.window_s,
-        })
-    });
     json!({
         "group": id(&status.name),
         "uid": status.uid,
@@ -391,7 +420,7 @@ pub fn group_status(status: &v1::GroupStatus) -> Value {
         "rung": rung_word(status.rung()),
         "conditions": status.conditions.iter().map(condition).collect::<Vec<_>>(),
         "operation": status.operation.as_ref().map(operation),
-        "rpo": rpo,
+        "rpo": status.rpo.as_ref().map(rpo),
         "writes_per_s": status.writes_per_s,
         "captured_bytes_per_s": status.captured_bytes_per_s,
         "wire_bytes_per_s": status.wire_bytes_per_s,
@@ -432,6 +461,7 @@ pub fn group_status(status: &v1::GroupStatus) -> Value {
             "size_bytes": disk.size_bytes,
         })).collect::<Vec<_>>(),
         "views": status.views.iter().map(view).collect::<Vec<_>>(),
+        "reverse": status.reverse.as_ref().map(reverse),
         "source": id(&status.source),
         "target": id(&status.target),
         "policy": id(&status.policy),
@@ -498,6 +528,7 @@ mod tests {
                 "policy",
                 "queue_bytes",
                 "queue_limit_bytes",
+                "reverse",
                 "rpo",
                 "rung",
                 "scrub",
@@ -521,6 +552,38 @@ mod tests {
         assert_eq!(status["phase"], "protected");
         assert_eq!(status["rpo"]["now_ms"], 4.213);
         assert_eq!(status["rpo"]["p99_ms"], Value::Null, "what is not known is null, not 0");
+    }
+
+    #[test]
+    fn the_shape_of_a_failback_is_stable() {
+        let status = v1::GroupStatus {
+            name: "tenants/default/groups/shop".into(),
+            phase: v1::Phase::FailingBack.into(),
+            reverse: Some(v1::ReverseStatus { ready: true, ..Default::default() }),
+            ..Default::default()
+        };
+        let document = failback(&status);
+        assert_eq!(keys(&document), ["conditions", "group", "operation", "phase", "reverse"]);
+        assert_eq!(document["phase"], "failing-back");
+        assert_eq!(
+            keys(&document["reverse"]),
+            [
+                "captured_seq",
+                "durable_seq",
+                "journal_bytes",
+                "missing",
+                "points",
+                "ready",
+                "rpo",
+                "stream_uid",
+                "sync",
+                "wire_bytes"
+            ]
+        );
+        assert_eq!(
+            (&document["reverse"]["missing"], &group_status(&status)["reverse"]["ready"]),
+            (&Value::Null, &true.into())
+        );
     }
 
     #[test]

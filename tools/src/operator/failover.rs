@@ -27,7 +27,7 @@ const WAIT_RETRY: Duration = Duration::from_secs(30);
 pub struct Begin {
     /// Check only; nothing is changed.
     #[arg(long)]
-    dry_run: bool,
+    pub(super) dry_run: bool,
     /// Return once it is started.
     #[arg(long)]
     no_wait: bool,
@@ -40,11 +40,11 @@ pub struct Begin {
 }
 
 impl Begin {
-    fn reason(&self) -> String {
+    pub(super) fn reason(&self) -> String {
         self.reason.clone().unwrap_or_default()
     }
 
-    fn request_id(&self) -> String {
+    pub(super) fn request_id(&self) -> String {
         self.request_id.clone().unwrap_or_else(|| Uuid::new_v4().to_string())
     }
 }
@@ -290,7 +290,12 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
 }
 
 /// What has been started, until it is done unless that is not wanted.
-async fn follow_to_end(session: &Session, group: &str, started: v1::Operation, how: &Begin) -> Result<(), Failure> {
+pub(super) async fn follow_to_end(
+    session: &Session,
+    group: &str,
+    started: v1::Operation,
+    how: &Begin,
+) -> Result<(), Failure> {
     if how.no_wait && !started.validate_only {
         session.out.show(&documents::operation(&started), || {
             let (verb, name) = (&started.verb, id(&started.name));
@@ -447,9 +452,14 @@ fn result(operation: &v1::Operation) -> String {
     let Some(result) = &operation.failover else { return String::new() };
     let group = group_of(&operation.subject);
     let mut shown = String::new();
-    if operation.verb == "undo-failover" {
-        shown += &format!("group {group} runs at its source again\n");
-    }
+    shown += &match operation.verb.as_str() {
+        "undo-failover" => format!("group {group} runs at its source again\n"),
+        "failback" => format!("what is written at group {group}'s target is protected back to its source\n"),
+        "cancel-failback" => format!("group {group} stays failed over\n"),
+        "switch-failback" => format!("group {group} runs at its source, with all that was written at its target\n"),
+        "commit-failback" => format!("group {group} stays at its source\n"),
+        _ => String::new(),
+    };
     if let Some(point) = &result.point {
         shown += &format!("group {group} is at write {} of {}", point.seq, show_time(point.wall_ns));
         shown += &match result.fence() {
@@ -459,6 +469,8 @@ fn result(operation: &v1::Operation) -> String {
     }
     if result.generation > 0 {
         shown += &format!("generation of its disks: {}\n", result.generation);
+    }
+    if result.generation > 0 && result.point.is_some() {
         shown += &format!("RPO as it was shown when this began: {}\n", show_duration(result.rpo_at_start_us * 1000));
     }
     if let Some(branch) = &result.branch {

@@ -4,7 +4,7 @@
 //! session     identity, connection, names, errors of calls        values      what is typed and shown: times, sizes, points
 //! failure     what went wrong, what to do, exit code              output      tables, JSON, questions
 //! documents   the shapes of the JSON                              enrol       join, token
-//! proxies · policy · group · placement · disk · machine · point · failover · view · status · rpo · watch · audit     a module for each command
+//! proxies · policy · group · placement · disk · machine · point · failover · failback · view · status · rpo · watch · audit     a module for each command
 //! ```
 
 use std::process::ExitCode;
@@ -19,6 +19,7 @@ pub mod certificate;
 pub mod disk;
 pub mod documents;
 pub mod enrol;
+pub mod failback;
 pub mod failover;
 pub mod failure;
 pub mod group;
@@ -91,6 +92,8 @@ pub enum Command {
     Point(Verbs<point::Verb>),
     /// Fail over: start a group from its replica, at any point.
     Failover(Verbs<failover::Verb>),
+    /// Fail back: bring a group that runs from its replica to its source again, with all that was written.
+    Failback(Verbs<failback::Verb>),
     /// Views: any restore point as disks, beside what is running.
     View(Verbs<view::Verb>),
     /// How groups and proxies stand now.
@@ -210,6 +213,7 @@ impl Command {
             Command::Machine(verbs) => &verbs.common,
             Command::Point(verbs) => &verbs.common,
             Command::Failover(verbs) => &verbs.common,
+            Command::Failback(verbs) => &verbs.common,
             Command::View(verbs) => &verbs.common,
             Command::Status(with) => &with.common,
             Command::Watch(with) => &with.common,
@@ -266,6 +270,7 @@ async fn act(command: Command) -> Result<(), Failure> {
         Command::Machine(verbs) => machine::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Point(verbs) => point::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Failover(verbs) => failover::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Failback(verbs) => failback::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::View(verbs) => view::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Status(with) => status::run(with.own, &Session::open(&with.common).await?).await,
         Command::Watch(with) => watch::run(with.own, &Session::open(&with.common).await?).await,
@@ -306,6 +311,7 @@ pub fn phase_mood(phase: v1::Phase) -> Mood {
     match phase {
         v1::Phase::Protected => Mood::Good,
         v1::Phase::Syncing | v1::Phase::FailingOver | v1::Phase::FailedOver => Mood::Care,
+        v1::Phase::FailingBack | v1::Phase::FailedBack => Mood::Care,
         v1::Phase::Unspecified => Mood::Plain,
     }
 }

@@ -114,16 +114,16 @@ fn noted(name: &str, condition: &v1::Condition) -> String {
 /// The phase, and how far a synchronisation is.
 pub fn phase(group: &v1::GroupStatus) -> String {
     let word = phase_word(group.phase());
-    match &group.sync {
-        Some(sync) if sync.total_bytes > 0 => match sync.left_ms {
-            Some(left) => {
-                let left = show_duration(left.saturating_mul(1_000_000));
-                format!("{word} {} %, {left} left", percent(sync))
-            }
-            None => format!("{word} {} %", percent(sync)),
-        },
+    match group.reverse.as_ref().map_or(&group.sync, |reverse| &reverse.sync) {
+        Some(sync) if sync.total_bytes > 0 => format!("{word} {}", progress(sync)),
         _ => word.to_owned(),
     }
+}
+
+/// How far a synchronisation is, and how long it takes.
+pub fn progress(sync: &v1::SyncProgress) -> String {
+    let left = sync.left_ms.map(|ms| format!(", {} left", show_duration(ms.saturating_mul(1_000_000))));
+    format!("{} %{}", percent(sync), left.unwrap_or_default())
 }
 
 /// Rounded down: 100 means done.
@@ -211,6 +211,10 @@ pub fn one(group: &v1::GroupStatus) -> String {
         ),
         ("verified", group.scrub.as_ref().map_or_else(String::new, verified)),
     ]);
+    if let Some(reverse) = &group.reverse {
+        shown += "\n";
+        shown += &super::failback::reverse_fields(reverse);
+    }
     if !group.disks.is_empty() {
         shown += "\n";
         shown += &disks(group);

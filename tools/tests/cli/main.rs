@@ -152,6 +152,39 @@ fn a_failover_runs_to_its_end_and_says_where_to_start_from() {
 }
 
 #[test]
+fn a_failback_says_how_far_it_is_and_brings_the_group_back() {
+    let bed = Bed::protected();
+    let refused = bed.run("failback start shop --json");
+    assert_eq!(refused.code, 3);
+    assert!(refused.error()["message"].as_str().unwrap().contains("not failed over"), "{}", refused.err);
+    bed.ok("failover start shop --to latest --yes");
+    let checked = bed.run("failback start shop --dry-run --json").document();
+    assert_eq!((&checked["verb"], &checked["dry_run"]), (&"failback".into(), &true.into()));
+    assert!(bed.run("failback start shop").text().contains("protected back"));
+    let state = bed.run("failback status shop --json").document();
+    assert_eq!((&state["phase"], &state["reverse"]["ready"]), (&"failing-back".into(), &true.into()));
+    assert!(bed.run("failback status shop").text().contains("ready to switch"));
+    assert!(bed.run("status shop").text().contains("ready to switch"));
+    assert!(bed.run("failback cancel shop").text().contains("stays failed over"));
+    bed.ok("failback start shop");
+    // What it overwrites is said first.
+    let unasked = bed.run("failback switch shop");
+    assert_eq!(unasked.code, 3);
+    assert!(unasked.err.contains("overwritten") && unasked.err.contains("--yes"), "{}", unasked.err);
+    let switched = bed.run("failback switch shop --yes --json").document();
+    assert_eq!((&switched["state"], &switched["result"]["generation"]), (&"done".into(), &3.into()));
+    assert_eq!((&switched["result"]["point"], &switched["result"]["branch"]["kept"]), (&Value::Null, &true.into()));
+    assert_eq!(bed.run("failback status shop --json").document()["phase"], "failed-back");
+    assert!(bed.run("failback status shop").text().contains("can be undone"));
+    assert_eq!(bed.run("failback commit shop --yes").code, 3, "nothing that its source wrote since is held");
+    let wrong = bed.run("failback undo shop --unconfirmed shpo --yes");
+    assert_eq!(wrong.code, 2, "{}", wrong.err);
+    let undone = bed.run("failback undo shop --yes --json").document();
+    assert_eq!(names(&undone["result"]["view"], "exports", "disk"), ["data", "logs"]);
+    assert_eq!(bed.run("group show shop --json").document()["phase"], "failed-over");
+}
+
+#[test]
 fn watch_writes_a_line_of_json_for_each_state() {
     let bed = Bed::protected();
     let said = bed.run("watch shop --interval 100ms --for 600ms --json");

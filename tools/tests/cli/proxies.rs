@@ -39,7 +39,7 @@ pub async fn run(bundle: Bundle, target: bool) {
         name: bundle.name.clone(),
         uid: bundle.uid.clone(),
         software_version: "0.0.0-test".into(),
-        data_address: if target { "127.0.0.1:9".into() } else { String::new() },
+        data_address: "127.0.0.1:9".into(),
         nbd_addresses: vec!["unix:/run/test.sock".into()],
         capabilities: vec![if target { "target" } else { "source" }.into(), "nbd-unix".into()],
         boot_id: "boot".into(),
@@ -55,12 +55,12 @@ pub async fn run(bundle: Bundle, target: bool) {
         .into_inner();
     let mut desired = v1::DesiredState::default();
     let mut views: Vec<v1::ViewReport> = Vec::new();
-    let mut held = false;
+    let mut held = Vec::new();
     let mut tick = tokio::time::interval(Duration::from_millis(50));
     loop {
         tokio::select! {
             _ = tick.tick() => {
-                let report = report(&desired, &views, held);
+                let report = report(&desired, &views, &held);
                 if !send(proxy_message::Message::Report(report)).await { return }
             }
             message = inbox.message() => {
@@ -79,12 +79,13 @@ pub async fn run(bundle: Bundle, target: bool) {
     }
 }
 
-fn report(desired: &v1::DesiredState, views: &[v1::ViewReport], held: bool) -> Report {
+fn report(desired: &v1::DesiredState, views: &[v1::ViewReport], held: &[String]) -> Report {
+    let is_held = |group: &v1::SourceGroup| group.hold || held.contains(&group.stream_uid);
     let source = |group: &v1::SourceGroup| SourceGroupReport {
         stream_uid: group.stream_uid.clone(),
         link: v1::LinkState::Up.into(),
         rung: v1::Rung::Streaming.into(),
-        held,
+        held: is_held(group),
         captured_seq: NEWEST,
         sealed_seq: NEWEST,
         sent_seq: NEWEST,
@@ -99,7 +100,7 @@ fn report(desired: &v1::DesiredState, views: &[v1::ViewReport], held: bool) -> R
             .iter()
             .map(|disk| SourceDiskReport {
                 disk_uid: disk.uid.clone(),
-                state: if held { "held" } else { "serving" }.into(),
+                state: if is_held(group) { "held" } else { "serving" }.into(),
                 generation: disk.generation,
                 uris: vec![format!("nbd+unix:///{}?socket=/run/test.sock", disk.export_name)],
                 ..Default::default()
@@ -162,13 +163,14 @@ fn answer(
     command: Command,
     desired: &v1::DesiredState,
     views: &mut Vec<v1::ViewReport>,
-    held: &mut bool,
+    held: &mut Vec<String>,
 ) -> command_result::Outcome {
     let stream =
         |uid: &str| desired.targets.iter().find(|stream| stream.stream_uid == uid).cloned().unwrap_or_default();
     match command {
         Command::Fence(fence) => {
-            *held = fence.hold;
+            held.retain(|stream| *stream != fence.stream_uid);
+            held.extend(fence.hold.then(|| fence.stream_uid.clone()));
             if fence.hold { Outcome::Fenced(v1::Fenced { last_seq: NEWEST }) } else { Outcome::Done(v1::Done {}) }
         }
         Command::RaiseGeneration(raise) => {
@@ -236,14 +238,21 @@ fn answer(
         Command::InspectDisk(inspect) => {
             error(v1::CommandErrorKind::NotFound, &format!("{}: no such file or directory", inspect.path))
         }
-        Command::Unprotect(_) | Command::DropStream(_) | Command::LeaveDisk(_) | Command::ReleaseDisks(_) => {
-            Outcome::Done(v1::Done {})
-        }
-        Command::MergeStream(_) => Outcome::Merged(v1::Merged { complete: true, merged_bytes: 0, total_bytes: 0 }),
+        Command::Unprotect(_) | Command::DropStream(_) | Command::LeaveDisk(_) => Outcome::Done(v1::Done {}),
         Command::InspectBranch(_) => Outcome::Branch(v1::Branch::default()),
         Command::Observe(_) => Outcome::Observed(desired.clone()),
         Command::StartInstance(_) | Command::StopInstance(_) | Command::ProbeInstance(_) => {
             error(v1::CommandErrorKind::Unsupported, "nothing is set up for machines here")
         }
+        Command::ReleaseDisks(release) => {
+            held.retain(|stream| *stream != release.stream_uid);
+            Outcome::Done(v1::Done {})
+        }
+        Command::MergeStream(_) => Outcome::Merged(v1::Merged {
+            complete: true,
+            merged_bytes: DISK_BYTES,
+            total_bytes: DISK_BYTES,
+            written_bytes: 4096,
+        }),
     }
 }
