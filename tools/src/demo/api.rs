@@ -123,16 +123,68 @@ impl Api {
             reason: "demo: the source site is lost".into(),
             ..Default::default()
         };
-        let mut failovers = v1::failovers_client::FailoversClient::new(self.channel.clone());
-        let operation = failovers.start_failover(request).await.map_err(refused)?.into_inner();
+        let operation = self.failovers().start_failover(request).await.map_err(refused)?.into_inner();
+        self.done(operation, 30).await
+    }
+
+    fn failovers(&self) -> v1::failovers_client::FailoversClient<Channel> {
+        v1::failovers_client::FailoversClient::new(self.channel.clone())
+    }
+
+    /// Waits until an operation is done.
+    async fn done(&mut self, begun: v1::Operation, within_s: u64) -> io::Result<v1::Operation> {
         let mut operations = v1::operations_client::OperationsClient::new(self.channel.clone());
-        let wait = v1::WaitOperationRequest { name: operation.name, timeout_ms: 30_000 };
-        let operation = operations.wait_operation(wait).await.map_err(refused)?.into_inner();
-        match operation.error.as_ref() {
-            None if operation.state() == v1::OperationState::Done => Ok(operation),
-            None => Err(io::Error::other(format!("the failover is still {:?} after 30 s", operation.state()))),
-            Some(e) => Err(io::Error::other(format!("failover, step {}: {} ({})", e.step, e.message, e.remedy))),
+        let end = Instant::now() + Duration::from_secs(within_s);
+        loop {
+            let wait = v1::WaitOperationRequest { name: begun.name.clone(), timeout_ms: 30_000 };
+            let operation = operations.wait_operation(wait).await.map_err(refused)?.into_inner();
+            let verb = &operation.verb;
+            match operation.error.as_ref() {
+                None if operation.state() == v1::OperationState::Done => return Ok(operation),
+                None if Instant::now() < end => {}
+                None => {
+                    let state = operation.state();
+                    return Err(io::Error::other(format!("{verb} is still {state:?} after {within_s} s")));
+                }
+                Some(e) => {
+                    let (step, message, remedy) = (&e.step, &e.message, &e.remedy);
+                    return Err(io::Error::other(format!("{verb}, step {step}: {message} ({remedy})")));
+                }
+            }
         }
+    }
+
+    /// Protects what is written to the view back to the source.
+    pub async fn failback(&mut self, group: &str) -> io::Result<v1::Operation> {
+        let request = v1::StartFailbackRequest { group: group.into(), ..Default::default() };
+        let operation = self.failovers().start_failback(request).await.map_err(refused)?.into_inner();
+        self.done(operation, 60).await
+    }
+
+    /// How far the failback is.
+    pub async fn reverse(&mut self, group: &str) -> io::Result<v1::ReverseStatus> {
+        let status = self.group_status(group).await?;
+        status.reverse.ok_or_else(|| io::Error::other(format!("{group} is not failing back: {:?}", status.phase)))
+    }
+
+    /// The group runs at its source again.
+    pub async fn switch(&mut self, group: &str) -> io::Result<v1::Operation> {
+        let request = v1::SwitchFailbackRequest { group: group.into(), ..Default::default() };
+        let operation = self.failovers().switch_failback(request).await.map_err(refused)?.into_inner();
+        self.done(operation, 120).await
+    }
+
+    /// Whether the failback can be committed now.
+    pub async fn can_commit(&mut self, group: &str) -> bool {
+        let request = v1::CommitFailbackRequest { group: group.into(), validate_only: true, ..Default::default() };
+        self.failovers().commit_failback(request).await.is_ok()
+    }
+
+    /// It stays there.
+    pub async fn commit(&mut self, group: &str) -> io::Result<v1::Operation> {
+        let request = v1::CommitFailbackRequest { group: group.into(), ..Default::default() };
+        let operation = self.failovers().commit_failback(request).await.map_err(refused)?.into_inner();
+        self.done(operation, 30).await
     }
 
     /// The cuts that are held, oldest first.

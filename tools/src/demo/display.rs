@@ -67,6 +67,17 @@ impl Display {
         self.live.set_message(text);
     }
 
+    /// Refreshes the live line during a failback.
+    pub fn reverse(&self, reverse: &v1::ReverseStatus, answered: u64) {
+        self.live.enable_steady_tick(Duration::from_millis(100));
+        let progress = reverse.sync.as_ref().map_or_else(
+            || reverse.missing.clone(),
+            |sync| format!("{} of {} MiB compared", sync.done_bytes >> 20, sync.total_bytes >> 20),
+        );
+        let sent = reverse.wire_bytes as f64 / 1e6;
+        self.live.set_message(format!("{progress} · {sent:.1} MB sent · {answered} writes answered meanwhile"));
+    }
+
     /// Leaves the last live line standing.
     pub fn end_live(&self) {
         let last = self.live.message();

@@ -1,7 +1,8 @@
 //! `afterimage demo`: the product's main job, with real processes, on one host.
 //!
 //! Coordinator, source proxy and target proxy run as processes of their own. A writer works on two disks through NBD;
-//! the source proxy is killed; the group is failed over; every block is held against what the writer knows.
+//! the source proxy is killed; the group is failed over; every block is held against what the writer knows. Then the
+//! machine writes at its replica, the source comes back, and the group fails back to it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use afterimage_wire::v1;
 
 pub mod api;
+mod back;
 mod check;
 mod display;
 mod site;
@@ -63,6 +65,7 @@ struct Summary {
     rto_ms: f64,
     rpo: v1::Rpo,
     blocks_checked: u64,
+    back: back::Back,
 }
 
 /// Runs the demo.
@@ -89,6 +92,10 @@ pub fn run(args: Args) -> ExitCode {
                             "p50": us(summary.rpo.p50_us), "p99": us(summary.rpo.p99_us), "max": us(summary.rpo.max_us),
                         },
                         "blocks_checked": summary.blocks_checked,
+                        "failback_verified": true,
+                        "failback_bytes_ratio": round(summary.back.bytes_ratio),
+                        "failback_switch_ms": round(summary.back.switch_ms),
+                        "failback_blocks_compared": summary.back.blocks_compared,
                     })
                 );
             }
@@ -196,7 +203,10 @@ async fn play(args: &Args) -> io::Result<Summary> {
     display.headline("7  Three earlier points, one of them a single write");
     blocks_checked += check_earlier(&mut api, &memory, &views, &display).await?;
 
-    let summary = Summary { lost_ms, rto_ms: rto.as_secs_f64() * 1e3, rpo, blocks_checked };
+    let sides = back::Sides { images: [&data, &log], views: (&views, &exports) };
+    let back = back::play(&mut site, &mut api, &sides, &display).await?;
+
+    let summary = Summary { lost_ms, rto_ms: rto.as_secs_f64() * 1e3, rpo, blocks_checked, back };
     display.summary(&summary_rows(&summary));
     if args.keep {
         display.keep(&site.look_around(&exports));
@@ -219,6 +229,13 @@ fn summary_rows(summary: &Summary) -> Vec<(&'static str, String)> {
             ),
         ),
         ("blocks checked", summary.blocks_checked.to_string()),
+        (
+            "failback",
+            format!(
+                "{} blocks as they were written; {:.2} bytes sent for each that had to be; switched in {:.0} ms",
+                summary.back.blocks_compared, summary.back.bytes_ratio, summary.back.switch_ms
+            ),
+        ),
     ]
 }
 

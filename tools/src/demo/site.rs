@@ -17,6 +17,10 @@ pub struct Site {
     children: Vec<(&'static str, Child)>,
     coordinator: String,
     stream: String,
+    /// Where streams arrive at the source's site, on the way back.
+    back: String,
+    /// How the source proxy was started.
+    source_args: Vec<std::ffi::OsString>,
     keep: bool,
 }
 
@@ -39,8 +43,9 @@ impl Site {
                 (temporary.path().to_owned(), Some(temporary))
             }
         };
-        let (coordinator, stream) = (free_address()?, free_address()?);
-        Ok(Self { dir, temporary, children: Vec::new(), coordinator, stream, keep: false })
+        let (coordinator, stream, back) = (free_address()?, free_address()?, free_address()?);
+        let (children, source_args) = (Vec::new(), Vec::new());
+        Ok(Self { dir, temporary, children, coordinator, stream, back, source_args, keep: false })
     }
 
     /// The folder.
@@ -92,7 +97,13 @@ impl Site {
             ("--listen", self.stream.clone().into()),
             ("--views", format!("unix:{}", self.view_socket().display()).into()),
         ];
-        let source = [("--nbd", format!("unix:{}", self.source_socket().display()).into())];
+        // It takes streams, too: on the way back it is the target.
+        let source = [
+            ("--nbd", format!("unix:{}", self.source_socket().display()).into()),
+            ("--journal", self.dir.join("source-journal").into_os_string()),
+            ("--listen", self.back.clone().into()),
+            ("--views", format!("unix:{}", self.dir.join("source-views.sock").display()).into()),
+        ];
         self.proxy(&mut api, "target", &target).await?;
         self.proxy(&mut api, "source", &source).await?;
         let until = Instant::now() + Duration::from_secs(30);
@@ -131,11 +142,23 @@ impl Site {
             args.push(value);
         }
         let args: Vec<std::ffi::OsString> = args.into_iter().map(ToOwned::to_owned).collect();
+        if name == "source" {
+            self.source_args.clone_from(&args);
+        }
         self.spawn(name, &args.iter().map(AsRef::as_ref).collect::<Vec<_>>())
     }
 
+    /// Starts the source proxy again, as it was.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn restart_source(&mut self) -> io::Result<()> {
+        let args = self.source_args.clone();
+        self.spawn("source", &args.iter().map(AsRef::as_ref).collect::<Vec<_>>())
+    }
+
     fn spawn(&mut self, name: &'static str, args: &[&std::ffi::OsStr]) -> io::Result<()> {
-        let log = File::create(self.log(name))?;
+        let log = File::options().create(true).append(true).open(self.log(name))?;
         let child = Command::new(std::env::current_exe()?)
             .args(args)
             .stdin(Stdio::null())
