@@ -76,6 +76,8 @@ pub(crate) struct Run {
     pub(crate) syncs_failed: bool,
     /// Reads fail at the target now and then: what a view cannot read says nothing.
     pub(crate) reads_fail: bool,
+    /// Reads have failed there: what a start could not read counts as lost, and the next start may read it.
+    pub(crate) reads_failed: bool,
     /// What the source left on its disks was judged already: somebody wrote to them since.
     pub(crate) judged: bool,
     /// Highest record that a source was told is durable.
@@ -153,6 +155,7 @@ impl Run {
             fallen: None,
             syncs_failed: false,
             reads_fail: false,
+            reads_failed: false,
             judged: false,
             acked: 0,
             restarts: 0,
@@ -324,7 +327,7 @@ impl Run {
 
     /// The target has recovered: what it holds must be all that was acknowledged.
     pub(crate) fn recovered(&mut self, durable: u64, said: bool) -> Result<(), String> {
-        self.tap.restart(durable);
+        self.tap.restart(durable, self.reads_failed);
         self.note_losses();
         self.stage.world.accept(self.stage.target_node);
         for epoch in &mut self.epochs {

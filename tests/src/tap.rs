@@ -206,12 +206,13 @@ impl Tap {
         }
     }
 
-    /// The target holds nothing above `newest` any more (it lost power); what follows is read afresh.
-    pub fn restart(&mut self, newest: u64) {
+    /// The target holds nothing above `newest` any more (it lost power); what follows is read afresh. With `read_again`
+    /// what it could not read before it may read now: it says what is still lost.
+    pub fn restart(&mut self, newest: u64, read_again: bool) {
         self.segments.clear();
         self.seen.clear();
         self.models.clear();
-        self.losses.retain(|loss| loss.found_at <= newest);
+        self.losses.retain(|loss| loss.found_at <= newest && !read_again);
         self.entries.split_off(&(newest + 1));
         self.synced.values_mut().for_each(|ends| drop(ends.split_off(&(newest + 1))));
         self.frames.clear();

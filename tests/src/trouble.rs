@@ -173,6 +173,7 @@ impl Run {
                 self.syncs_failed |= side == Side::Source && errors.sync > 0.0;
                 if side == Side::Target {
                     self.reads_fail = errors.read > 0.0;
+                    self.reads_failed |= self.reads_fail;
                 }
                 self.later(time, Mend::End(fault));
             }
