@@ -262,6 +262,7 @@ MAY = [
         Failovers.StartFailover Failovers.StartPlannedFailover Failovers.UndoFailover Failovers.ChangePoint
         Failovers.StartFailback Failovers.CancelFailback Failovers.SwitchFailback Failovers.CommitFailback
         Failovers.UndoFailback
+        Failovers.TestFailover
         Operations.CancelOperation Operations.DeleteOperation Views.CreateView Views.DeleteView
         Machines.CreateMachine Machines.UpdateMachine Machines.DeleteMachine"""),
     (["admin"], """

@@ -16,7 +16,7 @@ import time
 
 import nbd
 
-from cluster import AFTERIMAGE, MIB, Cluster, Tests, eventually, expect, workspace
+from cluster import AFTERIMAGE, MIB, Cluster, Tests, digest, eventually, expect, workspace
 
 # A machine that is a process: it counts upwards in the first block of its first disk, durably, and notes what was answered.
 FAKE = r"""#!/usr/bin/python3
@@ -290,6 +290,7 @@ def guest(folder):
         expect("lan" in text and "networks" in text, text)
         cluster.command("machine", "update", "web", "--nic", "")
         eventually("the group is protected again", cluster.protected, timeout=60)
+        trial(cluster, folder, token)
         begun = time.monotonic()
         over = cluster.command("failover", "planned", cluster.GROUP, timeout=180)
         expect(states(over)["await-replica"] == "done", over["steps"])
@@ -308,6 +309,41 @@ def guest(folder):
     finally:
         kill_left(serial.parent)
         cluster.close()
+
+
+def trial(cluster, folder, token):
+    """A test starts a guest beside what is protected, and leaves nothing behind: not when it answers, not when it does not, and
+    not when the coordinator is killed while it is being looked at."""
+    before = digest(cluster.uri("data"))
+    instances = folder / "target-state/machines/qemu"
+    nothing = lambda: not cluster.command("view", "list", cluster.GROUP)["views"] and not any(instances.glob("web.test-*"))  # noqa: E731
+    cluster.command("machine", "update", "web", "--nic", "lan")
+    tested = cluster.command("failover", "test", cluster.GROUP, timeout=180)
+    expect(set(states(tested).values()) == {"done"} and "stop-test" in states(tested), tested["steps"])
+    expect(nothing(), "something of the test is left")
+    text = fails(cluster, "failover", "test", cluster.GROUP, "--ready", "console:never said", "--ready-within", "8s")
+    expect("await-test" in text and "has not said" in text, text)
+    expect(nothing(), "something of a test that failed is left")
+
+    held = cluster.command("failover", "test", cluster.GROUP, "--hold", "10m", "--no-wait")
+    eventually("it is held", lambda: states(cluster.command("failover", "show", held["operation"]))["hold"] == "running", 120)
+    [folder] = instances.glob("web.test-*")
+    line = pathlib.Path(f"/proc/{int((folder / 'pid').read_text())}/cmdline").read_bytes()
+    expect(b"user,restrict=on" in line, "a test with a way out")
+    expect(token in (folder / "serial.log").read_text(errors="replace"), "it does not run from the point")
+    cluster.coordinator.kill()
+    cluster.coordinator.start()
+    eventually("the coordinator is back", lambda: cluster.try_command("status"))
+    expect(states(cluster.command("failover", "show", held["operation"]))["hold"] == "running", "it does not go on")
+    cluster.target.kill()
+    cluster.target.start()
+    ended = cluster.command("failover", "cancel", held["operation"], timeout=90)
+    expect(ended["state"] == "done" and set(states(ended).values()) == {"done"}, ended["steps"])
+    expect(nothing(), "something of a test that was ended is left")
+    eventually("the group is protected", cluster.protected, timeout=60)
+    expect(digest(cluster.uri("data")) == before, "a test has written to the source")
+    cluster.replica_is_source()
+    cluster.command("machine", "update", "web", "--nic", "")
 
 
 def alive(pid):

@@ -33,6 +33,7 @@ mod checks;
 mod failback;
 mod machines;
 mod parts;
+mod trial;
 
 use afterimage_wire::v1;
 use afterimage_wire::v1::command::Command as Tell;
@@ -212,6 +213,10 @@ impl Failover {
                 Release,
             ],
             Verb::CommitFailback => &[Check, Discard],
+            Verb::TestFailover if spec.hold_ms > 0 => {
+                &[Check, OpenView, StartTest, AwaitTest, Hold, StopTest, CloseView]
+            }
+            Verb::TestFailover => &[Check, OpenView, StartTest, AwaitTest, StopTest, CloseView],
         };
         let mut steps: Vec<StepRecord> = names.iter().copied().map(pending).collect();
         steps[0] = StepRecord {
@@ -239,6 +244,7 @@ impl Failover {
             left: Vec::new(),
             reverse: String::new(),
             after: 0,
+            pausing: false,
         };
         Self { spec, state: State::Running, steps, facts, error: None, cancelled_by: String::new() }
     }
@@ -280,6 +286,9 @@ impl Failover {
         if self.spec.verb.is_back() {
             return self.begin_back(group, name, resumed);
         }
+        if let Some(pause) = self.pause() {
+            return pause;
+        }
         let stream_uid = group.uid.clone();
         let view = proxy_view_name(&group.tenant, &group.id, &self.facts.view);
         let back = if resumed { RETURN_MS } else { 0 };
@@ -292,7 +301,11 @@ impl Failover {
             | StepName::AwaitReplica
             | StepName::StopReplica
             | StepName::RestartReplica
-            | StepName::StartSource => self.machine_action(name, group),
+            | StepName::StartSource
+            | StepName::StartTest
+            | StepName::AwaitTest
+            | StepName::StopTest => self.machine_action(name, group),
+            StepName::Hold => self.hold_action(now_ns),
             StepName::CatchUp => Action::CatchUp { way: Way::Forth, within_ms: self.spec.within_ms },
             StepName::Fence => {
                 group.hold = true;
@@ -333,7 +346,7 @@ impl Failover {
                     seq: self.facts.point.as_ref().map_or(0, |p| p.seq),
                     disk_uids: self.facts.disks.clone(),
                     writable: true,
-                    kind: v1::ViewKind::Failover.into(),
+                    kind: if self.spec.verb.is_trial() { v1::ViewKind::Test } else { v1::ViewKind::Failover }.into(),
                     reason: reason(&self.spec.reason, "failover"),
                 };
                 tell(Side::Target, Tell::OpenView(command), RETURN_MS, ANSWER_MS)
@@ -390,9 +403,12 @@ impl Failover {
     pub fn apply(&mut self, group: &mut Group, disks: &[(String, String)], reply: Reply, now_ns: u64) {
         let Some(at) = self.current() else { return };
         let name = self.steps[at].name;
+        if self.paused(&reply) {
+            return;
+        }
         let outcome = if self.spec.verb.is_back() {
             self.apply_back(group, name, reply)
-        } else if self.state == State::Undoing || self.is_past_return(name) {
+        } else if self.state == State::Undoing || self.is_past_return(name) || self.removes(name) {
             Ok(self.undone(group, name, reply))
         } else if name == StepName::Lease && !self.cancelled_by.is_empty() {
             // The wait may have been cut short: nobody knows that the source has stopped.
@@ -408,8 +424,8 @@ impl Failover {
                 step.detail = detail;
             }
             Ok((state, detail)) => {
-                step.state = state;
                 step.detail = detail;
+                self.steps[at].state = self.try_again(at, state, now_ns);
             }
             Err((message, remedy)) => {
                 step.state = StepState::Failed;
@@ -426,6 +442,7 @@ impl Failover {
         }
         let runs_from = |view: &str| GroupPhase::FailedOver { view: view.to_owned() };
         group.phase = match (self.state == State::Undoing, self.spec.verb) {
+            (_, Verb::TestFailover) => group.phase.clone(),
             (undone, verb) if verb.is_back() => self.phase_back(group, undone),
             (true, Verb::UndoFailback) if !self.stays_open() => failback::as_it_was(group),
             (true, Verb::UndoFailback) => runs_from(&self.facts.view),
@@ -460,6 +477,8 @@ impl Failover {
             Verb::CommitFailback => StepName::Discard,
             // It has no such step.
             Verb::Failback => StepName::Finish,
+            // Never: whoever has seen enough says so.
+            Verb::TestFailover => StepName::Finish,
         }
     }
 
@@ -484,6 +503,7 @@ impl Failover {
     /// What has become of the group when this is undone.
     fn goes_on(&self) -> &'static str {
         match self.spec.verb {
+            Verb::TestFailover => "the group has not been touched, and what was there for the test is removed",
             Verb::Failover | Verb::PlannedFailover | Verb::UndoFailback => "the source has been let go on",
             _ => "the group runs on as it did",
         }
@@ -498,7 +518,9 @@ impl Failover {
     fn heed_cancel(&mut self, group: &mut Group) {
         let next = self.steps.iter().find(|s| matches!(s.state, StepState::Pending | StepState::Running));
         let Some(next) = next.filter(|s| s.state == StepState::Pending).map(|s| s.name) else { return };
-        if self.state == State::Running && !self.cancelled_by.is_empty() && !self.reached(self.decided_at()) {
+        let enough = self.reached(StepName::Hold) || self.reached(StepName::StopTest);
+        if self.state == State::Running && !self.cancelled_by.is_empty() && !self.reached(self.decided_at()) && !enough
+        {
             let (message, remedy) = self.given_up();
             self.fail(group, next, message, remedy);
             self.settle(group);
@@ -590,6 +612,7 @@ impl Failover {
                 let loss = if raised.zero_loss { "; nothing answered is missing" } else { "" };
                 Ok((Done, format!("the disks are at generation {}{loss}", raised.generation)))
             }
+            (StepName::Hold, Reply::Nothing) => Ok(self.held()),
             (StepName::Lease, Reply::Nothing) => {
                 let fenced = self.facts.fence == Some(FenceKind::SelfFenced);
                 Ok((Done, if fenced { "the source's lease has run out" } else { "not needed" }.to_owned()))
@@ -660,6 +683,7 @@ impl Failover {
             return;
         }
         let undo = [
+            (StepName::StartTest, StepName::StopTest),
             (StepName::StartReplica, StepName::StopReplica),
             (StepName::OpenView, StepName::CloseView),
             (StepName::RaiseGeneration, StepName::ReturnGeneration),

@@ -210,10 +210,14 @@ fn place(tenant: &str, side: &str, asked: Option<&v1::MachinePlace>) -> Result<P
     Ok(Place { proxy, driver, profile: profile.to_owned(), machine: asked.machine.clone() })
 }
 
-fn ready(asked: Option<&v1::Readiness>) -> Result<Ready, Problem> {
+/// When a machine counts as answering, as asked for; `root`: the message's field in the request.
+///
+/// # Errors
+/// Names the field, the value and what is allowed.
+pub fn ready(root: &str, asked: Option<&v1::Readiness>) -> Result<Ready, Problem> {
     let Some(asked) = asked else { return Ok(Ready::Running) };
     let value = asked.value.clone();
-    let field = "machine.readiness.value";
+    let field = &format!("{root}.value");
     if value.len() > MAX_TEXT || value.chars().any(char::is_control) {
         return Err(Problem::invalid(field, value, format!("up to {MAX_TEXT} bytes without control characters")));
     }
@@ -233,7 +237,7 @@ fn ready(asked: Option<&v1::Readiness>) -> Result<Ready, Problem> {
         }
         Ok(v1::ReadinessKind::Console) => Ok(Ready::Console(value)),
         Ok(v1::ReadinessKind::Hook) => check_id(field, &value).map(|()| Ready::Hook(value)),
-        Err(_) => Err(Problem::invalid("machine.readiness.kind", asked.kind, "running, tcp, console or hook")),
+        Err(_) => Err(Problem::invalid(format!("{root}.kind"), asked.kind, "running, tcp, console or hook")),
     }
 }
 
@@ -311,7 +315,7 @@ impl Machine {
             nics: nics(&asked.nics)?,
             source: place(&name.tenant, "source", asked.source.as_ref())?,
             target: place(&name.tenant, "target", asked.target.as_ref())?,
-            ready: ready(asked.readiness.as_ref())?,
+            ready: ready("machine.readiness", asked.readiness.as_ref())?,
             stop_within_ms: within("machine.stop_within_ms", asked.stop_within_ms.unwrap_or(DEFAULT_STOP_MS), 0)?,
             ready_within_ms: within(
                 "machine.ready_within_ms",

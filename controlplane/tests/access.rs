@@ -395,7 +395,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
         ("Groups", "CreateGroup GetGroup ListGroups UpdateGroup DeleteGroup CreateDisk GetDisk ListDisks DeleteDisk"),
         ("Proxies", "GetProxy ListProxies DeleteProxy"),
         ("Points", "ListPoints ResolvePoint CreateCut"),
-        ("Failovers", "StartFailover StartPlannedFailover UndoFailover ChangePoint"),
+        ("Failovers", "StartFailover StartPlannedFailover UndoFailover ChangePoint TestFailover"),
         ("Failovers", "StartFailback CancelFailback SwitchFailback CommitFailback UndoFailback"),
         ("Operations", "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation"),
         ("Views", "CreateView GetView ListViews DeleteView"),

@@ -231,3 +231,66 @@ async fn who_is_not_there_to_start_a_machine_is_known_before_anything_is_stopped
     assert_eq!(refused.code(), Code::Unavailable, "{refused}");
     assert!(source.told().iter().all(|t| !matches!(t, Tell::Fence(_))), "nothing was stopped");
 }
+
+async fn test(world: &World, hold_ms: u64) -> Operation {
+    let request = TestFailoverRequest { group: SHOP.into(), hold_ms, ..Default::default() };
+    world.failovers().test_failover(request).await.unwrap().into_inner()
+}
+
+fn views(target: &FakeProxy) -> Vec<String> {
+    let mut views: Vec<_> = target.script.journal.lock().unwrap().views.keys().cloned().collect();
+    views.sort();
+    views
+}
+
+#[tokio::test]
+async fn a_test_needs_a_machine_and_leaves_nothing_of_it() {
+    let world = World::new().await;
+    let (source, target) = world.shop().await;
+    let request = TestFailoverRequest { group: SHOP.into(), ..Default::default() };
+    let refused = world.failovers().test_failover(request.clone()).await.unwrap_err();
+    assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("machine create"), "{refused}");
+    world.machines().create_machine(create("web")).await.unwrap();
+    let long = TestFailoverRequest { hold_ms: 86_400_001, ..request.clone() };
+    assert_eq!(code(world.failovers().test_failover(long).await), Code::InvalidArgument);
+    let trial = TestFailoverRequest { validate_only: true, ..request };
+    assert!(world.failovers().test_failover(trial).await.unwrap().into_inner().validate_only);
+
+    let done = world.finish(&test(&world, 0).await.name).await;
+    assert_eq!((done.state(), done.verb.as_str()), (OperationState::Done, "test-failover"), "{done:?}");
+    assert_eq!((on(&target), views(&target)), (vec![], vec![]));
+    let started = target.told().into_iter().find_map(|t| if let Tell::StartInstance(s) = t { Some(s) } else { None });
+    let machine = started.unwrap().machine.unwrap();
+    assert!(machine.role() == MachineRole::Test && machine.instance.starts_with("web.test-"), "{machine:?}");
+    assert_eq!(world.status().await.phase(), Phase::Protected);
+    assert!(source.told().iter().all(|t| !matches!(t, Tell::Fence(_) | Tell::StopInstance(_))), "production notices");
+}
+
+#[tokio::test]
+async fn a_test_goes_on_beside_a_failover_and_a_restart_and_ends_when_enough_is_seen() {
+    let mut world = World::new().await;
+    let (source, target) = world.shop().await;
+    world.machines().create_machine(create("web")).await.unwrap();
+    source.script.journal.lock().unwrap().on.insert("web01".into());
+    let held = test(&world, 600_000).await;
+    let running = |o: &Operation| o.steps.iter().any(|s| s.name == "hold" && s.state() == StepState::Running);
+    let get = || GetOperationRequest { name: held.name.clone() };
+    while !running(&world.operations().get_operation(get()).await.unwrap().into_inner()) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(planned(&world).await.state(), OperationState::Done);
+    assert_eq!((on(&target).len(), views(&target).len()), (2, 2));
+    world.restart().await;
+    let (bundle, script) = target.kill().await;
+    let target = FakeProxy::connect(bundle, script).await;
+    let (bundle, script) = source.kill().await;
+    let _source = FakeProxy::connect(bundle, script).await;
+    assert!(running(&world.operations().get_operation(get()).await.unwrap().into_inner()), "it is held on");
+    let cancel = CancelOperationRequest { name: held.name.clone(), ..Default::default() };
+    world.operations().cancel_operation(cancel).await.unwrap();
+    let done = world.finish(&held.name).await;
+    assert_eq!(done.state(), OperationState::Done, "{done:?}");
+    assert_eq!((on(&target), views(&target)), (vec!["web".to_owned()], vec!["shop.failover".to_owned()]));
+    assert_eq!(web(&world).await.runs_from, format!("{SHOP}/views/failover"), "its replica is not the test's");
+    assert_eq!(world.status().await.phase(), Phase::FailedOver);
+}

@@ -12,7 +12,7 @@ use super::Coordinator;
 use super::machines::keep_machines;
 use crate::audit;
 use crate::convert;
-use crate::failover::{self, Action, Choice, Failover, Reply, Side, StepName, StepState, Verb};
+use crate::failover::{self, Action, Choice, Failover, Reply, Side, State, StepName, StepState, Verb};
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name};
 use crate::objects::{Group, Object, Operation, View, ViewKind, Way, new_uid};
@@ -150,7 +150,8 @@ impl Coordinator {
         let mut changes = self.model_changes();
         loop {
             changes.mark_unchanged();
-            if self.model().operation(name).is_ok_and(|o| !o.work.cancelled_by.is_empty()) {
+            if self.model().operation(name).is_ok_and(|o| !o.work.cancelled_by.is_empty() && o.work.waits_for_cancel())
+            {
                 return;
             }
             if changes.changed().await.is_err() {
@@ -339,14 +340,17 @@ fn keep_views(model: &Model, txn: &mut Txn, group: &Group, operation: &Operation
         id: work.facts.view.clone(),
         version: old.map_or(1, |v| v.version + 1),
         created_ns: old.map_or(group.updated_ns, |v| v.created_ns),
-        kind: ViewKind::Failover,
+        kind: if work.spec.verb.is_trial() { ViewKind::Test } else { ViewKind::Failover },
         writable: true,
         point,
         disk_uids: work.facts.disks.clone(),
         exports: work.facts.exports.clone(),
         reason: work.spec.reason.clone(),
         open: (step(StepName::OpenView) == Some(StepState::Done) && !closed) || stays,
-        closing: step(StepName::CloseView).is_some() && !closed && !stays,
+        // A test has that step before it; of others it is there once they are being undone.
+        closing: step(StepName::CloseView).is_some_and(|s| s != StepState::Pending || work.state != State::Running)
+            && !closed
+            && !stays,
         kept: closed,
         request_id: String::new(),
     };
@@ -394,5 +398,6 @@ fn done_word(verb: Verb) -> &'static str {
         Verb::SwitchFailback => "failed back: it runs at its source, with all that was written to its view",
         Verb::CommitFailback => "its failback is committed",
         Verb::UndoFailback => "its failback is undone: it runs from its view, as that was left",
+        Verb::TestFailover => "tested: its machines start from there and answer",
     }
 }

@@ -274,6 +274,9 @@ async fn futures_all<T>(all: impl Iterator<Item = impl Future<Output = T>>) -> V
 
 /// The machine objects follow the steps: noted as switched off, or as running, before they are told.
 pub(super) fn keep_machines(model: &Model, txn: &mut Txn, operation: &Operation) {
+    if operation.work.spec.verb.is_trial() {
+        return;
+    }
     for driven in &operation.work.facts.machines {
         let Ok(now) = model.machine(&driven.machine.name()) else { continue };
         let (stopped_at_source, runs_from) = operation.work.machine_marks(driven);

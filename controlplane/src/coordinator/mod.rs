@@ -49,11 +49,13 @@ mod policies;
 mod report;
 mod restore;
 mod rpo;
+mod trials;
 mod verbs;
 mod views;
 mod watchman;
 
 pub use points::page_size;
+pub use trials::Trial;
 pub use verbs::{Asking, From as RunFrom};
 
 /// How long a proxy may take to answer a caller who waits.

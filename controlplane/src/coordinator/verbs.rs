@@ -157,7 +157,7 @@ impl Coordinator {
     }
 
     /// Known before anything is stopped: such a point is held, is whole, and can be named.
-    async fn fit_point(&self, model: &Model, name: &Name, to: Choice) -> Result<v1::Point, Problem> {
+    pub(super) async fn fit_point(&self, model: &Model, name: &Name, to: Choice) -> Result<v1::Point, Problem> {
         let point = self.resolve_point(name, to).await?;
         let disks = disk_names(model, model.group(name)?);
         failover::check_point(&convert::point_from_proto(&point), &point.damage, &disks).map_err(|state| {
@@ -184,7 +184,10 @@ impl Coordinator {
                 }
                 let work = work(model)?;
                 let group = model.group(name)?;
-                let phase = phase_during(&work, group, &uid);
+                let phase = match work.spec.verb.is_trial() {
+                    true => group.phase.clone(),
+                    false => phase_during(&work, group, &uid),
+                };
                 let operation = Operation {
                     uid: uid.clone(),
                     tenant: name.tenant.clone(),
@@ -268,7 +271,7 @@ fn exports_of(model: &Model, group: &Name, view: &str) -> Vec<ExportRecord> {
 }
 
 /// The operation that the same request began, if one did.
-fn begun_before<'a>(
+pub(super) fn begun_before<'a>(
     model: &'a Model,
     group: &Name,
     verb: Verb,

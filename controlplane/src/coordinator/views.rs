@@ -226,7 +226,14 @@ impl Coordinator {
     /// Views that an earlier life recorded and did not get open: closed and forgotten.
     pub(super) fn drop_half_made_views(self: &Arc<Self>) {
         let model = self.model();
-        let half_made = |v: &&View| !v.open && v.kind != ViewKind::Failover;
+        // Those of a test that is going on are its own to close.
+        let tests = |v: &View| {
+            model
+                .operations
+                .values()
+                .any(|o| o.ended_ns == 0 && o.tenant == v.tenant && o.group == v.group && o.work.facts.view == v.id)
+        };
+        let half_made = |v: &&View| !v.open && v.kind != ViewKind::Failover && !tests(v);
         let views: Vec<View> = model.views.values().filter(half_made).cloned().collect();
         for view in views {
             let coordinator = self.clone();

@@ -185,7 +185,11 @@ impl Failover {
             | StepName::AwaitReplica
             | StepName::StopReplica
             | StepName::RestartReplica
-            | StepName::StartSource => Action::Record,
+            | StepName::StartSource
+            | StepName::StartTest
+            | StepName::AwaitTest
+            | StepName::Hold
+            | StepName::StopTest => Action::Record,
         }
     }
 

@@ -59,7 +59,19 @@ impl StepName {
     /// Tells the proxies of machines.
     pub(super) fn is_of_machines(self) -> bool {
         use StepName::*;
-        matches!(self, StopSource | PowerOff | StartReplica | AwaitReplica | StopReplica | RestartReplica | StartSource)
+        let switches =
+            matches!(self, StopSource | PowerOff | StartReplica | StopReplica | RestartReplica | StartSource);
+        switches || matches!(self, AwaitReplica | StartTest | AwaitTest | StopTest)
+    }
+
+    /// Until the machines answer.
+    fn awaits(self) -> bool {
+        matches!(self, Self::AwaitReplica | Self::AwaitTest)
+    }
+
+    /// Until they are off.
+    fn stops(self) -> bool {
+        matches!(self, Self::StopSource | Self::PowerOff | Self::StopReplica | Self::StopTest)
     }
 }
 
@@ -95,8 +107,9 @@ impl Failover {
         self
     }
 
-    fn role(&self, step: StepName) -> Role<'static> {
+    fn role(&self, step: StepName) -> Role<'_> {
         match step {
+            StepName::StartTest | StepName::AwaitTest | StepName::StopTest => Role::Test(&self.facts.view),
             StepName::StopSource | StepName::PowerOff | StepName::StartSource => Role::Source,
             _ => Role::Replica,
         }
@@ -148,7 +161,11 @@ impl Failover {
                 StepName::StopReplica => {
                     (machine.stop(role, machine.stop_within_ms), machine.stop_within_ms + POWER_MS)
                 }
-                StepName::StartReplica => (machine.start(role, view_disks(disks, &self.facts.exports)), DRIVE_MS),
+                // Nobody misses what such an instance has not written yet.
+                StepName::StopTest => (machine.stop(role, 0), POWER_MS),
+                StepName::StartReplica | StepName::StartTest => {
+                    (machine.start(role, view_disks(disks, &self.facts.exports)), DRIVE_MS)
+                }
                 StepName::RestartReplica => (machine.start(role, view_disks(disks, &self.facts.left)), DRIVE_MS),
                 StepName::StartSource => {
                     (machine.start(role, source()), if self.is_undoing() { UNDO_MS } else { DRIVE_MS })
@@ -156,7 +173,7 @@ impl Failover {
                 _ => (machine.probe(role), machine.ready_within_ms),
             };
             let proxy = machine.proxy_of(role, group).to_owned();
-            Order { proxy, tell, within_ms, until_ready: step == StepName::AwaitReplica }
+            Order { proxy, tell, within_ms, until_ready: step.awaits() }
         };
         Action::Machines(addressed.iter().map(order).collect())
     }
@@ -238,18 +255,25 @@ impl Failover {
                 format!("the replica was not started: {why}"),
                 format!("{on}; look at its driver's settings, then start again"),
             )),
+            (StepName::StartTest | StepName::AwaitTest, Err(why)) => Err((
+                format!("the test has failed: {why}"),
+                format!("{on}; look at the machine's definition and its driver's settings"),
+            )),
             (StepName::AwaitReplica, Err(why)) => Ok((Failed, format!("it runs, but {why}"))),
             (_, Err(why)) => Err((why, on.to_owned())),
             (StepName::StopSource, Ok(stand)) if stand.is_empty() => Ok((Skipped, "off already".to_owned())),
-            (StepName::AwaitReplica, Ok(_)) => Ok((Done, format!("{} answering", self.named(step, "is", "are")))),
-            (StepName::StartReplica, Ok(_)) => Ok((Done, format!("{} on", self.named(step, "is", "are")))),
+            (step, Ok(_)) if step.awaits() => Ok((Done, format!("{} answering", self.named(step, "is", "are")))),
+            (StepName::StartReplica | StepName::StartTest, Ok(_)) => {
+                Ok((Done, format!("{} on", self.named(step, "is", "are"))))
+            }
             (_, Ok(_)) => Ok((Done, format!("{} off", self.named(step, "is", "are")))),
         }
     }
 
     /// What came of a step that never fails.
     pub(super) fn machines_undone(&self, step: StepName, reply: Reply) -> (StepState, String) {
-        let word = if step == StepName::StopReplica { "off" } else { "on again" };
+        let off = matches!(step, StepName::StopReplica | StepName::StopTest);
+        let word = if off { "off" } else { "on again" };
         match self.judged(step, reply) {
             Ok(stand) if stand.is_empty() => (StepState::Skipped, "not needed".to_owned()),
             Ok(_) => (StepState::Done, format!("{} {word}", self.named(step, "is", "are"))),
@@ -298,12 +322,10 @@ fn misfit(step: StepName, asked: bool, state: &v1::MachineState) -> Option<Strin
     let because = || if state.detail.is_empty() { String::new() } else { format!(": {}", state.detail) };
     match (step, state.power()) {
         (StepName::StopSource | StepName::PowerOff, On | Off) if asked => None,
-        (StepName::StopSource | StepName::PowerOff | StepName::StopReplica, Off) => None,
-        (StepName::StopSource | StepName::PowerOff | StepName::StopReplica, On) => {
-            Some(format!("is still on{}", because()))
-        }
-        (StepName::AwaitReplica, On) if state.ready => None,
-        (StepName::AwaitReplica, On) => Some(format!("does not answer in time{}", because())),
+        (step, Off) if step.stops() => None,
+        (step, On) if step.stops() => Some(format!("is still on{}", because())),
+        (step, On) if step.awaits() && state.ready => None,
+        (step, On) if step.awaits() => Some(format!("does not answer in time{}", because())),
         (_, On) => None,
         (_, Off) => Some(format!("is off{}", because())),
         (_, Unspecified) => Some(format!("stands as nobody knows{}", because())),

@@ -7,6 +7,7 @@ use afterimage_wire::v1::{MachinePower, MachineRole, MachineState};
 use super::tests::{disks, error, group, obeyed};
 use super::*;
 use crate::machine::{Driver, Firmware, Machine, MachineDisk, Place, Ready};
+use crate::objects::PointRecord;
 
 fn machine(id: &str) -> Driven {
     let driven = || Place { driver: Driver::Hook, profile: "default".into(), ..Place::default() };
@@ -360,4 +361,119 @@ fn whenever_it_is_interrupted_each_machine_runs_once() {
             }
         }
     }
+}
+
+fn trial(hold_ms: u64) -> (Failover, Group) {
+    let spec = Spec { hold_ms, ..Spec::new(Verb::TestFailover, Choice::Latest) };
+    let mut work = Failover::new(spec, &[], ("test-1", ""), 0, 0, "ok".into(), 5);
+    work.facts.disks = vec!["d1".into()];
+    work.facts.point = Some(PointRecord { seq: 90, disks: vec!["d1".into()], ..PointRecord::default() });
+    let group = Group { phase: GroupPhase::Protecting, ..group() };
+    (work.with_machines(vec![machine("web"), machine("db")], false, Vec::new()), group)
+}
+
+fn views(told: &mut BTreeSet<String>, action: &Action) {
+    match action {
+        Action::Tell { command: Tell::OpenView(open), .. } => {
+            assert_eq!(open.kind(), v1::ViewKind::Test);
+            told.insert(open.view.clone());
+        }
+        Action::Tell { command: Tell::CloseView(close), .. } => {
+            assert!(!close.keep_delta);
+            told.remove(&close.view);
+        }
+        _ => {}
+    }
+}
+
+/// Played until it ends; interrupted at `at` by a crash (before or after the action was done) or by somebody.
+fn tried(work: &mut Failover, group: &mut Group, hosts: &mut Hosts, at: u64, how: (bool, bool)) -> BTreeSet<String> {
+    let (cancels, acts) = how;
+    let before = group.clone();
+    let mut open = BTreeSet::new();
+    for now in 0.. {
+        assert!(now < 80, "it does not end: {:?}", work.steps);
+        let action = work.begin(group, now);
+        if action == Action::Ended {
+            break;
+        }
+        let stored = serde_json::to_string(&work).unwrap();
+        if now == at && cancels {
+            work.cancel("operator/anna").unwrap();
+        } else if now == at {
+            if acts {
+                views(&mut open, &action);
+                let _ = hosts.reply(&action);
+            }
+            *work = serde_json::from_str(&stored).unwrap();
+            continue;
+        }
+        views(&mut open, &action);
+        let reply = hosts.reply(&action);
+        work.apply(group, &disks(), reply, now);
+        assert_eq!(*group, before, "a test changes the group");
+    }
+    open
+}
+
+#[test]
+fn a_test_leaves_nothing_behind_on_any_way_out() {
+    for fails in
+        [None, Some(("start", MachineRole::Test, "db.test-1")), Some(("probe", MachineRole::Test, "web.test-1"))]
+    {
+        for at in 0..20 {
+            for how in [(false, false), (false, true), (true, false)] {
+                let ((mut work, mut group), mut hosts) = (trial(60_000), Hosts::running());
+                hosts.fails = fails;
+                let open = tried(&mut work, &mut group, &mut hosts, at, how);
+                assert!(open.is_empty() && hosts.replica.is_empty(), "at {at}, {how:?}: {:?}", work.steps);
+                assert_eq!(hosts.source.len(), 2);
+                let enough = work.steps.iter().any(|s| s.name == StepName::Hold && s.state == StepState::Done);
+                let given_up = how.0 && !enough && at < 6;
+                let good = fails.is_none() && !given_up;
+                assert_eq!(work.state == State::Done, good, "at {at}, {how:?}: {:?}", work.steps);
+                assert_eq!(marks(&work), (false, String::new()));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_removed_is_tried_again_after_a_pause() {
+    let ((mut work, mut group), mut hosts) = (trial(0), Hosts::running());
+    let mut refusals = 3;
+    for now in 10.. {
+        let action = work.begin(&mut group, now);
+        if action == Action::Ended {
+            break;
+        }
+        let reply = match &action {
+            Action::Tell { command: Tell::CloseView(_), .. } if refusals > 0 => {
+                refusals -= 1;
+                Reply::Unreachable("gone".into())
+            }
+            other => hosts.reply(other),
+        };
+        if refusals < 3 && refusals > 0 && !matches!(action, Action::Tell { .. }) {
+            assert!(matches!(action, Action::Wait { ms } if ms > 100), "{action:?}");
+        }
+        work.apply(&mut group, &disks(), reply, now);
+        assert!(now < 60, "{:?}", work.steps);
+    }
+    assert_eq!((work.state, refusals), (State::Done, 0));
+    // Not for ever: a proxy that never comes back ends it, with what is left named.
+    let ((mut work, mut group), mut hosts) = (trial(0), Hosts::running());
+    for now in 1..60 {
+        let action = work.begin(&mut group, now * 3_600_000_000_000);
+        if action == Action::Ended {
+            assert_eq!(work.steps.last().unwrap().state, StepState::Skipped);
+            return;
+        }
+        let reply = match &action {
+            Action::Tell { command: Tell::CloseView(_), .. } => Reply::Unreachable("gone".into()),
+            other => hosts.reply(other),
+        };
+        work.apply(&mut group, &disks(), reply, now * 3_600_000_000_000);
+    }
+    panic!("it does not end: {:?}", work.steps);
 }

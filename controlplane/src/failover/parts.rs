@@ -42,6 +42,8 @@ pub enum Verb {
     CommitFailback,
     /// Failed back, it is to run from its view again, as that was left.
     UndoFailback,
+    /// Its machines are started from a view that is thrown away, and looked at.
+    TestFailover,
 }
 
 impl Verb {
@@ -57,6 +59,7 @@ impl Verb {
             Self::SwitchFailback => "switch-failback",
             Self::CommitFailback => "commit-failback",
             Self::UndoFailback => "undo-failback",
+            Self::TestFailover => "test-failover",
         }
     }
 
@@ -89,12 +92,20 @@ pub struct Spec {
     /// How long what the source has captured may take to arrive in a planned failover, milliseconds.
     #[serde(default)]
     pub within_ms: u64,
+    /// How long a test is left running once it answers, milliseconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub hold_ms: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(ms: &u64) -> bool {
+    *ms == 0
 }
 
 impl Spec {
     /// A verb without any choice made.
     pub fn new(verb: Verb, to: Choice) -> Self {
-        Self { verb, to, unconfirmed: false, discard: false, within_ms: 0, reason: String::new() }
+        Self { verb, to, unconfirmed: false, discard: false, within_ms: 0, hold_ms: 0, reason: String::new() }
     }
 }
 
@@ -162,6 +173,14 @@ pub enum StepName {
     TakeAgain,
     /// Undoing: the view that was left is opened as it was.
     ReopenView,
+    /// Instances to be thrown away are switched on.
+    StartTest,
+    /// They answer.
+    AwaitTest,
+    /// They are left running for a while.
+    Hold,
+    /// They are switched off.
+    StopTest,
 }
 
 impl StepName {
@@ -198,6 +217,10 @@ impl StepName {
             Self::HoldAgain => "hold-again",
             Self::TakeAgain => "take-again",
             Self::ReopenView => "reopen-view",
+            Self::StartTest => "start-test",
+            Self::AwaitTest => "await-test",
+            Self::Hold => "hold",
+            Self::StopTest => "stop-test",
         }
     }
 }
@@ -306,6 +329,9 @@ pub struct Facts {
     /// The newest record of the target before a switch.
     #[serde(default)]
     pub after: u64,
+    /// What could not be removed is tried again after a pause.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pausing: bool,
 }
 
 fn first_view() -> String {

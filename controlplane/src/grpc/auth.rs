@@ -77,7 +77,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
         | ("Points", "CreateCut")
-        | ("Failovers", "StartFailover" | "StartPlannedFailover" | "UndoFailover" | "ChangePoint")
+        | ("Failovers", "StartFailover" | "StartPlannedFailover" | "UndoFailover" | "ChangePoint" | "TestFailover")
         | ("Failovers", "StartFailback" | "CancelFailback" | "SwitchFailback" | "CommitFailback" | "UndoFailback")
         | ("Operations", "CancelOperation" | "DeleteOperation")
         | ("Machines", "CreateMachine" | "UpdateMachine" | "DeleteMachine")
@@ -441,7 +441,7 @@ mod tests {
             ("Proxies", &[Role::Admin], "DeleteProxy"),
             ("Points", READ, "ListPoints ResolvePoint"),
             ("Points", CHANGE, "CreateCut"),
-            ("Failovers", CHANGE, "StartFailover StartPlannedFailover UndoFailover ChangePoint"),
+            ("Failovers", CHANGE, "StartFailover StartPlannedFailover UndoFailover ChangePoint TestFailover"),
             ("Failovers", CHANGE, "StartFailback CancelFailback SwitchFailback CommitFailback UndoFailback"),
             ("Operations", READ, "GetOperation ListOperations WaitOperation"),
             ("Operations", CHANGE, "CancelOperation DeleteOperation"),

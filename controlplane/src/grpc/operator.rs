@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::auth::{Scope, actor};
 use crate::convert;
-use crate::coordinator::{Asking, Coordinator, RunFrom};
+use crate::coordinator::{Asking, Coordinator, RunFrom, Trial};
 use crate::failover::{Choice, Spec, Verb};
 use crate::names::{Kind, Name, check_id};
 use crate::paging::Page;
@@ -22,6 +22,9 @@ const MAX_WAIT_MS: u64 = 600_000;
 const DEFAULT_WAIT_MS: u64 = 60_000;
 /// How long each wait of a planned failover may take if nothing is said, milliseconds.
 const PLANNED_WITHIN_MS: u64 = 60_000;
+
+/// Longest that a test is left running, milliseconds.
+const MAX_HOLD_MS: u64 = 86_400_000;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -322,6 +325,29 @@ impl failovers_server::Failovers for Operator {
         };
         let asking = asking(&scope, r.request_id, r.validate_only);
         ok(self.0.change_point(&group, from, (r.force, r.reason), &asking, &asked).await?)
+    }
+
+    async fn test_failover(&self, request: Request<TestFailoverRequest>) -> Answer<v1::Operation> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let group = scope.name("group", Kind::Group, &r.group)?;
+        let asked = once(&scope, "TestFailover", &r.request_id, &r)?;
+        if r.ready_within_ms != 0 && !(1_000..=3_600_000).contains(&r.ready_within_ms) {
+            let allowed = "1000 to 3600000, or 0";
+            return Err(Problem::invalid("ready_within_ms", r.ready_within_ms, allowed).into());
+        }
+        if r.hold_ms > MAX_HOLD_MS {
+            return Err(Problem::invalid("hold_ms", r.hold_ms, format!("0 to {MAX_HOLD_MS}")).into());
+        }
+        let trial = Trial {
+            to: r.to.as_ref().map(|to| convert::choice_from_proto("to", Some(to))).transpose()?,
+            ready: r.readiness.as_ref().map(|ready| crate::machine::ready("readiness", Some(ready))).transpose()?,
+            ready_within_ms: r.ready_within_ms,
+            hold_ms: r.hold_ms,
+            reason: r.reason,
+        };
+        let asking = asking(&scope, r.request_id, r.validate_only);
+        ok(self.0.test_failover(&group, trial, &asking, &asked).await?)
     }
 
     async fn start_failback(&self, request: Request<StartFailbackRequest>) -> Answer<v1::Operation> {

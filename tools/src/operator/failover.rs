@@ -128,6 +128,31 @@ pub enum Verb {
         #[command(flatten)]
         start: Begin,
     },
+    /// Start a group's machines from a view that is thrown away, without a way out of their network, and see that they answer.
+    #[command(after_help = "Examples:\n  \
+        afterimage failover test shop\n  \
+        afterimage failover test shop --to time:-1h --ready console:login: --ready-within 5m\n  \
+        afterimage failover test shop --hold 30m      to look into them; `failover cancel` ends it sooner\n\n\
+        The group stays as it is, protected or failed over. All of the test is removed at its end, whatever comes of it.\n\
+        Exit codes: 0 they answered, 1 they did not, 3 not allowed now, 4 unreachable.")]
+    Test {
+        /// The group's name.
+        group: String,
+        /// latest, cut:N, time:2026-11-21T10:00:00Z, time:-5m (ago), seq:N.
+        #[arg(long, value_name = "POINT", default_value = "latest", value_parser = selector)]
+        to: Selector,
+        /// When they count as answering: running, console:TEXT (qemu), hook:NAME, tcp:HOST:PORT [default: as defined].
+        #[arg(long, value_name = "WHAT", value_parser = super::machine::ready)]
+        ready: Option<v1::Readiness>,
+        /// How long they have for that [default: as defined].
+        #[arg(long, value_name = "DURATION", value_parser = duration_ns)]
+        ready_within: Option<u64>,
+        /// Leave them running for so long once they answer.
+        #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration_ns)]
+        hold: u64,
+        #[command(flatten)]
+        start: Begin,
+    },
     /// Show a failover with its steps.
     Show {
         /// The operation's id, from `failover list`.
@@ -252,13 +277,28 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let started = session.ask(object(&group), session.failovers().change_point(request)).await?;
             follow_to_end(session, &group, started, &start).await
         }
+        Verb::Test { group, to, ready, ready_within, hold, start } => {
+            let request = v1::TestFailoverRequest {
+                group: session.group(&group),
+                to: Some(api(to)),
+                readiness: ready,
+                ready_within_ms: ready_within.unwrap_or_default() / 1_000_000,
+                hold_ms: hold / 1_000_000,
+                validate_only: start.dry_run,
+                request_id: start.request_id(),
+                reason: start.reason(),
+            };
+            let started = session.ask(object(&group), session.failovers().test_failover(request)).await?;
+            follow_to_end(session, &group, started, &start).await
+        }
         Verb::Cancel { operation, no_wait } => {
             let about = format!("operation \"{operation}\"");
             let request = v1::CancelOperationRequest { name: session.operation(&operation), ..Default::default() };
             let asked = session.ask(&about, session.operations().cancel_operation(request)).await?;
             let ended = if no_wait { asked } else { follow(session, asked, None).await? };
             out.show(&documents::operation(&ended), || shown(&ended));
-            if ended.state() == v1::OperationState::Done {
+            // Of a test that was looked at this is the end.
+            if ended.state() == v1::OperationState::Done && ended.verb != "test-failover" {
                 return Err(Failure::new(Kind::Refused, about, "it was done before it could be given up"));
             }
             Ok(())
@@ -452,6 +492,11 @@ fn result(operation: &v1::Operation) -> String {
     let Some(result) = &operation.failover else { return String::new() };
     let group = group_of(&operation.subject);
     let mut shown = String::new();
+    if operation.verb == "test-failover" {
+        let point = result.point.clone().unwrap_or_default();
+        let time = show_time(point.wall_ns);
+        return format!("group {group} starts from write {} of {time}; all of the test is removed\n", point.seq);
+    }
     shown += &match operation.verb.as_str() {
         "undo-failover" => format!("group {group} runs at its source again\n"),
         "failback" => format!("what is written at group {group}'s target is protected back to its source\n"),

@@ -144,7 +144,8 @@ fn driver(word: &str) -> Result<(v1::Driver, String), String> {
     Ok((driver, profile.to_owned()))
 }
 
-fn ready(word: &str) -> Result<v1::Readiness, String> {
+/// When a machine counts as answering, as it is typed.
+pub fn ready(word: &str) -> Result<v1::Readiness, String> {
     let (kind, value) = word.split_once(':').unwrap_or((word, ""));
     let kind = match (kind, value.is_empty()) {
         ("running", true) => v1::ReadinessKind::Running,
