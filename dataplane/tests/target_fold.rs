@@ -38,6 +38,8 @@ fn what_is_older_than_the_retention_is_folded_and_the_rest_is_right() {
     let (mut rig, mut feeder, mut model) = begun(1, WorldConfig::default(), RETENTION);
     age(&mut rig, &mut feeder, &mut model, &mut Dice(1), 40);
     rig.until("folded", |rig| rig.target.status()[0].history <= RETENTION + 4 * SECOND);
+    // What is being folded counts as gone already.
+    rig.run_for(SECOND);
     let status = rig.target.status()[0].clone();
     assert!(status.floor > 0 && status.folded_segments > 15, "{status:?}");
     assert!(status.shortened.is_none());

@@ -7,6 +7,7 @@ use afterimage_dataplane::io::{Errno, Io};
 use afterimage_dataplane::target::{Choice, PointError, StreamState, TargetEvent};
 use afterimage_wire::control::{Control, StopReason};
 use afterimage_wire::frame::frame_crc;
+use afterimage_wire::handshake::{Hello, Refusal, Welcome};
 use afterimage_wire::segment::Predecessor;
 use target_rig::*;
 
@@ -343,6 +344,16 @@ fn without_space_the_stream_stops_and_goes_on_when_there_is_some() {
     let good = rig.acked();
     rig.check(&model, good.1);
     assert!(matches!(rig.target.status()[0].state, StreamState::NoSpace(_)));
+    let refused = |rig: &mut Rig, hello: &Hello| match rig.hello(hello) {
+        Welcome::Refused { reason, .. } => Some(reason),
+        Welcome::Accepted { .. } => None,
+    };
+    assert_eq!(refused(&mut rig, &feeder.hello()), Some(Refusal::Unable));
+    // A stale source is told that it is one all the same.
+    let mut stale = feeder.hello();
+    stale.disks[0].generation = 0;
+    let fenced = Refusal::Fenced { disk: stale.disks[0].disk.id, generation: 1 };
+    assert_eq!(refused(&mut rig, &stale), Some(fenced));
     rig.world.set_space(rig.node, 1 << 30);
     rig.run_for(SECOND);
     feeder.acked = good;

@@ -180,6 +180,8 @@ pub(crate) fn decide(stream: &Stream, hello: &Hello) -> Result<Accepted, Welcome
         Phase::Failed(why) => return Err(refuse(Refusal::Unable, why.clone())),
         _ => return Err(refuse(Refusal::Busy, "the stream is being recovered")),
     }
+    // A stale source learns that it is one, whatever else keeps it out: nobody else may tell it.
+    check_claims(stream, hello)?;
     if let Some(why) = &stream.seeds.error {
         return Err(refuse(Refusal::Unable, why.clone()));
     }
@@ -192,7 +194,6 @@ pub(crate) fn decide(stream: &Stream, hello: &Hello) -> Result<Accepted, Welcome
     if let Some(why) = &stream.no_space {
         return Err(refuse(Refusal::Unable, why.clone()));
     }
-    check_claims(stream, hello)?;
     if hello.connection != 0 {
         return Err(refuse(Refusal::BadClaim, "a stream has one connection, number 0"));
     }

@@ -576,10 +576,13 @@ impl Stream {
         self.ripe > 0
     }
 
-    /// Stream time between the oldest and the newest record kept, nanoseconds.
+    /// Stream time between the oldest and the newest record kept, nanoseconds. A segment that is being folded is not.
     pub fn history_kept(&self) -> Nanos {
-        let oldest = self.journal.segments.front().map_or(0, |segment| segment.time.0);
-        self.journal.stream_time().saturating_sub(oldest)
+        let floor = self.points.floor();
+        let mut kept =
+            self.journal.segments.iter().filter(|segment| segment.last_seq().is_some_and(|last| last > floor));
+        let newest = self.journal.stream_time();
+        newest.saturating_sub(kept.next().map_or(newest, |segment| segment.time.0))
     }
 
     /// When a failed fold is tried again.
