@@ -480,8 +480,10 @@ fn not_in_use(proxy: &Proxy, role: Role, exports: &[String]) -> Result<(), Refus
 
 async fn unprotect(proxy: &Proxy, uid: &str) -> Result<Outcome, Refused> {
     let stream: StreamId = convert::id("stream_uid", uid)?;
-    if !proxy.captures(stream) {
-        source(proxy)?;
+    if !proxy.captures(stream) && proxy.source.is_none() && proxy.target.is_some() {
+        // A capture that has not begun since this process did: nothing of it runs.
+        forget(proxy, |desired| desired.sources.retain(|group| group.stream_uid != uid))?;
+        return Ok(Outcome::Done(Done {}));
     }
     let running = proxy.applied.borrow().groups.get(&stream).cloned();
     let disks = running.iter().flat_map(|group| &group.disks);

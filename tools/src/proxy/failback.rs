@@ -67,7 +67,14 @@ async fn keep_branch(proxy: &Proxy, source: StreamId, stream: &str) -> Result<()
         // All of a disk would be a copy of it: what of it is of use is at the other site, too.
         let some = branch.disks.iter().any(|disk| !disk.ranges.is_empty());
         let all = branch.disks.iter().any(|disk| disk.whole);
-        if some && !all { branch::branch_of(source, &disks, &to).map(|_| true) } else { Ok(false) }
+        if !some || all {
+            return Ok(false);
+        }
+        // What was not finished: the disks are as they were, or it would have been forgotten.
+        match std::fs::remove_dir_all(&to) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(format!("`{to}`: {error}")),
+            _ => branch::branch_of(source, &disks, &to).map(|_| true),
+        }
     });
     match kept.await {
         Ok(Ok(true)) => {
