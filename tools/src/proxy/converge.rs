@@ -343,6 +343,13 @@ async fn converge_stream(proxy: &Proxy, said: &TargetStream) -> Result<(), Undon
     }
     let seeds = convert::seeds(said).map_err(problem)?;
     let bases = convert::bases(said).map_err(problem)?;
+    // They are disks that it has served. Who keeps journals only lets nobody write into files of its host.
+    if !bases.is_empty() && proxy.source.is_none() {
+        return Err(problem(format!(
+            "`{}` begins with disks of this host, and this proxy has no source role",
+            said.name
+        )));
+    }
     let opened = target.call(move |desk| {
         if !bases.is_empty() {
             desk.core.base(stream, bases);
