@@ -255,7 +255,7 @@ MAY = [
         Proxies.GetProxy Proxies.ListProxies Points.ListPoints Points.ResolvePoint Operations.GetOperation
         Operations.ListOperations Operations.WaitOperation Views.GetView Views.ListViews Status.GetStatus Status.GetRpo
         Status.Watch Status.ListEvents Backups.GetRestore Certificates.ListCertificates Certificates.GetAuthorities
-        Groups.ExplainPlacement Machines.GetMachine Machines.ListMachines Machines.ProbeMachine"""),
+        Groups.ExplainPlacement Machines.GetMachine Machines.ListMachines Machines.ProbeMachine Keys.GetKeys"""),
     (["operator", "admin"], """
         Policies.CreatePolicy Policies.UpdatePolicy Policies.DeletePolicy Groups.CreateGroup Groups.UpdateGroup
         Groups.DeleteGroup Groups.CreateDisk Groups.DeleteDisk Groups.InspectBranch Points.CreateCut
@@ -267,7 +267,8 @@ MAY = [
         Machines.CreateMachine Machines.UpdateMachine Machines.DeleteMachine"""),
     (["admin"], """
         Proxies.DeleteProxy Audit.ListAuditRecords Audit.VerifyAudit Enrolment.CreateJoinToken Backups.CreateBackup
-        Backups.ConfirmRestore Certificates.RevokeCertificates Certificates.RotateAuthority"""),
+        Backups.ConfirmRestore Certificates.RevokeCertificates Certificates.RotateAuthority
+        Keys.RotateKey Keys.RewrapKeys Keys.MakeRecoveryKey"""),
     (["proxy"], "ProxyControl.Session"),
     (ROLES, "Enrolment.Renew"),
     ([None, *ROLES], "Enrolment.Join"),
@@ -314,7 +315,8 @@ def every_method(at):
         with at.connect(certificate=bundle or False) as channel:
             for method in methods:
                 # Nobody is asked for what would change something: an empty request makes sense to few methods.
-                if role in allowed[method] and method.endswith(("Backup", "Audit", "RotateAuthority", "ConfirmRestore")):
+                if role in allowed[method] and method.endswith(("Backup", "Audit", "RotateAuthority", "ConfirmRestore", "RewrapKeys",
+                                                                    "MakeRecoveryKey")):
                     continue
                 call = channel.stream_stream(method, lambda m: m, lambda b: b)
                 try:

@@ -5,13 +5,14 @@ are not; what goes on beyond their end, and what does not."""
 import base64
 import json
 import os
-import re
 import subprocess
 import threading
 import time
 import urllib.request
 
 import nbd
+
+import journal_reader
 
 from cluster import AFTERIMAGE, MIB, Cluster, eventually, expect, free_port
 
@@ -241,17 +242,19 @@ class Secrets(Pair):
     """One that logs all that it can, and whose secrets are known to the test."""
 
     #: Where secrets belong.
-    HOMES = {"keys.bin", "ca.pem", "admin.json", "identity.json", "desired.pb"}
+    HOMES = {"keys.bin", "ca.pem", "admin.json", "identity.json", "site.key", "recovery-key"}
 
     def secrets(self):
         """Everything that nobody else is to know, by name."""
         found = {"keys.bin": (self.folder / "coordinator/keys.bin").read_bytes()}
         for proxy in ("source", "target"):
-            desired = (self.folder / f"{proxy}-state/desired.pb").read_bytes()
-            # PolicyKey: the id (36 characters), then the key (32 bytes).
-            keys = re.findall(rb"\x0a\x24[0-9a-f-]{36}\x12\x20(.{32})", desired, re.DOTALL)
-            expect(keys, f"no policy key in what the {proxy} is told")
-            found |= {f"policy key {n} of the {proxy}": key for n, key in enumerate(keys)}
+            state = self.folder / f"{proxy}-state"
+            found[f"key file of the {proxy}"] = (state / "site.key").read_bytes()
+            found[f"site key of the {proxy}"] = journal_reader.site_key(state)
+            keys = journal_reader.state_keys(state)
+            expect(len(keys) == (2 if proxy == "target" else 1), f"{len(keys)} policy keys in what the {proxy} is told")
+            found |= {f"policy key {ident} of the {proxy}": key for ident, key in keys.items()}
+        found["recovery key"] = journal_reader.recovery_key((self.folder / "recovery-key").read_text())
         for path in self.folder.rglob("*.json"):
             if path.name in self.HOMES or path.name in ("anna.json", "bob.json"):
                 found[f"key in {path.relative_to(self.folder)}"] = self.scalar(json.loads(path.read_text())["key_pem"])
@@ -274,9 +277,16 @@ class Secrets(Pair):
         cluster.settle()
         command("failover", "start", Cluster.GROUP, "--to", "latest", "--dry-run")
         command("ca", "rotate")
+        made = command("key", "recovery", "--out", str(self.folder / "recovery-key"))
+        # One that is not taken over yet, and one that is: the source is told of the first only.
+        cluster.source.kill()
+        command("key", "rotate", Cluster.GROUP)
+        eventually("the target has the next key", lambda: len(journal_reader.state_keys(self.folder / "target-state")) == 2)
         answers = [command(*words.split()) for words in (
             "status", "proxies", "policy list", "group list", "disk list", "certificate list", "ca status",
-            "audit list --limit 0", "audit verify", "events --limit 0", "failover list", "version", "rpo")]
+            "audit list --limit 0", "audit verify", "events --limit 0", "failover list", "version", "rpo", "key list")]
+        answers.append(made)
+        answers.append(command("key", "rewrap"))
         answers.append(command("coordinator", "backup", str(self.folder / "backup")))
         secrets = self.secrets()
         for number, token in enumerate(tokens):

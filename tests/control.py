@@ -11,6 +11,7 @@ import time
 import nbd
 
 import certificates
+import keys
 from cluster import AFTERIMAGE, MIB, Cluster, Tests, digest, eventually, expect, free_port, run, workspace
 from scene import Relay
 import targets
@@ -319,6 +320,7 @@ def main():
     with workspace("hooks") as folder:
         tests.run("hooks are told, over refusals and a crash", hooks, folder)
     certificates.run(tests, workspace)
+    keys.run_all(tests, workspace)
     tests.end()
 
 

@@ -16,31 +16,6 @@ WRITES, ZEROS = (1, 9), (2, 3, 10)
 CUT, JOIN, SYNC_BEGIN, SYNC_END = 4, 5, 8, 12
 
 
-def protobuf(data):
-    """The fields of a message: (number, value)."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-    while at < len(data):
-        tag = varint()
-        if tag & 7 == 0:
-            yield tag >> 3, varint()
-        else:
-            expect(tag & 7 == 2, f"a field of wire type {tag & 7}")
-            length = varint()
-            yield tag >> 3, data[at:at + length]
-            at += length
-
-
 def golden(name):
     """Bytes that the product's own tests pin: hexadecimal lines, and runs of zeros."""
     out = b""
@@ -100,6 +75,12 @@ def pinned_bytes():
          [(0, 2, ident(0x31), 1), (7, 1, ident(0x30), 0)])
     same(table["fences"], [{"generation": 2, "seq": up(0x31), "incarnation": ident(0x40), "wall": up(0x41), "zero_loss": 1,
                             "reason": "failover", "disks": [ident(0x10), ident(0x17)]}])
+    keys = journal_reader.keys_file(golden("keys-file"))
+    same((keys["stream"], keys["site_key"], keys["recovery_key"]), (ident(0x20), ident(0x50), ident(0x60)))
+    same((keys["retention"], keys["name"]), (up(1), "shöp"))
+    sealed = lambda first: bytes(range(first, first + 60))  # noqa: E731
+    same(keys["keys"], [(ident(0x70), sealed(0x80), sealed(0xC0)), (ident(0x71), sealed(0x81), None)])
+    same([(d["slot"], d["generation"]) for d in keys["disks"]], [(0, 2), (7, up(0x11))])
     for version, name in ((1, ""), (2, "-2"), (3, "-3")):
         log = golden(f"intent-header{name}") + bytes(4096)
         header, _ = journal_reader.intent_log(log)
@@ -117,15 +98,14 @@ def same(found, wanted):
     expect(found == wanted, f"{found} instead of {wanted}")
 
 
-def policy_keys(state):
-    """From the desired state that a target proxy keeps (`DesiredState.targets.key` of proxy.proto)."""
-    keys = {}
-    for number, target in protobuf((state / "desired.pb").read_bytes()):
-        if number == 4:
-            for field, value in protobuf(target):
-                if field == 3:
-                    key = dict(protobuf(value))
-                    keys[key[1].decode()] = key[2]
+def policy_keys(stream, state):
+    """Beside the journal, by the key of the site; they are those of the state that the target keeps."""
+    file = journal_reader.keys_file((stream / "keys").read_bytes())
+    same((file["stream"], file["name"]), (stream.name, Cluster.GROUP))
+    same(sorted(d["size"] for d in file["disks"]), sorted(DISKS.values()))
+    keys = journal_reader.open_keys(file, "site", journal_reader.site_key(state))
+    same(keys, journal_reader.state_keys(state))
+    expect(len(keys) == 1, f"{len(keys)} keys of a group whose key was never rotated")
     return keys
 
 
@@ -279,7 +259,7 @@ def main():
     tests.run("formats: bytes that are pinned, read by the document", pinned_bytes)
     with workspace("formats") as folder:
         stream = stopped(folder)
-        keys = policy_keys(folder / "target-state")
+        keys = policy_keys(stream, folder / "target-state")
         tests.run("formats: the journal, read by the document, is the source's disks", journal_is_the_disk, folder, stream, keys)
         tests.run("formats: a view's delta is a timeline in the journal's format", delta_is_a_timeline, stream, keys)
         tests.run("formats: the stream state agrees with table and journal", state_is_of_the_stream, stream, keys)

@@ -2,6 +2,10 @@
 document or the product is wrong. It checks everything that the document says can be checked.
 """
 
+import base64
+import hashlib
+import hmac
+import json
 import struct
 import uuid
 
@@ -329,3 +333,105 @@ def witness(data):
     found = {"disk": source.id(), "stream": source.id(), "serial": source.take("Q")}
     check(not any(data[source.at:]), "bytes behind a witness")
     return found
+
+
+def keys_file(data):
+    """The keys beside a journal, sealed."""
+    source = table_head(data, b"AIKS", "keys file")
+    file = {"stream": source.id(), "site_key": source.id(), "recovery_key": source.id()}
+    file["retention"], keys, disks, zeros = source.take("QHHI")
+    check(zeros == 0 and source.at == 80, "head of a keys file")
+    file["name"], file["keys"], file["disks"] = source.text(), [], []
+    for _ in range(keys):
+        ident, has, site, recovery = source.id(), *source.take("B60s60s")
+        check(has in (0, 1) and (has or recovery == bytes(60)), "a key that has none for recovery")
+        file["keys"].append((ident, site, recovery if has else None))
+    for _ in range(disks):
+        disk = source.disk()
+        disk["generation"] = source.take("Q")
+        file["disks"].append(disk)
+    check(source.at == len(data), "bytes behind a keys file")
+    return file
+
+
+def derived(holder, secret, what):
+    """From the key of a holder, "site" or "recovery"."""
+    return hmac.new(secret, f"afterimage {holder} key v1 {what}".encode(), hashlib.sha256).digest()
+
+
+def open_key(holder, secret, stream, ident, sealed):
+    """A policy key that is sealed under a holder's."""
+    bound = f"afterimage {holder} key v1".encode() + uuid.UUID(stream).bytes + uuid.UUID(ident).bytes
+    return AESGCM(derived(holder, secret, "seal")).decrypt(sealed[:12], sealed[12:], bound)
+
+
+def open_keys(file, holder, secret):
+    """The keys of a keys file, by their ids."""
+    named = str(uuid.UUID(bytes=derived(holder, secret, "id")[:16]))
+    check(file[f"{holder}_key"] == named, f"the {holder} key is {named}; the file is under {file[f'{holder}_key']}")
+    chosen = {"site": 1, "recovery": 2}[holder]
+    return {key[0]: open_key(holder, secret, file["stream"], key[0], key[chosen]) for key in file["keys"]}
+
+
+def site_key(state):
+    """Of a proxy whose site key is wrapped by the file in its state folder."""
+    stored = json.loads((state / "site.keys").read_text())
+    check(stored["afterimage_site_keys"] == 1 and stored["by"] == "file", f"{stored['by']}")
+    wrapped = base64.b64decode(stored["wrapped"])
+    return AESGCM((state / "site.key").read_bytes()).decrypt(wrapped[:12], wrapped[12:], b"afterimage wrapping key v1")
+
+
+def recovery_key(text):
+    """As it was printed."""
+    text = text.strip()
+    check(text.startswith("airk1-"), "a recovery key begins with airk1-")
+    raw = base64.b32decode(text[6:].replace("-", "") + "======")
+    digest = hashlib.sha256(b"afterimage recovery key text v1" + raw[:32]).digest()
+    check(len(raw) == 36 and raw[32:] == digest[:4], "the checksum of a recovery key")
+    return raw[:32]
+
+
+def protobuf(data):
+    """The fields of a message: (number, value)."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+    while at < len(data):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+        else:
+            check(tag & 7 == 2, f"a field of wire type {tag & 7}")
+            length = varint()
+            yield tag >> 3, data[at:at + length]
+            at += length
+
+
+def state_keys(state):
+    """The keys in the desired state that a proxy keeps, by their ids (proxy.proto: `sources` 3, `targets` 4)."""
+    keys, secret = {}, site_key(state)
+
+    def take(stream, message):
+        fields = list(protobuf(message))
+        ident = next(value for number, value in fields if number == 1).decode()
+        sealed = next(value for number, value in fields if number == 2)
+        check(len(sealed) == 60, f"a policy key of {len(sealed)} bytes lies in the state of a proxy")
+        keys[ident] = open_key("site", secret, stream, ident, sealed)
+        for number, value in fields:
+            if number == 3:
+                take(stream, value)
+    for number, group in protobuf((state / "desired.pb").read_bytes()):
+        if number in (3, 4):
+            fields = list(protobuf(group))
+            stream = next(value for field, value in fields if field == 1).decode()
+            take(stream, next(value for field, value in fields if field == 3))
+    return keys

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ca::{Ca, Role};
 use crate::certificates::{Certificate, newest};
-use crate::keys::Wrapper;
+use crate::keys::{KeyError, Wrapper};
 use crate::model::Model;
 use crate::objects::KeyRecord;
 
@@ -35,6 +35,9 @@ pub struct Authority {
     pub wrapped: Option<String>,
     /// Since when it issues, nanoseconds since the Unix epoch; 0 for the first one.
     pub since_ns: u64,
+    /// Id of the wrapping key; empty for `keys.bin` itself.
+    #[serde(default)]
+    pub under: String,
 }
 
 impl Authority {
@@ -45,19 +48,38 @@ impl Authority {
     pub fn generate(keys: &Wrapper, now_ns: u64) -> Result<Self, String> {
         let text = Ca::generate().map_err(|e| e.to_string())?;
         let ca = Ca::from_pem(&text)?;
-        let wrapped = keys.wrap(&bound(ca.id()), text.as_bytes()).map_err(|e| e.to_string())?.wrapped;
-        Ok(Self { id: ca.id().to_owned(), wrapped: Some(wrapped), since_ns: now_ns })
+        let record = keys.wrap(&bound(ca.id()), text.as_bytes()).map_err(|e| e.to_string())?;
+        Ok(Self { id: ca.id().to_owned(), wrapped: Some(record.wrapped), since_ns: now_ns, under: record.under })
+    }
+
+    fn record(&self) -> Option<KeyRecord> {
+        let wrapped = self.wrapped.clone()?;
+        Some(KeyRecord { id: bound(&self.id), wrapped, under: self.under.clone(), since_ns: 0 })
+    }
+
+    /// Whether it is wrapped, and not under this wrapping key.
+    pub fn is_under_another(&self, newest: &str) -> bool {
+        self.wrapped.is_some() && self.under != newest
+    }
+
+    /// The same under the newest wrapping key.
+    ///
+    /// # Errors
+    /// It does not open.
+    pub fn rewrapped(&self, keys: &Wrapper) -> Result<Self, KeyError> {
+        let Some(record) = self.record() else { return Ok(self.clone()) };
+        let record = keys.rewrap(&record)?;
+        Ok(Self { wrapped: Some(record.wrapped), under: record.under, ..self.clone() })
     }
 
     fn open(&self, file: &Arc<Ca>, keys: &Wrapper, lifetime: Duration) -> Result<Arc<Ca>, String> {
-        let Some(wrapped) = &self.wrapped else {
+        let Some(record) = self.record() else {
             return if file.id() == self.id {
                 Ok(file.clone())
             } else {
                 Err(format!("ca.pem holds authority {}; the store knows {}", file.id(), self.id))
             };
         };
-        let record = KeyRecord { id: bound(&self.id), wrapped: wrapped.clone() };
         let bytes = keys.unwrap_bytes(&record).map_err(|e| e.to_string())?;
         let text = String::from_utf8(bytes).map_err(|_| format!("authority {} is no text", self.id))?;
         Ok(Arc::new(Ca::from_pem(&text)?.lasting(lifetime)))
@@ -137,7 +159,7 @@ mod tests {
         let first = Trust::open(&file, None, &keys).unwrap();
         assert_eq!((first.issuing.id(), first.pem.as_str()), (file.id(), file.certificate_pem()));
         let new = Authority::generate(&keys, 5).unwrap();
-        let old = Authority { id: file.id().to_owned(), wrapped: None, since_ns: 0 };
+        let old = Authority { id: file.id().to_owned(), wrapped: None, since_ns: 0, under: String::new() };
         let known = Authorities { issuing: new.clone(), replaced: Some(old) };
         let both = Trust::open(&file, Some(&known), &keys).unwrap();
         assert_eq!((both.issuing.id(), both.serving().id()), (new.id.as_str(), file.id()));

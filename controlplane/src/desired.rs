@@ -5,7 +5,8 @@ use afterimage_wire::v1;
 
 use crate::ca::Role;
 use crate::convert::{compression_to_proto, view_kind_to_proto};
-use crate::keys::unhex;
+use crate::escrow::EscrowKey;
+use crate::keys::{KEY_LEN, unhex};
 use crate::model::Model;
 use crate::objects::{Disk, Group, GroupPhase, Proxy, Reverse, View, proxy_view_name};
 
@@ -14,7 +15,8 @@ use crate::objects::{Disk, Group, GroupPhase, Proxy, Reverse, View, proxy_view_n
 pub fn desired(
     model: &Model,
     proxy: &Proxy,
-    mut key: impl FnMut(&str) -> Option<Vec<u8>>,
+    mut key: impl FnMut(&str) -> Option<[u8; KEY_LEN]>,
+    recovery: Option<&EscrowKey>,
 ) -> (v1::DesiredState, Vec<String>) {
     let mut state = v1::DesiredState { term: model.term, version: model.version(), ..v1::DesiredState::default() };
     let mut without_key = Vec::new();
@@ -24,11 +26,10 @@ pub fn desired(
         if !is_source && !is_target {
             continue;
         }
-        let Some(bytes) = key(&group.key) else {
+        let Some(held) = policy_key(group, is_source, &mut key, recovery) else {
             without_key.push(group.name().to_string());
             continue;
         };
-        let key = v1::PolicyKey { id: group.key.clone(), key: bytes };
         let peer = if is_source { model.target_of(group) } else { model.source_of(group) };
         if let Some(peer) = peer
             && !state.peers.iter().any(|p| p.uid == peer.uid)
@@ -36,11 +37,15 @@ pub fn desired(
             state.peers.push(as_peer(peer));
         }
         if is_source {
-            state.targets.extend(group.reverse.as_ref().map(|r| reverse_target(model, group, r, key.clone())));
-            state.sources.push(source_group(model, group, key));
+            state.targets.extend(group.reverse.as_ref().map(|r| reverse_target(model, group, r, held.clone())));
+            state.sources.push(source_group(model, group, held));
         } else {
-            state.sources.extend(group.reverse.as_ref().map(|r| reverse_source(model, group, r, key.clone())));
-            state.targets.push(target_stream(model, group, key));
+            // As its source: under the key that both ends have.
+            let reverse = group.reverse.as_ref().zip(policy_key(group, true, &mut key, None));
+            state.sources.extend(reverse.map(|(r, key)| reverse_source(model, group, r, key)));
+            let mut stream = target_stream(model, group, held);
+            stream.recovery_key = recovery.map(|r| r.id.to_vec()).unwrap_or_default();
+            state.targets.push(stream);
         }
     }
     let revoked = model.certificates.values().filter(|c| c.tenant == proxy.tenant && c.revoked.is_some());
@@ -50,6 +55,27 @@ pub fn desired(
         peer.key_pins.retain(|pin| !state.revoked_key_pins.contains(pin));
     }
     (state, without_key)
+}
+
+/// The key that a proxy writes under, and those that it needs for what is older. A target has the next one before its source
+/// writes under it.
+fn policy_key(
+    group: &Group,
+    is_source: bool,
+    key: &mut impl FnMut(&str) -> Option<[u8; KEY_LEN]>,
+    recovery: Option<&EscrowKey>,
+) -> Option<v1::PolicyKey> {
+    let mut one = |id: &str| {
+        let bytes = key(id)?;
+        let ids = recovery.and_then(|r| Some((r, group.uid.parse().ok()?, id.parse().ok()?)));
+        let sealed = ids.filter(|_| !is_source).map(|(r, stream, id)| r.seal(stream, id, &bytes).to_vec());
+        let recovery = sealed.unwrap_or_default();
+        Some(v1::PolicyKey { id: id.to_owned(), key: bytes.to_vec(), recovery, older: Vec::new() })
+    };
+    let mut ids = group.all_keys().skip(usize::from(is_source && !group.next_key.is_empty()));
+    let mut newest = one(ids.next()?)?;
+    newest.older = ids.map(one).collect::<Option<_>>()?;
+    Some(newest)
 }
 
 fn as_peer(proxy: &Proxy) -> v1::Peer {
@@ -124,6 +150,7 @@ fn target_stream(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::Target
         disks: model.disks_of(group).map(disk).collect(),
         source_uid: model.source_of(group).map(|s| s.uid.clone()).unwrap_or_default(),
         views: model.views_of(group).filter(|v| v.open && !v.closing).map(|v| open_view(group, v)).collect(),
+        recovery_key: Vec::new(),
     }
 }
 
@@ -225,7 +252,7 @@ mod tests {
 
     fn of(model: &Model, id: &str) -> v1::DesiredState {
         let proxy = &model.proxies[&("default".to_owned(), id.to_owned())];
-        desired(model, proxy, |_| Some(vec![1; 32])).0
+        desired(model, proxy, |_| Some([1; 32]), None).0
     }
 
     #[test]
@@ -317,10 +344,40 @@ mod tests {
     }
 
     #[test]
+    fn a_target_has_the_next_key_before_its_source_and_both_have_the_older_ones() {
+        let model = model();
+        let group = model.groups.values().next().unwrap().clone();
+        let uid = || crate::objects::new_uid();
+        let (next, key, older) = (uid(), uid(), uid());
+        let mut txn = Txn::default();
+        let older_keys = vec![older.clone()];
+        txn.put(Object::Group(Group { key: key.clone(), next_key: next.clone(), older_keys, ..group }));
+        let model = model.applied(txn, 9);
+        let recovery = EscrowKey::new(crate::escrow::Holder::Recovery, &[5; 32]);
+        let told = |id: &str| {
+            let proxy = &model.proxies[&("default".to_owned(), id.to_owned())];
+            desired(&model, proxy, |_| Some([1; 32]), Some(&recovery)).0
+        };
+        let ids = |key: &v1::PolicyKey| {
+            std::iter::once(&key.id).chain(key.older.iter().map(|k| &k.id)).cloned().collect::<Vec<_>>()
+        };
+        let (source, target) = (&told("src").sources[0], &told("dr").targets[0]);
+        assert_eq!(ids(source.key.as_ref().unwrap()), [key.clone(), older.clone()]);
+        assert_eq!(ids(target.key.as_ref().unwrap()), [next.clone(), key, older]);
+        let sealed = &target.key.as_ref().unwrap().recovery;
+        let stream = target.stream_uid.parse().unwrap();
+        assert_eq!(recovery.open(stream, next.parse().unwrap(), sealed), Some([1; 32]));
+        assert!(source.key.as_ref().unwrap().recovery.is_empty());
+        assert_eq!(target.recovery_key, recovery.id);
+        // Nothing that has not changed looks changed.
+        assert_eq!(told("dr").targets[0], *target);
+    }
+
+    #[test]
     fn a_group_without_its_key_is_named_and_left_out() {
         let model = model();
         let proxy = &model.proxies[&("default".to_owned(), "src".to_owned())];
-        let (state, missing) = desired(&model, proxy, |_| None);
+        let (state, missing) = desired(&model, proxy, |_| None, None);
         assert!(state.sources.is_empty());
         assert_eq!(missing, ["tenants/default/groups/shop"]);
     }

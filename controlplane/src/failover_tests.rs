@@ -29,6 +29,8 @@ pub(super) fn group() -> Group {
         reverse: None,
         overwritten: false,
         leftovers: Vec::new(),
+        older_keys: Vec::new(),
+        next_key: String::new(),
     }
 }
 

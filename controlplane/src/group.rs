@@ -262,6 +262,8 @@ pub fn new_group(model: &Model, name: &Name, group: &v1::Group, now_ns: u64) -> 
         reverse: None,
         overwritten: false,
         leftovers: Vec::new(),
+        older_keys: Vec::new(),
+        next_key: String::new(),
     })
 }
 

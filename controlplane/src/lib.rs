@@ -13,6 +13,7 @@ pub mod connections;
 pub mod convert;
 pub mod coordinator;
 pub mod desired;
+pub mod escrow;
 pub mod eventlog;
 pub mod events;
 pub mod failover;
@@ -43,5 +44,6 @@ pub mod status;
 pub mod store;
 mod text;
 pub mod token;
+pub mod wrapping;
 
 pub use grpc::{Config, Running, ServeError, serve, start};

@@ -24,6 +24,8 @@ fn model() -> (Model, Group) {
         complete: true,
         request_id: String::new(),
         placement: String::new(),
+        older_keys: Vec::new(),
+        next_key: String::new(),
         reverse: None,
         overwritten: false,
         leftovers: Vec::new(),

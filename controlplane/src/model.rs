@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::audit::Head;
 use crate::authorities::Authorities;
 use crate::certificates::Certificate;
+use crate::keys::{Recovery, Wrapping};
 use crate::machine::Machine;
 use crate::names::Name;
 use crate::objects::{Disk, Group, KeyRecord, Object, Operation, Policy, Proxy, View, Way};
@@ -66,6 +67,10 @@ pub struct Model {
     pub certificates: BTreeMap<Key, Arc<Certificate>>,
     /// The authorities, if there has been more than the first.
     pub authorities: Option<Authorities>,
+    /// The keys that policy keys are wrapped under, if there has been one beside `keys.bin`.
+    pub wrapping: Option<Wrapping>,
+    /// The recovery key, if one was made.
+    pub recovery: Option<Recovery>,
     /// Requests that have been done, by tenant and key. Many, and copied with each change.
     pub requests: BTreeMap<Key, Arc<RequestRecord>>,
     /// That the store was restored, if it was.
@@ -253,6 +258,8 @@ impl Model {
             }
             Object::Request(o) => drop(self.requests.insert(pair(&o.tenant, &o.key), Arc::new(o))),
             Object::Authorities(o) => self.authorities = Some(o),
+            Object::Wrapping(o) => self.wrapping = Some(o),
+            Object::Recovery(o) => self.recovery = Some(o),
             Object::Term(term) => self.term = term,
             Object::Audit(head) => self.audit = head,
             Object::Restored(o) => self.restored = Some(o),
@@ -273,6 +280,8 @@ impl Model {
             Object::Certificate(o) => drop(self.certificates.remove(&pair(&o.tenant, &o.serial))),
             Object::Request(o) => drop(self.requests.remove(&pair(&o.tenant, &o.key))),
             Object::Authorities(_) => self.authorities = None,
+            Object::Wrapping(_) => self.wrapping = None,
+            Object::Recovery(_) => self.recovery = None,
             Object::Term(_) => self.term = 0,
             Object::Audit(_) => self.audit = Head::default(),
             Object::Restored(_) => self.restored = None,
@@ -287,6 +296,11 @@ impl Model {
     /// From which version of desired states on proxies know these authorities.
     pub fn authorities_version(&self) -> u64 {
         self.revisions.get("authorities").copied().unwrap_or(0) + self.version() - self.revision
+    }
+
+    /// From which version of desired states on a group's proxies know this key.
+    pub fn key_version(&self, id: &str) -> u64 {
+        self.revisions.get(&format!("keys/{id}")).copied().unwrap_or(0) + self.version() - self.revision
     }
 
     /// Restored from a backup, and not confirmed.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::authorities::Authorities;
 use crate::certificates::Certificate;
 use crate::failover::Failover;
+use crate::keys::{Recovery, Wrapping};
 use crate::machine::Machine;
 use crate::names::{Kind, Name, child};
 use crate::policy::Promises;
@@ -196,6 +197,12 @@ pub struct Group {
     /// What is left of failbacks that are over.
     #[serde(default)]
     pub leftovers: Vec<Leftover>,
+    /// Keys before [`Self::key`], newest first: what was written under them is still there.
+    #[serde(default)]
+    pub older_keys: Vec<String>,
+    /// The key that takes the place of [`Self::key`] as soon as its target has it; empty for none.
+    #[serde(default)]
+    pub next_key: String,
 }
 
 impl Group {
@@ -230,6 +237,12 @@ impl Group {
     /// Its name.
     pub fn name(&self) -> Name {
         Name::new(&self.tenant, Kind::Group, &self.id)
+    }
+
+    /// Ids of all its keys, newest first.
+    pub fn all_keys(&self) -> impl Iterator<Item = &str> {
+        let next = Some(self.next_key.as_str()).filter(|id| !id.is_empty());
+        next.into_iter().chain(std::iter::once(self.key.as_str())).chain(self.older_keys.iter().map(String::as_str))
     }
 }
 
@@ -472,6 +485,12 @@ pub struct KeyRecord {
     pub id: String,
     /// Nonce and sealed key, hex.
     pub wrapped: String,
+    /// Id of the wrapping key; empty for `keys.bin` itself.
+    #[serde(default)]
+    pub under: String,
+    /// When it was made, nanoseconds since the Unix epoch; 0 where an earlier version made it.
+    #[serde(default)]
+    pub since_ns: u64,
 }
 
 /// An object of the store.
@@ -499,6 +518,10 @@ pub enum Object {
     Certificate(Certificate),
     /// The authorities, since there has been more than the first.
     Authorities(Authorities),
+    /// The keys that policy keys are wrapped under, since there has been one beside `keys.bin`.
+    Wrapping(Wrapping),
+    /// The recovery key.
+    Recovery(Recovery),
     /// A request that has been done.
     Request(RequestRecord),
     /// The highest term.
@@ -525,6 +548,8 @@ impl Object {
             Self::Certificate(o) => format!("certificates/{}/{}", o.tenant, o.serial),
             Self::Request(o) => format!("requests/{}/{}", o.tenant, o.key),
             Self::Authorities(_) => "authorities".to_owned(),
+            Self::Wrapping(_) => "wrapping".to_owned(),
+            Self::Recovery(_) => "recovery".to_owned(),
             Self::Term(_) => "term".to_owned(),
             Self::Audit(_) => "audit".to_owned(),
             Self::Restored(_) => "restored".to_owned(),
@@ -544,6 +569,8 @@ impl Object {
             Self::Token(o) => serde_json::to_vec(o),
             Self::Key(o) => serde_json::to_vec(o),
             Self::Authorities(o) => serde_json::to_vec(o),
+            Self::Wrapping(o) => serde_json::to_vec(o),
+            Self::Recovery(o) => serde_json::to_vec(o),
             Self::Certificate(o) => serde_json::to_vec(o),
             Self::Request(o) => serde_json::to_vec(o),
             Self::Term(o) => serde_json::to_vec(o),
@@ -575,6 +602,8 @@ impl Object {
             "certificates" => Self::Certificate(read(key, value)?),
             "requests" => Self::Request(read(key, value)?),
             "authorities" => Self::Authorities(read(key, value)?),
+            "wrapping" => Self::Wrapping(read(key, value)?),
+            "recovery" => Self::Recovery(read(key, value)?),
             "term" => Self::Term(read(key, value)?),
             "audit" => Self::Audit(read(key, value)?),
             "restored" => Self::Restored(read(key, value)?),

@@ -5,7 +5,7 @@ use super::*;
 
 /// As this version writes them. A field that comes goes behind the others, with a default, and its kind's old bytes go into
 /// [`EARLIER`].
-const NOW: [(&str, &str); 15] = [
+const NOW: [(&str, &str); 17] = [
     ("term", "7"),
     (
         "policies/default/gold",
@@ -13,7 +13,7 @@ const NOW: [(&str, &str); 15] = [
     ),
     (
         "groups/default/shop",
-        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":"","reverse":null,"overwritten":false,"leftovers":[]}"#,
+        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":"","reverse":null,"overwritten":false,"leftovers":[],"older_keys":[],"next_key":""}"#,
     ),
     (
         "disks/g/00000",
@@ -37,13 +37,15 @@ const NOW: [(&str, &str); 15] = [
     ),
     (
         "authorities",
-        r#"{"issuing":{"id":"n","wrapped":"00ff","since_ns":5},"replaced":{"id":"o","wrapped":null,"since_ns":0}}"#,
+        r#"{"issuing":{"id":"n","wrapped":"00ff","since_ns":5,"under":""},"replaced":{"id":"o","wrapped":null,"since_ns":0,"under":""}}"#,
     ),
     (
         "machines/default/web",
         r#"{"uid":"m","tenant":"default","id":"web","version":2,"created_ns":1,"updated_ns":2,"description":"d","group":"shop","disks":["data"],"cpus":2,"memory":1073741824,"firmware":"bios","nics":[{"mac":"","network":"lan"}],"source":{"proxy":"","driver":"libvirt","profile":"default","machine":"web01"},"target":{"proxy":"dr2","driver":"qemu","profile":"default","machine":""},"ready":{"tcp":"10.0.0.7:80"},"stop_within_ms":120000,"ready_within_ms":300000,"stopped_at_source":true,"runs_from":"failover"}"#,
     ),
-    ("keys/k", r#"{"id":"k","wrapped":"00ff"}"#),
+    ("keys/k", r#"{"id":"k","wrapped":"00ff","under":"","since_ns":0}"#),
+    ("wrapping", r#"{"keys":[{"id":"w","by":"file","wrapped":"00ff","since_ns":5}]}"#),
+    ("recovery", r#"{"key":{"id":"recovery","wrapped":"00ff","under":"w","since_ns":0},"made_ns":5}"#),
     (
         "certificates/default/4a",
         r#"{"serial":"4a","tenant":"default","role":"operator","name":"anna","uid":"","pin":"aa","issuer":"ca","issued_ns":1,"expire_time_ns":9,"revoked":{"at_ns":5,"by":"admin/local","reason":"r"}}"#,
@@ -54,7 +56,7 @@ const NOW: [(&str, &str); 15] = [
 ];
 
 /// As earlier versions wrote them: by kind, what [`NOW`] has of the same.
-const EARLIER: [(&str, &str); 15] = [
+const EARLIER: [(&str, &str); 17] = [
     (
         "groups/default/shop",
         r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":""}"#,
@@ -63,6 +65,11 @@ const EARLIER: [(&str, &str); 15] = [
         "operations/default/o",
         r#"{"uid":"o","tenant":"default","version":9,"group":"shop","request_id":"r","actor":"admin/local","created_ns":1,"ended_ns":2,"work":{"spec":{"to":"latest","unconfirmed":false,"reason":"","verb":"failover","discard":false,"within_ms":0},"state":"done","steps":[{"name":"raise-generation","state":"done","detail":"","started_ns":1,"ended_ns":2}],"facts":{"rpo_at_start_us":1,"disks":[],"last_seq":null,"fence":"confirmed","lease_ms":0,"zero_loss":false,"at_least":2,"generation":2,"point":null,"exports":[],"view":"failover","leaves":"","reopens":false},"error":null,"cancelled_by":""}}"#,
     ),
+    (
+        "authorities",
+        r#"{"issuing":{"id":"n","wrapped":"00ff","since_ns":5},"replaced":{"id":"o","wrapped":null,"since_ns":0}}"#,
+    ),
+    ("keys/k", r#"{"id":"k","wrapped":"00ff"}"#),
     (
         "policies/default/gold",
         r#"{"uid":"u","tenant":"default","id":"gold","version":3,"created_ns":1,"updated_ns":2,"description":"d","promises":{"rpo_target_us":500000,"cut_interval_ms":1000,"retention_s":60,"journal_budget_bytes":0,"compression":"auto","warn_after_ms":5000,"error_after_ms":60000,"clear_after_ms":5000,"lease_ms":0,"sync_deadline_ms":0,"bandwidth_bytes_per_s":0,"allowed_hours":[],"time_zone":"UTC","priority":50,"excluded_disks":[]}}"#,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::certificates::{Certificate, Revoked};
 use crate::failover::{Failure, State, StepState};
-use crate::keys::Wrapper;
+use crate::keys::{KEY_LEN, Wrapper};
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name};
 use crate::objects::{Disk, Group, GroupPhase, Object, PointRecord, Policy, Proxy, View, ViewKind, new_uid};
@@ -67,6 +67,8 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
     objects.extend(model.proxies.into_values().map(Object::Proxy));
     objects.extend(model.keys.into_values().map(Object::Key));
     objects.extend(model.authorities.map(Object::Authorities));
+    objects.extend(model.wrapping.map(Object::Wrapping));
+    objects.extend(model.recovery.map(Object::Recovery));
     objects.extend(model.certificates.into_values().map(|c| Object::Certificate((*c).clone())));
     objects.extend(model.requests.into_values().map(|r| Object::Request((*r).clone())));
     // A view that was being made or closed then is nobody's now; what is open its target will say.
@@ -164,13 +166,14 @@ pub fn adopt(
         let created = known.is_none();
         let group = match known {
             Some(group) => group,
-            None => match new_group(model, uid, ends, keys, now_ns, restored, txn) {
+            None => match new_group(model, uid, ends, now_ns, restored, txn) {
                 Some(group) => group,
                 None => continue,
             },
         };
         let before = group.clone();
-        let group = merged(model, group, ends, all, now_ns, restored, txn);
+        let mut group = merged(model, group, ends, all, now_ns, restored, txn);
+        take_keys(model, &mut group, ends, keys, created, restored, txn);
         let promises = promises_of(model, &group, ends);
         found.push(Found { touched: group != before, group, promises, created });
     }
@@ -204,7 +207,6 @@ fn new_group(
     model: &Model,
     uid: &str,
     ends: &Ends<'_>,
-    keys: &Wrapper,
     now_ns: u64,
     restored: &mut Restored,
     txn: &mut Txn,
@@ -218,10 +220,7 @@ fn new_group(
         restored.note(format!("group \"{}\": made after the backup; its target or its name is not known", said.name));
         return None;
     };
-    let key = said.key.as_ref().filter(|k| k.key.len() == 32)?;
-    if !model.keys.contains_key(&key.id) {
-        txn.put(Object::Key(keys.wrap(&key.id, &key.key).ok()?));
-    }
+    let key = said.key.as_ref().filter(|k| k.key.len() == KEY_LEN)?;
     said.disks.iter().for_each(|d| txn.put(Object::Disk(disk(d, uid, now_ns))));
     restored.note(format!("group \"{}\": made after the backup; taken over from \"{}\"", said.name, observed.proxy.id));
     Some(Group {
@@ -247,7 +246,49 @@ fn new_group(
         reverse: None,
         overwritten: false,
         leftovers: Vec::new(),
+        older_keys: Vec::new(),
+        next_key: String::new(),
     })
+}
+
+/// Keys that came after the backup: what was written under them would not open without. The source says under which it
+/// writes; each end keeps those before.
+fn take_keys(
+    model: &Model,
+    group: &mut Group,
+    ends: &Ends<'_>,
+    keys: &Wrapper,
+    created: bool,
+    restored: &mut Restored,
+    txn: &mut Txn,
+) {
+    let at_source = ends.source.and_then(|(_, s)| s.key.as_ref());
+    let at_target = ends.target.and_then(|(_, s)| s.key.as_ref());
+    let mut newer = false;
+    for said in at_target.into_iter().chain(at_source).flat_map(|k| std::iter::once(k).chain(&k.older)) {
+        if said.key.len() != KEY_LEN || said.id.is_empty() {
+            continue;
+        }
+        if !model.keys.contains_key(&said.id) {
+            let Ok(record) = keys.wrap(&said.id, &said.key) else { continue };
+            txn.put(Object::Key(record));
+        }
+        if !group.all_keys().any(|id| id == said.id) {
+            group.older_keys.insert(0, said.id.clone());
+            newer = true;
+        }
+    }
+    // One that only the target has is older, whatever it was to become: it is rotated again where that is wanted.
+    let current = at_source.map(|k| k.id.clone()).filter(|id| *id != group.key && group.older_keys.contains(id));
+    if let Some(current) = current {
+        group.older_keys.retain(|id| *id != current);
+        group.older_keys.insert(0, std::mem::replace(&mut group.key, current));
+        // What was to be the next one then has been, or never will be.
+        group.older_keys.extend(Some(std::mem::take(&mut group.next_key)).filter(|id| !id.is_empty()));
+    }
+    if newer && !created {
+        restored.note(format!("group \"{}\": its key was rotated since", group.id));
+    }
 }
 
 /// A disk as its source has it.

@@ -73,7 +73,7 @@ fn changed(model: &Model, group: &str, change: impl FnOnce(&mut Group)) -> Model
 /// What a proxy would have been told by a coordinator with this model.
 fn told(model: &Model, id: &str) -> Observed {
     let proxy = model.proxies[&("default".to_owned(), id.to_owned())].clone();
-    let (state, _) = desired(model, &proxy, |_| Some(KEY.to_vec()));
+    let (state, _) = desired(model, &proxy, |_| Some(KEY), None);
     Observed { proxy, state }
 }
 
@@ -113,6 +113,44 @@ fn where_nothing_has_happened_nothing_is_changed() {
         let (model, restored) = after(&old, &old, &order);
         assert_eq!((model.groups, model.policies), (old.groups.clone(), old.policies.clone()));
         assert!(restored.findings.is_empty(), "{restored:?}");
+    }
+}
+
+#[test]
+fn keys_that_were_rotated_since_are_taken_over_and_none_is_lost() {
+    let [k1, k2, k3] = ["1", "2", "3"].map(str::to_owned);
+    let with_key = |model: &Model| {
+        let mut txn = Txn::default();
+        txn.put(Object::Key(crate::objects::KeyRecord {
+            id: k1.clone(),
+            wrapped: String::new(),
+            under: String::new(),
+            since_ns: 0,
+        }));
+        model.applied(txn, model.revision + 1)
+    };
+    for (next_then, next_since) in [("", ""), ("", &k3), (&k2, ""), (&k2, &k3)] {
+        let old = changed(&with_key(&model()), "shop", |group| {
+            (group.key, group.next_key) = (k1.clone(), next_then.to_owned());
+        });
+        let newer = changed(&old, "shop", |group| {
+            (group.key, group.next_key) = (k2.clone(), next_since.to_owned());
+            group.older_keys = vec![k1.clone()];
+        });
+        for order in orders() {
+            let (model, restored) = after(&old, &newer, &order);
+            let group = shop(&model);
+            let mut all: Vec<&str> = group.all_keys().collect();
+            all.sort_unstable();
+            let mut wanted = vec![k1.as_str(), k2.as_str(), next_since];
+            wanted.retain(|id| !id.is_empty());
+            assert_eq!(all, wanted, "{group:?}");
+            // What the source writes under, or what takes its place once the target has it.
+            assert!(group.key == k2 || group.next_key == k2, "{group:?}");
+            assert!(wanted.iter().all(|id| *id == k2 && next_then == k2 || model.keys.contains_key(*id)), "{group:?}");
+            let noted = restored.findings.iter().any(|f| f.contains("its key was rotated since"));
+            assert_eq!(noted, next_then.is_empty() || !next_since.is_empty(), "{restored:?}");
+        }
     }
 }
 
@@ -333,7 +371,7 @@ fn a_group_that_was_moved_to_a_policy_that_nobody_knows_gets_one_of_its_own() {
 #[test]
 fn a_group_since_is_taken_over_with_its_key() {
     let old = model();
-    let newer = add(&old, "later", 9);
+    let newer = changed(&add(&old, "later", 9), "later", |group| group.key = "k".into());
     for order in orders() {
         let (model, restored) = after(&old, &newer, &order);
         let later = &model.groups[&("default".to_owned(), "later".to_owned())];

@@ -77,6 +77,12 @@ pub(crate) struct Delta {
 }
 
 impl Delta {
+    /// Its writers begin under this key from now on; what is there opens by those before.
+    pub(crate) fn set_policy_key(&mut self, key: &PolicyKey) {
+        self.policy_key = key.clone();
+        self.journal.policy_key = key.clone();
+    }
+
     /// An empty one; its segments stand beside the stream's.
     pub fn new(id: u32, view: DeltaView, stream: &JournalConfig, policy_key: &PolicyKey) -> Self {
         let config = JournalConfig { timeline: view.timeline, ..stream.clone() };

@@ -287,6 +287,8 @@ impl Journal {
 
     /// Takes over from a journal of the same branch: who still reads in its files reads on.
     pub(crate) fn inherit<I: Io>(&mut self, io: &mut I, old: Self) {
+        // It may have been rotated meanwhile.
+        self.policy_key = old.policy_key.clone();
         self.retired.extend(old.retired);
         for segment in old.segments {
             match segment.file {

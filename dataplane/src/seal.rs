@@ -3,6 +3,8 @@
 //! Keys: each start of a writer has a fresh random [`DataKey`]; frame number and chunk index are the nonce, so a frame
 //! number is sealed once and a resend repeats the bytes. The data key travels wrapped under the policy's key.
 
+use std::sync::Arc;
+
 use afterimage_wire::chunk::{
     CHUNK_HEAD_LEN, CHUNK_TARGET, Chunk, ChunkHead, Codec, MAX_CHUNK_RECORDS, MAX_PAYLOAD, TAG_LEN,
 };
@@ -69,18 +71,29 @@ impl std::fmt::Debug for DataKey {
     }
 }
 
-/// The key of a policy: wraps data keys.
+/// The key of a policy: wraps data keys. With those that were before it, by which what is older opens.
 #[derive(Clone)]
 pub struct PolicyKey {
     /// Names it in wrapped keys.
     pub id: PolicyKeyId,
     bytes: [u8; 32],
+    older: Arc<[(PolicyKeyId, [u8; 32])]>,
 }
 
 impl PolicyKey {
     /// From its id and its bytes.
     pub fn new(id: PolicyKeyId, bytes: [u8; 32]) -> Self {
-        Self { id, bytes }
+        Self { id, bytes, older: Arc::new([]) }
+    }
+
+    /// The same with keys that were before it: nothing is wrapped under them any more.
+    pub fn with_older(self, older: impl IntoIterator<Item = (PolicyKeyId, [u8; 32])>) -> Self {
+        Self { older: older.into_iter().collect(), ..self }
+    }
+
+    fn bytes_of(&self, id: PolicyKeyId) -> Option<&[u8; 32]> {
+        let older = || self.older.iter().find(|(older, _)| *older == id).map(|(_, bytes)| bytes);
+        if id == self.id { Some(&self.bytes) } else { older() }
     }
 
     /// Wraps `key` for `incarnation`; `nonce` is random.
@@ -103,11 +116,11 @@ impl PolicyKey {
     /// # Errors
     /// Wrapped under another key, for another incarnation, or changed.
     pub fn unwrap(&self, incarnation: IncarnationId, wrapped: &WrappedKey) -> Result<DataKey, OpenError> {
-        if wrapped.policy_key != self.id {
-            return Err(OpenError::Seal("a data key (it is wrapped under another policy key)"));
-        }
+        let bytes = self
+            .bytes_of(wrapped.policy_key)
+            .ok_or(OpenError::Seal("a data key (it is wrapped under another policy key)"))?;
         let mut sealed = wrapped.sealed.0;
-        let plain = aead(&self.bytes)
+        let plain = aead(bytes)
             .open_in_place(Nonce::assume_unique_for_key(wrapped.nonce), Aad::from(incarnation.0), &mut sealed)
             .map_err(|_| OpenError::Seal("a data key"))?;
         let mut bytes = [0; 32];
@@ -124,9 +137,11 @@ const HASH_LABEL: &[u8] = b"afterimage resync v1";
 pub struct HashKey(ring::hmac::Key);
 
 impl PolicyKey {
-    /// The key of the hashes of `stream`.
-    pub fn hash_key(&self, stream: StreamId) -> HashKey {
-        let master = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &self.bytes);
+    /// The key of the hashes of `stream` in a writer's comparison: of the policy key that the writer is wrapped under, so
+    /// that both ends mean the same one while it is rotated.
+    pub fn hash_key(&self, stream: StreamId, under: PolicyKeyId) -> HashKey {
+        let bytes = self.bytes_of(under).unwrap_or(&self.bytes);
+        let master = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, bytes);
         let mut context = ring::hmac::Context::with_key(&master);
         context.update(HASH_LABEL);
         context.update(&stream.0);

@@ -18,7 +18,7 @@ use crate::capture::{Disk, Flow, Gate, kind};
 use crate::host::{Answer, DiskKey, Disks, Export, Geometry, HostDisk, Request};
 use crate::intent::{IntentLog, Verdict};
 use crate::io::{Allocation, Done, Errno, Io, Nanos, Pool, Sock, Token};
-use crate::seal::ControlKey;
+use crate::seal::{ControlKey, PolicyKey};
 use crate::sealers::{Sealer, Sealing};
 use crate::ship::{Queue, ShipLimits, Shipper};
 use crate::spill::{self, Past, Recovered, Spill, SpillConfig};
@@ -235,7 +235,7 @@ impl<I: Io> Source<I> {
         let queue = self.limits.queue_bytes;
         let mut ship = Shipper::new(config.stream, index, incarnation, key, first_seq, queue, config.compress, limits);
         ship.durable_seq = lineage.predecessor.seq.max(acked.1);
-        ship.queue.hash_key = Some(Arc::new(config.policy_key.hash_key(config.stream)));
+        ship.queue.hash_key = Some(Arc::new(config.policy_key.hash_key(config.stream, wrapped.policy_key)));
         ship.queue.budget.set(self.limits.sync_rate, io.now());
         let mut group = Group::new(
             config,
@@ -523,6 +523,13 @@ impl<I: Io> Source<I> {
         Ok(())
     }
 
+    /// What a group's writers are wrapped under from now on. The one of now ends as soon as nothing of it is on its way, so
+    /// that nothing has to be sent again; under load that may take until the next start.
+    pub fn set_policy_key(&mut self, io: &mut I, stream: StreamId, key: PolicyKey) {
+        self.with_group(io, stream, |group, _| group.config.policy_key = key);
+        self.turn(io);
+    }
+
     /// When frames of a group may leave, from now on.
     ///
     /// # Errors
@@ -634,6 +641,7 @@ impl<I: Io> Source<I> {
             lease_left: group.lease_due.map_or(0, |due| due.saturating_sub(now)),
             synchronous,
             incarnation: ship.incarnation,
+            policy_key: group.wrapped.policy_key,
             captured_seq: ship.queue.last_seq(),
             sealed_seq: ship.sealed_seq,
             sent_seq: ship.sent_seq,

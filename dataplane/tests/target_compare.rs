@@ -16,7 +16,7 @@ const STEP: usize = 4096;
 /// A record of hashes of `data`.
 fn ask(feeder: &mut Feeder, slot: u16, offset: u64, data: &[u8]) -> u64 {
     let mut hashes = Vec::new();
-    policy().hash_key(stream_id()).hashes(slot, offset, data, &mut hashes);
+    policy().hash_key(stream_id(), policy().id).hashes(slot, offset, data, &mut hashes);
     feeder.record(RecordKind::SyncHash, slot, offset, data.len() as u64, hashes)
 }
 

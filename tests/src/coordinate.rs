@@ -53,6 +53,8 @@ impl Run {
             reverse: None,
             overwritten: false,
             leftovers: Vec::new(),
+            older_keys: Vec::new(),
+            next_key: String::new(),
         }
     }
 

@@ -12,6 +12,7 @@ use afterimage_controlplane::grpc::rate::{DEFAULT_BURST, DEFAULT_RATE, Rate};
 use afterimage_controlplane::grpc::{Config, ServeError, start};
 use afterimage_controlplane::hooks::{self, HookConfig};
 use afterimage_controlplane::store::etcd::Etcd;
+use afterimage_controlplane::wrapping::KeysConfig;
 use clap::ValueEnum;
 use serde::Deserialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -62,7 +63,7 @@ pub struct Args {
     #[command(flatten)]
     etcd: EtcdArgs,
     /// Configuration file (TOML) with listen, advertise, data_dir, metrics, certificate_lifetime, call_rate,
-    /// call_burst, etcd, log, hook.
+    /// call_burst, etcd, keys, log, hook.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Address to listen on; port 0 takes one that is free; may be given many times [default: 0.0.0.0:7700].
@@ -144,6 +145,8 @@ struct File {
     #[serde(default)]
     etcd: EtcdArgs,
     #[serde(default)]
+    keys: KeysConfig,
+    #[serde(default)]
     hook: Vec<HookConfig>,
 }
 
@@ -160,6 +163,7 @@ struct Settings {
     certificate_lifetime: Option<Duration>,
     calls: Rate,
     log: LogFormat,
+    keys: KeysConfig,
     hooks: Vec<HookConfig>,
 }
 
@@ -195,11 +199,13 @@ impl Settings {
                 burst: args.call_burst.or(file.call_burst).unwrap_or(DEFAULT_BURST),
             },
             log: args.log.or(file.log).unwrap_or_default(),
+            keys: file.keys,
             hooks: file.hook,
         };
         // Also of one that does not lead yet.
         hooks::check(&settings.hooks).map_err(Failure::usage)?;
         settings.calls.check().map_err(Failure::usage)?;
+        settings.keys.check().map_err(Failure::usage)?;
         if let Some(address) = &settings.advertise {
             check_advertised(address)?;
         }
@@ -325,6 +331,7 @@ async fn until_stopped(settings: Settings, out: Output) -> Result<(), Failure> {
         metrics: settings.metrics,
         hooks: settings.hooks,
         calls: settings.calls,
+        keys: settings.keys,
         ..Config::new(settings.data_dir, settings.listen[0])
     };
     let config = match settings.certificate_lifetime {
@@ -465,6 +472,15 @@ mod tests {
         assert_eq!(calls("").unwrap(), Rate::default());
         assert_eq!(calls("call_rate = 7\ncall_burst = 9\n").unwrap(), Rate { per_s: 7, burst: 9 });
         assert!(calls("call_burst = 0\n").unwrap_err().message.contains("call_burst"));
+    }
+
+    #[test]
+    fn what_wraps_keys_is_checked_at_the_start() {
+        let refused = load("[keys]\nfile = '/nonexistent/key'\n", Args::default()).unwrap_err();
+        assert!(refused.message.starts_with("keys.file: /nonexistent/key"), "{refused}");
+        let kept = load("[keys]\ncommand = ['/bin/cat']\ntimeout_s = 5\n", Args::default()).unwrap();
+        assert_eq!((kept.keys.command.len(), kept.keys.timeout_s), (1, 5));
+        assert!(load("[keys]\nfil = 'x'\n", Args::default()).unwrap_err().message.contains("fil"));
     }
 
     #[test]

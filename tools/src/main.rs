@@ -10,6 +10,7 @@ mod coordinator;
 mod demo;
 mod doctor;
 mod init;
+mod journal;
 mod manual;
 mod nbd_client;
 mod operator;
@@ -30,6 +31,8 @@ enum Command {
     Coordinator(coordinator::Args),
     /// Run a proxy: at the disks, or at the journal.
     Proxy(proxy::Args),
+    /// A journal folder by itself: what is in it, and any point of it as disks.
+    Journal(journal::Args),
     /// The block devices of this host that disks have.
     Ublk(ublk::Args),
     #[command(flatten)]
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Coordinator(args) => coordinator::run(args),
         Command::Proxy(args) => proxy::run(args),
+        Command::Journal(args) => journal::run(args),
         Command::Ublk(args) => ublk::run(args),
         Command::Operator(command) => operator::run(command),
         Command::Demo(args) => demo::run(args),

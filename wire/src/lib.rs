@@ -19,6 +19,7 @@ pub mod frame;
 pub mod handshake;
 pub mod ids;
 pub mod intent;
+pub mod keys;
 pub mod record;
 pub mod segment;
 pub mod stream_state;

@@ -14,6 +14,7 @@ use afterimage_wire::frame::{DirectoryEntry, FRAME_MAGIC, FrameHeader, check_fra
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
 use afterimage_wire::intent::{IntentHeader, Witness, decode_page, encode_page, page_serial};
+use afterimage_wire::keys::{HeldKey, KeysFile, SEALED_KEY_LEN};
 use afterimage_wire::record::{Cut, DiskInfo, RawRecord, Record, RecordKind, SyncMark};
 use afterimage_wire::segment::{Predecessor, Sealed48, SegmentHead, WrappedKey};
 use afterimage_wire::stream_state::{DeltaView, DiskLife, OpenSync, StreamStateFile, UnreadableRange};
@@ -468,11 +469,31 @@ fn timeline_table() {
 }
 
 #[test]
+fn keys_file() {
+    let sealed = |first: u8| std::array::from_fn::<u8, SEALED_KEY_LEN, _>(|at| first + at as u8);
+    let file = KeysFile {
+        stream: StreamId(id(0x20)),
+        site_key: id(0x50),
+        recovery_key: id(0x60),
+        retention_s: 0x0102_0304_0506_0708,
+        name: "shöp".into(),
+        keys: vec![
+            HeldKey { id: PolicyKeyId(id(0x70)), site: sealed(0x80), recovery: Some(sealed(0xc0)) },
+            HeldKey { id: PolicyKeyId(id(0x71)), site: sealed(0x81), recovery: None },
+        ],
+        disks: vec![(disk(0), 2), (disk(7), 0x1112_1314_1516_1718)],
+    };
+    let bytes = file.encode();
+    golden("keys-file", &bytes);
+    assert_eq!(KeysFile::decode(&bytes), Ok(file));
+}
+
+#[test]
 fn every_golden_file_belongs_to_a_structure() {
     // A file that no test reads pins nothing: the count says that one was renamed or forgotten.
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let files = std::fs::read_dir(folder).expect("the golden folder is there").count();
-    assert_eq!(files, 56);
+    assert_eq!(files, 57);
 }
 
 #[test]

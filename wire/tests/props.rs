@@ -8,6 +8,7 @@ use afterimage_wire::frame::{FrameHeader, check_frame, frame_crc};
 use afterimage_wire::handshake::{DiskClaim, Handshake, Hello, MAX_HANDSHAKE, Position, Refusal, Welcome};
 use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId, TimelineId};
 use afterimage_wire::intent::{IntentHeader, Witness, decode_page, encode_page, page_serial};
+use afterimage_wire::keys::{HeldKey, KeysFile, SEALED_KEY_LEN};
 use afterimage_wire::record::{
     Cut, DiskInfo, HASH_LEN, HASH_STEP, MAX_HASHES, RECORD_LEN, RawRecord, Record, RecordKind, SyncMark, hashes,
 };
@@ -213,6 +214,21 @@ prop_compose! {
     }
 }
 
+prop_compose! {
+    fn held()(id in id(), site in any::<[[u8; 30]; 2]>(), recovery in any::<Option<[[u8; 30]; 2]>>()) -> HeldKey {
+        let whole = |halves: [[u8; 30]; 2]| -> [u8; SEALED_KEY_LEN] { halves.concat().try_into().unwrap() };
+        HeldKey { id: PolicyKeyId(id), site: whole(site), recovery: recovery.map(whole) }
+    }
+}
+
+prop_compose! {
+    fn keys()(stream in id(), site_key in id(), recovery_key in id(), retention_s in number(), name in "[a-z0-9-]{0,63}",
+        keys in prop::collection::vec(held(), 0..6),
+        disks in prop::collection::vec((disk(), number()), 0..6)) -> KeysFile {
+        KeysFile { stream: StreamId(stream), site_key, recovery_key, retention_s, name, keys, disks }
+    }
+}
+
 fn open_sync() -> impl Strategy<Value = OpenSync> {
     (number(), any::<bool>(), any::<bool>()).prop_map(|(sync, whole, tainted)| OpenSync { sync, whole, tainted })
 }
@@ -346,6 +362,13 @@ proptest! {
     }
 
     #[test]
+    fn keys_files_come_back(file in keys(), padding in 0..5000_usize) {
+        let mut bytes = file.encode();
+        bytes.resize(bytes.len() + padding, 0);
+        prop_assert_eq!(KeysFile::decode(&bytes), Ok(file));
+    }
+
+    #[test]
     fn names_too_long_are_cut_at_a_character(text in ".{0,400}") {
         let cut = Cut { number: 1, label: text.clone(), ..Cut::default() };
         let mut bytes = Vec::new();
@@ -421,6 +444,9 @@ fn decode_all(bytes: &[u8]) -> Result<(), TestCaseError> {
     }
     if let Ok(table) = TimelineTable::decode(bytes) {
         prop_assert_eq!(TimelineTable::decode(&table.encode()), Ok(table));
+    }
+    if let Ok(file) = KeysFile::decode(bytes) {
+        prop_assert_eq!(KeysFile::decode(&file.encode()), Ok(file));
     }
     Ok(())
 }
@@ -536,7 +562,7 @@ proptest! {
         if mend && bytes.len() >= 64 {
             match &bytes[..4] {
                 b"AIFR" | b"AISG" => mend_crc(&mut bytes, 12, |b| crc_with_hole(b, 12)),
-                b"AITL" | b"AISS" | b"AIIL" | b"AIIP" => mend_crc(&mut bytes, 8, |b| crc_with_hole(b, 8)),
+                b"AITL" | b"AISS" | b"AIKS" | b"AIIL" | b"AIIP" => mend_crc(&mut bytes, 8, |b| crc_with_hole(b, 8)),
                 _ => {}
             }
         }
@@ -547,7 +573,7 @@ proptest! {
     #[test]
     fn changes_under_a_checksum_are_found(
         bytes in prop_oneof![segment().prop_map(|s| s.encode()), table().prop_map(|t| t.encode()),
-            state().prop_map(|s| s.encode()), intent().prop_map(|i| i.encode().to_vec()), frame()],
+            state().prop_map(|s| s.encode()), keys().prop_map(|k| k.encode()), intent().prop_map(|i| i.encode().to_vec()), frame()],
         at in any::<prop::sample::Index>(),
         flip in 1..=255_u8,
     ) {
@@ -559,6 +585,7 @@ proptest! {
             b"AISG" => SegmentHead::decode(&changed).is_err(),
             b"AITL" => TimelineTable::decode(&changed).is_err(),
             b"AISS" => StreamStateFile::decode(&changed).is_err(),
+            b"AIKS" => KeysFile::decode(&changed).is_err(),
             _ => IntentHeader::decode(&changed).is_err(),
         };
         prop_assert!(error, "byte {} of {} changed unseen", at, bytes.len());
@@ -584,6 +611,8 @@ proptest! {
         prop_assert!(IntentHeader::decode(&intent.encode()).is_err());
         prop_assert!(SegmentHead::decode(&head.encode()).is_err());
         prop_assert!(TimelineTable::decode(&table.encode()).is_err());
+        let keys = KeysFile { retention_s: number, ..KeysFile::default() };
+        prop_assert!(KeysFile::decode(&keys.encode()).is_err());
         prop_assert!(StreamStateFile::decode(&state.encode()).is_err());
     }
 

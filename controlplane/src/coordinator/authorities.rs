@@ -96,12 +96,10 @@ impl Coordinator {
     /// It is being replaced already.
     pub async fn begin_rotation(self: &Arc<Self>, validate_only: bool, request: &Asked) -> Result<(), Problem> {
         let now = self.clock.wall_ns();
-        let new = Authority::generate(&self.keys, now).map_err(Problem::Internal)?;
-        let issuing = new.id.clone();
         let begun = self
             .change(|model, txn| {
                 if request.done(model)?.is_some() {
-                    return Ok(false);
+                    return Ok(None);
                 }
                 let known = model.authorities.clone();
                 if let Some(old) = known.as_ref().and_then(|k| k.replaced.as_ref()) {
@@ -112,16 +110,21 @@ impl Coordinator {
                         remedy,
                     ));
                 }
-                let first = Authority { id: self.file_ca.id().to_owned(), wrapped: None, since_ns: 0 };
+                let id = self.file_ca.id().to_owned();
+                let first = Authority { id, wrapped: None, since_ns: 0, under: String::new() };
                 let replaced = Some(known.map_or(first, |k| k.issuing));
-                if !validate_only {
-                    txn.put(Object::Authorities(Authorities { issuing: new, replaced }));
-                    request.record(model, txn, now, &issuing);
+                if validate_only {
+                    return Ok(None);
                 }
-                Ok(!validate_only)
+                // In its turn: the wrapping key of now is not given up meanwhile.
+                let new = Authority::generate(&self.keys, now).map_err(Problem::Internal)?;
+                let issuing = new.id.clone();
+                txn.put(Object::Authorities(Authorities { issuing: new, replaced }));
+                request.record(model, txn, now, &issuing);
+                Ok(Some(issuing))
             })
             .await?;
-        if begun {
+        if let Some(issuing) = begun {
             let message = format!("authority {issuing} issues from now on; the one before is trusted beside it");
             self.tell(Severity::Warning, "authority", &tenant(DEFAULT_TENANT), &message);
         }

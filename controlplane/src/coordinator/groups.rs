@@ -57,8 +57,6 @@ impl Coordinator {
             disks.push(disk.found(&field(i), &group, i as u16, found, now)?);
         }
         group.next_slot = disks.len() as u16;
-        let key = self.keys.generate().map_err(|e| Problem::Internal(e.to_string()))?;
-        group.key.clone_from(&key.id);
         let placed = group.target.is_empty();
         let made_disks = disks.clone();
         let made = self
@@ -74,6 +72,9 @@ impl Coordinator {
                     let size = disks.iter().map(|d| d.size).sum();
                     (group.target, group.placement) = self.choose_target(model, &group, size)?;
                 }
+                // In its turn: the wrapping key of now is not given up meanwhile.
+                let key = self.keys.generate(now).map_err(|e| Problem::Internal(e.to_string()))?;
+                group.key.clone_from(&key.id);
                 let made = group.clone();
                 if !validate_only {
                     request.record(model, txn, now, &group.uid);
@@ -231,8 +232,8 @@ impl Coordinator {
             model.machines_of(old).for_each(|m| txn.delete(Object::Machine(m.clone())));
             let disks = model.disks.values().filter(|d| d.group_uid == old.uid);
             disks.for_each(|d| txn.delete(Object::Disk(d.clone())));
-            if let Some(key) = model.keys.get(&old.key).filter(|_| delete_points) {
-                // What is kept of the journal can still be opened by its key.
+            // What is kept of the journal can still be opened by its keys.
+            for key in old.all_keys().filter_map(|id| model.keys.get(id)).filter(|_| delete_points) {
                 txn.delete(Object::Key(key.clone()));
             }
             txn.delete(Object::Group(old.clone()));

@@ -42,6 +42,7 @@ mod enrol;
 mod failback;
 mod groups;
 mod hooks;
+mod keys;
 mod machines;
 mod placement;
 mod points;
@@ -117,7 +118,7 @@ pub struct Coordinator {
     noting: Mutex<std::collections::HashSet<String>>,
     /// Certificates whose refusal is in the audit log, and since when.
     refused: Mutex<std::collections::HashMap<String, Instant>>,
-    keys: Wrapper,
+    keys: Arc<Wrapper>,
     store: Arc<dyn Store>,
     history: History,
     audit: audit::Shared,
@@ -153,6 +154,13 @@ impl Coordinator {
         history: History,
     ) -> Result<Arc<Self>, StoreError> {
         let model = Model::load(store.list("").await?).map_err(StoreError::Failed)?;
+        let keys = Arc::new(keys);
+        if let Some(known) = model.wrapping.clone() {
+            // It may run a command.
+            let opening = keys.clone();
+            let opened = tokio::task::spawn_blocking(move || opening.learn(&known)).await;
+            opened.map_err(|e| StoreError::Failed(e.to_string()))?.map_err(|e| StoreError::Failed(e.to_string()))?;
+        }
         for key in model.keys.values() {
             keys.unwrap(key).map_err(|e| StoreError::Failed(format!("{e}: {}", settings.data_dir.display())))?;
         }
@@ -212,6 +220,7 @@ impl Coordinator {
             self.resume_operations();
             self.drop_half_made_views();
         }
+        self.resume_rewrap();
         let mut tasks = vec![
             tokio::spawn(self.clone().converge_always()),
             tokio::spawn(self.clone().watch_over()),
@@ -315,6 +324,10 @@ impl Coordinator {
             if next.authorities != model.authorities {
                 // Before anybody is told of this version: it stands for these authorities.
                 coordinator.reopen_trust(&next);
+            }
+            if next.wrapping != model.wrapping {
+                // Before the next change: it is wrapped under the newest.
+                coordinator.keys.follow(next.wrapping.as_ref());
             }
             *coordinator.model.write().expect("nothing panics while it holds this") = next;
             coordinator.model_changed.send_replace(revision);
@@ -520,8 +533,9 @@ impl Coordinator {
         if !self.store.in_office() || model.observing() || model.unasked(&proxy.uid) {
             return;
         }
-        let key = |id: &str| model.keys.get(id).and_then(|k| self.keys.unwrap(k).ok()).map(|k| k.to_vec());
-        let (mut state, without_key) = desired(model, proxy, key);
+        let recovery = model.recovery.as_ref().and_then(|r| self.open_recovery(r));
+        let key = |id: &str| model.keys.get(id).and_then(|k| self.keys.unwrap(k).ok());
+        let (mut state, without_key) = desired(model, proxy, key, recovery.as_ref());
         state.authorities_pem = self.trust().pem.clone();
         state.issuer = self.issuer_of(model, proxy);
         for group in without_key {

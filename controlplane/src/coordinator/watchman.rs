@@ -47,6 +47,7 @@ impl Coordinator {
                 self.name_exports().await;
             }
             self.further_rotation(&model);
+            self.further_keys(&model).await;
             if round % SWEEP_EVERY == 1 {
                 self.sweep(&model).await;
             }

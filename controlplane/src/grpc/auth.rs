@@ -65,6 +65,8 @@ pub fn needs(path: &str) -> Option<Needs> {
         ("Backups", "CreateBackup" | "ConfirmRestore") => Needs::Admin,
         ("Backups", "GetRestore") | ("Certificates", "ListCertificates" | "GetAuthorities") => Needs::Viewer,
         ("Certificates", "RevokeCertificates" | "RotateAuthority") => Needs::Admin,
+        ("Keys", "GetKeys") => Needs::Viewer,
+        ("Keys", "RotateKey" | "RewrapKeys" | "MakeRecoveryKey") => Needs::Admin,
         ("ProxyControl", "Session") => Needs::Proxy,
         ("Policies", "GetPolicy" | "ListPolicies")
         | ("Groups", "GetGroup" | "ListGroups" | "GetDisk" | "ListDisks" | "ExplainPlacement")
@@ -457,6 +459,8 @@ mod tests {
             ("Backups", READ, "GetRestore"),
             ("Certificates", READ, "ListCertificates GetAuthorities"),
             ("Certificates", &[Role::Admin], "RevokeCertificates RotateAuthority"),
+            ("Keys", READ, "GetKeys"),
+            ("Keys", &[Role::Admin], "RotateKey RewrapKeys MakeRecoveryKey"),
             ("ProxyControl", &[Role::Proxy], "Session"),
         ];
         let mut left = methods();

@@ -12,6 +12,7 @@ use afterimage_wire::v1::certificates_server::CertificatesServer;
 use afterimage_wire::v1::enrolment_server::EnrolmentServer;
 use afterimage_wire::v1::failovers_server::FailoversServer;
 use afterimage_wire::v1::groups_server::GroupsServer;
+use afterimage_wire::v1::keys_server::KeysServer;
 use afterimage_wire::v1::machines_server::MachinesServer;
 use afterimage_wire::v1::operations_server::OperationsServer;
 use afterimage_wire::v1::points_server::PointsServer;
@@ -37,6 +38,7 @@ use crate::problem::Problem;
 use crate::store::etcd::EtcdStore;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
+use crate::wrapping::KeysConfig;
 
 use upkeep::Upkeep;
 
@@ -50,6 +52,7 @@ pub mod deadline;
 mod enrolment;
 mod errors;
 mod health;
+mod keys;
 mod machines;
 pub mod member;
 mod operator;
@@ -98,6 +101,8 @@ pub struct Config {
     pub certificate_lifetime: Duration,
     /// How many calls each identity has.
     pub calls: rate::Rate,
+    /// What wrapping keys are wrapped by; nothing of it set: `keys.bin`.
+    pub keys: KeysConfig,
     /// The store that several coordinators share, held by this one; none: the embedded one in the data folder.
     pub shared: Option<EtcdStore>,
 }
@@ -115,6 +120,7 @@ impl Config {
             hooks: Vec::new(),
             certificate_lifetime: ca::LIFETIME,
             calls: rate::Rate::default(),
+            keys: KeysConfig::default(),
             shared: None,
         }
     }
@@ -284,7 +290,9 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
     let history = History::open(&dir.join("history.redb")).map_err(ServeError::Config)?;
     only_owner(&dir.join("history.redb"))?;
     let ca = Ca::open(&dir.join("ca.pem"))?.lasting(config.certificate_lifetime);
-    let keys = Wrapper::open(&dir.join("keys.bin"))?;
+    let wrappers = config.keys.check().map_err(ServeError::Config)?;
+    let keys = Wrapper::open(&dir.join("keys.bin"))?.by(wrappers);
+    only_owner(&dir.join("keys.bin"))?;
     let mut incoming = Vec::new();
     for address in &config.listen {
         let refused = |source| ServeError::Listen { address: *address, source };
@@ -363,6 +371,7 @@ fn router(coordinator: &Arc<Coordinator>, limits: &Arc<rate::Limits>) -> Result<
         .add_service(bounded!(AuditServer, audit::AuditService(coordinator.clone())))
         .add_service(bounded!(BackupsServer, backups::BackupsService(coordinator.clone())))
         .add_service(bounded!(CertificatesServer, certificates::CertificatesService(coordinator.clone())))
+        .add_service(bounded!(KeysServer, keys::KeysService(coordinator.clone())))
         .add_service(bounded!(EnrolmentServer, enrolment::EnrolmentService(coordinator.clone())))
         .add_service(bounded!(ProxyControlServer, control::ControlService(coordinator.clone()))))
 }

@@ -265,6 +265,7 @@ impl Group {
         self.sync_ends(w);
         self.leave_turn(w, now);
         self.sync_mode_turn(w, now);
+        self.key_turn(w);
         self.compose_and_send(w);
         self.spill_turn(w);
         self.link_turn(w, now);

@@ -5,6 +5,8 @@
 //! be synchronised; what the target says when it first accepts can make that more, and then the incarnation, of which
 //! nothing has been sent, is begun anew.
 
+use std::sync::Arc;
+
 use afterimage_wire::WIRE_VERSION;
 use afterimage_wire::control::StopReason;
 use afterimage_wire::handshake::{DiskClaim, Hello, Position, Refusal};
@@ -115,6 +117,29 @@ impl Group {
         }
     }
 
+    /// Another policy key: a new incarnation under it, at a moment when nothing is on its way, so that nothing is in doubt.
+    pub(super) fn key_turn<I: Io>(&mut self, w: &mut Around<'_, I>) {
+        if self.wrapped.policy_key == self.config.policy_key.id
+            || self.phase != Phase::Open
+            || self.fenced.is_some()
+            || self.ship.past().is_some()
+            || !self.ship.link.is_ready()
+            || !self.ship.is_drained()
+            || !self.leaving.is_empty()
+            || self.spill.as_ref().is_some_and(|spill| !spill.is_empty())
+        {
+            return;
+        }
+        let quiet = |disk: &Disk| {
+            let owes = disk.sync.is_open() || disk.sync.whole_owed || disk.sync.end_owed;
+            disk.out.is_none() && !owes && disk.log.as_ref().is_none_or(|log| log.dirty() == 0)
+        };
+        if self.all_disks(w.disks, quiet) {
+            self.reincarnate(w, false, 0);
+            "a writer under another policy key introduces itself".clone_into(&mut self.ship.link.reason);
+        }
+    }
+
     /// Everything of an earlier life is at the target: the next one is shipped, on a connection of its own.
     fn next_life<I: Io>(&mut self, w: &mut Around<'_, I>) {
         self.ship.link.close(w.io);
@@ -163,6 +188,8 @@ impl Group {
         }
         let (incarnation, key, wrapped) = fresh_writer(w.io, &self.config.policy_key);
         self.wrapped = wrapped;
+        let hashes = self.config.policy_key.hash_key(self.config.stream, wrapped.policy_key);
+        self.ship.queue.hash_key = Some(Arc::new(hashes));
         self.first_seq = self.ship.restart(incarnation, key, least);
         let now = w.io.now();
         if now < self.incarnated_at + INCARNATION_PACE {

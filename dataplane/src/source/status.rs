@@ -1,7 +1,7 @@
 //! What a source says of itself: events for its owner, status for whoever asks.
 
 use afterimage_wire::handshake::{Hello, Refusal};
-use afterimage_wire::ids::{DiskId, IncarnationId, StreamId};
+use afterimage_wire::ids::{DiskId, IncarnationId, PolicyKeyId, StreamId};
 
 use crate::host::DiskKey;
 use crate::io::Nanos;
@@ -263,6 +263,8 @@ pub struct GroupStatus {
     pub synchronous: Option<SyncModeStatus>,
     /// This life.
     pub incarnation: IncarnationId,
+    /// The policy key that it is wrapped under.
+    pub policy_key: PolicyKeyId,
     /// Newest number drawn.
     pub captured_seq: u64,
     /// Newest number in a sealed frame.

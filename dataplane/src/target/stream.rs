@@ -273,6 +273,8 @@ impl Stream {
 
     /// Takes over what may change while the stream is open.
     pub fn reconfigure<I: Io>(&mut self, io: &mut I, config: StreamConfig) -> Result<(), TargetError> {
+        self.journal.policy_key = config.policy_key.clone();
+        self.deltas.iter_mut().for_each(|delta| delta.set_policy_key(&config.policy_key));
         if matches!(self.phase, Phase::Locked) {
             self.config = config;
             return Ok(());

@@ -184,7 +184,9 @@ impl<I: Io> Target<I> {
         for (key, answer) in answers.drain(..) {
             if let Some(stream) = crate::compare::stream_of(key) {
                 if let Some(stream) = self.streams.get_mut(&stream) {
-                    stream.compare.read(&stream.config.policy_key.hash_key(stream.config.stream), answer);
+                    let writer = stream.connection.and_then(|id| self.connections.get(&id)).map(|c| &c.writer);
+                    let under = writer.map_or(stream.config.policy_key.id, |w| w.wrapped.policy_key);
+                    stream.compare.read(&stream.config.policy_key.hash_key(stream.config.stream, under), answer);
                 }
                 continue;
             }

@@ -26,6 +26,11 @@ pub fn policy() -> PolicyKey {
     PolicyKey::new(PolicyKeyId([1; 16]), [2; 32])
 }
 
+/// The key that takes the place of [`policy`].
+pub fn rotated() -> PolicyKey {
+    PolicyKey::new(PolicyKeyId([6; 16]), [8; 32]).with_older([(policy().id, [2; 32])])
+}
+
 /// What the target holds: the images, and every record.
 #[derive(Default)]
 pub struct Held {
@@ -33,6 +38,7 @@ pub struct Held {
     pub images: BTreeMap<u16, Vec<u8>>,
     pub records: Vec<Record>,
     key: Option<DataKey>,
+    under: PolicyKeyId,
     bytes: Vec<u8>,
     pub hellos: Vec<Hello>,
     /// What each frame promised, milliseconds.
@@ -55,7 +61,8 @@ impl Held {
             && !(place.incarnation == before.incarnation
                 && !place.incarnation.is_none()
                 && (place.frame, place.seq) >= (before.frame, before.seq));
-        self.key = Some(policy().unwrap(hello.incarnation, &hello.key).expect("wrapped under the policy's key"));
+        self.key = Some(rotated().unwrap(hello.incarnation, &hello.key).expect("wrapped under a key of the policy"));
+        self.under = hello.key.policy_key;
         self.bytes.clear();
         self.hellos.push(hello.clone());
         whole
@@ -117,7 +124,7 @@ impl Held {
                 if record.kind == RecordKind::SyncHash && !self.silent {
                     let image = self.images.entry(record.disk).or_insert_with(|| vec![0xEE; SIZE as usize]);
                     let range = &image[record.offset as usize..record.end() as usize];
-                    let key = policy().hash_key(STREAM);
+                    let key = rotated().hash_key(STREAM, self.under);
                     self.compared.push_back((record.seq, key.differs(record.disk, record.offset, range, &data)));
                 }
                 self.records.push(record);
@@ -142,6 +149,7 @@ pub struct Bed {
     pub source: Source<SimIo>,
     pub held: Held,
     pub disks: usize,
+    pub policy: PolicyKey,
     pub limits: SourceLimits,
     pub trust_reboot: bool,
     /// The logs have witnesses.
@@ -190,6 +198,7 @@ impl Bed {
             source,
             held: Held::default(),
             disks,
+            policy: policy(),
             limits,
             trust_reboot: true,
             witnessed: false,
@@ -235,7 +244,7 @@ impl Bed {
                     ..DiskConfig::default()
                 })
                 .collect(),
-            policy_key: policy(),
+            policy_key: self.policy.clone(),
             cut_interval: 1000 * MS,
             compress: true,
             lease: self.lease,

@@ -10,6 +10,7 @@ use afterimage_wire::handshake::Handshake;
 use afterimage_wire::intent::{
     INTENT_MAGIC, IntentHeader, PAGE_MAGIC, WITNESS_MAGIC, Witness, decode_page, page_serial,
 };
+use afterimage_wire::keys::{KEYS_MAGIC, KeysFile};
 use afterimage_wire::record::{Cut, DiskInfo, RECORD_LEN, RawRecord, Record, SyncMark};
 use afterimage_wire::segment::{SEGMENT_MAGIC, SegmentHead, WrappedKey};
 use afterimage_wire::stream_state::{STATE_MAGIC, StreamStateFile};
@@ -160,8 +161,13 @@ fn signed_page(data: &[u8], magic: [u8; 4]) -> Vec<u8> {
     page
 }
 
-/// The timeline table.
+/// The timeline table, and the keys file.
 pub fn timeline(data: &[u8]) {
+    for bytes in [data.to_vec(), signed(data, KEYS_MAGIC, 12, 8, false)] {
+        if let Ok(file) = KeysFile::decode(&bytes) {
+            assert_eq!(KeysFile::decode(&file.encode()).as_ref(), Ok(&file));
+        }
+    }
     for bytes in [data.to_vec(), signed(data, TIMELINE_MAGIC, 12, 8, false)] {
         if let Ok(table) = TimelineTable::decode(&bytes) {
             assert_eq!(TimelineTable::decode(&table.encode()).as_ref(), Ok(&table));

@@ -123,6 +123,11 @@ pub fn coordinator(given: &Given) -> String {
     page.example("prefix", text("afterimage"), "What all keys begin with.");
     page.example("reach", text("10.0.0.5:7700"), "Where the other coordinators reach this one.");
     page.blank();
+    page.say("Policy keys are wrapped by keys.bin in data_dir, or by this, from the next `afterimage key rewrap` on.");
+    page.0 += "#~[keys]\n";
+    keys(&mut page);
+    page.example("timeout_s", 10, "How long it may take.");
+    page.blank();
     page.say("Events go to a command or a web address; one such table for each hook.");
     page.0 += "#~[[hook]]\n";
     page.example("name", text("pager"), "How far it has got is kept under this name.");
@@ -136,6 +141,14 @@ pub fn coordinator(given: &Given) -> String {
     page.example("timeout_s", 10, "How long one try may take.");
     page.example("retry_s", 3600, "For how long it is tried again.");
     page.0
+}
+
+fn keys(page: &mut Page) {
+    page.example(
+        "command",
+        "[\"/bin/sh\", \"/etc/afterimage/wrap-key\"]",
+        "Run with wrap or unwrap behind it, the bytes on its standard input; or else file, a key of 32 bytes, mode 0600.",
+    );
 }
 
 fn head(given: &Given, role: &str) -> Page {
@@ -160,6 +173,11 @@ fn head(given: &Given, role: &str) -> Page {
         text(given.token_file.display()),
         "Holds the token by which it joins at its first start; may be gone afterwards.",
     );
+    page.table("keys");
+    page.say(
+        "The key of this site, under which policy keys are kept, is wrapped by site.key in state_dir, or by this.",
+    );
+    keys(&mut page);
     page
 }
 

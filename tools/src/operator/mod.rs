@@ -23,6 +23,7 @@ pub mod failback;
 pub mod failover;
 pub mod failure;
 pub mod group;
+pub mod key;
 pub mod machine;
 pub mod output;
 pub mod placement;
@@ -73,6 +74,8 @@ pub enum Command {
     Token(Verbs<enrol::Verb>),
     /// The authority that issues certificates; replace it.
     Ca(Verbs<ca::Verb>),
+    /// Keys of groups, and the recovery key: list, rotate and rewrap them.
+    Key(Verbs<key::Verb>),
     /// Certificates: who has one until when; revoke them.
     Certificate(Verbs<certificate::Verb>),
     /// List, show and remove proxies. (`afterimage proxy` runs one.)
@@ -204,6 +207,7 @@ impl Command {
             Command::Join(with) => &with.common,
             Command::Token(verbs) => &verbs.common,
             Command::Ca(verbs) => &verbs.common,
+            Command::Key(verbs) => &verbs.common,
             Command::Certificate(verbs) => &verbs.common,
             Command::Proxies(proxies) => &proxies.common,
             Command::Policy(verbs) => &verbs.common,
@@ -258,6 +262,7 @@ async fn act(command: Command) -> Result<(), Failure> {
         Command::Join(with) => enrol::join(with.own, &with.common).await,
         Command::Token(verbs) => enrol::token(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Ca(verbs) => ca::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Key(verbs) => key::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Certificate(verbs) => certificate::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Proxies(args) => {
             let session = Session::open(&args.common).await?;

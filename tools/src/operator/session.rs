@@ -357,6 +357,11 @@ impl Session {
         v1::certificates_client::CertificatesClient::new(self.channel.clone())
     }
 
+    /// Keys of groups.
+    pub fn keys(&self) -> v1::keys_client::KeysClient<Channel> {
+        v1::keys_client::KeysClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
     /// Enrolment.
     pub fn enrolment(&self) -> v1::enrolment_client::EnrolmentClient<Channel> {
         v1::enrolment_client::EnrolmentClient::new(self.channel.clone())

@@ -158,6 +158,7 @@ fn play(
         log: LogFormat::Text,
         site: String::new(),
         machines: Default::default(),
+        keys: afterimage_controlplane::wrapping::KeysConfig::default(),
     };
     let proxy = Rc::new(Proxy::new(config, None, None));
     let shared = Rc::clone(&proxy);

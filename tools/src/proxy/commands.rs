@@ -239,7 +239,7 @@ async fn raise_generation(proxy: &Proxy, said: RaiseGeneration) -> Result<Outcom
     Ok(Outcome::Generation(GenerationRaised { generation, zero_loss }))
 }
 
-async fn resolve_point(proxy: &Proxy, said: &ResolvePoint) -> Result<Outcome, Refused> {
+pub(super) async fn resolve_point(proxy: &Proxy, said: &ResolvePoint) -> Result<Outcome, Refused> {
     let stream: StreamId = convert::id("stream_uid", &said.stream_uid)?;
     let choice = convert::choice(said.at.as_ref())?;
     let target = target(proxy)?;
@@ -289,7 +289,7 @@ async fn list_points(proxy: &Proxy, said: &ListStreamPoints) -> Result<Outcome, 
     Ok(Outcome::Points(list))
 }
 
-async fn open_view(proxy: &Proxy, said: &OpenView) -> Result<Outcome, Refused> {
+pub(super) async fn open_view(proxy: &Proxy, said: &OpenView) -> Result<Outcome, Refused> {
     let end = tokio::time::Instant::now() + RECOVERY_WAIT;
     let exports = loop {
         match converge::open_view(proxy, said).await? {

@@ -6,14 +6,18 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use afterimage_controlplane::wrapping::KeysConfig;
 use afterimage_dataplane::source::MIN_SYNC_RATE;
 use serde::Deserialize;
 
+#[path = "config/journal.rs"]
+mod journal;
 #[path = "config/machines.rs"]
 pub mod machines;
 #[path = "config/values.rs"]
 mod values;
 
+pub use journal::OpenJournal;
 pub use machines::Machines;
 pub use values::{ConfigError, Listen, LogFormat, Secret, Serve, Size, Wish};
 
@@ -59,6 +63,8 @@ struct File {
     log: Option<LogFormat>,
     #[serde(default)]
     coordinator: FileCoordinator,
+    #[serde(default)]
+    keys: KeysConfig,
     #[serde(default)]
     source: FileSource,
     #[serde(default)]
@@ -199,6 +205,8 @@ pub enum Control {
     File(PathBuf),
     /// Nothing but these disks, unprotected.
     Serve(Vec<Serve>),
+    /// A journal by itself: a point of it, and nothing else.
+    Journal(Box<OpenJournal>),
 }
 
 /// The source role.
@@ -291,6 +299,8 @@ pub struct Config {
     pub site: String,
     /// By what it may drive machines.
     pub machines: Machines,
+    /// What wraps the key of the site.
+    pub keys: KeysConfig,
 }
 
 impl Config {
@@ -365,8 +375,9 @@ impl Config {
             });
         }
         let machines = machines::machines(file.machines)?;
+        file.keys.check().map_err(ConfigError::Keys)?;
         let log = args.log.or(file.log).unwrap_or_default();
-        Ok(Self { name, state_dir, control, source, target, log, site, machines })
+        Ok(Self { name, state_dir, control, source, target, log, site, machines, keys: file.keys })
     }
 
     /// The state folder.

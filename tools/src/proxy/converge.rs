@@ -14,6 +14,7 @@ use super::convert;
 use super::cores::SourceCore;
 use super::keep;
 use super::runtime::{Gone, Handle};
+use super::site;
 use super::state::{Proxy, View};
 
 /// Time between two tries of what could not be done.
@@ -175,7 +176,7 @@ fn disks_differ(a: &SourceGroup, b: &SourceGroup) -> bool {
     let without_generations = |group: &SourceGroup| {
         group.disks.iter().map(|disk| SourceDisk { generation: 0, ..disk.clone() }).collect::<Vec<_>>()
     };
-    without_generations(a) != without_generations(b) || a.key != b.key
+    without_generations(a) != without_generations(b)
 }
 
 /// Generations that have risen.
@@ -289,9 +290,13 @@ async fn converge_disks(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone
                     proxy.at_source(stream, move |source, io| source.set_policy(io, stream, interval, compress));
                 changed.await?.unwrap_or(Ok(())).map_err(problem)?;
             }
-            // Disks and key stay as they were given, so that a change is seen again when the hold ends.
+            if was.key != group.key {
+                let key = config.policy_key;
+                proxy.at_source(stream, move |source, io| source.set_policy_key(io, stream, key)).await?;
+            }
+            // Disks stay as they were given, so that a change is seen again when the hold ends.
             let disks = if group.hold { was.disks } else { group.disks.clone() };
-            let kept = SourceGroup { disks, key: was.key, ..group.clone() };
+            let kept = SourceGroup { disks, ..group.clone() };
             proxy.applied.borrow_mut().groups.insert(stream, kept);
             Ok(())
         }
@@ -332,7 +337,7 @@ async fn converge_stream(proxy: &Proxy, said: &TargetStream) -> Result<(), Undon
     let Some(target) = &proxy.target else {
         return Err(problem("this proxy has no target role: `target.journal` is not set"));
     };
-    let config = convert::stream(said).map_err(problem)?;
+    let mut config = convert::stream(said).map_err(problem)?;
     let stream = config.stream;
     let same = |was: &TargetStream| {
         let without_views = |s: &TargetStream| TargetStream { views: Vec::new(), ..s.clone() };
@@ -350,6 +355,8 @@ async fn converge_stream(proxy: &Proxy, said: &TargetStream) -> Result<(), Undon
             said.name
         )));
     }
+    // Before anything can be acknowledged under a key that is new.
+    config.policy_key = site::keep_keys(proxy, said).map_err(problem)?.unwrap_or(config.policy_key);
     let opened = target.call(move |desk| {
         if !bases.is_empty() {
             desk.core.base(stream, bases);

@@ -45,10 +45,19 @@ pub fn id<T: FromStr>(field: &'static str, text: &str) -> Result<T, Senseless> {
     text.parse().or_else(|_| senseless(field, format!("`{text}`"), "an id (a UUID)"))
 }
 
-fn policy_key(key: Option<&PolicyKey>) -> Result<seal::PolicyKey, Senseless> {
+/// The key of a stream, with those before it.
+///
+/// # Errors
+/// Names the field.
+pub fn policy_key(key: Option<&PolicyKey>) -> Result<seal::PolicyKey, Senseless> {
     let Some(key) = key else { return senseless("key", "missing", "a policy key") };
-    let bytes: [u8; 32] = key.key.as_slice().try_into().or_else(|_| senseless("key", "(secret)", "32 bytes"))?;
-    Ok(seal::PolicyKey::new(id::<PolicyKeyId>("key.id", &key.id)?, bytes))
+    let one = |key: &PolicyKey| {
+        let bytes: [u8; 32] = key.key.as_slice().try_into().or_else(|_| senseless("key", "(secret)", "32 bytes"))?;
+        Ok((id::<PolicyKeyId>("key.id", &key.id)?, bytes))
+    };
+    let (newest, bytes) = one(key)?;
+    let older = key.older.iter().map(one).collect::<Result<Vec<_>, Senseless>>()?;
+    Ok(seal::PolicyKey::new(newest, bytes).with_older(older))
 }
 
 fn slot(slot: u32) -> Result<u16, Senseless> {

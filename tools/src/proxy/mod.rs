@@ -34,9 +34,11 @@ mod machines;
 mod pins;
 mod renewal;
 mod report;
+mod rescue;
 mod room;
 mod runtime;
 mod service;
+pub mod site;
 pub mod standalone;
 mod state;
 mod streams;
@@ -45,8 +47,9 @@ pub mod ublk;
 mod vhost;
 
 pub use agent::BUNDLE_FILE;
-pub use config::Args;
+pub use config::{Args, OpenJournal};
 pub use identity::{Identity, Pems};
+pub use rescue::serve_journal;
 pub use state::known_targets;
 
 use config::{Config, LogFormat};

@@ -104,6 +104,7 @@ impl Reporter {
             });
             let (link, link_detail) = link(&group.state);
             reports.push(SourceGroupReport {
+                key_uid: group.policy_key.to_string(),
                 stream_uid: group.stream.to_string(),
                 link: link.into(),
                 link_detail,

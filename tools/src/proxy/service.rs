@@ -20,6 +20,7 @@ use super::given::{Given, GivenError};
 use super::identity::{Identity, IdentityError};
 use super::keep;
 use super::runtime::{Core, Handle, StartError};
+use super::site::{SiteError, SiteKey};
 use super::standalone::Standalone;
 use super::state::{Proxy, StateError};
 use super::streams;
@@ -58,6 +59,12 @@ pub enum ServiceError {
     /// The kept state.
     #[error("kept state: {0}")]
     State(#[from] StateError),
+    /// A journal by itself.
+    #[error("{0}")]
+    Journal(String),
+    /// The key of the site.
+    #[error(transparent)]
+    Site(#[from] SiteError),
     /// The coordinator.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -110,6 +117,10 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
     if let Some(dir) = &config.state_dir {
         keep::folder(dir).map_err(ServiceError::StateDir)?;
     }
+    let site = match (&config.state_dir, &config.control) {
+        (Some(dir), Control::Coordinator { .. }) => Some(SiteKey::open(dir, &config.keys)?),
+        _ => None,
+    };
     super::ublk::check(&config)?;
     let sockets = Sockets::bind(&config, &given)?;
     allow_files();
@@ -118,7 +129,7 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
     let target = config.target.as_ref().map(cores::start_target).transpose()?;
     let (source_handle, source) = split(source);
     let (target_handle, target) = split(target);
-    let proxy = Rc::new(Proxy::new(config, source_handle, target_handle));
+    let proxy = Rc::new(Proxy { site, ..Proxy::new(config, source_handle, target_handle) });
     tokio_uring::start(async move {
         let mut threads = Vec::new();
         if let Some((events, thread)) = source {
@@ -225,6 +236,7 @@ async fn prepare(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), Service
             *proxy.identity.borrow_mut() = Some(Identity::new(&standalone.identity)?);
             *proxy.desired.borrow_mut() = standalone.desired()?;
         }
+        Control::Journal(wish) => *proxy.desired.borrow_mut() = wish.desired.clone(),
         Control::Coordinator { .. } => proxy.recall()?,
     }
     // Who comes in finds what there was before a restart, not an empty house.
@@ -234,6 +246,9 @@ async fn prepare(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), Service
     let_in(proxy, sockets)?;
     devices(proxy).await?;
     tokio::task::spawn_local(converge::run(Rc::clone(proxy)));
+    if let Control::Journal(wish) = &config.control {
+        wish.open(proxy).await.map_err(ServiceError::Journal)?;
+    }
     if let Control::Coordinator { address, token } = &config.control {
         let bundle = agent::join(config.state_dir()?, &config.name, address, token.as_ref()).await?;
         *proxy.identity.borrow_mut() = Some(agent::identity(&bundle)?);

@@ -165,7 +165,7 @@ fn key(group: &Group) -> Result<PolicyKey, ConfigError> {
     if key.len() != 32 {
         return Err(wrong());
     }
-    Ok(PolicyKey { id: group.key_id.clone(), key })
+    Ok(PolicyKey { id: group.key_id.clone(), key, ..PolicyKey::default() })
 }
 
 fn source_group(group: &Group) -> Result<SourceGroup, ConfigError> {
@@ -221,6 +221,7 @@ fn target_stream(group: &Group) -> Result<TargetStream, ConfigError> {
         disks: disks.collect(),
         source_uid: group.source_uid.clone(),
         views: group.views.iter().map(|view| open_view(group, view)).collect(),
+        recovery_key: Vec::new(),
     })
 }
 

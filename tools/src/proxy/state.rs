@@ -19,8 +19,9 @@ use super::cores::{self, SourceCore, TargetCore};
 use super::identity::Identity;
 use super::keep;
 use super::runtime::{Gone, Handle, ThreadIo};
+use super::site::{SiteError, SiteKey};
 
-/// File of the last desired state: it holds policy keys, hence its mode.
+/// File of the last desired state: it holds policy keys, sealed under the site's.
 const DESIRED_FILE: &str = "desired.pb";
 /// File of the highest term seen.
 const TERM_FILE: &str = "term";
@@ -35,6 +36,8 @@ pub struct Proxy {
     pub source: Option<Handle<SourceCore>>,
     /// The target's data thread, with that role.
     pub target: Option<Handle<TargetCore>>,
+    /// Seals policy keys that are kept here; none without a coordinator.
+    pub site: Option<SiteKey>,
     /// Certificates of streams; none before the first join.
     pub identity: RefCell<Option<Identity>>,
     /// What should be.
@@ -121,6 +124,7 @@ impl Proxy {
             config,
             source,
             target,
+            site: None,
             identity: RefCell::default(),
             desired: RefCell::default(),
             term: Cell::new(0),
@@ -164,7 +168,7 @@ impl Proxy {
         if desired.version < have {
             return Err(StateError::Version { have, got: desired.version });
         }
-        self.keep(DESIRED_FILE, &desired.encode_to_vec())?;
+        self.keep_state(&desired)?;
         *self.desired.borrow_mut() = desired;
         self.changed.notify_one();
         self.told.notify_one();
@@ -181,7 +185,14 @@ impl Proxy {
     /// # Errors
     /// The file system's.
     pub fn keep_desired(&self) -> Result<(), StateError> {
-        let bytes = self.desired.borrow().encode_to_vec();
+        self.keep_state(&self.desired.borrow())
+    }
+
+    fn keep_state(&self, desired: &DesiredState) -> Result<(), StateError> {
+        let bytes = match &self.site {
+            Some(site) => site.sealed(desired).encode_to_vec(),
+            None => desired.encode_to_vec(),
+        };
         self.keep(DESIRED_FILE, &bytes)
     }
 
@@ -212,8 +223,14 @@ impl Proxy {
             self.term.set(term);
         }
         if let Some(bytes) = self.kept(DESIRED_FILE)? {
-            let desired =
+            let mut desired =
                 DesiredState::decode(&bytes[..]).map_err(|error| self.damaged(DESIRED_FILE, &error.to_string()))?;
+            if let Some(site) = &self.site
+                && site.opened(&mut desired)?
+            {
+                // As an earlier version has kept it: in plain.
+                self.keep_state(&desired)?;
+            }
             *self.desired.borrow_mut() = desired;
             self.changed.notify_one();
         }
@@ -304,6 +321,9 @@ pub enum StateError {
         /// Said.
         got: u64,
     },
+    /// A key in it does not open.
+    #[error(transparent)]
+    Site(#[from] SiteError),
     /// A file cannot be read or written.
     #[error("{}: {source}", path.display())]
     File {
@@ -324,6 +344,8 @@ pub enum StateError {
 
 #[cfg(test)]
 mod tests {
+    use afterimage_controlplane::wrapping::KeysConfig;
+
     use super::*;
     use crate::proxy::config::{Control, LogFormat};
 
@@ -337,6 +359,7 @@ mod tests {
             log: LogFormat::Text,
             site: String::new(),
             machines: Default::default(),
+            keys: KeysConfig::default(),
         };
         Proxy::new(config, None, None)
     }

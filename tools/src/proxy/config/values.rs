@@ -48,6 +48,9 @@ pub enum ConfigError {
         /// What it is needed for.
         why: &'static str,
     },
+    /// What wraps keys: names the field.
+    #[error("{0}")]
+    Keys(String),
 }
 
 /// Text that is never printed.
