@@ -120,6 +120,11 @@ impl Trust {
         Ok(Self { issuing, replaced, pem })
     }
 
+    /// Whether certificates of this authority are taken.
+    pub fn trusts(&self, issuer: &str) -> bool {
+        self.issuing.id() == issuer || self.replaced.as_ref().is_some_and(|ca| ca.id() == issuer)
+    }
+
     /// The one whose certificate the port shows: who is to be replaced while there is one, since everybody knows it.
     pub fn serving(&self) -> &Arc<Ca> {
         self.replaced.as_ref().unwrap_or(&self.issuing)

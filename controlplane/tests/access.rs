@@ -510,3 +510,36 @@ async fn everything_in_the_folder_is_its_owners_only() {
         assert!(path == audit || mode(&path) == 0o600, "{}", path.display());
     }
 }
+
+#[tokio::test]
+async fn who_ends_a_rotation_is_answered_before_it_is_cut_off() {
+    let world = World::new().await;
+    let anna = world.join(Role::Operator, "anna").await;
+    let annas = client::connect(&anna).await.unwrap();
+    let certificates = |channel: &Channel| certificates_client::CertificatesClient::new(channel.clone());
+    let get = || GetAuthoritiesRequest { parent: TENANT.into() };
+    let rotate =
+        |finish| RotateAuthorityRequest { parent: TENANT.into(), finish, anyway: finish, ..Default::default() };
+    let both = certificates(&world.channel).rotate_authority(rotate(false)).await.unwrap().into_inner();
+    assert_eq!(both.authorities.len(), 2);
+    certificates(&annas).get_authorities(get()).await.unwrap();
+    // The caller has a certificate of the old one itself.
+    let ended = certificates(&world.channel).rotate_authority(rotate(true)).await.unwrap().into_inner();
+    assert_eq!((ended.authorities.len(), &ended.authorities[0].id), (1, &both.authorities[0].id));
+    for channel in [&world.channel, &annas] {
+        certificates(channel).get_authorities(get()).await.unwrap_err();
+    }
+    // The local admin's identity is of the new one by now.
+    let renewed = async || {
+        let bundle = Bundle::load(world.running.as_ref().unwrap().admin_bundle()).unwrap();
+        let channel = client::connect(&bundle).await.ok()?;
+        certificates(&channel).get_authorities(get()).await.ok()
+    };
+    for _ in 0..100 {
+        if renewed().await.is_some() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("nobody is let in any more");
+}

@@ -1,12 +1,13 @@
 //! Replacing the authority: begun, carried out by everybody's renewal, ended.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use afterimage_wire::v1::{self, Severity};
 
 use super::Coordinator;
 use crate::authorities::{Authorities, Authority, Trust, needed_by};
-use crate::ca::Ca;
+use crate::ca::{Ca, Identity};
 use crate::certificates::shown;
 use crate::model::Model;
 use crate::names::{DEFAULT_TENANT, tenant};
@@ -16,6 +17,8 @@ use crate::requests::Asked;
 use crate::status::{Finding, finding};
 use crate::text;
 
+/// How long an answer has to reach who has locked itself out.
+const ANSWERED: Duration = Duration::from_secs(1);
 /// Holders that a refusal names.
 const NAMED: usize = 5;
 /// An authority that ends sooner than this should be replaced, nanoseconds.
@@ -137,6 +140,7 @@ impl Coordinator {
     /// There is none; somebody needs the old one, and it is not said to be done `anyway`.
     pub async fn finish_rotation(
         self: &Arc<Self>,
+        by: &Identity,
         anyway: bool,
         validate_only: bool,
         request: &Asked,
@@ -171,7 +175,15 @@ impl Coordinator {
             })
             .await?;
         if let Some((old, left)) = ended {
-            self.connections.end(|who| who.issuer == old);
+            // From here on no call by them is let in. Who asked for it is to have its answer first.
+            self.connections.end(|who| who.issuer == old && who.serial != by.serial);
+            if by.issuer == old {
+                let (connections, old) = (self.connections.clone(), old.clone());
+                tokio::spawn(async move {
+                    tokio::time::sleep(ANSWERED).await;
+                    connections.end(|who| who.issuer == old);
+                });
+            }
             let locked = if left > 0 { format!("; {left} who have not renewed are locked out") } else { String::new() };
             let message = format!("authority {old} is trusted no more{locked}");
             self.tell(Severity::Warning, "authority", &tenant(DEFAULT_TENANT), &message);

@@ -299,6 +299,19 @@ where
         let checked = who.as_ref().map_or(Ok(()), |who| {
             let model = self.coordinator.as_ref().map(|c| c.model());
             let known = model.as_ref().and_then(|m| m.certificate(&who.tenant, &who.serial));
+            // A connection that was made before its authority was given up is still open for a moment.
+            if let Some(coordinator) = self.coordinator.as_ref().filter(|c| !c.trust().trusts(&who.issuer)) {
+                return Err(Problem::Certificate {
+                    who: actor(who),
+                    state: format!(
+                        "is of authority {}; {} is trusted now",
+                        who.issuer,
+                        coordinator.trust().issuing.id()
+                    ),
+                    remedy: "join again; an admin makes the token (afterimage token create)".to_owned(),
+                    reason: "CERTIFICATE_AUTHORITY",
+                });
+            }
             good(who, path, wall_ns(), known.map(AsRef::as_ref))
         });
         if let Err(problem) = checked.and_then(|()| check(path, who.as_ref())) {

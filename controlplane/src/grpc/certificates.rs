@@ -50,7 +50,7 @@ impl certificates_server::Certificates for CertificatesService {
         crate::audit::asked_with(&r.request_id);
         let asked = Asked::new(&tenant, &actor(&scope.0), "RotateAuthority", &r.request_id, &r)?;
         match (r.finish, r.anyway) {
-            (true, anyway) => self.0.finish_rotation(anyway, r.validate_only, &asked).await?,
+            (true, anyway) => self.0.finish_rotation(&scope.0, anyway, r.validate_only, &asked).await?,
             (false, false) => self.0.begin_rotation(r.validate_only, &asked).await?,
             (false, true) => return Err(Problem::invalid("anyway", true, "true only with finish").into()),
         }

@@ -254,7 +254,7 @@ pub fn calls(data: &[u8]) {
         if method.path.ends_with("Certificates/RotateAuthority")
             && let Ok(said) = v1::RotateAuthorityRequest::decode(&body[..])
         {
-            // Whoever locks everybody out is cut off, too, in the middle of its call: nobody could ask anything afterwards.
+            // Whoever locks everybody out is cut off, too, once it is answered: nobody could ask anything afterwards.
             body = v1::RotateAuthorityRequest { anyway: false, ..said }.encode_to_vec();
         }
         let answer = scene
