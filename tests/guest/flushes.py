@@ -5,6 +5,7 @@ import hashlib
 import struct
 
 import formats
+import journal_reader
 from cluster import MIB, expect
 
 SECTOR = 512
@@ -58,7 +59,7 @@ def compare(log, folder):
     points, state = {}, State()
     points[state.value] = [0]
     stream = next((folder / "journal" / "streams").iterdir())
-    keys = formats.policy_keys(folder / "target-state")
+    keys = journal_reader.state_keys(folder / "target-state")
     [line] = [found for found in formats.segments(stream, keys).values()]
     records = [r for _, frames in line for _, _, found in frames for r in found]
     for number, record in enumerate(records, 1):

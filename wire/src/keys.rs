@@ -126,9 +126,49 @@ impl KeysFile {
         let mut disks = Vec::with_capacity(disk_count);
         for _ in 0..disk_count {
             let disk = DiskInfo::read(&mut input)?;
+            need(&input, 8, WHAT)?;
             disks.push((disk, get_number(&mut input, WHAT)?));
         }
         finished(&input, WHAT)?;
         Ok(Self { stream, site_key, recovery_key, retention_s, name, keys, disks })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::DiskId;
+
+    #[test]
+    fn a_file_that_ends_early_is_refused_wherever_it_ends() {
+        let disk = DiskInfo {
+            slot: 3,
+            id: DiskId([7; 16]),
+            size: 1 << 30,
+            block: 512,
+            physical_block: 4096,
+            serial: "s".into(),
+            name: "data".into(),
+        };
+        let key = |recovery| HeldKey { id: PolicyKeyId([1; 16]), site: [2; SEALED_KEY_LEN], recovery };
+        let file = KeysFile {
+            stream: StreamId([9; 16]),
+            site_key: [1; 16],
+            recovery_key: [0; 16],
+            retention_s: 14_400,
+            name: "shop".into(),
+            keys: vec![key(None), key(Some([3; SEALED_KEY_LEN]))],
+            disks: vec![(disk.clone(), 1), (disk, 2)],
+        };
+        let whole = file.encode();
+        assert_eq!(KeysFile::decode(&whole), Ok(file));
+        for length in 0..whole.len() {
+            let mut cut = whole[..length].to_vec();
+            if length >= 16 {
+                // Damaged before its length and sum were taken.
+                crate::close_table(&mut cut);
+            }
+            assert!(KeysFile::decode(&cut).is_err(), "{length} of {} bytes", whole.len());
+        }
     }
 }
