@@ -276,22 +276,19 @@ impl<I: Io> ReversibleTarget<I> {
         self.source.is_idle() && self.loopback.is_idle()
     }
 
-    fn is_offered(&self, export: &Export) -> bool {
-        self.captured.contains_key(&export.key) || !self.kept_back.contains(view_of(&export.name))
+    fn is_offered(&self, key: DiskKey, view: &str) -> bool {
+        self.captured.contains_key(&key) || !self.kept_back.contains(view)
     }
 }
 
 impl<I: Io> Disks<Tapped<I>> for ReversibleTarget<I> {
     fn exports(&self) -> Vec<Export> {
-        self.target.exports().into_iter().filter(|export| self.is_offered(export)).collect()
+        self.target.exports().into_iter().filter(|e| self.is_offered(e.key, view_of(&e.name))).collect()
     }
 
     fn disk(&mut self, key: DiskKey) -> Option<impl HostDisk<Tapped<I>> + '_> {
-        let geometry = self.target.disk(key)?.geometry();
-        let offered = self.kept_back.is_empty()
-            || self.captured.contains_key(&key)
-            || self.target.view_name(key).is_some_and(|view| !self.kept_back.contains(view));
-        offered.then_some(Disk { all: self, key, geometry })
+        let offered = self.target.view_name(key).is_some_and(|view| self.is_offered(key, view));
+        offered.then_some(Disk { all: self, key })
     }
 }
 
@@ -299,12 +296,11 @@ impl<I: Io> Disks<Tapped<I>> for ReversibleTarget<I> {
 struct Disk<'a, I: Io> {
     all: &'a mut ReversibleTarget<I>,
     key: DiskKey,
-    geometry: Geometry,
 }
 
 impl<I: Io> HostDisk<Tapped<I>> for Disk<'_, I> {
     fn geometry(&self) -> Geometry {
-        self.geometry.clone()
+        self.all.target.geometry_of(self.key).expect("it was there when it was borrowed")
     }
 
     fn request(&mut self, io: &mut Tapped<I>, cookie: u64, request: Request) {

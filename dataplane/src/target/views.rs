@@ -218,6 +218,12 @@ impl<I: Io> Target<I> {
         Some(&mut self.views[view].disks[disk].answers)
     }
 
+    /// What hosts see of a disk of a view; none if it has gone.
+    pub(crate) fn geometry_of(&self, key: DiskKey) -> Option<Geometry> {
+        let (view, disk) = self.find_disk(key)?;
+        Some(self.views[view].disks[disk].geometry.clone())
+    }
+
     /// Every change that was asked of the view's disks has been answered.
     pub(crate) fn is_settled(&self, key: DiskKey) -> bool {
         let view = self.find_disk(key).map(|(view, _)| &self.views[view]);

@@ -84,14 +84,14 @@ pub async fn play(site: &mut Site, api: &mut Api, sides: &Sides<'_>, display: &D
     let mut differing = 0;
     let mut client = views_of(sides)?;
     for (client, image) in client.iter_mut().zip(sides.images) {
-        differing += compare(client, &mut open(image)?)?.1;
+        differing += differing_blocks(client, &File::open(image)?)?;
     }
     drop(client);
     display.line(&format!("   {written} writes; {differing} blocks are not what the source's disks hold"));
 
     display.headline("9  The source's site comes back: fail back, while the machine writes on");
     site.restart_source()?;
-    wait_source(api).await?;
+    site.wait_connected(api).await?;
     let running = begin(sides.views);
     api.failback(GROUP).await?;
     let reverse = wait_ready(api, display, &running).await?;
@@ -138,12 +138,8 @@ fn views_of(sides: &Sides<'_>) -> io::Result<[Client; 2]> {
     Ok([connect(&exports[0])?, connect(&exports[1])?])
 }
 
-fn open(path: &Path) -> io::Result<File> {
-    File::open(path)
-}
-
-/// Blocks of a disk, and how many of them differ from a file.
-fn compare(client: &mut Client, file: &mut File) -> io::Result<(u64, u64)> {
+/// How many blocks of a disk differ from a file.
+fn differing_blocks(client: &mut Client, file: &File) -> io::Result<u64> {
     let (mut at, size) = (0, client.size());
     let (mut ours, mut theirs) = (vec![0; READ], vec![0; READ]);
     let mut differing = 0;
@@ -155,7 +151,7 @@ fn compare(client: &mut Client, file: &mut File) -> io::Result<(u64, u64)> {
         differing += pairs.filter(|(a, b)| a != b).count() as u64;
         at += length as u64;
     }
-    Ok((size / BLOCK as u64, differing))
+    Ok(differing)
 }
 
 /// What a whole disk holds, in short.
@@ -183,17 +179,6 @@ fn contents(mut clients: [Client; 2]) -> io::Result<Vec<Fingerprint>> {
     clients.iter_mut().map(fingerprint).collect()
 }
 
-async fn wait_source(api: &mut Api) -> io::Result<()> {
-    let until = Instant::now() + Duration::from_secs(30);
-    while api.connected_proxies().await? < 2 {
-        if Instant::now() > until {
-            return fail("the source proxy does not come back".to_owned());
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Ok(())
-}
-
 async fn wait_ready(api: &mut Api, display: &Display, running: &Running) -> io::Result<v1::ReverseStatus> {
     let until = Instant::now() + READY_WITHIN;
     loop {
@@ -213,15 +198,11 @@ async fn wait_ready(api: &mut Api, display: &Display, running: &Running) -> io::
 /// Until the source's disks are protected: only then a failback can be committed.
 async fn wait_protected_again(api: &mut Api) -> io::Result<()> {
     let until = Instant::now() + READY_WITHIN;
-    loop {
-        let status = api.group_status(GROUP).await?;
-        let newest = status.points.as_ref().is_some_and(|points| points.newest.is_some());
-        if status.phase() == v1::Phase::FailedBack && status.sync.is_none() && newest && api.can_commit(GROUP).await {
-            return Ok(());
-        }
+    while !api.can_commit(GROUP).await {
         if Instant::now() > until {
             return fail("the source is not protected again".to_owned());
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    Ok(())
 }

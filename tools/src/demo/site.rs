@@ -106,6 +106,15 @@ impl Site {
         ];
         self.proxy(&mut api, "target", &target).await?;
         self.proxy(&mut api, "source", &source).await?;
+        self.wait_connected(&mut api).await?;
+        Ok(api)
+    }
+
+    /// Waits until both proxies have reached the coordinator.
+    ///
+    /// # Errors
+    /// A process has ended, or one does not reach it in time: with the ends of the logs.
+    pub async fn wait_connected(&mut self, api: &mut Api) -> io::Result<()> {
         let until = Instant::now() + Duration::from_secs(30);
         while api.connected_proxies().await? < 2 {
             self.check_alive()?;
@@ -114,7 +123,7 @@ impl Site {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        Ok(api)
+        Ok(())
     }
 
     async fn proxy(

@@ -1,7 +1,6 @@
 //! What a failback asks of the old site: its disks are let go of, become what a stream begins with, and get what the stream
 //! brought.
 
-use afterimage_dataplane::target::TargetError;
 use afterimage_wire::ids::StreamId;
 use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::{CommandErrorKind as Kind, Done, MergeStream, Merged, ReleaseDisks, Severity, SourceGroup};
@@ -41,7 +40,6 @@ pub async fn merge_stream(proxy: &Proxy, said: &MergeStream) -> Result<Outcome, 
             total_bytes: status.total,
             written_bytes: status.written,
         })),
-        Err(error @ TargetError::Recovering(_)) => refused(Kind::WrongState, error),
         Err(error) => Err(error.into()),
     }
 }
