@@ -256,6 +256,17 @@ impl Ledger {
         damage
     }
 
+    /// A frame of which chunks were lost can be read again; what was said of it, if something was.
+    pub fn regain(&mut self, timeline: TimelineId, incarnation: IncarnationId, number: u64) -> Option<String> {
+        let is_it = |item: &Item| {
+            let header = item.frame.as_ref().map(|frame| (frame.header.incarnation, frame.header.number.get()));
+            item.timeline == timeline && header == Some((incarnation, number))
+        };
+        let at = self.items.iter().position(is_it)?;
+        self.dirty = true;
+        Some(self.items.remove(at).damage.what)
+    }
+
     /// Writes down what is lost, if that has changed.
     ///
     /// # Errors

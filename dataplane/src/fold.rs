@@ -237,6 +237,11 @@ impl Stream {
                 self.fold.look_at = now + LOOK;
                 return false;
             };
+            if self.journal.segments.front().is_some_and(|front| self.scrub.doubts(front.uid)) {
+                // What is lost of it may be readable again: it is looked at once more before it is folded as unknown.
+                self.fold.look_at = now + LOOK;
+                return false;
+            }
             self.fold.shelving = false;
             match self.make_shelves(ctx, next_id, reads) {
                 Ok(true) => {}

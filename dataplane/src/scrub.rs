@@ -4,11 +4,15 @@
 //! ```text
 //! pass: window of frames ─▶ CRC ─┬─ good
 //!                                └─ bad ─▶ suspect ─▶ read alone, block by block if need be ─┬─ good: it was the way
-//! views, folding ─ cannot open ────▶ suspect ─▶                                              └─ bad: lost
+//! views, folding ─ cannot open ────▶ suspect ─▶    ▲                                         └─ bad: lost ─┐
+//!                                                  └────────── after a second, two, four … an hour ─────────┘
 //! ```
+//! A disk that gives nothing for a while has lost nothing: a frame that is whole when it is looked at again is taken back
+//! among the good ones, and nothing is folded as unknown before it was looked at once more.
+//!
 //! Low priority: one read at a time, at most so many bytes a second. Suspects do not wait for that.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use crate::index::Cover;
 use crate::io::{Done, File, Io, Nanos, Op, Part};
@@ -23,6 +27,10 @@ const WINDOW: usize = 256 * 1024;
 const MAX_SUSPECTS: usize = 1024;
 /// When a read cannot be begun, how long until the next try.
 const AGAIN: Nanos = 100_000_000;
+/// From a loss until what is lost is looked at again; twice as long after each time that something still is …
+const FIRST_LOOK: Nanos = 1_000_000_000;
+/// … and at most so long.
+const LONGEST_LOOK: Nanos = 3_600_000_000_000;
 /// How often to look whether lost blocks have been replaced.
 const REVIEW: Nanos = 100_000_000;
 
@@ -70,6 +78,11 @@ pub(crate) struct Scrub {
     suspects: VecDeque<Suspect>,
     reading: Option<Reading>,
     salvage: Option<Salvage>,
+    /// When what is lost is looked at again, and how long until the time after that.
+    again_at: Option<Nanos>,
+    again_after: Nanos,
+    /// Segments with losses that have not been looked at again.
+    fresh: BTreeSet<u64>,
     review_at: Nanos,
     cover: Cover,
     passes: u64,
@@ -105,13 +118,28 @@ impl Scrub {
         self.review_at = 0;
     }
 
+    /// Something is lost: it is looked at again soon.
+    pub fn look_again(&mut self, now: Nanos) {
+        let soon = now + FIRST_LOOK;
+        self.again_at = Some(self.again_at.map_or(soon, |at| at.min(soon)));
+        self.again_after = FIRST_LOOK;
+    }
+
+    /// What is lost of this segment is about to be looked at again.
+    pub fn doubts(&self, segment: u64) -> bool {
+        self.fresh.contains(&segment)
+            || self.suspects.iter().any(|suspect| suspect.segment == segment)
+            || self.reading.as_ref().is_some_and(|reading| reading.alone && reading.segment == segment)
+    }
+
     /// When to go on although nothing completes.
     pub fn deadline(&self) -> Option<Nanos> {
-        match (&self.reading, self.pass.is_some() || !self.suspects.is_empty()) {
-            (Some(_), _) => None,
+        let next = match (&self.reading, self.pass.is_some() || !self.suspects.is_empty()) {
+            (Some(_), _) => return None,
             (None, true) => Some(self.next_read),
             (None, false) => self.next_pass,
-        }
+        };
+        [next, self.again_at].into_iter().flatten().min()
     }
 
     /// No read is under way.
@@ -147,6 +175,9 @@ impl Stream {
             let total = self.journal.bytes + deltas;
             self.scrub.pass = Some(Pass { delta: None, segment: 0, frame: 0, done: 0, total });
         }
+        if self.scrub.again_at.is_some_and(|at| at <= now) {
+            self.suspect_lost(now);
+        }
         if now < self.scrub.next_read {
             return;
         }
@@ -181,7 +212,34 @@ impl Stream {
         }
     }
 
-    /// Where the suspect lies, if it is still there and not known to be lost.
+    /// What is lost is to be looked at again.
+    fn suspect_lost(&mut self, now: Nanos) {
+        let lost: Vec<Suspect> = self.lost().collect();
+        self.scrub.again_at = (!lost.is_empty()).then_some(now + self.scrub.again_after.max(FIRST_LOOK));
+        self.scrub.again_after = self.scrub.again_after.saturating_mul(2).min(LONGEST_LOOK);
+        self.scrub.fresh.clear();
+        lost.into_iter().for_each(|suspect| self.scrub.suspect(suspect));
+    }
+
+    fn lost(&self) -> impl Iterator<Item = Suspect> {
+        let journals = std::iter::once(&self.journal).chain(self.deltas.iter().map(|delta| &delta.journal));
+        journals.flat_map(|journal| {
+            let id = journal.id;
+            let of = move |segment: u64| move |frame: &u32| Suspect { journal: id, segment, frame: *frame };
+            journal.segments.iter().flat_map(move |segment| segment.lost.keys().map(of(segment.uid)))
+        })
+    }
+
+    /// A journal has been read with losses that were known: they are looked at again soon.
+    pub(crate) fn doubt_lost(&mut self, now: Nanos) {
+        let segments: BTreeSet<u64> = self.lost().map(|suspect| suspect.segment).collect();
+        if !segments.is_empty() {
+            self.scrub.fresh = segments;
+            self.scrub.look_again(now);
+        }
+    }
+
+    /// Where the suspect lies, if it is still there.
     fn frame_at(&mut self, suspect: &Suspect) -> Option<(u64, usize)> {
         let segment = self.journal_mut(suspect.journal)?.segment(suspect.segment)?;
         let frame = segment.frames.get(suspect.frame as usize)?;
@@ -286,17 +344,24 @@ impl Stream {
         readable: bool,
         events: &mut VecDeque<TargetEvent>,
     ) {
-        let mut lost = None;
+        let (mut lost, mut regained) = (None, None);
         let mut suspects = Vec::new();
         let id = reading.journal;
+        // What folding has taken for unknown by now stays so.
+        let folding = self.fold.is_busy().then(|| self.journal.segments.front().map(|front| front.uid)).flatten();
         let Some(journal) = self.journal_mut(id) else { return };
+        let timeline = journal.config.timeline;
         // Folded meanwhile: nothing is left to be verified.
-        if let Some(segment) = journal.segment(reading.segment) {
+        if let Some(segment) = journal.segment_mut(reading.segment) {
             for frame in reading.first..reading.first + reading.count {
-                let Some(entry) = segment.frames.get(frame as usize) else { break };
+                let Some(entry) = segment.frames.get(frame as usize).copied() else { break };
                 let at = part.at + (u64::from(entry.at) - reading.start) as usize;
                 let bytes = &mut part.buf[at..at + entry.len as usize];
                 if readable && segment.is_whole(frame, bytes) {
+                    let lost = segment.lost.contains_key(&frame) && folding != Some(reading.segment);
+                    if lost && segment.regain(frame, bytes).is_ok() {
+                        regained = Some((segment.writer.incarnation, entry.number));
+                    }
                     continue;
                 }
                 if reading.alone {
@@ -310,6 +375,13 @@ impl Stream {
         for suspect in suspects {
             tracing::warn!(stream = %self.config.stream, ?suspect, "a frame is not what it was");
             self.scrub.suspect(suspect);
+        }
+        if let Some((incarnation, number)) = regained
+            && let Some(what) = self.damage.regain(timeline, incarnation, number)
+        {
+            tracing::info!(stream = %self.config.stream, what, "what was taken for lost can be read again");
+            events.push_back(TargetEvent::Regained { stream: self.config.stream, what });
+            self.keep_damage(io);
         }
         if let Some((frame, verdict)) = lost {
             self.lose(io, id, reading.segment, frame, &verdict, events);
@@ -334,7 +406,8 @@ impl Stream {
             }
         };
         let timeline = journal.config.timeline;
-        let Some(segment) = journal.segment_mut(segment) else { return };
+        let uid = segment;
+        let Some(segment) = journal.segment_mut(uid) else { return };
         if segment.lost.get(&frame).is_some_and(|known| known & verdict.chunks == verdict.chunks) {
             return;
         }
@@ -353,6 +426,8 @@ impl Stream {
         let damage = self.damage.add_frame(lost, &disk_of, &why);
         self.name_damage(damage, events);
         self.keep_damage(io);
+        self.scrub.fresh.insert(uid);
+        self.scrub.look_again(io.now());
         self.scrub.look_soon();
         self.mend_at = 0;
     }

@@ -4,7 +4,7 @@ mod target_rig;
 
 use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::Errno;
-use afterimage_dataplane::io::sim::{Fault, WorldConfig};
+use afterimage_dataplane::io::sim::{Errors, Fault, WorldConfig};
 use afterimage_dataplane::target::{Choice, Damage, TargetConfig, TargetEvent};
 use afterimage_wire::control::Control;
 use afterimage_wire::record::RecordKind;
@@ -217,6 +217,76 @@ fn an_unreadable_sector_costs_what_lies_in_it() {
         rig.check(&model, seqs[4]);
         rig.connect(&feeder);
     }
+}
+
+#[test]
+fn what_cannot_be_read_for_a_while_is_not_lost() {
+    for fails in [1, 3] {
+        let (mut rig, _, model, seqs) = story(7);
+        rig.world.errors(rig.node, Errors { read: 1.0, ..Errors::default() });
+        for _ in 0..fails {
+            let found = blocks(&mut rig, 0, seqs[2]);
+            assert!([0, 1, 5].iter().all(|block| found[*block].is_none()), "nothing can be read");
+            rig.until("named", |rig| told(rig).len() >= 3);
+            rig.run_for(SECOND);
+        }
+        let damage = rig.target.status()[0].damage.clone();
+        assert!(damage.iter().any(|damage| damage.blocks.iter().any(|block| block.offset == 5 * 4096)), "{damage:?}");
+        rig.world.errors(rig.node, Errors::default());
+        rig.until("taken back", |rig| rig.target.status()[0].damage.is_empty());
+        let back = rig.events.iter().filter(|event| matches!(event, TargetEvent::Regained { .. })).count();
+        assert_eq!(back, damage.len());
+        for seq in seqs {
+            rig.check(&model, seq);
+            assert_eq!(rig.target.resolve(&mut rig.io, stream_id(), Choice::Seq(seq)).unwrap().damage, None);
+        }
+        rig.restart(fails == 1);
+        assert!(told(&rig).is_empty());
+        rig.check(&model, seqs[2]);
+    }
+}
+
+#[test]
+fn rot_stays_lost_when_it_is_looked_at_again_and_costs_less_and_less() {
+    let (mut rig, feeder, model, seqs) = story(8);
+    let path = segments(&rig)[0].clone();
+    rig.world.rot(rig.node, &path, at(&feeder, 4) + 300, 8);
+    scrub(&mut rig);
+    // Nobody is there to be asked for it.
+    rig.restart(false);
+    let deadline = |rig: &Rig| rig.target.deadline().expect("it is looked at again") - rig.world.now();
+    rig.run_for(100 * SECOND);
+    assert!(deadline(&rig) > 10 * SECOND, "{}", deadline(&rig));
+    assert_eq!((told(&rig).len(), rig.target.status()[0].damage.len()), (1, 1));
+    check_but(&mut rig, &model, seqs[4], &[5]);
+}
+
+#[test]
+fn what_cannot_be_read_for_a_while_is_not_folded_as_unknown() {
+    let mut rig = Rig::new(9, WorldConfig::default(), config(), 16 * SECOND);
+    let mut feeder = Feeder::new(1, 1, Predecessor::default());
+    let mut model = Model::default();
+    feeder.join_and_sync(1);
+    feeder.seal(100);
+    rig.ship(&mut feeder);
+    let seq = write(&mut rig, &mut feeder, &mut model, 0, 4096, noise(2, 4096));
+    for round in 0..5 {
+        feeder.mono += 3 * SECOND;
+        write(&mut rig, &mut feeder, &mut model, 1, 0, noise(round, 4096));
+    }
+    assert_eq!(rig.target.status()[0].floor, 0, "the next write makes the oldest segment old enough");
+    rig.world.errors(rig.node, Errors { read: 1.0, ..Errors::default() });
+    blocks(&mut rig, 0, seq);
+    rig.until("named", |rig| !told(rig).is_empty());
+    rig.world.errors(rig.node, Errors::default());
+    for round in 0..6 {
+        feeder.mono += 3 * SECOND;
+        write(&mut rig, &mut feeder, &mut model, 1, 0, noise(round, 4096));
+    }
+    rig.until("folded", |rig| rig.target.status()[0].floor > seq);
+    rig.run_for(3 * SECOND);
+    rig.check(&model, feeder.next_seq - 1);
+    assert!(rig.target.status()[0].damage.is_empty());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use afterimage_dataplane::host::{DiskKey, HEADROOM, MAX_PART, Request};
 use afterimage_dataplane::io::{Errno, Io, Nanos, Part};
 use afterimage_dataplane::source::{GroupState, GroupStatus};
-use afterimage_dataplane::target::{PointInfo, StreamStatus, ViewConfig};
+use afterimage_dataplane::target::{Damage, LostBlocks, PointInfo, StreamStatus, ViewConfig};
 use afterimage_wire::ids::{DiskId, StreamId, TimelineId};
 use afterimage_wire::record::{Record, RecordKind};
 use afterimage_wire::timeline::TimelineKind;
@@ -330,6 +330,7 @@ pub(crate) fn read_point(run: &mut Run, opened: Opened, floor: u64) -> Result<Ve
     }
     // The records that the view rests on are read before they may be folded.
     ends(run)?;
+    let (fails, mut damage) = (run.reads_fail, damage_of(run));
     let mut images = Vec::new();
     for (id, key, size) in exports.iter().copied() {
         let disk = (0..run.plan.setup.disks.len()).find(|d| disk_id(*d) == id).ok_or("an unknown disk")?;
@@ -350,11 +351,30 @@ pub(crate) fn read_point(run: &mut Run, opened: Opened, floor: u64) -> Result<Ve
     if !images.iter().map(|image| image.disk).eq(disks.iter().copied()) {
         return Err(format!("record {seq}: the view does not present disks {disks:?}"));
     }
-    compare(run, seq, floor, &mut images)?;
+    damage.extend(damage_of(run));
+    let excused = |disk: usize, from: u64, to: u64| {
+        let lost = |block: &LostBlocks| {
+            let needed = block.from <= seq && block.until.is_none_or(|until| seq < until);
+            needed && block.slot == disk as u16 && block.offset < to && from < block.offset + block.len
+        };
+        fails || damage.iter().flat_map(|damage| &damage.blocks).any(lost)
+    };
+    compare(run, seq, floor, &mut images, excused)?;
     Ok(images)
 }
 
-fn compare(run: &mut Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<(), String> {
+/// What the target says that it cannot read, of which it knows what it was, where reads may fail.
+fn damage_of(run: &Run) -> Vec<Damage> {
+    if run.reads_failed { run.stage.stream().map(|stream| stream.damage).unwrap_or_default() } else { Vec::new() }
+}
+
+fn compare(
+    run: &mut Run,
+    seq: u64,
+    floor: u64,
+    images: &mut [Image],
+    excused: impl Fn(usize, u64, u64) -> bool,
+) -> Result<(), String> {
     if let Some(gap) = run.tap.gap(seq).filter(|_| !run.robbed) {
         return Err(format!("record {gap} was in no segment when it was looked at, although {seq} is a point"));
     }
@@ -362,7 +382,8 @@ fn compare(run: &mut Run, seq: u64, floor: u64, images: &mut [Image]) -> Result<
         let (model, unreadable) = run.tap.show(*disk as u16, seq, image.len());
         for hole in holes.iter() {
             let end = (hole + HOLE).min(image.len() as u64);
-            if !run.robbed && !run.reads_fail && !unreadable.iter().any(|(from, to)| from < &end && hole < to) {
+            let excused = run.reads_fail || excused(*disk, *hole, end);
+            if !run.robbed && !excused && !unreadable.iter().any(|(from, to)| from < &end && hole < to) {
                 return Err(format!("record {seq}, disk {disk}: the block at {hole} cannot be read"));
             }
             image[*hole as usize..end as usize].copy_from_slice(&model[*hole as usize..end as usize]);

@@ -143,7 +143,8 @@ impl Run {
             self.fell_source(power)?;
         }
         self.say(&format!("failover; promised is all up to tick {promised:?}"));
-        if self.rng.chance(0.3) && self.stage.target.is_some() {
+        // One that was never given a stream has nothing to recover.
+        if self.rng.chance(0.3) && self.stage.target.is_some() && self.stage.known() {
             let power = self.rng.chance(0.5);
             self.restart_target(power)?;
         }

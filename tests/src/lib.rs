@@ -21,6 +21,7 @@ pub mod history;
 pub mod limits;
 #[cfg(feature = "mutants")]
 pub mod mutants;
+pub mod pinned;
 pub mod plan;
 pub mod play;
 pub mod run;

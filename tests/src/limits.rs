@@ -66,6 +66,8 @@ impl Run {
         if group.is_some_and(|group| group.held.is_some()) {
             self.watch.calm(now);
         }
+        // Whoever waits behind a write that hangs waits as long as it does, whenever it was begun.
+        self.watch.calm(self.stage.world.hangs_until(self.stage.source_node));
         if let Some(oldest) = self.host.oldest()
             && now > oldest.max(self.watch.calm_at) + STALL + self.plan.setup.sync_deadline
             && !self.stage.still[0]

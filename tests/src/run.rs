@@ -8,6 +8,7 @@ use afterimage_dataplane::io::sim::{Rng, Snapshot, World};
 use afterimage_wire::ids::IncarnationId;
 
 use crate::check;
+use crate::front::Front;
 use crate::history::{History, pattern};
 use crate::limits::Watch;
 use crate::plan::Plan;
@@ -243,7 +244,9 @@ impl Run {
         if let Some(epoch) = self.epochs.last_mut() {
             let before = self.host.answered;
             self.host.answers(&mut self.stage, &mut epoch.history, self.plan.fails_requests())?;
-            if let Some(at) = self.silent_at.filter(|at| self.stage.world.now() > *at)
+            // What a source has said over a network is heard a little later.
+            let road = if self.plan.setup.front == Front::Nbd { 2 * self.plan.world.net_latency.1 + MS } else { 0 };
+            if let Some(at) = self.silent_at.filter(|at| self.stage.world.now() > *at + road)
                 && self.host.answered > before
                 && !self.stage.stopping
             {

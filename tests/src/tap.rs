@@ -178,9 +178,20 @@ impl Tap {
                 self.segments.insert(path.clone(), segment);
             }
             if let Some(Some(segment)) = self.segments.get_mut(&path) {
+                // Up to which frame of it all is on stable storage: a newer writer's may still be on their way, and the
+                // later ones there before the earlier.
+                let newer = |writer| {
+                    let mut heads = self.heads.values().map(|(head, _)| head);
+                    heads.any(|other| other.incarnation == writer && other.segment > head.segment)
+                };
+                let durable = self.harmed.map(|(writer, frame)| match segment.incarnation {
+                    ours if ours == writer => frame,
+                    _ if newer(writer) => u64::MAX,
+                    _ => 0,
+                });
                 let Self { entries, synced, models, frames, .. } = self;
                 let known = Known { entries, synced, models, frames };
-                read_frames(world, node, &path, segment, known, self.harmed)?;
+                read_frames(world, node, &path, segment, known, durable)?;
             }
         }
         Ok(())
@@ -351,13 +362,12 @@ fn read_frames(
     path: &str,
     segment: &mut Segment,
     mut known: Known<'_>,
-    harmed: Option<(IncarnationId, u64)>,
+    durable: Option<u64>,
 ) -> Result<(), Wrong> {
     loop {
         let Some(mut frame) = whole_frame(world, node, path, segment.read_to) else {
             // Not all there yet, or torn; or bad, and good ones may follow it.
-            let durable =
-                harmed.is_some_and(|(writer, frame)| writer != segment.incarnation || segment.next_frame <= frame);
+            let durable = durable.is_some_and(|frame| segment.next_frame <= frame);
             let next = durable.then(|| next_frame(world, node, path, segment)).flatten();
             let Some((at, number)) = next else { return Ok(()) };
             (segment.read_to, segment.next_frame) = (at, number);

@@ -117,8 +117,6 @@ impl Run {
             Fault::Hang { disk, log, time, falls } => {
                 let disk = disk % self.plan.setup.disks.len();
                 world.hang(source, &if log { log_path(disk) } else { disk_path(disk) }, time);
-                // It may be a while until one is written.
-                self.watch.calm(world.now() + 2 * time);
                 if falls {
                     let down = self.rng.between(1, 600) * MS;
                     let fall = Fault::Fall { side: Side::Source, power: false, down };

@@ -271,6 +271,17 @@ impl SegmentIndex {
         }
     }
 
+    /// A frame of which chunks were lost can be read again: `find` says where the bytes of a record lie, chunk and first
+    /// byte in its payload, if it carries some.
+    pub fn regain(&mut self, frame: u32, find: impl Fn(u32) -> Option<(u8, u32)>) {
+        let runs = self.runs.iter_mut().flat_map(|run| &mut run.entries);
+        for entry in runs.chain(&mut self.tail).filter(|entry| entry.frame == frame) {
+            if let Some((chunk, payload_at)) = find(entry.seq_delta) {
+                (entry.kind, entry.chunk, entry.payload_at) = (EntryKind::Data, chunk, payload_at);
+            }
+        }
+    }
+
     /// The parts, newest first.
     pub fn newest_first(&self) -> impl Iterator<Item = IndexPart<'_>> {
         std::iter::once(IndexPart { tail: &self.tail, run: None })

@@ -210,6 +210,11 @@ impl World {
         self.0.borrow_mut().nodes[node.0 as usize].hanging.push((tidy(path), nanos));
     }
 
+    /// When the last write of this node that was made to hang ends, or has ended; 0 if none was begun yet.
+    pub fn hangs_until(&self, node: NodeId) -> Nanos {
+        self.0.borrow().nodes[node.0 as usize].hangs_until
+    }
+
     /// How often operations of this node fail from now on.
     pub fn errors(&self, node: NodeId, errors: Errors) {
         self.0.borrow_mut().nodes[node.0 as usize].errors = errors;

@@ -1,5 +1,7 @@
 //! Frames of which something cannot be read any more: telling which chunks, and living without them.
 
+use std::collections::BTreeMap;
+
 use afterimage_wire::chunk::Chunk;
 use afterimage_wire::damage::LostFrame;
 use afterimage_wire::frame::{FrameHeader, check_frame};
@@ -106,6 +108,32 @@ impl Segment {
             directory: directory.iter().map(|chunk| (chunk.at, chunk.sealed_len)).collect(),
             records,
         })
+    }
+
+    /// A frame of which something was lost is whole again, as these bytes show: its records are what they were. The bytes
+    /// are of no use afterwards.
+    ///
+    /// # Errors
+    /// It cannot be opened: what was lost stays so.
+    pub(crate) fn regain(&mut self, frame: u32, bytes: &mut [u8]) -> Result<(), OpenError> {
+        let Some(entry) = self.frames.get(frame as usize) else { return Ok(()) };
+        let (header, first_seq) = (self.header(entry), self.index.first_seq());
+        let mut places = BTreeMap::new();
+        for index in 0..entry.chunks {
+            let chunk = self.chunks[entry.first_chunk as usize + usize::from(index)];
+            let range = chunk.at as usize..chunk.at as usize + chunk.sealed_len as usize;
+            let sealed = bytes.get_mut(range).ok_or(OpenError::Seal("a chunk"))?;
+            let chunk = Chunk::parse(open_chunk(&self.writer.key, &header, index.into(), sealed)?)?;
+            for record in chunk.records() {
+                let record = record?;
+                if matches!(record.kind, RecordKind::Write | RecordKind::SyncWrite) {
+                    places.insert((record.seq - first_seq) as u32, (index as u8, record.payload_at));
+                }
+            }
+        }
+        self.index.regain(frame, |seq_delta| places.get(&seq_delta).copied());
+        self.lost.remove(&frame);
+        Ok(())
     }
 
     /// Takes in a frame that is known to have lost chunks: the others are opened, of the lost ones what was known

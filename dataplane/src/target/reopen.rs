@@ -144,5 +144,6 @@ impl Stream {
                 delta.recovered(&reopen.recovery.damage);
             }
         }
+        self.doubt_lost(io.now());
     }
 }

@@ -286,6 +286,13 @@ pub enum TargetEvent {
         /// The loss, as [`Damage::what`] has it.
         what: String,
     },
+    /// What was taken for lost can be read again: nothing of it is.
+    Regained {
+        /// Stream.
+        stream: StreamId,
+        /// The loss, as [`Damage::what`] had it.
+        what: String,
+    },
     /// Something acknowledged cannot be read.
     Damaged {
         /// Stream.

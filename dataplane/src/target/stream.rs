@@ -326,6 +326,7 @@ impl Stream {
             if self.is_ready() {
                 self.points.listen();
                 self.scrub.rest(ctx.io.now());
+                self.doubt_lost(ctx.io.now());
                 self.keep_damage(ctx.io);
                 for damage in self.damage.all() {
                     events.push_back(TargetEvent::Damaged { stream: self.config.stream, damage: damage.clone() });

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use afterimage_dataplane::io::Nanos;
+use afterimage_tests::pinned::PINNED;
 use afterimage_tests::plan::{Plan, Theme};
 use afterimage_tests::play::play;
 use afterimage_tests::run::Report;
@@ -48,6 +49,9 @@ struct Args {
     /// Only seeds of this theme: mixed, cycles, outage, badtarget, badsource, clocks, moments, folding or doubt.
     #[arg(long)]
     theme: Option<Theme>,
+    /// Only the seeds that failed once.
+    #[arg(long, conflicts_with = "seeds")]
+    pinned: bool,
     /// Report a failure as it is, without looking for a smaller one.
     #[arg(long)]
     no_shrink: bool,
@@ -101,7 +105,7 @@ fn main() -> ExitCode {
 fn seeds(args: &Args, prepare: impl Fn() + Sync) -> ExitCode {
     let begun = Instant::now();
     let total = Mutex::new(Total { next: args.from, ..Total::default() });
-    let end = args.from.saturating_add(args.seeds);
+    let end = if args.pinned { u64::MAX } else { args.from.saturating_add(args.seeds) };
     let lock = || total.lock().expect("not poisoned");
     std::thread::scope(|scope| {
         for _ in 0..args.jobs() {
@@ -151,7 +155,9 @@ impl Total {
     /// The next seed to be played, if there is one.
     fn begin(&mut self, args: &Args, end: u64) -> Option<u64> {
         let wanted = |seed: &u64| args.theme.is_none_or(|theme| theme == Plan::roll(*seed).theme);
-        let seed = (self.next..end).find(wanted).filter(|_| args.keep_going || self.failed.is_empty())?;
+        let mut pinned = PINNED.iter().copied().filter(|seed| *seed >= self.next);
+        let seed = if args.pinned { pinned.find(wanted) } else { (self.next..end).find(wanted) };
+        let seed = seed.filter(|_| args.keep_going || self.failed.is_empty())?;
         self.next = seed + 1;
         self.running.insert(seed);
         Some(seed)

@@ -352,6 +352,9 @@ pub async fn target_events(proxy: Rc<Proxy>, mut events: mpsc::Receiver<TargetCo
             TargetEvent::Mended { stream, what } => {
                 (Severity::Info, stream, "damage", format!("newer data has taken the place of what was lost: {what}"))
             }
+            TargetEvent::Regained { stream, what } => {
+                (Severity::Info, stream, "damage", format!("nothing is lost, it can be read again: {what}"))
+            }
             TargetEvent::Damaged { stream, damage } => (Severity::Error, stream, "damage", damage.what),
         };
         proxy.event(severity, Some(stream), kind, message);

@@ -69,6 +69,8 @@ pub(super) struct Node {
     pub(super) stalled_until: Nanos,
     /// The next write to each of these files takes that much longer.
     pub(super) hanging: Vec<(String, Nanos)>,
+    /// When the last write that did so ends.
+    pub(super) hangs_until: Nanos,
     /// Since when its process stands still, and whether its monotonic clock does.
     suspended: Option<(Nanos, bool)>,
     /// How long the monotonic clock has stood still.
@@ -169,6 +171,7 @@ impl State {
             errors: Errors::default(),
             stalled_until: 0,
             hanging: Vec::new(),
+            hangs_until: 0,
             suspended: None,
             slept: 0,
         });
@@ -534,11 +537,12 @@ impl State {
         open.in_flight += 1;
         let (inode, path, writable) = (open.inode, open.path.clone(), open.write);
         let mut latency = self.between(self.config.disk_latency);
-        let hanging = &mut self.nodes[self.lives[life].node].hanging;
-        if let (DiskOp::Write { .. }, Some(at)) = (&op, hanging.iter().position(|(hangs, _)| *hangs == path)) {
-            latency += hanging.swap_remove(at).1;
+        let machine = &mut self.nodes[self.lives[life].node];
+        let begin = self.now.max(machine.stalled_until);
+        if let (DiskOp::Write { .. }, Some(at)) = (&op, machine.hanging.iter().position(|(hangs, _)| *hangs == path)) {
+            latency += machine.hanging.swap_remove(at).1;
+            machine.hangs_until = machine.hangs_until.max(begin + latency);
         }
-        let begin = self.now.max(self.nodes[self.lives[life].node].stalled_until);
         let land = begin + self.rng.below(latency + 1);
         let finish = begin + latency;
         let split = self.rng.chance(0.25);
