@@ -46,4 +46,4 @@ mod text;
 pub mod token;
 pub mod wrapping;
 
-pub use grpc::{Config, Running, ServeError, serve, start};
+pub use grpc::{Config, Running, ServeError, serve, start, start_over};

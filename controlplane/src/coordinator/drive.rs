@@ -21,6 +21,8 @@ use crate::requests::Asked;
 
 /// Before a change that the store refused is tried again.
 const STORE_RETRY: Duration = Duration::from_secs(1);
+/// How long after a coordinator's start proxies that live have come to it.
+const PROXIES_BACK: Duration = Duration::from_secs(15);
 /// Between two looks at how far the target is.
 const DRAIN_POLL: Duration = Duration::from_millis(25);
 
@@ -30,17 +32,17 @@ impl Coordinator {
         for operation in self.model().operations.values().filter(|o| o.ended_ns == 0) {
             let subject = Name::new(&operation.tenant, Kind::Group, &operation.group).to_string();
             self.tell(Severity::Warning, "operation", &subject, &format!("going on with {}", operation.name()));
-            tokio::spawn(self.clone().drive(operation.name()));
+            tokio::spawn(self.clone().drive(operation.name(), true));
         }
     }
 
-    /// Does an operation to its end.
-    pub(super) async fn drive(self: Arc<Self>, name: Name) {
+    /// Does an operation to its end; one that an earlier life had begun is `resumed`.
+    pub(super) async fn drive(self: Arc<Self>, name: Name, resumed: bool) {
         let by_itself = audit::Caller::new(&name.tenant, audit::ITSELF, &name.to_string());
-        audit::CALLER.scope(by_itself, self.drive_on(name)).await;
+        audit::CALLER.scope(by_itself, self.drive_on(name, resumed)).await;
     }
 
-    async fn drive_on(self: Arc<Self>, name: Name) {
+    async fn drive_on(self: Arc<Self>, name: Name, resumed: bool) {
         let mut reply = None;
         let mut closing = self.closing();
         loop {
@@ -57,7 +59,7 @@ impl Coordinator {
                 }
             };
             tokio::select! {
-                done = self.carry_out(&name, &group, action) => reply = Some(done),
+                done = self.carry_out(&name, &group, action, resumed) => reply = Some(done),
                 // The step stays recorded as running: the next life does it again.
                 _ = closing.wait_for(|c| *c) => return,
             }
@@ -102,7 +104,7 @@ impl Coordinator {
         Ok(next)
     }
 
-    async fn carry_out(&self, name: &Name, group: &Group, action: Action) -> Reply {
+    async fn carry_out(&self, name: &Name, group: &Group, action: Action, resumed: bool) -> Reply {
         match action {
             Action::Record | Action::Ended => Reply::Nothing,
             Action::Wait { ms } => {
@@ -136,7 +138,10 @@ impl Coordinator {
                 };
                 let Some(proxy) = proxy else { return Reply::Unreachable("that proxy does not exist any more".into()) };
                 let step = model.operation(name).ok().and_then(running_step).map_or("", StepName::as_str);
-                let (connect, answer) = (Duration::from_millis(connect_ms), Duration::from_millis(answer_ms));
+                // They were connected to the life before, and may be on their way: not there yet is not gone.
+                let coming = if resumed { PROXIES_BACK.saturating_sub(self.clock.uptime()) } else { Duration::ZERO };
+                let connect = Duration::from_millis(connect_ms).max(coming);
+                let answer = Duration::from_millis(answer_ms);
                 match self.command(proxy, &name.id, step, command, connect, answer).await {
                     Ok(outcome) => Reply::Answer(outcome),
                     Err(e) => Reply::Unreachable(format!("\"{}\": {e}", proxy.id)),

@@ -215,7 +215,7 @@ impl Coordinator {
             let (verb, actor) = (operation.work.spec.verb.as_str(), &operation.actor);
             let message = format!("{verb} begun by {actor}: {}", operation.name());
             self.tell(Severity::Warning, "operation", &name.to_string(), &message);
-            tokio::spawn(self.clone().drive(operation.name()));
+            tokio::spawn(self.clone().drive(operation.name(), false));
         }
         let mut shown = convert::operation_to_proto(&self.model(), &operation);
         if asking.validate_only && !started {

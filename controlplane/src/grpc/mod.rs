@@ -270,6 +270,17 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 /// # Errors
 /// A setting, the folder, the store, or an address.
 pub async fn start(config: Config) -> Result<Running, ServeError> {
+    start_over(config, |store| store).await
+}
+
+/// As [`start`], with something put in front of the store: a test's, that dies when it should.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_over(
+    config: Config,
+    front: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
+) -> Result<Running, ServeError> {
     install_crypto();
     check_report(&config)?;
     config.calls.check().map_err(ServeError::Config)?;
@@ -286,6 +297,7 @@ pub async fn start(config: Config) -> Result<Running, ServeError> {
             Arc::new(store)
         }
     };
+    let store = front(store);
     check_whole(store.as_ref(), dir).await?;
     let history = History::open(&dir.join("history.redb")).map_err(ServeError::Config)?;
     only_owner(&dir.join("history.redb"))?;

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use afterimage_controlplane::bundle::Bundle;
 use afterimage_controlplane::grpc::rate::Rate;
-use afterimage_controlplane::store::StoreError;
-use afterimage_controlplane::{Config, Running, ServeError, client, start};
+use afterimage_controlplane::store::{Store, StoreError};
+use afterimage_controlplane::{Config, Running, ServeError, client, start_over};
 use afterimage_wire::v1::command::Command as Tell;
 use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::coordinator_message::Message as Down;
@@ -33,6 +33,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+mod dying;
+
+pub use dying::Death;
+use dying::Dying;
+
 pub const TENANT: &str = "tenants/default";
 pub const SHOP: &str = "tenants/default/groups/shop";
 pub const GOLD: &str = "tenants/default/policies/gold";
@@ -42,16 +47,19 @@ pub struct World {
     pub running: Option<Running>,
     pub admin: Bundle,
     pub channel: Channel,
+    /// Of the coordinator that runs.
+    pub death: Arc<Death>,
 }
 
-async fn bring_up(folder: &std::path::Path, port: u16) -> (Running, Bundle, Channel) {
+async fn bring_up(folder: &std::path::Path, port: u16, death: &Arc<Death>) -> (Running, Bundle, Channel) {
     let config = Config::new(folder.join("coordinator"), ([127, 0, 0, 1], port).into());
     // Tests call as fast as they can.
     let calls = Rate { per_s: 0, ..Rate::default() };
     let config = Config { report_interval: Duration::from_millis(50), calls, ..config };
     let mut tries = 100;
     let running = loop {
-        match start(config.clone()).await {
+        let front = |inner| -> Arc<dyn Store> { Arc::new(Dying::new(inner, death.clone())) };
+        match start_over(config.clone(), front).await {
             // A connection of the life before may be ending still.
             Err(ServeError::Store(StoreError::InUse(_))) if tries > 0 => tries -= 1,
             started => break started.expect("the coordinator starts"),
@@ -66,8 +74,9 @@ async fn bring_up(folder: &std::path::Path, port: u16) -> (Running, Bundle, Chan
 impl World {
     pub async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let (running, admin, channel) = bring_up(folder.path(), 0).await;
-        Self { folder, running: Some(running), admin, channel }
+        let death = Arc::default();
+        let (running, admin, channel) = bring_up(folder.path(), 0, &death).await;
+        Self { folder, running: Some(running), admin, channel, death }
     }
 
     /// Stops the coordinator and starts it again on the same port and folder.
@@ -80,7 +89,8 @@ impl World {
         let port = self.running.as_ref().unwrap().addresses()[0].port();
         self.running.take().unwrap().stop().await;
         meanwhile();
-        let (running, admin, channel) = bring_up(self.folder.path(), port).await;
+        self.death = Arc::default();
+        let (running, admin, channel) = bring_up(self.folder.path(), port, &self.death).await;
         (self.running, self.admin, self.channel) = (Some(running), admin, channel);
     }
 
