@@ -21,10 +21,21 @@ packages() {
         dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
     done
     [ ${#missing[@]} -eq 0 ] && return
+    # One at a time: parts are played beside each other.
+    local lock
+    exec {lock}>"$target/apt.lock" && flock "$lock"
+    # Not to be held by what an installation starts.
+    install_missing "${missing[@]}" {lock}>&-
+    local status=$?
+    exec {lock}>&-
+    return $status
+}
+
+install_missing() {
     # An old list of packages is the usual reason for a failure.
-    install_packages "${missing[@]}" >"$target/apt.log" 2>&1 ||
-        { privileged apt-get update && install_packages "${missing[@]}"; } >"$target/apt.log" 2>&1 || {
-            skip "needs ${missing[*]} (apt-get says why in $target/apt.log)"
+    install_packages "$@" >"$target/apt.log" 2>&1 ||
+        { privileged apt-get update && install_packages "$@"; } >"$target/apt.log" 2>&1 || {
+            skip "needs $* (apt-get says why in $target/apt.log)"
             return 1
         }
 }
