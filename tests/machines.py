@@ -16,7 +16,7 @@ import time
 
 import nbd
 
-from cluster import AFTERIMAGE, MIB, Cluster, Tests, digest, eventually, expect, workspace
+from cluster import AFTERIMAGE, MIB, Cluster, Tests, digest, eventually, expect, free_port, workspace
 
 # A machine that is a process: it counts upwards in the first block of its first disk, durably, and notes what was answered.
 FAKE = r"""#!/usr/bin/python3
@@ -222,6 +222,84 @@ def commands(folder):
         there.close()
 
 
+def home(folder):
+    """A failback takes the machine home and back: stopped at one place before it is started at the other, whoever dies; where it
+    does not start at home, the replica runs again, with all that it was answered."""
+    here, there = Fake(folder / "here"), Fake(folder / "there")
+    source_args = ("--journal", folder / "source-journal", "--listen", f"127.0.0.1:{free_port()}", "--views",
+                   f"unix:{folder}/back.sock")
+    cluster = Cluster(folder, {"data": 32 * MIB}, source_config=f"[machines]\n{here.config()}", source_args=source_args,
+                      target_args=("--config", settings(folder, "target", there.config("dr"))))
+    web, replica = "source-web", "replica-web"
+    phase = lambda: cluster.status()["phase"]  # noqa: E731
+    failback = lambda *args: cluster.command("failback", args[0], cluster.GROUP, *args[1:], timeout=120)  # noqa: E731
+
+    def ready():
+        failback("start")
+        eventually("the failback is ready to switch",
+                   lambda: (reverse := failback("status")["reverse"]) and reverse["ready"], timeout=120)
+
+    def runs(one, other, host):
+        answered = max(here.answered(web), there.answered(replica))
+        expect(not other[0].runs(other[1]), f"it runs at both sites: {here.told()} {there.told()}")
+        eventually("it counts on", lambda: one[0].answered(one[1]) > answered)
+        expect(newest(host) > answered, f"{answered} was answered, and is not there")
+
+    at_source, at_target = (here, web), (there, replica)
+    try:
+        cluster.command("machine", "create", "web", "--group", cluster.GROUP, "--source", "hook", "--target", "hook:dr",
+                        "--ready", "hook:dr", "--stop-within", "5s")
+        disk = cluster.uri("data")
+        here.start("web", disk)
+        eventually("it counts", lambda: here.answered(web) > 50)
+        over = cluster.command("failover", "planned", cluster.GROUP)
+        [export] = over["result"]["view"]["exports"]
+        view = next(u for u in export["uris"] if u.startswith("nbd+unix"))
+        runs(at_target, at_source, view)
+
+        # One that does not start at home runs on where it was.
+        ready()
+        here.fails("start", "no room at home")
+        text = fails(cluster, "failback", "switch", cluster.GROUP)
+        expect("start-source" in text and "no room at home" in text, text)
+        expect(phase() == "failed-over", text)
+        runs(at_target, at_source, view)
+        here.obeys("start")
+
+        # Home, with the coordinator killed in the middle.
+        eventually("another failback can begin", lambda: cluster.try_command("failback", "start", cluster.GROUP), 60)
+        eventually("the failback is ready to switch",
+                   lambda: (reverse := failback("status")["reverse"]) and reverse["ready"], timeout=120)
+        started = failback("switch", "--no-wait")
+        cluster.coordinator.kill()
+        cluster.coordinator.start()
+        eventually("the coordinator is back", lambda: cluster.try_command("status"))
+        done = cluster.command("failover", "wait", started["operation"], timeout=180)
+        expect(done["state"] == "done" and states(done)["stop-replica"] == states(done)["await-source"] == "done", done)
+        expect(phase() == "failed-back", done)
+        runs(at_source, at_target, disk)
+        machine = cluster.command("machine", "show", "web")
+        expect(not machine["stopped_at_source"] and machine["runs_from"] is None, machine)
+
+        # And there again, as it was left.
+        undone = failback("undo")
+        expect(states(undone)["stop-source"] == states(undone)["await-replica"] == "done", undone["steps"])
+        runs(at_target, at_source, view)
+
+        # Home for good; what is still on there, held since then, has a past in its memory.
+        ready()
+        here.start("web", disk)
+        switched = failback("switch")
+        expect(states(switched)["stop-source"] == "done", switched["steps"])
+        runs(at_source, at_target, disk)
+        eventually("the failback is committed", lambda: cluster.try_command("failback", "commit", cluster.GROUP), 120, 0.5)
+        expect(here.runs(web), "a commitment stops the machine")
+    finally:
+        cluster.close()
+        here.close()
+        there.close()
+
+
 def power(folder):
     """With the source's site gone its proxy confirms nothing; whoever cuts the machine's power does, or does not."""
     fake = Fake(folder / "ipmi")
@@ -366,6 +444,7 @@ def kill_left(folder):
 
 TESTS = {
     "by commands, there and back": commands,
+    "home by a failback, and back": home,
     "the power of a dead site": power,
     "a guest that outlives its proxy": guest,
 }

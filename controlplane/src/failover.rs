@@ -18,7 +18,8 @@
 //! switch-failback   check · catch-up · fence · drain · raise-generation · merge · leave-view ·
 //!                     │ any failure up to here: return-generation · release, of the reverse stream: failing back as it was
 //!                   end-reverse · drop-reverse · return-generation · release
-//!                     │ the source does not start: hold-again · take-again · reopen-view: failed over as it was
+//!                     │ the source, or its machine, does not start: hold-again · take-again · reopen-view: failed over as
+//!                     │ it was
 //! commit-failback   check · discard
 //! undo-failback     as a failover, to the view as it was left
 //! ```
@@ -302,6 +303,7 @@ impl Failover {
             | StepName::StopReplica
             | StepName::RestartReplica
             | StepName::StartSource
+            | StepName::AwaitSource
             | StepName::StartTest
             | StepName::AwaitTest
             | StepName::StopTest => self.machine_action(name, group),
@@ -656,6 +658,9 @@ impl Failover {
         if name == StepName::CloseView && self.spec.verb == Verb::UndoFailback && !closed {
             // Hosts know that view from before: where it may be open, the source is not let go.
             self.steps.retain(|s| s.state != StepState::Pending);
+            if self.reached(StepName::StopReplica) {
+                self.steps.push(pending(StepName::RestartReplica));
+            }
             let why = why(reply);
             return (
                 StepState::Skipped,
@@ -693,7 +698,7 @@ impl Failover {
             (StepName::StopReplica, StepName::RestartReplica),
         ];
         for (of, by) in undo {
-            if self.reached(of) {
+            if self.reached(of) && !self.steps.iter().any(|s| s.name == by && s.state == StepState::Pending) {
                 self.steps.push(pending(by));
             }
         }

@@ -14,6 +14,7 @@ use super::verbs::Asking;
 use crate::failover::{self, Awaited, Ends, Failover, Reply, Spec, Verb};
 use crate::model::Model;
 use crate::names::Name;
+use crate::machine::Role;
 use crate::objects::{Group, GroupPhase, Leftover, Object, Proxy, new_uid};
 use crate::policy::check_text;
 use crate::problem::Problem;
@@ -62,7 +63,12 @@ impl Coordinator {
                 Verb::SwitchFailback => format!("what is written to \"{}\" is at the source", view.id),
                 _ => format!("the group runs from its view \"{}\"", view.id),
             };
-            Ok(Failover::back(spec.clone(), &disks, view, (reverse, after), checked, now))
+            let work = Failover::back(spec.clone(), &disks, view, (reverse, after), checked, now);
+            if spec.verb != Verb::SwitchFailback {
+                return Ok(work);
+            }
+            let (machines, fences) = self.machines_for(model, group, spec.verb)?;
+            Ok(work.with_machines(machines, fences, view.exports.clone()))
         })
         .await
     }
@@ -90,7 +96,10 @@ impl Coordinator {
             let lease = self.lease_of(model, group);
             let checked = format!("what was written to \"{}\" is kept", view.id);
             let work = Failover::new(spec.clone(), &disks, (&view.id, ""), 0, lease, checked, now);
-            Ok(work.reopening(view.point.clone()))
+            let (machines, fences) = self.machines_for(model, group, spec.verb)?;
+            let work = work.reopening(view.point.clone()).with_machines(machines, fences, Vec::new());
+            let asked = self.fit_machines(model, group, &[Role::Source]).is_ok();
+            Ok(if asked { work } else { work.with_source_unasked() })
         })
         .await
     }

@@ -182,7 +182,7 @@ impl Coordinator {
     ///
     /// # Errors
     /// A proxy is not connected, or has no such driver.
-    fn fit_machines(&self, model: &Model, group: &Group, roles: &[Role<'_>]) -> Result<Vec<Driven>, Problem> {
+    pub(super) fn fit_machines(&self, model: &Model, group: &Group, roles: &[Role<'_>]) -> Result<Vec<Driven>, Problem> {
         let mut all = Vec::new();
         for machine in model.machines_of(group) {
             for role in roles.iter().filter(|role| machine.place(**role).is_driven()) {
@@ -217,8 +217,8 @@ impl Coordinator {
         group: &Group,
         verb: Verb,
     ) -> Result<(Vec<Driven>, bool), Problem> {
-        let roles: &[Role<'_>] =
-            if verb == Verb::PlannedFailover { &[Role::Source, Role::Replica] } else { &[Role::Replica] };
+        let both = matches!(verb, Verb::PlannedFailover | Verb::SwitchFailback);
+        let roles: &[Role<'_>] = if both { &[Role::Source, Role::Replica] } else { &[Role::Replica] };
         Ok((self.fit_machines(model, group, roles)?, self.machines_fence(model, group)))
     }
 

@@ -178,18 +178,18 @@ impl Failover {
             | StepName::OpenView
             | StepName::CloseView
             | StepName::Finish
-            // Its operator starts and stops machines around it.
-            | StepName::StopSource
+            | StepName::Hold => Action::Record,
+            StepName::StopSource
             | StepName::PowerOff
             | StepName::StartReplica
             | StepName::AwaitReplica
             | StepName::StopReplica
             | StepName::RestartReplica
             | StepName::StartSource
+            | StepName::AwaitSource
             | StepName::StartTest
             | StepName::AwaitTest
-            | StepName::Hold
-            | StepName::StopTest => Action::Record,
+            | StepName::StopTest => self.machine_action(name, group),
         }
     }
 
@@ -204,6 +204,7 @@ impl Failover {
         let rest = format!("{on}; wait until it is ready (see `failback status`), or allow more time");
         let look = |proxy: &str| format!("{on}; look at the proxy \"{proxy}\", then start again");
         match (name, reply) {
+            (name, reply) if name.is_of_machines() => self.machines_done(group, name, reply),
             (StepName::Check | StepName::Reverse, Reply::Nothing) => Ok((Done, String::new())),
             (StepName::ReleaseDisks, Reply::Answer(Outcome::Done(_))) => {
                 Ok((Done, "the source has let its disks go".into()))
@@ -342,15 +343,22 @@ impl Failover {
     /// The steps that undo what has been reached.
     pub(super) fn undo_back(&self) -> Vec<StepName> {
         use StepName::*;
+        let undoing = |steps: &[(StepName, StepName)]| {
+            steps.iter().filter(|(of, _)| self.reached(*of)).map(|(_, by)| *by).collect::<Vec<_>>()
+        };
+        let replica = (StopReplica, RestartReplica);
         match self.spec.verb {
             Verb::Failback if self.reached(Reverse) => vec![EndReverse, DropReverse],
-            Verb::SwitchFailback if self.reached(StepName::Release) => vec![HoldAgain, TakeAgain, ReopenView],
-            Verb::SwitchFailback if self.reached(EndReverse) => vec![ReopenView],
-            Verb::SwitchFailback => [(RaiseGeneration, ReturnGeneration), (Fence, Release)]
-                .into_iter()
-                .filter(|(of, _)| self.reached(*of))
-                .map(|(_, by)| by)
-                .collect(),
+            // Its machines are switched off once it holds: where nobody confirms that, they are what runs.
+            Verb::SwitchFailback if self.reached(StepName::Release) => undoing(&[
+                (Release, HoldAgain),
+                (StartSource, PowerOff),
+                (Release, TakeAgain),
+                (Release, ReopenView),
+                replica,
+            ]),
+            Verb::SwitchFailback if self.reached(EndReverse) => undoing(&[(EndReverse, ReopenView), replica]),
+            Verb::SwitchFailback => undoing(&[(RaiseGeneration, ReturnGeneration), (Fence, Release), replica]),
             _ => Vec::new(),
         }
     }

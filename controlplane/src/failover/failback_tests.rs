@@ -7,7 +7,7 @@ use crate::problem::Problem;
 
 const AFTER: u64 = 77;
 
-fn view() -> View {
+pub(super) fn view() -> View {
     View {
         uid: "v".into(),
         tenant: "default".into(),
@@ -34,7 +34,7 @@ fn view() -> View {
     }
 }
 
-fn reverse() -> Reverse {
+pub(super) fn reverse() -> Reverse {
     let stream_uid = "back".to_owned();
     Reverse { stream_uid, view: FAILOVER_VIEW.into(), generation: 1, writer_generation: 1, hold: false }
 }

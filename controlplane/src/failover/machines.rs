@@ -8,7 +8,15 @@
 //! undo-failover     check · stop-replica · leave-view · return-generation · release · [start-source] · [discard]
 //! change-point      check · resolve-point · open-view · stop-replica · leave-view · start-replica · await-replica · finish
 //!                     failing before the view is left: close-view · restart-replica
+//! switch-failback   … catch-up · [stop-source] · stop-replica · fence · … · release · start-source · await-source
+//!                     failing before the view is left: return-generation · release · restart-replica
+//!                     the source's machine does not start: hold-again · power-off · … · reopen-view · restart-replica
+//! undo-failback     check · stop-source · fence · [power-off] · … · open-view · start-replica · await-replica · finish
+//!                     failing before a replica runs: [stop-replica] · close-view · … · release · [start-source]
 //! ```
+//! A machine that is still on at its source when the group switches has been held since it was failed over: what it has in
+//! memory is of disks that are about to be others, so its power is cut.
+//!
 //! What is switched on or off is asked first and recorded, so that only what ran is started again. A replica that runs but
 //! does not answer in time is left running: it may have answered somebody.
 
@@ -61,12 +69,12 @@ impl StepName {
         use StepName::*;
         let switches =
             matches!(self, StopSource | PowerOff | StartReplica | StopReplica | RestartReplica | StartSource);
-        switches || matches!(self, AwaitReplica | StartTest | AwaitTest | StopTest)
+        switches || matches!(self, AwaitReplica | AwaitSource | StartTest | AwaitTest | StopTest)
     }
 
     /// Until the machines answer.
     fn awaits(self) -> bool {
-        matches!(self, Self::AwaitReplica | Self::AwaitTest)
+        matches!(self, Self::AwaitReplica | Self::AwaitSource | Self::AwaitTest)
     }
 
     /// Until they are off.
@@ -94,23 +102,40 @@ impl Failover {
             Verb::Failover => put(fences, Drain, &[PowerOff]),
             Verb::PlannedFailover => put(source, Fence, &[StopSource]),
             Verb::UndoFailover | Verb::ChangePoint => put(target, LeaveView, &[StopReplica]),
-            #[allow(unreachable_patterns)]
-            _ => {}
+            Verb::SwitchFailback => {
+                put(source, Fence, &[StopSource]);
+                put(target, Fence, &[StopReplica]);
+            }
+            Verb::UndoFailback => {
+                put(source, Fence, &[StopSource]);
+                put(fences, Drain, &[PowerOff]);
+            }
+            Verb::Failback | Verb::CancelFailback | Verb::CommitFailback | Verb::TestFailover => {}
         }
         put(target, Finish, &[StartReplica, AwaitReplica]);
         if self.spec.verb == Verb::UndoFailover && stopped {
             let at = self.steps.iter().position(|s| s.name == Release).map_or(self.steps.len(), |at| at + 1);
             self.steps.insert(at, pending(StartSource));
         }
+        if self.spec.verb == Verb::SwitchFailback && source {
+            self.steps.extend([StartSource, AwaitSource].map(pending));
+        }
         self.facts.machines = machines;
         self.facts.left = left;
+        self
+    }
+
+    /// The same without asking for the machines at a source that nobody can reach: what fences that decides.
+    #[must_use]
+    pub fn with_source_unasked(mut self) -> Self {
+        self.steps.retain(|s| s.name != StepName::StopSource);
         self
     }
 
     fn role(&self, step: StepName) -> Role<'_> {
         match step {
             StepName::StartTest | StepName::AwaitTest | StepName::StopTest => Role::Test(&self.facts.view),
-            StepName::StopSource | StepName::PowerOff | StepName::StartSource => Role::Source,
+            StepName::StopSource | StepName::PowerOff | StepName::StartSource | StepName::AwaitSource => Role::Source,
             _ => Role::Replica,
         }
     }
@@ -122,15 +147,28 @@ impl Failover {
             driven.machine.place(role).is_driven()
                 && match step {
                     StepName::StopSource => self.asks_first() || driven.was_on == Some(true),
-                    StepName::StartSource => driven.was_on == Some(true) || self.brings_back(driven),
+                    StepName::StartSource | StepName::AwaitSource => {
+                        driven.was_on == Some(true) || self.brings_back(driven)
+                    }
                     _ => true,
                 }
         };
         (0..self.facts.machines.len()).filter(|at| about(&self.facts.machines[*at])).collect()
     }
 
+    /// Whatever was so at the source: it is to run there again.
     fn brings_back(&self, driven: &Driven) -> bool {
-        self.spec.verb == Verb::UndoFailover && driven.machine.stopped_at_source
+        let Machine { stopped_at_source: stopped, runs_from, .. } = &driven.machine;
+        match self.spec.verb {
+            Verb::UndoFailover => *stopped,
+            Verb::SwitchFailback => *stopped || !runs_from.is_empty(),
+            _ => false,
+        }
+    }
+
+    /// The source holds all I/O for certain, and that is why its machines need not be off.
+    fn is_held(&self) -> bool {
+        !self.spec.verb.is_back() && self.facts.fence == Some(FenceKind::Confirmed)
     }
 
     /// Whether its machines are on at the source has not been asked yet.
@@ -145,7 +183,7 @@ impl Failover {
 
     pub(super) fn machine_action(&self, step: StepName, group: &Group) -> Action {
         let addressed = self.addressed(step);
-        let needless = step == StepName::PowerOff && self.facts.fence == Some(FenceKind::Confirmed);
+        let needless = step == StepName::PowerOff && self.is_held();
         if addressed.is_empty() || needless {
             return Action::Record;
         }
@@ -155,6 +193,8 @@ impl Failover {
             let source = || disks.iter().map(source_disk).collect();
             let (tell, within_ms) = match step {
                 StepName::StopSource | StepName::PowerOff if self.asks_first() => (machine.probe(role), DRIVE_MS),
+                // Its disks are held: it could not go down by itself.
+                StepName::StopSource if self.spec.verb == Verb::SwitchFailback => (machine.stop(role, 0), POWER_MS),
                 StepName::StopSource => (machine.stop(role, machine.stop_within_ms), machine.stop_within_ms + POWER_MS),
                 StepName::PowerOff => (machine.stop(role, 0), POWER_MS),
                 StepName::StopReplica if self.is_undoing() => (machine.stop(role, 0), UNDO_MS),
@@ -166,7 +206,12 @@ impl Failover {
                 StepName::StartReplica | StepName::StartTest => {
                     (machine.start(role, view_disks(disks, &self.facts.exports)), DRIVE_MS)
                 }
-                StepName::RestartReplica => (machine.start(role, view_disks(disks, &self.facts.left)), DRIVE_MS),
+                StepName::RestartReplica => {
+                    // One that a failback left is opened by the exports that it had, or by new ones.
+                    let of_over = self.spec.verb.is_of_failed_over();
+                    let exports = if of_over { &self.facts.left } else { &self.facts.exports };
+                    (machine.start(role, view_disks(disks, exports)), DRIVE_MS)
+                }
                 StepName::StartSource => {
                     (machine.start(role, source()), if self.is_undoing() { UNDO_MS } else { DRIVE_MS })
                 }
@@ -211,7 +256,7 @@ impl Failover {
         reply: Reply,
     ) -> Result<(StepState, String), (String, String)> {
         use StepState::{Done, Failed, Running, Skipped};
-        if step == StepName::PowerOff && self.facts.fence == Some(FenceKind::Confirmed) {
+        if step == StepName::PowerOff && self.is_held() {
             return Ok((Skipped, "not needed: the source holds all I/O".to_owned()));
         }
         let judged = self.judged(step, reply);
@@ -242,6 +287,10 @@ impl Failover {
                     group.source
                 ),
             )),
+            // Nobody could be asked. Whether it is fenced is the next step's to find out.
+            (StepName::StopSource, Err(why)) if self.spec.verb == Verb::UndoFailback && self.asks_first() => {
+                Ok((Failed, why))
+            }
             (StepName::StopSource, Err(why)) => Err((
                 format!("not switched off at the source: {why}"),
                 format!("{on}; look at it there, then start again"),
@@ -259,11 +308,20 @@ impl Failover {
                 format!("the test has failed: {why}"),
                 format!("{on}; look at the machine's definition and its driver's settings"),
             )),
-            (StepName::AwaitReplica, Err(why)) => Ok((Failed, format!("it runs, but {why}"))),
+            (StepName::StartSource, Err(why)) => Err((
+                format!("the source's machine was not started: {why}"),
+                "the replica is started again, if the source confirms that it holds; look at the driver's settings at the \
+                 source, then fail back again"
+                    .to_owned(),
+            )),
+            (StepName::AwaitReplica | StepName::AwaitSource, Err(why)) => Ok((Failed, format!("it runs, but {why}"))),
             (_, Err(why)) => Err((why, on.to_owned())),
             (StepName::StopSource, Ok(stand)) if stand.is_empty() => Ok((Skipped, "off already".to_owned())),
+            (StepName::StartSource | StepName::AwaitSource, Ok(stand)) if stand.is_empty() => {
+                Ok((Skipped, "not needed: none ran".to_owned()))
+            }
             (step, Ok(_)) if step.awaits() => Ok((Done, format!("{} answering", self.named(step, "is", "are")))),
-            (StepName::StartReplica | StepName::StartTest, Ok(_)) => {
+            (StepName::StartReplica | StepName::StartSource | StepName::StartTest, Ok(_)) => {
                 Ok((Done, format!("{} on", self.named(step, "is", "are"))))
             }
             (_, Ok(_)) => Ok((Done, format!("{} off", self.named(step, "is", "are")))),
@@ -272,8 +330,7 @@ impl Failover {
 
     /// What came of a step that never fails.
     pub(super) fn machines_undone(&self, step: StepName, reply: Reply) -> (StepState, String) {
-        let off = matches!(step, StepName::StopReplica | StepName::StopTest);
-        let word = if off { "off" } else { "on again" };
+        let word = if step.stops() { "off" } else { "on again" };
         match self.judged(step, reply) {
             Ok(stand) if stand.is_empty() => (StepState::Skipped, "not needed".to_owned()),
             Ok(_) => (StepState::Done, format!("{} {word}", self.named(step, "is", "are"))),
@@ -294,7 +351,9 @@ impl Failover {
         let state = |name| self.steps.iter().find(|s: &&StepRecord| s.name == name).map(|s| s.state);
         let done = |name| state(name) == Some(StepState::Done);
         let taken = driven.was_on == Some(true) && (self.reached(StopSource) || self.reached(PowerOff));
-        let stopped = (driven.machine.stopped_at_source || taken) && !done(StartSource);
+        // Of a switch that was undone.
+        let cut = self.reached(HoldAgain) && self.reached(PowerOff) && self.brings_back(driven);
+        let stopped = ((driven.machine.stopped_at_source || taken) && !done(StartSource)) || cut;
         let mut runs_from = driven.machine.runs_from.clone();
         if driven.machine.target.is_driven() {
             let undoes = !self.spec.verb.is_of_failed_over();
@@ -306,7 +365,8 @@ impl Failover {
                 runs_from.clear();
             }
             if self.reached(RestartReplica) {
-                runs_from.clone_from(&self.facts.leaves);
+                let views = [&self.facts.leaves, &self.facts.view];
+                runs_from = views.into_iter().find(|view| !view.is_empty()).cloned().unwrap_or_default();
             }
             if self.reached(StartReplica) && !undoes {
                 runs_from.clone_from(&self.facts.view);

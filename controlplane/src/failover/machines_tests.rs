@@ -477,3 +477,208 @@ fn what_cannot_be_removed_is_tried_again_after_a_pause() {
     }
     panic!("it does not end: {:?}", work.steps);
 }
+
+/// What a proxy of a failback answers, and the machines' hosts.
+fn answers(hosts: &mut Hosts, action: &Action) -> Reply {
+    match action {
+        Action::Merge(_) => Reply::Answer(Outcome::Merged(v1::Merged { complete: true, ..v1::Merged::default() })),
+        Action::Await { .. } => Reply::Seen,
+        other => hosts.reply(other),
+    }
+}
+
+/// A switch to the source, or its undoing, with two machines.
+fn back(verb: Verb) -> (Failover, Group, Hosts) {
+    let mut machines = vec![machine("web"), machine("db")];
+    let spec = Spec { within_ms: 1_000, ..Spec::new(verb, Choice::Latest) };
+    let view = super::failback_tests::view();
+    let (operation, id) = ("op".to_owned(), FAILOVER_VIEW.to_owned());
+    let (mut work, group, hosts) = if verb == Verb::SwitchFailback {
+        // "db" died with its source, and "web" was switched off: it is the replica that says what is to run.
+        machines.iter_mut().for_each(|m| m.machine.runs_from = FAILOVER_VIEW.into());
+        machines[0].machine.stopped_at_source = true;
+        let group = Group { reverse: Some(super::failback_tests::reverse()), ..over() };
+        let work = Failover::back(spec, &[], &view, ("back", 77), "ok".into(), 5);
+        (work.with_machines(machines, false, Vec::new()), group, Hosts::failed_over())
+    } else {
+        let phase = GroupPhase::Settling { operation, view: id, after: 77 };
+        let group = Group { phase, generation: 3, writer_generation: 3, overwritten: true, ..group() };
+        let work = Failover::new(spec, &[], (FAILOVER_VIEW, ""), 0, 0, "ok".into(), 5).reopening(view.point);
+        (work.with_machines(machines, true, Vec::new()), group, Hosts::running())
+    };
+    work.facts.disks = vec!["d1".into()];
+    (work, group, hosts)
+}
+
+/// As [`play`], with the proxies of a failback.
+fn turn(work: &mut Failover, group: &mut Group, hosts: &mut Hosts, mut fault: impl FnMut(&Action) -> Option<Reply>) {
+    for now in 10.. {
+        let action = work.begin(group, now);
+        if action == Action::Ended {
+            return;
+        }
+        let reply = fault(&action).unwrap_or_else(|| answers(hosts, &action));
+        hosts.check(work);
+        work.apply(group, &disks(), reply, now);
+        assert!(now < 60, "it does not end: {:?}", work.steps);
+    }
+}
+
+#[test]
+fn a_switch_stops_the_replica_before_it_is_held_and_starts_the_source_last() {
+    let (mut work, mut group, mut hosts) = back(Verb::SwitchFailback);
+    turn(&mut work, &mut group, &mut hosts, |_| None);
+    let steps = "check catch-up stop-source stop-replica fence drain raise-generation merge leave-view end-reverse \
+                 drop-reverse return-generation release start-source await-source";
+    assert_eq!(names(&work).join(" "), steps);
+    assert_eq!((work.state, count(&hosts.source), count(&hosts.replica)), (State::Done, 2, 0));
+    assert_eq!(marks(&work), (false, String::new()));
+
+    // What had been held at the source has a past in its memory: its power is cut before the disks change.
+    let (mut work, mut group, mut hosts) = back(Verb::SwitchFailback);
+    hosts.source.insert("db".into());
+    let mut at_merge = None;
+    for now in 10..60 {
+        let action = work.begin(&mut group, now);
+        if matches!(action, Action::Merge(_)) {
+            at_merge = Some(hosts.clone());
+        }
+        let reply = answers(&mut hosts, &action);
+        work.apply(&mut group, &disks(), reply, now);
+    }
+    let at_merge = at_merge.unwrap();
+    assert_eq!((count(&at_merge.source), count(&at_merge.replica)), (0, 0), "{:?}", at_merge.told);
+    assert_eq!((work.state, count(&hosts.source)), (State::Done, 2));
+}
+
+#[test]
+fn a_switch_whose_source_does_not_start_starts_the_replica_again() {
+    for id in ["web", "db"] {
+        let (mut work, mut group, mut hosts) = back(Verb::SwitchFailback);
+        hosts.fails = Some(("start", MachineRole::Source, id));
+        turn(&mut work, &mut group, &mut hosts, |_| None);
+        assert_eq!((work.state, work.error.as_ref().unwrap().step), (State::Failed, StepName::StartSource));
+        assert_eq!(group.phase, GroupPhase::FailedOver { view: FAILOVER_VIEW.into() });
+        assert_eq!((count(&hosts.source), count(&hosts.replica)), (0, 2), "{:?}", hosts.told);
+        let tail = names(&work);
+        let tail = &tail[tail.len() - 5..];
+        assert_eq!(tail, ["hold-again", "power-off", "take-again", "reopen-view", "restart-replica"]);
+        assert_eq!(marks(&work), (true, FAILOVER_VIEW.to_owned()));
+    }
+    // Where nobody confirms that it holds, it is what runs: nothing of it is switched off.
+    let (mut work, mut group, mut hosts) = back(Verb::SwitchFailback);
+    hosts.fails = Some(("start", MachineRole::Source, "db"));
+    turn(&mut work, &mut group, &mut hosts, |action| {
+        matches!(action, Action::Await { what: Awaited::Held, .. }).then(|| Reply::NotSeen("gone".into()))
+    });
+    assert!(matches!(group.phase, GroupPhase::FailedBack { .. }), "{:?}", work.steps);
+    assert_eq!((count(&hosts.source), count(&hosts.replica)), (1, 0));
+    // One that runs and does not answer in time may have answered somebody.
+    let (mut work, mut group, mut hosts) = back(Verb::SwitchFailback);
+    hosts.unready = true;
+    turn(&mut work, &mut group, &mut hosts, |_| None);
+    let awaited = work.steps.last().unwrap();
+    assert_eq!((work.state, awaited.name, awaited.state), (State::Done, StepName::AwaitSource, StepState::Failed));
+    assert_eq!(count(&hosts.source), 2);
+}
+
+#[test]
+fn a_switch_that_fails_before_the_view_is_left_starts_the_replica_again() {
+    let (mut work, mut group, mut hosts) = back(Verb::SwitchFailback);
+    turn(&mut work, &mut group, &mut hosts, |action| {
+        matches!(action, Action::Drain { .. }).then_some(Reply::Drained(0))
+    });
+    assert_eq!(group.phase, GroupPhase::FailingBack { view: FAILOVER_VIEW.into() });
+    assert_eq!((names(&work).last(), count(&hosts.replica)), (Some(&"restart-replica"), 2));
+    // Nor is it taken from one that does not go off.
+    let (mut work, mut group, mut hosts) = back(Verb::SwitchFailback);
+    hosts.fails = Some(("stop", MachineRole::Replica, "db"));
+    turn(&mut work, &mut group, &mut hosts, |_| None);
+    assert_eq!((work.error.as_ref().unwrap().step, count(&hosts.replica)), (StepName::StopReplica, 2));
+    assert!(!group.reverse.as_ref().unwrap().hold);
+}
+
+#[test]
+fn an_undone_failback_switches_off_here_and_on_there() {
+    let (mut work, mut shop, mut hosts) = back(Verb::UndoFailback);
+    turn(&mut work, &mut shop, &mut hosts, |_| None);
+    let steps = "check stop-source fence power-off drain raise-generation open-view start-replica await-replica finish";
+    assert_eq!(names(&work).join(" "), steps);
+    assert_eq!((work.state, count(&hosts.source), count(&hosts.replica)), (State::Done, 0, 2));
+    assert_eq!(marks(&work), (true, FAILOVER_VIEW.to_owned()));
+    // Its source gone: whoever cuts the power confirms it.
+    let (mut work, mut shop, mut hosts) = back(Verb::UndoFailback);
+    work = work.with_source_unasked();
+    turn(&mut work, &mut shop, &mut hosts, |action| match action {
+        Action::Tell { command: Tell::Fence(f), .. } if f.hold => Some(Reply::Unreachable("gone".into())),
+        _ => None,
+    });
+    assert_eq!((work.state, work.facts.fence), (State::Done, Some(FenceKind::Confirmed)));
+    assert_eq!((count(&hosts.source), count(&hosts.replica)), (0, 2));
+    // A replica that does not start gives it back to the source.
+    let (mut work, mut shop, mut hosts) = back(Verb::UndoFailback);
+    hosts.fails = Some(("start", MachineRole::Replica, "db"));
+    turn(&mut work, &mut shop, &mut hosts, |_| None);
+    assert_eq!((work.state, count(&hosts.source), count(&hosts.replica)), (State::Failed, 2, 0));
+    assert!(matches!(shop.phase, GroupPhase::FailedBack { .. }));
+    assert_eq!(names(&work).iter().filter(|name| **name == "start-source").count(), 1);
+    // With its view open for all that is known, it runs from there.
+    let (mut work, mut shop, mut hosts) = back(Verb::UndoFailback);
+    let mut starts = 0;
+    turn(&mut work, &mut shop, &mut hosts, |action| match action {
+        Action::Machines(orders) if matches!(orders[0].tell, Tell::StartInstance(_)) => {
+            starts += 1;
+            (starts == 1).then(|| Reply::Machines(vec![Err("no room".into()); 2]))
+        }
+        Action::Tell { command: Tell::CloseView(_), .. } => Some(Reply::Unreachable("gone".into())),
+        _ => None,
+    });
+    assert_eq!(shop.phase, GroupPhase::FailedOver { view: FAILOVER_VIEW.into() }, "{:?}", work.steps);
+    assert_eq!((count(&hosts.source), count(&hosts.replica), marks(&work).1.as_str()), (0, 2, FAILOVER_VIEW));
+}
+
+/// The coordinator dies before and after each action of a switch and of its undoing, with and without a machine that does
+/// not start, and somebody gives it up at each: what ran runs once.
+#[test]
+fn whenever_a_failback_is_interrupted_each_machine_runs_once() {
+    let fails = [None, Some(("start", MachineRole::Source, "db")), Some(("start", MachineRole::Replica, "db"))];
+    for verb in [Verb::SwitchFailback, Verb::UndoFailback] {
+        for fails in fails {
+            for at in 0..30 {
+                for (cancels, acts) in [(false, false), (false, true), (true, false)] {
+                    let (mut work, mut group, mut hosts) = back(verb);
+                    // That the replica cannot be started again is not a switch's to mend.
+                    let fails = fails.filter(|(_, role, _)| (*role == MachineRole::Replica) == (verb == Verb::UndoFailback));
+                    hosts.fails = fails;
+                    for now in 0.. {
+                        assert!(now < 80, "{verb:?} at {at} does not end: {:?}", work.steps);
+                        let action = work.begin(&mut group, now);
+                        if action == Action::Ended {
+                            break;
+                        }
+                        let stored = serde_json::to_string(&(&work, &group)).unwrap();
+                        if now == at && cancels {
+                            let _ = work.cancel("operator/anna");
+                        }
+                        if now == at && !cancels {
+                            if acts {
+                                let _ = answers(&mut hosts, &action);
+                            }
+                            (work, group) = serde_json::from_str(&stored).unwrap();
+                            continue;
+                        }
+                        let reply = answers(&mut hosts, &action);
+                        hosts.check(&work);
+                        work.apply(&mut group, &disks(), reply, now);
+                    }
+                    let ctx = format!("{verb:?} at {at}, cancelled {cancels}, acted {acts}, {fails:?}: {:?}", work.steps);
+                    let at_target = matches!(group.phase, GroupPhase::FailedOver { .. } | GroupPhase::FailingBack { .. });
+                    assert_eq!(count(&hosts.replica), if at_target { 2 } else { 0 }, "{ctx}");
+                    assert_eq!(count(&hosts.source), if at_target { 0 } else { 2 }, "{ctx}");
+                    assert_eq!(marks(&work).1.is_empty(), !at_target, "{ctx}");
+                    assert_eq!(group.hold, at_target, "{ctx}");
+                }
+            }
+        }
+    }
+}

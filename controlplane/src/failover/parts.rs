@@ -155,6 +155,8 @@ pub enum StepName {
     RestartReplica,
     /// What was switched off at the source is switched on again.
     StartSource,
+    /// They answer.
+    AwaitSource,
     /// The source lets go of the disks that it holds, so that they can be the base of the reverse stream.
     ReleaseDisks,
     /// The reverse stream is to be.
@@ -208,6 +210,7 @@ impl StepName {
             Self::StopReplica => "stop-replica",
             Self::RestartReplica => "restart-replica",
             Self::StartSource => "start-source",
+            Self::AwaitSource => "await-source",
             Self::ReleaseDisks => "release-disks",
             Self::Reverse => "reverse",
             Self::AwaitReverse => "await-reverse",

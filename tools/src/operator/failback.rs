@@ -42,8 +42,9 @@ pub enum Verb {
     #[command(after_help = "Examples:\n  \
         afterimage failback switch shop --dry-run       is it ready?\n  \
         afterimage failback switch shop --within 5m     a long way to catch up\n\n\
-        Stop the machine at the target first: what it still writes is held and not answered. If the source does not\n\
-        start, the group runs on at the target.\n\
+        A machine with a driver is stopped there and started here; another one you stop at the target first: what it\n\
+        still writes is held and not answered. If the source, or its machine, does not start, the group runs on at the\n\
+        target.\n\
         Exit codes: 0 done, 1 a step failed (the group runs on at its target), 3 not allowed now, 4 unreachable.")]
     Switch {
         /// The group's name.
@@ -68,7 +69,8 @@ pub enum Verb {
     #[command(after_help = "Examples:\n  \
         afterimage failback undo shop\n  \
         afterimage failback undo shop --unconfirmed shop    its machine is off: you made sure\n\n\
-        What the source wrote since the switch does not come along.\n\
+        What the source wrote since the switch does not come along. Its machine is stopped, and the replica started, by\n\
+        their drivers.\n\
         Exit codes: 0 done, 1 a step failed (the group runs on as it did), 3 not allowed now, 4 unreachable.")]
     Undo {
         /// The group's name.
