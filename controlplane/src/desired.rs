@@ -2,11 +2,13 @@
 //! policy keys only of those.
 
 use afterimage_wire::v1;
+use afterimage_wire::v1::command::Command as Tell;
 
-use crate::ca::Role;
+use crate::ca;
 use crate::convert::{compression_to_proto, view_kind_to_proto};
 use crate::escrow::EscrowKey;
 use crate::keys::{KEY_LEN, unhex};
+use crate::machine::{Machine, MachineDisk, Role, source_disk};
 use crate::model::Model;
 use crate::objects::{Disk, Group, GroupPhase, Proxy, Reverse, View, proxy_view_name};
 
@@ -49,7 +51,7 @@ pub fn desired(
         }
     }
     let revoked = model.certificates.values().filter(|c| c.tenant == proxy.tenant && c.revoked.is_some());
-    let pins = revoked.filter(|c| c.role == Role::Proxy && c.uid != proxy.uid).filter_map(|c| unhex(&c.pin));
+    let pins = revoked.filter(|c| c.role == ca::Role::Proxy && c.uid != proxy.uid).filter_map(|c| unhex(&c.pin));
     state.revoked_key_pins = pins.collect();
     for peer in &mut state.peers {
         peer.key_pins.retain(|pin| !state.revoked_key_pins.contains(pin));
@@ -151,7 +153,21 @@ fn target_stream(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::Target
         source_uid: model.source_of(group).map(|s| s.uid.clone()).unwrap_or_default(),
         views: model.views_of(group).filter(|v| v.open && !v.closing).map(|v| open_view(group, v)).collect(),
         recovery_key: Vec::new(),
+        machines: replicas(model, group),
     }
+}
+
+/// The machines of a group that its target itself starts.
+fn replicas(model: &Model, group: &Group) -> Vec<v1::StartInstance> {
+    let driven = |m: &&Machine| m.place(Role::Replica).is_driven() && m.proxy_of(Role::Replica, group) == group.target;
+    let start = |m: &Machine| {
+        let disks: Vec<MachineDisk> = m.disks_in(model, group).into_iter().map(Into::into).collect();
+        match m.start(Role::Replica, disks.iter().map(source_disk).collect()) {
+            Tell::StartInstance(start) => Some(start),
+            _ => None,
+        }
+    };
+    model.machines_of(group).filter(driven).filter_map(start).collect()
 }
 
 /// The other way, at the group's target: the disks are those of the view. It keeps to no hours, since who waits for a failback
@@ -199,6 +215,7 @@ fn reverse_target(model: &Model, group: &Group, reverse: &Reverse, key: v1::Poli
         disks: forth.disks.into_iter().map(disk).collect(),
         source_uid: model.target_of(group).map(|t| t.uid.clone()).unwrap_or_default(),
         views: Vec::new(),
+        machines: Vec::new(),
         ..forth
     }
 }
@@ -323,7 +340,7 @@ mod tests {
         let peer = model.proxies[&("default".to_owned(), "dr".to_owned())].clone();
         let key = |seed: &str| seed.repeat(32);
         let certificate = |serial: &str, name: &str, uid: &str, pin: String, revoked| Certificate {
-            role: Role::Proxy,
+            role: ca::Role::Proxy,
             uid: uid.to_owned(),
             pin,
             revoked,

@@ -26,6 +26,7 @@ pub mod hooks;
 pub mod hours;
 pub mod keys;
 pub mod live;
+pub mod local;
 pub mod machine;
 pub mod metrics;
 pub mod model;

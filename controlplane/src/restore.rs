@@ -66,6 +66,7 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
     objects.extend(model.disks.into_values().map(Object::Disk));
     objects.extend(model.proxies.into_values().map(Object::Proxy));
     objects.extend(model.keys.into_values().map(Object::Key));
+    objects.extend(model.machines.into_values().map(Object::Machine));
     objects.extend(model.authorities.map(Object::Authorities));
     objects.extend(model.wrapping.map(Object::Wrapping));
     objects.extend(model.recovery.map(Object::Recovery));

@@ -73,7 +73,7 @@ enum Verb {
 /// Which key opens it.
 #[derive(clap::Args, Debug)]
 #[group(multiple = false)]
-struct KeyArgs {
+pub struct KeyArgs {
     /// A file with the recovery key, as `afterimage key recovery` has shown it.
     #[arg(long, value_name = "FILE")]
     recovery_key_file: Option<PathBuf>,
@@ -88,6 +88,16 @@ struct KeyArgs {
 const OBJECT: &str = "journal";
 
 impl KeyArgs {
+    /// The state folder that is named.
+    pub fn state(&self) -> Option<&Path> {
+        self.state.as_deref()
+    }
+
+    /// The configuration that is named.
+    pub fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// The key; nothing if none is named.
     fn open(&self) -> Result<Option<EscrowKey>, Failure> {
         let refused = |error: String| Failure::new(Kind::Refused, OBJECT, error);
@@ -126,6 +136,7 @@ pub fn run(args: Args) -> ExitCode {
                     at: point::api(to),
                     writable,
                     json,
+                    failover: None,
                 };
                 let failed = |e: String| Failure::new(Kind::Failed, OBJECT, e);
                 proxy::serve_journal(wish, views).map_err(failed)
@@ -187,7 +198,10 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// The journal that is meant, and its keys, opened.
-fn wanted(
+///
+/// # Errors
+/// There is none, or several; no key opens it.
+pub fn wanted(
     folder: &Path,
     group: Option<&str>,
     key: &KeyArgs,

@@ -182,7 +182,12 @@ impl Coordinator {
     ///
     /// # Errors
     /// A proxy is not connected, or has no such driver.
-    pub(super) fn fit_machines(&self, model: &Model, group: &Group, roles: &[Role<'_>]) -> Result<Vec<Driven>, Problem> {
+    pub(super) fn fit_machines(
+        &self,
+        model: &Model,
+        group: &Group,
+        roles: &[Role<'_>],
+    ) -> Result<Vec<Driven>, Problem> {
         let mut all = Vec::new();
         for machine in model.machines_of(group) {
             for role in roles.iter().filter(|role| machine.place(**role).is_driven()) {

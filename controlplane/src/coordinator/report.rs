@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use super::Coordinator;
 use crate::ca::{Identity, hex};
 use crate::failover::Verb;
+use crate::local;
 use crate::names::{Kind, Name, check_id};
 use crate::objects::{Group, GroupPhase, Object, Proxy};
 use crate::problem::Problem;
@@ -18,6 +19,8 @@ use crate::sessions::Outgoing;
 const MAX_TEXT: usize = 512;
 /// Most entries of a list in a registration.
 const MAX_LIST: usize = 64;
+/// Most failovers that a target may have decided by itself.
+const MAX_DECIDED: usize = 1_024;
 /// Most events taken from one report.
 const MAX_REPORT_EVENTS: usize = 64;
 
@@ -48,7 +51,7 @@ impl Coordinator {
     pub async fn register(
         self: &Arc<Self>,
         who: &Identity,
-        register: v1::Register,
+        mut register: v1::Register,
         outbox: mpsc::Sender<Outgoing>,
     ) -> Result<(String, u64), Problem> {
         let proxy = self.proxy_of(who)?;
@@ -69,7 +72,8 @@ impl Coordinator {
             self.tell(Severity::Error, "proxy", &subject, &state);
             return Err(Problem::state(subject, state, "start the coordinator with its newest store"));
         }
-        let pin = hex(&who.pin);
+        let decided = std::mem::take(&mut register.local_failovers);
+        let (pin, now) = (hex(&who.pin), self.clock.wall_ns());
         let seen = (register.observed_term, register.observed_version);
         let changed = self
             .change_always(|model, txn| {
@@ -98,10 +102,18 @@ impl Coordinator {
                 if new != *old {
                     txn.put(Object::Proxy(Proxy { version: old.version + 1, ..new.clone() }));
                 }
-                Ok(())
+                // Before it is told anything, and before a command of an operation that was overtaken reaches it.
+                let observing = model.unasked(&proxy.uid);
+                Ok(decided.iter().map(|d| local::adopt(model, &proxy, d, now, observing, txn)).collect::<Vec<_>>())
             })
             .await;
-        changed?;
+        for found in changed? {
+            match found {
+                Ok(Some((group, message))) => self.tell(Severity::Warning, "failover", &group, &message),
+                Ok(None) => {}
+                Err(message) => self.tell(Severity::Error, "failover", &subject, &message),
+            }
+        }
         let epoch = self.sessions.begin(&proxy.uid, outbox.clone());
         let model = self.model();
         let registered =
@@ -211,6 +223,10 @@ fn check_register(proxy: &Proxy, register: &v1::Register) -> Result<(), Problem>
     if lists.iter().any(|l| l.len() > MAX_LIST) || texts.into_iter().chain(lists.into_iter().flatten()).any(long) {
         let allowed = format!("lists of up to {MAX_LIST}, texts of up to {MAX_TEXT} bytes without control characters");
         return Err(Problem::invalid("register", "too much", allowed));
+    }
+    let decided = register.local_failovers.len();
+    if decided > MAX_DECIDED {
+        return Err(Problem::invalid("register.local_failovers", decided, format!("at most {MAX_DECIDED}")));
     }
     if !register.site.is_empty() {
         check_id("register.site", &register.site)?;

@@ -648,7 +648,8 @@ fn whenever_a_failback_is_interrupted_each_machine_runs_once() {
                 for (cancels, acts) in [(false, false), (false, true), (true, false)] {
                     let (mut work, mut group, mut hosts) = back(verb);
                     // That the replica cannot be started again is not a switch's to mend.
-                    let fails = fails.filter(|(_, role, _)| (*role == MachineRole::Replica) == (verb == Verb::UndoFailback));
+                    let fails =
+                        fails.filter(|(_, role, _)| (*role == MachineRole::Replica) == (verb == Verb::UndoFailback));
                     hosts.fails = fails;
                     for now in 0.. {
                         assert!(now < 80, "{verb:?} at {at} does not end: {:?}", work.steps);
@@ -671,8 +672,10 @@ fn whenever_a_failback_is_interrupted_each_machine_runs_once() {
                         hosts.check(&work);
                         work.apply(&mut group, &disks(), reply, now);
                     }
-                    let ctx = format!("{verb:?} at {at}, cancelled {cancels}, acted {acts}, {fails:?}: {:?}", work.steps);
-                    let at_target = matches!(group.phase, GroupPhase::FailedOver { .. } | GroupPhase::FailingBack { .. });
+                    let ctx =
+                        format!("{verb:?} at {at}, cancelled {cancels}, acted {acts}, {fails:?}: {:?}", work.steps);
+                    let at_target =
+                        matches!(group.phase, GroupPhase::FailedOver { .. } | GroupPhase::FailingBack { .. });
                     assert_eq!(count(&hosts.replica), if at_target { 2 } else { 0 }, "{ctx}");
                     assert_eq!(count(&hosts.source), if at_target { 0 } else { 2 }, "{ctx}");
                     assert_eq!(marks(&work).1.is_empty(), !at_target, "{ctx}");

@@ -229,6 +229,7 @@ pub struct Script {
     pub observed_term: u64,
     pub observed_version: u64,
     pub site: String,
+    pub local_failovers: Vec<LocalFailover>,
     /// Bytes free of a TiB; none: it does not say.
     pub free: Option<u64>,
     /// Survives the session: what the journal holds.
@@ -273,6 +274,7 @@ pub fn register(bundle: &Bundle, script: &Script) -> Register {
         observed_version: script.observed_version,
         observed_term: script.observed_term,
         site: script.site.clone(),
+        local_failovers: script.local_failovers.clone(),
     }
 }
 

@@ -277,6 +277,17 @@ pub fn points(summary: &v1::PointSummary) -> Value {
     })
 }
 
+/// A disk of a view, and where it is.
+pub fn view_export(export: &v1::ViewExport) -> Value {
+    json!({
+        "disk": export.disk,
+        "disk_uid": export.disk_uid,
+        "export": export.export_name,
+        "uris": export.uris,
+        "size_bytes": export.size_bytes,
+    })
+}
+
 /// A view.
 pub fn view(view: &v1::View) -> Value {
     json!({
@@ -289,13 +300,7 @@ pub fn view(view: &v1::View) -> Value {
         "kept": view.kept,
         "point": view.point.as_ref().map(point),
         "disks": view.disks,
-        "exports": view.exports.iter().map(|export| json!({
-            "disk": export.disk,
-            "disk_uid": export.disk_uid,
-            "export": export.export_name,
-            "uris": export.uris,
-            "size_bytes": export.size_bytes,
-        })).collect::<Vec<_>>(),
+        "exports": view.exports.iter().map(view_export).collect::<Vec<_>>(),
         "reason": null_if_empty_text(&view.reason),
         "created": json_time(view.create_time_ns),
     })

@@ -153,6 +153,17 @@ pub enum Verb {
         #[command(flatten)]
         start: Begin,
     },
+    /// Fail a group over at its target's host, with its source and the coordinator both gone.
+    #[command(after_help = "Examples:\n  \
+        afterimage failover local shop --state /var/lib/afterimage/proxy --unconfirmed shop\n  \
+        afterimage failover local shop --config proxy.toml --to time:-10m --unconfirmed shop\n  \
+        afterimage failover local shop --journal /srv/journal --recovery-key-file key \\\n      \
+            --views unix:/run/rescue.sock --unconfirmed shop\n\n\
+        The proxy of this host does it, and starts the machines that it drives; it needs no coordinator for that. Where that\n\
+        proxy is gone for good, too, its journal is opened by itself. The next coordinator that this target meets takes the\n\
+        failover over as it is: the group is failed over then, and undo, change-point and failback are as ever.\n\
+        Exit codes: 0 done, 1 not all of it (say the same again), 3 not allowed now, 4 the proxy does not answer.")]
+    Local(super::local::Local),
     /// Show a failover with its steps.
     Show {
         /// The operation's id, from `failover list`.
@@ -291,6 +302,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let started = session.ask(object(&group), session.failovers().test_failover(request)).await?;
             follow_to_end(session, &group, started, &start).await
         }
+        Verb::Local(_) => unreachable!("done without a coordinator, by `operator::run`"),
         Verb::Cancel { operation, no_wait } => {
             let about = format!("operation \"{operation}\"");
             let request = v1::CancelOperationRequest { name: session.operation(&operation), ..Default::default() };

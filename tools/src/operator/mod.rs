@@ -24,6 +24,7 @@ pub mod failover;
 pub mod failure;
 pub mod group;
 pub mod key;
+pub mod local;
 pub mod machine;
 pub mod output;
 pub mod placement;
@@ -236,6 +237,15 @@ impl Command {
 /// Runs a command to its end.
 pub fn run(command: Command) -> ExitCode {
     let json = command.common().json;
+    let command = match command {
+        Command::Failover(Verbs { verb: failover::Verb::Local(local), common }) => {
+            return match local::run(local, common.output()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(failure) => report(&failure, json),
+            };
+        }
+        other => other,
+    };
     // One thread: a command waits for one thing at a time.
     let done = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(act(command)),

@@ -185,6 +185,22 @@ impl Drop for Aborts {
     }
 }
 
+/// For as long as a coordinator is there.
+struct InSession(Rc<Proxy>);
+
+impl InSession {
+    fn begin(proxy: &Rc<Proxy>) -> Self {
+        proxy.in_session.set(true);
+        Self(Rc::clone(proxy))
+    }
+}
+
+impl Drop for InSession {
+    fn drop(&mut self) {
+        self.0.in_session.set(false);
+    }
+}
+
 /// The two directions of a session.
 type Open = (mpsc::Sender<ProxyMessage>, tonic::Streaming<CoordinatorMessage>);
 
@@ -213,6 +229,8 @@ impl Agent {
         let bundle = &bundle;
         let channel = client::connect(bundle).await?;
         let (out, outgoing) = mpsc::channel(OUTGOING);
+        // From here on nothing is decided here that this registration does not tell.
+        let _here = InSession::begin(&self.proxy);
         let register = proxy_message::Message::Register(register(&self.proxy, bundle));
         send(&out, register).await?;
         let status = |status: tonic::Status| SessionEnd::Status(Box::new(status));
@@ -364,6 +382,7 @@ fn register(proxy: &Proxy, bundle: &Bundle) -> Register {
         observed_version: proxy.desired.borrow().version,
         observed_term: proxy.term.get(),
         site: proxy.config.site.clone(),
+        local_failovers: proxy.local.borrow().clone(),
     }
 }
 

@@ -21,6 +21,7 @@ use super::converge::{self, ViewError};
 use super::convert::{self, Senseless};
 use super::cores::{self, SourceCore, TargetCore};
 use super::failback;
+use super::local;
 use super::machines;
 use super::report;
 use super::runtime::{Gone, Handle};
@@ -208,7 +209,7 @@ async fn fence(proxy: &Proxy, said: &Fence) -> Result<Outcome, Refused> {
     }
 }
 
-async fn raise_generation(proxy: &Proxy, said: RaiseGeneration) -> Result<Outcome, Refused> {
+pub(super) async fn raise_generation(proxy: &Proxy, said: RaiseGeneration) -> Result<Outcome, Refused> {
     let stream: StreamId = convert::id("stream_uid", &said.stream_uid)?;
     let disks: Vec<DiskId> =
         said.disk_uids.iter().map(|uid| convert::id("disk_uids", uid)).collect::<Result<_, _>>()?;
@@ -290,6 +291,7 @@ async fn list_points(proxy: &Proxy, said: &ListStreamPoints) -> Result<Outcome, 
 }
 
 pub(super) async fn open_view(proxy: &Proxy, said: &OpenView) -> Result<Outcome, Refused> {
+    local::may_open(proxy, said)?;
     let end = tokio::time::Instant::now() + RECOVERY_WAIT;
     let exports = loop {
         match converge::open_view(proxy, said).await? {
@@ -378,6 +380,8 @@ async fn close_view(proxy: &Proxy, said: CloseView) -> Result<Outcome, Refused> 
         .await?;
     ublk::end(proxy, Role::Target, &devices).await;
     forget_view(proxy, &said.view).or_else(|error| refused(Kind::Io, error))?;
+    let decided = proxy.local.borrow().iter().find(|d| d.view == said.view).map(|d| d.stream_uid.clone());
+    decided.iter().for_each(|stream| proxy.forget_decision(stream));
     match closed {
         Ok(()) | Err(TargetError::UnknownView(_)) => Ok(Outcome::Done(Done {})),
         Err(error) => Err(error.into()),

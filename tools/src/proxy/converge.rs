@@ -340,7 +340,7 @@ async fn converge_stream(proxy: &Proxy, said: &TargetStream) -> Result<(), Undon
     let mut config = convert::stream(said).map_err(problem)?;
     let stream = config.stream;
     let same = |was: &TargetStream| {
-        let without_views = |s: &TargetStream| TargetStream { views: Vec::new(), ..s.clone() };
+        let without_views = |s: &TargetStream| TargetStream { views: Vec::new(), machines: Vec::new(), ..s.clone() };
         without_views(was) == without_views(said)
     };
     if proxy.applied.borrow().streams.get(&stream).is_some_and(same) {

@@ -30,6 +30,7 @@ mod given;
 mod identity;
 mod keep;
 mod link;
+mod local;
 mod machines;
 mod pins;
 mod renewal;
@@ -49,6 +50,7 @@ mod vhost;
 pub use agent::BUNDLE_FILE;
 pub use config::{Args, OpenJournal};
 pub use identity::{Identity, Pems};
+pub use local::{MAX_MESSAGE, SOCKET};
 pub use rescue::serve_journal;
 pub use state::known_targets;
 

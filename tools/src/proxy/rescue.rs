@@ -10,7 +10,9 @@ use super::commands::{self, Refused};
 use super::config::{
     Config, Control, DEFAULT_POOL, DEFAULT_RESERVE, DEFAULT_SEGMENT, Listen, LogFormat, OpenJournal, TargetRole,
 };
+use super::local;
 use super::state::Proxy;
+use crate::operator::output::Output;
 
 impl OpenJournal {
     /// One that is written to stays beside the journal, and goes on where it was when the same point is opened again.
@@ -36,6 +38,12 @@ impl OpenJournal {
             let others = if others.is_empty() { others } else { format!(" ({others})") };
             format!("the point is not opened: {why}{others}; does the proxy of this journal still run?")
         };
+        if let Some(request) = &self.failover {
+            let answer = local::fail_over(proxy, request).await.map_err(failed)?;
+            let name = self.desired.targets.first().map_or("", |t| t.name.as_str());
+            crate::operator::local::show(&answer, name, Output { json: self.json, yes: true });
+            return Ok(());
+        }
         let (seq, exports) = open_at(proxy, said, self.at, |seq| self.name(seq)).await.map_err(failed)?;
         if self.json {
             let disks = exports.iter().map(|e| json!({ "disk": e.disk, "uris": e.uris, "size_bytes": e.size_bytes }));

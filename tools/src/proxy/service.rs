@@ -19,6 +19,7 @@ use super::cores::{self, TargetStartError};
 use super::given::{Given, GivenError};
 use super::identity::{Identity, IdentityError};
 use super::keep;
+use super::local;
 use super::runtime::{Core, Handle, StartError};
 use super::site::{SiteError, SiteKey};
 use super::standalone::Standalone;
@@ -239,6 +240,7 @@ async fn prepare(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), Service
         Control::Journal(wish) => *proxy.desired.borrow_mut() = wish.desired.clone(),
         Control::Coordinator { .. } => proxy.recall()?,
     }
+    proxy.recall_decisions()?;
     // Who comes in finds what there was before a restart, not an empty house.
     if converge::begin(proxy).await.is_err() {
         return Err(ServiceError::Died("data"));
@@ -246,15 +248,31 @@ async fn prepare(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), Service
     let_in(proxy, sockets)?;
     devices(proxy).await?;
     tokio::task::spawn_local(converge::run(Rc::clone(proxy)));
+    tokio::task::spawn_local(local::resume(Rc::clone(proxy)));
     if let Control::Journal(wish) = &config.control {
         wish.open(proxy).await.map_err(ServiceError::Journal)?;
     }
     if let Control::Coordinator { address, token } = &config.control {
+        listen_locally(proxy, sockets);
         let bundle = agent::join(config.state_dir()?, &config.name, address, token.as_ref()).await?;
         *proxy.identity.borrow_mut() = Some(agent::identity(&bundle)?);
         tokio::task::spawn_local(agent::run(Rc::clone(proxy), bundle));
     }
     Ok(())
+}
+
+/// Whoever owns the state folder may have a group failed over here when no coordinator is there to be asked.
+fn listen_locally(proxy: &Rc<Proxy>, sockets: &mut Sockets) {
+    let (Some(dir), Some(_)) = (&proxy.config.state_dir, &proxy.target) else { return };
+    let path = dir.join(local::SOCKET);
+    match bind_unix(&path).and_then(UnixListener::from_std) {
+        Ok(listener) => {
+            sockets.paths.push(path);
+            sockets.accepting.push(tokio::task::spawn_local(local::serve(Rc::clone(proxy), listener)));
+        }
+        // A path that is too long for a socket, say.
+        Err(error) => tracing::warn!(%error, path = %path.display(), "`failover local` will not reach this proxy"),
+    }
 }
 
 /// Block devices that hosts had before, and new ones. One that waits for its disk does not hold the start up.

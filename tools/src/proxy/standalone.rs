@@ -222,6 +222,7 @@ fn target_stream(group: &Group) -> Result<TargetStream, ConfigError> {
         source_uid: group.source_uid.clone(),
         views: group.views.iter().map(|view| open_view(group, view)).collect(),
         recovery_key: Vec::new(),
+        machines: Vec::new(),
     })
 }
 

@@ -6,10 +6,14 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use afterimage_controlplane::bundle::Bundle;
+use afterimage_controlplane::names::DEFAULT_TENANT;
 use afterimage_dataplane::host::DiskKey;
 use afterimage_dataplane::source::Pace;
 use afterimage_wire::ids::{DiskId, StreamId};
-use afterimage_wire::v1::{DesiredState, OpenView, Problem, ProxyEvent, Severity, SourceGroup, TargetStream};
+use afterimage_wire::v1::{
+    DesiredState, LocalFailover, OpenView, Problem, ProxyEvent, Severity, SourceGroup, TargetStream,
+};
 use prost::Message;
 use tokio::sync::{Notify, oneshot, watch};
 
@@ -56,6 +60,10 @@ pub struct Proxy {
     pub events: RefCell<VecDeque<ProxyEvent>>,
     /// Who waits for an event of the source core.
     pub waiters: RefCell<Waiters>,
+    /// Failovers that were decided here and that nobody has taken in yet.
+    pub local: RefCell<Vec<LocalFailover>>,
+    /// A coordinator has registered this proxy, and the session lasts.
+    pub in_session: Cell<bool>,
     /// Block devices of this host that disks and views have.
     pub ublk: super::ublk::Devices,
     /// Machines of this host that are being started or stopped.
@@ -134,6 +142,8 @@ impl Proxy {
             unrenewed: RefCell::default(),
             events: RefCell::default(),
             waiters: RefCell::default(),
+            local: RefCell::default(),
+            in_session: Cell::new(false),
             ublk: super::ublk::Devices::default(),
             machines: super::machines::Turns::default(),
             changed: Notify::new(),
@@ -162,14 +172,16 @@ impl Proxy {
     ///
     /// # Errors
     /// [`StateError`].
-    pub fn set_desired(&self, desired: DesiredState) -> Result<(), StateError> {
+    pub fn set_desired(&self, mut desired: DesiredState) -> Result<(), StateError> {
         self.see_term(desired.term)?;
         let have = self.desired.borrow().version;
         if desired.version < have {
             return Err(StateError::Version { have, got: desired.version });
         }
+        let taken_in = super::local::amend(&mut desired, &self.local.borrow());
         self.keep_state(&desired)?;
         *self.desired.borrow_mut() = desired;
+        taken_in.iter().for_each(|stream| self.forget_decision(stream));
         self.changed.notify_one();
         self.told.notify_one();
         Ok(())
@@ -262,6 +274,12 @@ impl Proxy {
             (Some(source), _) => source.call(move |desk| job(desk.core, desk.io)).await.map(Some),
             _ => Ok(None),
         }
+    }
+
+    /// Whose proxy this is.
+    pub fn tenant(&self) -> String {
+        let bundle = self.config.state_dir.as_ref().and_then(|dir| Bundle::load(&dir.join(super::BUNDLE_FILE)).ok());
+        bundle.map_or_else(|| DEFAULT_TENANT.to_owned(), |bundle| bundle.tenant)
     }
 
     /// Where write-intent logs and their witnesses of a group stand; without a state folder beside the disks.

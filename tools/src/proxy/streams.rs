@@ -306,6 +306,11 @@ fn may_write(proxy: &Proxy, peer: &Peer, hello: &Hello) -> Result<(), Welcome> {
     let Some(stream) = desired.targets.iter().find(|s| s.stream_uid == uid) else {
         return refused(Refusal::UnknownStream, format!("stream {uid} is not kept here"));
     };
+    if let Some(decision) = proxy.decided(&uid) {
+        // The generation may not have been raised yet.
+        let message = format!("the group has been failed over here, and runs from \"{}\"", decision.view);
+        return refused(Refusal::BadClaim, message);
+    }
     if stream.source_uid != peer.uid {
         return refused(Refusal::BadClaim, format!("proxy `{}` is not the source of this stream", peer.name));
     }

@@ -46,6 +46,7 @@ pub async fn run(bundle: Bundle, target: bool) {
         observed_version: 0,
         observed_term: 0,
         site: String::new(),
+        local_failovers: Vec::new(),
     }))
     .await;
     let mut inbox = ProxyControlClient::new(channel)

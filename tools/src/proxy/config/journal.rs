@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use afterimage_wire::v1::{DesiredState, PointChoice};
+use afterimage_wire::v1::{DesiredState, LocalFailoverRequest, PointChoice};
 
 /// What is wanted of a journal.
 #[derive(Clone, PartialEq)]
@@ -19,6 +19,8 @@ pub struct OpenJournal {
     pub writable: bool,
     /// Say where the disks are as JSON.
     pub json: bool,
+    /// The group is failed over to that point: from now on it runs from here.
+    pub failover: Option<LocalFailoverRequest>,
 }
 
 impl Eq for OpenJournal {}
