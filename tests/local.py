@@ -67,7 +67,7 @@ def same_store(folder):
         text = over(cluster, *at_proxy(cluster), code=3)
         expect("afterimage failover start" in text, f"with a coordinator there: {text}")
         wanted = digest(cluster.uri("data"))
-        cluster.source.kill()
+        advised(cluster)
         cluster.coordinator.kill()
         text = over(cluster, *at_proxy(cluster), code=5, group="shopp")
         expect("shop" in text, text)
@@ -120,6 +120,27 @@ def same_store(folder):
     finally:
         cluster.close()
         there.close()
+
+
+def advised(cluster):
+    """What is advised before and after the source is lost, and what is said before that is done."""
+    advise = lambda: cluster.command("failover", "advise", cluster.GROUP)  # noqa: E731
+    found = advise()
+    expect(found["advice"]["verb"] is None and found["link"] == "up" and found["source"]["connected"], found)
+    expect([(v["verb"], v["fits"]) for v in found["verbs"]] == [("planned-failover", True), ("failover", True)], found)
+    cluster.source.kill()
+    eventually("the source is missed", lambda: not advise()["source"]["connected"])
+    found = advise()
+    expect(found["advice"]["command"].endswith("--unconfirmed shop") and "make sure" in found["advice"]["why"], found)
+    expect([v["fits"] for v in found["verbs"]] == [False, False, True], found)
+    expect("cannot be reached" in found["verbs"][1]["refused"] and found["verbs"][2]["loses"]["ms"] > 0, found)
+    shown = run(AFTERIMAGE, "failover", "advise", cluster.GROUP, "--identity", cluster.identity).decode()
+    expect("NOT connected" in shown and all(len(line) <= 100 for line in shown.splitlines()), shown)
+    asked = subprocess.run([AFTERIMAGE, "failover", "start", cluster.GROUP, "--to", "latest", "--identity", cluster.identity],
+                           capture_output=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+    said = asked.stderr.decode()
+    expect(asked.returncode == 3 and "Lost:" in said and "Not connected: source" in said, said)
+    expect("What fits better" in said and "--unconfirmed shop" in said, said)
 
 
 def served(address):

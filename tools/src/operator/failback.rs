@@ -3,6 +3,7 @@
 use afterimage_wire::v1;
 use clap::Subcommand;
 
+use super::advise;
 use super::documents::{self, id, operation_word, phase_word};
 use super::failover::{Begin, follow_to_end};
 use super::failure::{Failure, Kind};
@@ -115,12 +116,13 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             follow_to_end(session, &group, started, &start).await
         }
         Verb::Switch { group, within, start } => {
-            ask(session, &group, &start, |group| {
+            ask(session, &group, &start, advise::Verb::Switch, |group| {
                 format!(
                     "Group {group} will run at its source, with all that was written to its view. All I/O of the view's disks \
                      will be held, and the view closed. What the source's disks held themselves is overwritten."
                 )
-            })?;
+            })
+            .await?;
             let request = v1::SwitchFailbackRequest {
                 group: session.group(&group),
                 within_ms: (within / 1_000_000).max(1),
@@ -132,9 +134,10 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             follow_to_end(session, &group, started, &start).await
         }
         Verb::Commit { group, start } => {
-            ask(session, &group, &start, |group| {
+            ask(session, &group, &start, advise::Verb::Commit, |group| {
                 format!("Group {group} will stay at its source: it cannot go back to its view, which is deleted.")
-            })?;
+            })
+            .await?;
             let request = v1::CommitFailbackRequest {
                 group: session.group(&group),
                 validate_only: start.dry_run,
@@ -150,12 +153,13 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 return Err(Failure::new(Kind::Usage, object(&group), message)
                     .hint(format!("to say that the source's machine is off, write --unconfirmed {group}")));
             }
-            ask(session, &group, &start, |group| {
+            ask(session, &group, &start, advise::Verb::UndoFailback, |group| {
                 format!(
                     "Group {group} will run at its target again, as it was there when it switched. What its source wrote since \
                      does not come along. All I/O of the source's disks will be held."
                 )
-            })?;
+            })
+            .await?;
             let request = v1::UndoFailbackRequest {
                 group: session.group(&group),
                 unconfirmed: unconfirmed.is_some(),
@@ -178,8 +182,14 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
 }
 
 /// Says what is lost and asks, unless it is only checked.
-fn ask(session: &Session, group: &str, start: &Begin, loss: impl FnOnce(&str) -> String) -> Result<(), Failure> {
-    if start.dry_run { Ok(()) } else { session.out.confirm(&object(group), &loss(group)) }
+async fn ask(
+    session: &Session,
+    group: &str,
+    start: &Begin,
+    verb: advise::Verb,
+    loss: impl FnOnce(&str) -> String,
+) -> Result<(), Failure> {
+    if start.dry_run { Ok(()) } else { advise::confirm(verb, group, session, &loss(group)).await }
 }
 
 /// How far a failback is.

@@ -6,6 +6,7 @@ use afterimage_wire::v1::{self, OperationState, StepState};
 use clap::{Args, Subcommand};
 use uuid::Uuid;
 
+use super::advise;
 use super::documents::{self, fence_word, group_of, id, operation_word, step_word};
 use super::failure::{Failure, Kind};
 use super::group::{self, object};
@@ -164,6 +165,15 @@ pub enum Verb {
         failover over as it is: the group is failed over then, and undo, change-point and failback are as ever.\n\
         Exit codes: 0 done, 1 not all of it (say the same again), 3 not allowed now, 4 the proxy does not answer.")]
     Local(super::local::Local),
+    /// Look at what of a group is reachable, and say which verb fits, why, and what each would lose. Changes nothing.
+    #[command(after_help = "Examples:\n  \
+        afterimage failover advise shop\n  \
+        afterimage failover advise shop --json | jq -r .advice.command\n\n\
+        Each verb is checked as by its --dry-run. What is lost is as of the last report of the source.")]
+    Advise {
+        /// The group's name.
+        group: String,
+    },
     /// Show a failover with its steps.
     Show {
         /// The operation's id, from `failover list`.
@@ -214,7 +224,9 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 .hint(format!("to say that the source's machine is off, write --unconfirmed {group}")));
             }
             if !start.dry_run {
-                out.confirm(&object(&group), &loss(session, &group, to, unconfirmed.is_some()).await?)?;
+                let verb = if unconfirmed.is_some() { advise::Verb::Unconfirmed } else { advise::Verb::Start };
+                let loss = loss(session, &group, to, unconfirmed.is_some()).await?;
+                advise::confirm(verb, &group, session, &loss).await?;
             }
             let request = v1::StartFailoverRequest {
                 group: session.group(&group),
@@ -234,7 +246,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                     "Group {group} will run at its target, with all that its source has captured. All I/O of the source's \
                      disks will be held."
                 );
-                out.confirm(&object(&group), &loss)?;
+                advise::confirm(advise::Verb::Planned, &group, session, &loss).await?;
             }
             let request = v1::StartPlannedFailoverRequest {
                 group: session.group(&group),
@@ -252,7 +264,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                 let loss = format!(
                     "Group {group} will run at its source again, as that left it. What was written to its view {written}."
                 );
-                out.confirm(&object(&group), &loss)?;
+                advise::confirm(advise::Verb::Undo, &group, session, &loss).await?;
             }
             let request = v1::UndoFailoverRequest {
                 group: session.group(&group),
@@ -275,7 +287,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
                     "Group {group} will run from another place in its history. What was written to its present view does \
                      not come along, and is kept as a branch."
                 );
-                out.confirm(&object(&group), &loss)?;
+                advise::confirm(advise::Verb::ChangePoint, &group, session, &loss).await?;
             }
             let request = v1::ChangePointRequest {
                 group: session.group(&group),
@@ -302,6 +314,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let started = session.ask(object(&group), session.failovers().test_failover(request)).await?;
             follow_to_end(session, &group, started, &start).await
         }
+        Verb::Advise { group } => advise::run(&group, session).await,
         Verb::Local(_) => unreachable!("done without a coordinator, by `operator::run`"),
         Verb::Cancel { operation, no_wait } => {
             let about = format!("operation \"{operation}\"");
@@ -367,9 +380,7 @@ async fn get(session: &Session, operation: &str) -> Result<v1::Operation, Failur
 /// What the failover leaves behind, said before it is started.
 async fn loss(session: &Session, group: &str, to: Selector, unconfirmed: bool) -> Result<String, Failure> {
     let point = resolve(session, group, to).await?;
-    let request = v1::GetStatusRequest { parent: session.group(group) };
-    let snapshot = session.ask(object(group), session.status().get_status(request)).await?;
-    let status = snapshot.groups.into_iter().next().unwrap_or_default();
+    let status = advise::standing(session, group).await?.status;
     Ok(said(group, to, &point, &status, unconfirmed))
 }
 

@@ -191,3 +191,41 @@ pub fn show(answer: &LocalFailoverAnswer, group: &str, out: Output) {
         shown
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use afterimage_wire::v1::{MachineState, Point, ViewExport};
+
+    use super::*;
+
+    #[test]
+    fn the_document_says_where_the_disks_are_and_which_machines_are_on() {
+        let on = MachineState { power: MachinePower::On.into(), ..MachineState::default() };
+        let machine = |id: &str, state, trouble: &str| LocalMachine {
+            name: format!("tenants/default/machines/{id}"),
+            state,
+            trouble: trouble.to_owned(),
+        };
+        let answer = LocalFailoverAnswer {
+            decision: Some(LocalFailover {
+                uid: "u".into(),
+                view: "shop.local-u".into(),
+                point: Some(Point { seq: 7, ..Point::default() }),
+                generation: 3,
+                ..LocalFailover::default()
+            }),
+            exports: vec![ViewExport { disk: "data".into(), uris: vec!["nbd://h/x".into()], ..ViewExport::default() }],
+            machines: vec![machine("web", Some(on), ""), machine("db", None, "no room")],
+            ..LocalFailoverAnswer::default()
+        };
+        let document = document(&answer, "shop");
+        assert_eq!((&document["view"], &document["point"]["seq"]), (&"shop.local-u".into(), &7.into()));
+        assert_eq!((&document["operation"], &document["fence"]), (&"u".into(), &"unconfirmed".into()));
+        assert_eq!(document["exports"][0]["uris"][0], "nbd://h/x");
+        let machines = &document["machines"];
+        assert_eq!(
+            (&machines[0]["on"], &machines[1]["on"], &machines[1]["trouble"]),
+            (&true.into(), &false.into(), &"no room".into())
+        );
+    }
+}

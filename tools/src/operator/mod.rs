@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use afterimage_wire::v1;
 use clap::{Args, Subcommand};
 
+pub mod advise;
 pub mod apply;
 pub mod audit;
 pub mod ca;
