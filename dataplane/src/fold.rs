@@ -25,6 +25,10 @@ use afterimage_wire::chunk::Chunk;
 use afterimage_wire::record::{Record, RecordKind};
 use afterimage_wire::stream_state::{MAX_UNREADABLE, UnreadableRange};
 
+mod due;
+
+use due::due;
+
 /// Image writes under way.
 const MAX_WRITES: usize = 8;
 /// Pieces begun in one turn.
@@ -152,65 +156,6 @@ impl Fold {
     }
 }
 
-/// Why the oldest segment is to be folded, if it is.
-fn due(stream: &Stream) -> Option<&'static str> {
-    // What lies over a disk in its place stays over it.
-    if !stream.bases.is_empty() {
-        return None;
-    }
-    let segments = &stream.journal.segments;
-    let front = segments.front()?;
-    if Some(front.uid) == stream.journal.active_uid() {
-        return None;
-    }
-    let Some(last) = front.last_seq() else { return Some("") };
-    // The newest frame stays in the journal: it says where the stream stands.
-    if !segments.iter().skip(1).any(|segment| !segment.frames.is_empty()) {
-        return None;
-    }
-    if last <= stream.points.floor() {
-        return Some("");
-    }
-    if stream.points.newest_complete().is_some_and(|newest| newest < last) && !mutant!(NewestCompleteFolded) {
-        return None;
-    }
-    // What a source asks about must be answered first; that is a matter of moments.
-    if stream.compare.pin().is_some_and(|pin| pin < last) {
-        return None;
-    }
-    // A point in use holds history back while there is room. When that gets short, its view is given a shelf.
-    let bounds = &stream.bounds;
-    let short = stream.journal.bytes > bounds.budget_bytes / 2
-        || stream.journal.index_bytes() > bounds.index_bytes / 2
-        || stream.fold.space_low;
-    if !short && !stream.pinned_below(last).is_empty() && !mutant!(PinIgnored) {
-        return None;
-    }
-    let age = stream.journal.stream_time().saturating_sub(front.time.1);
-    let age = if mutant!(RetentionByWallClock) { wall_age(stream) } else { age };
-    if age > stream.config.retention {
-        return Some("");
-    }
-    if stream.journal.bytes + 2 * bounds.segment_bytes > bounds.budget_bytes {
-        return Some("the journal's budget");
-    }
-    if stream.fold.space_low {
-        return Some("the room on the file system");
-    }
-    if stream.journal.index_bytes() > bounds.index_bytes {
-        return Some("the memory for the index");
-    }
-    None
-}
-
-/// The bug of [`RetentionByWallClock`](crate::mutant::Mutant::RetentionByWallClock).
-fn wall_age(stream: &Stream) -> Nanos {
-    let wall =
-        |segment: Option<&crate::journal::Segment>| segment.and_then(|s| s.frames.last()).map_or(0, |f| f.wall_ns);
-    let newest = stream.journal.segments.iter().rev().find(|segment| !segment.frames.is_empty());
-    wall(newest).saturating_sub(wall(stream.journal.segments.front()))
-}
-
 impl Stream {
     /// Folding could make room, or is about to.
     pub(crate) fn can_fold(&self) -> bool {
@@ -230,9 +175,11 @@ impl Stream {
                 self.fold.look_at = now + LOOK;
                 return false;
             }
+            self.release_kept(ctx.io);
             let wanted = self.bounds.reserve_bytes.saturating_add(2 * self.bounds.segment_bytes);
             self.fold.space_low = ctx.io.free_space(&self.journal.config.dir).is_ok_and(|free| free < wanted);
             let Some(why) = due(self) else {
+                self.keeping = None;
                 self.fold.error = None;
                 self.fold.look_at = now + LOOK;
                 return false;
@@ -243,6 +190,7 @@ impl Stream {
                 return false;
             }
             self.fold.shelving = false;
+            self.keep_newest();
             match self.make_shelves(ctx, next_id, reads) {
                 Ok(true) => {}
                 Ok(false) => {
@@ -332,6 +280,7 @@ impl Stream {
                 .raise_floor(ctx.io, last, &lives, newest_cut, incarnation)
                 .map_err(|error| format!("raising the floor: {error}"))?;
         }
+        self.keep_point(last);
         self.points.raise_floor(last);
         if !why.is_empty() {
             self.fold.shortened = Some((why, last));

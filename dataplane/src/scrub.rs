@@ -450,7 +450,9 @@ impl Stream {
             tracing::info!(stream = %self.config.stream, what, "newer data has taken the place of what was lost");
             events.push_back(TargetEvent::Mended { stream: self.config.stream, what });
         }
-        self.damage.forget(self.points.floor(), self.points.now());
+        // What a kept point lacks is said as long as it is kept.
+        let oldest = self.points.kept().map_or(self.points.floor(), |kept| kept.seq);
+        self.damage.forget(oldest, self.points.now());
         self.keep_damage(io);
     }
 

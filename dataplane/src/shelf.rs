@@ -6,6 +6,8 @@
 //! fold: of the segment's records behind the point ─▶ what the point has there ─▶ shelf, durably ─▶ floor raised, image
 //! written
 //! ```
+//! The newest complete point gets one, too, when there is no room beside it for a synchronisation (`target/keep.rs`).
+//!
 //! A shelf is a branch in journal format like a delta, one for each view that needs it; its first records join the view's
 //! disks, so that the view can be opened again although its point lies below the floor. It is made only when room is
 //! short: until then an open view just holds folding back. Everything of a segment is on the shelves, durably, before the
@@ -21,10 +23,11 @@ use afterimage_wire::timeline::TimelineKind;
 
 use crate::delta::{Change, Delta};
 use crate::host::{Answer, DiskKey};
-use crate::index::{Content, Cover};
+use crate::index::points::{Lives, holds};
+use crate::index::{Content, Cover, Points};
 use crate::io::{Errno, Io, Part};
 use crate::target::ops::Ctx;
-use crate::target::stream::Stream;
+use crate::target::stream::{Stream, ViewPin};
 use crate::view::ReadRequest;
 
 /// Bytes copied at a time.
@@ -56,14 +59,26 @@ pub(crate) fn name_of(view: &str) -> String {
     format!("{view}{MARK}")
 }
 
-/// A view that holds folding back.
+/// Name of the shelf of a point that is kept although no view shows it: its record, and its time on the source's wall
+/// clock, nanoseconds since the epoch.
+pub(crate) fn name_of_kept(seq: u64, wall_ns: u64) -> String {
+    name_of(&format!("{MARK}{seq}.{wall_ns}"))
+}
+
+/// The point that is kept on the shelf of this name, and its time; none if that is a view's.
+pub(crate) fn kept_of(name: &str) -> Option<(u64, u64)> {
+    let (seq, wall_ns) = view_of(name)?.strip_prefix(MARK)?.split_once('.')?;
+    Some((seq.parse().ok()?, wall_ns.parse().ok()?))
+}
+
+/// A view that holds folding back, or a point that is kept without one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pin {
     /// Its name.
     pub name: String,
     /// Its point.
     pub seq: u64,
-    /// What it writes is a failed-over machine's: it does not give way.
+    /// What it writes is a failed-over machine's, or it is the newest complete point: it does not give way.
     pub failover: bool,
     /// It survives a restart.
     pub durable: bool,
@@ -159,17 +174,31 @@ impl Shelving {
     }
 }
 
+/// The disks of a pinned point that is not below the floor yet.
+fn lives_of(points: &Points, pin: &Pin) -> Lives {
+    let mut lives = points.at(pin.seq);
+    if kept_of(&name_of(&pin.name)).is_some() {
+        lives.retain(|_, life| holds(life));
+    }
+    lives
+}
+
 impl Stream {
     /// Views whose point lies before record `last`.
     pub(crate) fn pinned_below(&self, last: u64) -> Vec<Pin> {
+        let mut pins = self.kept_pins();
+        let kept: Vec<u64> = pins.iter().map(|pin| pin.seq).collect();
+        // A view of a point that is kept needs no shelf of its own.
+        let shares = |name: &str, seq: u64| kept.contains(&seq) && self.shelf(name).is_none();
         let deltas = self.history.state().views.iter();
         let deltas = deltas.filter(|view| !view.removing && view_of(&view.name).is_none());
-        let durable = deltas.map(|view| {
+        let durable = deltas.filter(|view| !shares(&view.name, view.seq)).map(|view| {
             let failover = view.kind == TimelineKind::Failover;
             Pin { name: view.name.clone(), seq: view.seq, failover, durable: true }
         });
-        let mut pins: Vec<Pin> = durable.filter(|pin| pin.seq < last).collect();
-        for open in self.view_pins.iter().filter(|open| open.seq < last) {
+        pins.extend(durable);
+        pins.retain(|pin| pin.seq < last);
+        for open in self.view_pins.iter().filter(|open| open.seq < last && !shares(&open.name, open.seq)) {
             if !pins.iter().any(|pin| pin.name == open.name) {
                 pins.push(Pin { name: open.name.clone(), seq: open.seq, failover: false, durable: false });
             }
@@ -255,7 +284,7 @@ impl Stream {
 
     /// An empty shelf that knows the disks of the point.
     fn make_shelf<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, next_id: &mut u32, pin: &Pin) -> Result<u32, Errno> {
-        let infos: Vec<DiskInfo> = self.points.at(pin.seq).into_values().map(|life| life.info).collect();
+        let infos: Vec<DiskInfo> = lives_of(&self.points, pin).into_values().map(|life| life.info).collect();
         let mut timeline = [0; 16];
         ctx.io.random(&mut timeline);
         let view = DeltaView {
@@ -274,9 +303,9 @@ impl Stream {
         *next_id += 1;
         let shelf = self.new_delta(id, view);
         self.deltas.push(shelf);
-        for open in self.view_pins.iter_mut().filter(|open| open.name == pin.name) {
-            open.shelf = Some(id);
-        }
+        let kept = kept_of(&name_of(&pin.name)).is_some();
+        let shows = |open: &&mut ViewPin| open.name == pin.name || kept && open.seq == pin.seq && open.shelf.is_none();
+        self.view_pins.iter_mut().filter(shows).for_each(|open| open.shelf = Some(id));
         tracing::info!(stream = %self.config.stream, view = pin.name, seq = pin.seq, "history is folded under an open view");
         Ok(id)
     }
@@ -326,7 +355,7 @@ impl Stream {
         if serving.pin.seq < self.points.floor() {
             return if known.is_empty() { Err(Errno::IO) } else { Ok(()) };
         }
-        let lives = self.points.at(serving.pin.seq);
+        let lives = lives_of(&self.points, &serving.pin);
         if lives.keys().all(|slot| known.contains_key(slot)) {
             return Ok(());
         }
@@ -350,7 +379,8 @@ impl Stream {
         else {
             return found;
         };
-        let lives = if pin.seq < self.points.floor() { shelf.points.now().clone() } else { self.points.at(pin.seq) };
+        let lives =
+            if pin.seq < self.points.floor() { shelf.points.now().clone() } else { lives_of(&self.points, pin) };
         let first = segment.index.first_seq();
         let behind = segment.index.entries().filter(|entry| first + u64::from(entry.seq_delta) > pin.seq);
         let mut ranges: Vec<Range> = behind

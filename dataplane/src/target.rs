@@ -23,6 +23,7 @@ use crate::view::{Reads, View};
 mod config;
 mod hello;
 pub(crate) mod images;
+mod keep;
 mod mend;
 mod merge;
 pub(crate) mod ops;
@@ -655,7 +656,10 @@ impl<I: Io> Target<I> {
                 kind: if delta.is_some() { view.kind } else { TimelineKind::View },
                 delta_bytes: delta.map_or(0, |delta| delta.journal.bytes),
                 shelf_bytes: stream.shelf(&view.name).map_or(0, |shelf| shelf.journal.bytes),
-                failed: delta.into_iter().chain(stream.shelf(&view.name)).find_map(|delta| delta.failed.clone()),
+                failed: delta
+                    .into_iter()
+                    .chain(stream.shelf_for(&view.name, view.seq))
+                    .find_map(|delta| delta.failed.clone()),
             }
         });
         StreamStatus {

@@ -4,7 +4,8 @@ mod target_rig;
 
 use afterimage_dataplane::host::Request;
 use afterimage_dataplane::io::sim::WorldConfig;
-use afterimage_dataplane::target::{StreamStatus, TargetConfig, TargetEvent};
+use afterimage_dataplane::target::{Choice, StreamStatus, TargetConfig, TargetEvent};
+use afterimage_wire::record::RecordKind;
 use afterimage_wire::segment::Predecessor;
 use target_rig::*;
 
@@ -63,6 +64,76 @@ fn a_view_is_folded_under_and_reads_on() {
         assert_eq!(others, 0);
         rig.restart(false);
         rig.check(&model, feeder.next_seq - 1);
+    }
+}
+
+/// Segment files that are not the stream's own.
+fn of_others(rig: &Rig) -> usize {
+    let timeline = status(rig).timeline.to_string();
+    let paths = rig.world.paths(rig.node, ROOT);
+    paths.iter().filter(|path| path.ends_with(".seg") && !path.contains(&timeline)).count()
+}
+
+#[test]
+fn beside_a_synchronisation_that_does_not_fit_the_newest_complete_point_is_kept() {
+    for life in 0..4u64 {
+        let block = if life % 2 == 0 { 512 } else { 4096 };
+        let (mut rig, mut feeder, mut model) = begun(life, WorldConfig { block, ..WorldConfig::default() });
+        let mut dice = Dice(life);
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 3);
+        let kept = feeder.next_seq - 1;
+        let wall = rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).unwrap().wall_ns;
+        feeder.sync_mark(RecordKind::SyncBegin, 0, 7, false);
+        for round in 0..45 {
+            fill(&mut rig, &mut feeder, &mut model, &mut dice, 1);
+            if life > 1 && round > 15 && round % 4 == 0 {
+                for _ in 0..dice.roll(40) {
+                    rig.step();
+                }
+                rig.restart(dice.roll(2) == 0);
+                rig.check(&model, kept);
+                rig.ship(&mut feeder);
+            }
+            assert_eq!(status(&rig).newest, Some(kept), "life {life}, round {round}");
+        }
+        let told = status(&rig);
+        assert!(told.floor > kept && told.oldest == Some(kept), "{told:?}");
+        assert!(told.journal_bytes <= 40 << 20, "{told:?}");
+        assert!(told.shortened.is_some() || life > 1, "{told:?}");
+        assert!(of_others(&rig) > 0);
+        rig.check(&model, kept);
+        let latest = rig.target.resolve(&mut rig.io, stream_id(), Choice::Latest).unwrap();
+        assert_eq!((latest.seq, latest.complete, latest.wall_ns, latest.disks.len()), (kept, true, wall, 2));
+        let timed = rig.target.resolve(&mut rig.io, stream_id(), Choice::Time(wall)).unwrap();
+        assert_eq!(timed.seq, kept);
+        let listed = rig.target.points(&mut rig.io, stream_id(), 0, 2, false).unwrap();
+        assert!(listed[0].seq == kept && listed[1].seq >= told.floor);
+        assert!(rig.target.resolve(&mut rig.io, stream_id(), Choice::Seq(kept + 1)).is_err());
+        // A machine takes over from it, and what it has stays under it when a newer point is complete.
+        let mut exports = rig.view("machine", kept, true);
+        rig.write(exports[0].key, 700, b"mine", true);
+        let mut want = [model.at(0, kept), model.at(1, kept)];
+        want[0][700..704].copy_from_slice(b"mine");
+        feeder.sync_mark(RecordKind::SyncEnd, 0, 7, false);
+        for round in 0..40 {
+            fill(&mut rig, &mut feeder, &mut model, &mut dice, 1);
+            if life % 2 == 1 && round % 9 == 0 {
+                rig.restart(life == 3);
+                rig.ship(&mut feeder);
+                exports = rig.view("machine", kept, true);
+            }
+            for (slot, want) in want.iter().enumerate() {
+                assert!(rig.read(exports[slot].key, 0, SIZE as usize) == *want, "life {life}, round {round}");
+            }
+        }
+        let told = status(&rig);
+        assert!(told.oldest >= Some(told.floor) && told.newest == Some(feeder.next_seq - 1), "{told:?}");
+        rig.check(&model, feeder.next_seq - 1);
+        rig.target.close_view(&mut rig.io, "machine", false).unwrap();
+        rig.until("nothing is left of it", |rig| of_others(rig) == 0);
+        rig.restart(true);
+        rig.check(&model, feeder.next_seq - 1);
+        assert_eq!(of_others(&rig), 0);
     }
 }
 

@@ -141,6 +141,15 @@ struct Doubt {
     found_at: u64,
 }
 
+/// A complete point below the floor: all there is of it is on a shelf.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    pub seq: u64,
+    /// Source's wall clock, nanoseconds since the epoch.
+    pub wall_ns: u64,
+    pub lives: Lives,
+}
+
 /// Cuts and changes of a stream above its floor.
 #[derive(Debug, Default)]
 pub struct Points {
@@ -151,6 +160,7 @@ pub struct Points {
     cuts: VecDeque<CutEntry>,
     newest: u64,
     newest_complete: Option<u64>,
+    kept: Option<Kept>,
     newest_cut: u64,
     membership: u64,
     doubts: Vec<Doubt>,
@@ -171,6 +181,7 @@ impl Points {
             cuts: VecDeque::new(),
             newest: floor,
             newest_complete,
+            kept: None,
             newest_cut,
             membership: 0,
             doubts: Vec::new(),
@@ -198,9 +209,24 @@ impl Points {
         self.newest
     }
 
-    /// Newest point that holds every disk.
+    /// Newest point that holds every disk; the kept one if none above the floor does.
     pub fn newest_complete(&self) -> Option<u64> {
+        self.newest_complete.or(self.kept.as_ref().map(|kept| kept.seq))
+    }
+
+    /// As [`Points::newest_complete`], not below the floor.
+    pub(crate) fn newest_above_floor(&self) -> Option<u64> {
         self.newest_complete
+    }
+
+    /// The point that is kept below the floor, as long as none above it is complete.
+    pub(crate) fn kept(&self) -> Option<&Kept> {
+        self.kept.as_ref().filter(|_| self.newest_complete.is_none())
+    }
+
+    /// A point below the floor, or about to be, is kept, or none any more.
+    pub(crate) fn keep(&mut self, kept: Option<Kept>) {
+        self.kept = kept;
     }
 
     /// Number of the newest cut ever seen.
@@ -331,6 +357,9 @@ impl Points {
 
     /// The disks as of `seq`.
     pub fn at(&self, seq: u64) -> Lives {
+        if let Some(kept) = self.kept.as_ref().filter(|kept| kept.seq == seq && seq < self.floor) {
+            return kept.lives.clone();
+        }
         let mut lives = self.base.clone();
         for event in self.events.iter().take_while(|event| event.seq <= seq) {
             apply(&mut lives, event.slot, &event.change);
@@ -340,6 +369,9 @@ impl Points {
 
     /// Oldest point that holds every disk.
     pub fn oldest_complete(&self) -> Option<u64> {
+        if let Some(kept) = self.kept() {
+            return Some(kept.seq);
+        }
         self.newest_complete?;
         if complete(&self.base) {
             return Some(self.floor);

@@ -300,6 +300,9 @@ impl<I: Io> Target<I> {
             return refused("a view of it is open");
         }
         let point = open.choose(Choice::Seq(seq))?;
+        if point.seq < open.points.floor() {
+            return refused("what is kept of it lies on a shelf");
+        }
         if let Some(damage) = point.damage {
             return refused(&damage);
         }

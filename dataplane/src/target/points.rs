@@ -19,6 +19,9 @@ impl Stream {
 
     /// The newest record that is there, at or before `seq`: numbers have gaps between writers.
     pub fn snap(&self, seq: u64) -> Option<u64> {
+        if self.points.kept().is_some_and(|kept| kept.seq == seq) {
+            return Some(seq);
+        }
         let in_frames = |segment: &Segment| {
             let after = segment.frames.partition_point(|frame| frame.first_seq <= seq);
             after.checked_sub(1).map(|at| segment.frames[at].last_seq.min(seq))
@@ -32,6 +35,7 @@ impl Stream {
     pub fn describe(&self, seq: u64) -> PointInfo {
         let lives = self.points.at(seq);
         let cut = self.points.cuts().find(|cut| cut.seq == seq);
+        let kept = self.points.kept().filter(|kept| kept.seq == seq).map(|kept| kept.wall_ns);
         let segment = self.journal.segments.iter().rev().find(|s| s.first_seq().is_some_and(|first| first <= seq));
         let frame = segment.and_then(|segment| {
             let after = segment.frames.partition_point(|frame| frame.first_seq <= seq);
@@ -46,7 +50,7 @@ impl Stream {
         };
         PointInfo {
             seq,
-            wall_ns: cut.map(|cut| cut.wall_ns).or_else(wall_of_record).unwrap_or(0),
+            wall_ns: kept.or(cut.map(|cut| cut.wall_ns)).or_else(wall_of_record).unwrap_or(0),
             mono_ns: cut.map(|cut| cut.mono_ns).or(frame.map(|frame| frame.1.mono_ns)).unwrap_or(0),
             incarnation: segment.map(|segment| segment.writer.incarnation).unwrap_or_default(),
             cut: cut.map(|cut| cut.cut.clone()),
@@ -95,7 +99,10 @@ impl Stream {
                 let found = self.points.cuts().rev().find(|cut| cut.cut.number == number);
                 found.map(|cut| cut.seq).ok_or(PointError::NoCut(number))?
             }
-            Choice::Time(wall_ns) => self.at_time(wall_ns).ok_or(PointError::TooOld)?,
+            Choice::Time(wall_ns) => {
+                let kept = || self.points.kept().filter(|kept| kept.wall_ns <= wall_ns).map(|kept| kept.seq);
+                self.at_time(wall_ns).or_else(kept).ok_or(PointError::TooOld)?
+            }
             Choice::Seq(seq) if seq > newest => return Err(PointError::Future { newest }),
             Choice::Seq(seq) => seq,
         };
@@ -126,9 +133,10 @@ impl<I: Io> Target<I> {
         }
         let floor = open.points.floor();
         let base = (floor >= from_seq && floor > 0).then_some(floor);
+        let kept = open.points.kept().map(|kept| kept.seq).filter(|seq| *seq >= from_seq);
         let records = open.journal.segments.iter().flat_map(|segment| &segment.frames);
         let records = records.flat_map(|frame| frame.first_seq.max(from_seq).max(floor + 1)..=frame.last_seq);
-        let seqs: Vec<u64> = base.into_iter().chain(records).take(limit).collect();
+        let seqs: Vec<u64> = kept.into_iter().chain(base).chain(records).take(limit).collect();
         Ok(seqs.into_iter().map(|seq| open.describe(seq)).collect())
     }
 

@@ -129,6 +129,7 @@ impl Stream {
                 let old = std::mem::replace(&mut self.journal, reopen.journal);
                 self.journal.inherit(io, old);
                 self.points = reopen.points;
+                self.find_kept();
                 if let Err(error) = self.keep_base(io) {
                     return self.fail(error.to_string(), events);
                 }

@@ -29,7 +29,7 @@ use crate::io::{Errno, File, Io, Nanos, OpenHow};
 use crate::journal::recover::{Progress, Recovery};
 use crate::journal::{Journal, JournalConfig, Place, Prune, Writer, Written, parse_segment_name};
 use crate::scrub::Scrub;
-use crate::shelf::{Shelving, view_of};
+use crate::shelf::{Shelving, kept_of, view_of};
 use crate::timeline::History;
 use crate::view::Reads;
 
@@ -102,6 +102,8 @@ pub(crate) struct Stream {
     leaving: Vec<(u32, TimelineId)>,
     /// Points that open views without a delta need.
     pub view_pins: Vec<ViewPin>,
+    /// Record and time of the newest complete point, while folding is about to go past it.
+    pub keeping: Option<(u64, u64)>,
     pub damage: Ledger,
     pub scrub: Scrub,
     pub connection: Option<u32>,
@@ -171,6 +173,7 @@ impl Stream {
             deltas: Vec::new(),
             leaving: Vec::new(),
             view_pins: Vec::new(),
+            keeping: None,
             damage: Ledger::default(),
             scrub: Scrub::new(bounds.scrub_interval, bounds.scrub_rate),
             connection: None,
@@ -325,6 +328,7 @@ impl Stream {
             }
             if self.is_ready() {
                 self.points.listen();
+                self.find_kept();
                 self.scrub.rest(ctx.io.now());
                 self.doubt_lost(ctx.io.now());
                 self.keep_damage(ctx.io);
@@ -476,7 +480,8 @@ impl Stream {
         let views = self.history.state().views.clone();
         let lives = |name: &str| views.iter().any(|view| !view.removing && view.name == name);
         for view in views.clone() {
-            if view.removing || view_of(&view.name).is_some_and(|view| !lives(view)) {
+            let of_none = kept_of(&view.name).is_none() && view_of(&view.name).is_some_and(|view| !lives(view));
+            if view.removing || of_none {
                 self.remove_delta_files(io, view.timeline).map_err(|error| error.to_string())?;
             } else {
                 let delta = self.new_delta(*next_id, view);

@@ -57,10 +57,11 @@ impl<I: Io> Target<I> {
             return Err(TargetError::NameTaken(config.name));
         }
         // Of a view that is known its shelf keeps what folding has overwritten, so its point may lie below the floor.
-        let shelf = stream.shelf(&config.name).map(|shelf| (shelf.id, shelf.points.now().clone()));
-        let below = config.seq < stream.points.floor() && known.is_some() && shelf.is_some();
+        let shelf = stream.shelf_for(&config.name, config.seq).map(|shelf| (shelf.id, shelf.points.now().clone()));
+        let kept = stream.points.kept().is_some_and(|kept| kept.seq == config.seq);
+        let below = config.seq < stream.points.floor() && (known.is_some() || kept) && shelf.is_some();
         let (lives, held) = match &shelf {
-            Some((_, lives)) if below => (lives.clone(), Vec::new()),
+            Some((_, lives)) if below => (lives.clone(), lives.values().map(|life| life.info.id).collect()),
             _ => {
                 let point = stream.choose(Choice::Seq(config.seq))?;
                 if let Some(damage) = &point.damage {
@@ -317,7 +318,7 @@ impl<I: Io> Target<I> {
         if let Some(delta) = view.delta.and_then(|id| stream.deltas.iter().find(|delta| delta.id == id)) {
             delta.journal.cover(&mut cover, disk.slot, u64::MAX);
         }
-        if let Some(shelf) = stream.shelf(&view.name) {
+        if let Some(shelf) = stream.shelf_for(&view.name, view.seq) {
             shelf.journal.cover(&mut cover, disk.slot, u64::MAX);
         }
         stream.journal.cover(&mut cover, disk.slot, view.seq);
