@@ -255,7 +255,8 @@ MAY = [
         Proxies.GetProxy Proxies.ListProxies Points.ListPoints Points.ResolvePoint Operations.GetOperation
         Operations.ListOperations Operations.WaitOperation Views.GetView Views.ListViews Status.GetStatus Status.GetRpo
         Status.Watch Status.ListEvents Backups.GetRestore Certificates.ListCertificates Certificates.GetAuthorities
-        Groups.ExplainPlacement Machines.GetMachine Machines.ListMachines Machines.ProbeMachine Keys.GetKeys"""),
+        Groups.ExplainPlacement Machines.GetMachine Machines.ListMachines Machines.ProbeMachine Keys.GetKeys
+        Plans.GetPlan Plans.ListPlans Plans.ListPlanRuns Plans.EstimatePlan"""),
     (["operator", "admin"], """
         Policies.CreatePolicy Policies.UpdatePolicy Policies.DeletePolicy Groups.CreateGroup Groups.UpdateGroup
         Groups.DeleteGroup Groups.CreateDisk Groups.DeleteDisk Groups.InspectBranch Points.CreateCut
@@ -264,7 +265,9 @@ MAY = [
         Failovers.UndoFailback
         Failovers.TestFailover
         Operations.CancelOperation Operations.DeleteOperation Views.CreateView Views.DeleteView
-        Machines.CreateMachine Machines.UpdateMachine Machines.DeleteMachine"""),
+        Machines.CreateMachine Machines.UpdateMachine Machines.DeleteMachine
+        Plans.CreatePlan Plans.UpdatePlan Plans.DeletePlan
+        Plans.RunPlan Plans.TestPlan Plans.UndoPlan Plans.StopPlan Plans.ResumePlan"""),
     (["admin"], """
         Proxies.DeleteProxy Audit.ListAuditRecords Audit.VerifyAudit Enrolment.CreateJoinToken Backups.CreateBackup
         Backups.ConfirmRestore Certificates.RevokeCertificates Certificates.RotateAuthority
@@ -304,8 +307,8 @@ def every_method(at):
     allowed = {f"/afterimage.v1.{name.replace('.', '/')}": who for who, names in MAY for name in names.split()}
     methods = [f"/afterimage.v1.{service.name}/{method.name}"
                for service in api.DESCRIPTOR.services_by_name.values() for method in service.methods]
-    from afterimage.v1 import machine_pb2, proxy_pb2
-    methods += [f"/afterimage.v1.{service.name}/{method.name}" for file in (machine_pb2, proxy_pb2)
+    from afterimage.v1 import machine_pb2, plan_pb2, proxy_pb2
+    methods += [f"/afterimage.v1.{service.name}/{method.name}" for file in (machine_pb2, plan_pb2, proxy_pb2)
                 for service in file.DESCRIPTOR.services_by_name.values() for method in service.methods]
     equal(sorted(allowed), sorted(methods), "the list, and the methods that there are")
     people = {role: joined(at, role, f"any-{role}") for role in ROLES if role != "admin"}

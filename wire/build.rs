@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     compiler.include_source_info(true).include_imports(true).open_files([
         "afterimage/v1/coordinator.proto",
         "afterimage/v1/machine.proto",
+        "afterimage/v1/plan.proto",
         "afterimage/v1/proxy.proto",
     ])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);

@@ -351,5 +351,6 @@ pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation
         done: operation.ended_ns != 0,
         progress_percent: work.progress_percent(),
         cancel_requested: !work.cancelled_by.is_empty(),
+        plan_run: None,
     }
 }

@@ -34,6 +34,7 @@ pub mod names;
 pub mod objects;
 pub mod paging;
 pub mod placement;
+pub mod plan;
 pub mod policy;
 pub mod problem;
 pub mod requests;

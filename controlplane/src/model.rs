@@ -13,6 +13,8 @@ use crate::keys::{Recovery, Wrapping};
 use crate::machine::Machine;
 use crate::names::Name;
 use crate::objects::{Disk, Group, KeyRecord, Object, Operation, Policy, Proxy, View, Way};
+use crate::plan::Plan;
+use crate::plan::run::Run;
 use crate::problem::Problem;
 use crate::requests::RequestRecord;
 use crate::restore::Restored;
@@ -23,6 +25,8 @@ use crate::token::TokenRecord;
 pub const MAX_OBJECTS: usize = 4096;
 /// Operations that are kept after their end, per tenant.
 pub const MAX_ENDED_OPERATIONS: usize = 500;
+/// Runs of a plan that are kept after their end.
+const MAX_ENDED_RUNS: usize = 50;
 /// Most join tokens that are neither spent nor expired.
 pub const MAX_TOKENS: usize = 1000;
 
@@ -57,6 +61,10 @@ pub struct Model {
     pub views: BTreeMap<(String, String, String), View>,
     /// Machines.
     pub machines: BTreeMap<Key, Machine>,
+    /// Failover plans.
+    pub plans: BTreeMap<Key, Plan>,
+    /// Runs of plans, by tenant and uid.
+    pub runs: BTreeMap<Key, Run>,
     /// Operations, by tenant and uid.
     pub operations: BTreeMap<Key, Operation>,
     /// Tokens, by id.
@@ -251,6 +259,8 @@ impl Model {
             Object::View(o) => drop(self.views.insert((o.tenant.clone(), o.group.clone(), o.id.clone()), o)),
             Object::Operation(o) => drop(self.operations.insert(pair(&o.tenant, &o.uid), o)),
             Object::Machine(o) => drop(self.machines.insert(pair(&o.tenant, &o.id), o)),
+            Object::Plan(o) => drop(self.plans.insert(pair(&o.tenant, &o.id), o)),
+            Object::Run(o) => drop(self.runs.insert(pair(&o.tenant, &o.uid), o)),
             Object::Token(o) => drop(self.tokens.insert(o.id.clone(), o)),
             Object::Key(o) => drop(self.keys.insert(o.id.clone(), o)),
             Object::Certificate(o) => {
@@ -275,6 +285,8 @@ impl Model {
             Object::View(o) => drop(self.views.remove(&(o.tenant.clone(), o.group.clone(), o.id.clone()))),
             Object::Operation(o) => drop(self.operations.remove(&pair(&o.tenant, &o.uid))),
             Object::Machine(o) => drop(self.machines.remove(&pair(&o.tenant, &o.id))),
+            Object::Plan(o) => drop(self.plans.remove(&pair(&o.tenant, &o.id))),
+            Object::Run(o) => drop(self.runs.remove(&pair(&o.tenant, &o.uid))),
             Object::Token(o) => drop(self.tokens.remove(&o.id)),
             Object::Key(o) => drop(self.keys.remove(&o.id)),
             Object::Certificate(o) => drop(self.certificates.remove(&pair(&o.tenant, &o.serial))),
@@ -351,6 +363,52 @@ impl Model {
     /// There is none.
     pub fn machine(&self, name: &Name) -> Result<&Machine, Problem> {
         self.machines.get(&pair(&name.tenant, &name.id)).ok_or_else(|| Problem::not_found(name.kind.noun(), name))
+    }
+
+    /// A plan.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn plan(&self, name: &Name) -> Result<&Plan, Problem> {
+        self.plans.get(&pair(&name.tenant, &name.id)).ok_or_else(|| Problem::not_found(name.kind.noun(), name))
+    }
+
+    /// A run of a plan.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn run(&self, name: &Name) -> Result<&Run, Problem> {
+        self.runs.get(&pair(&name.tenant, &name.id)).ok_or_else(|| Problem::not_found(name.kind.noun(), name))
+    }
+
+    /// An operation, of a group or a plan, for the API.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn shown_operation(&self, name: &Name) -> Result<afterimage_wire::v1::Operation, Problem> {
+        match self.run(name) {
+            Ok(run) => Ok(crate::plan::shown::run(self, run)),
+            Err(_) => Ok(crate::convert::operation_to_proto(self, self.operation(name)?)),
+        }
+    }
+
+    /// Runs of a plan, newest first.
+    pub fn runs_of(&self, plan: &Plan) -> Vec<&Run> {
+        let mut runs: Vec<&Run> =
+            self.runs.values().filter(|run| run.tenant == plan.tenant && run.plan == plan.id).collect();
+        runs.sort_by_key(|run| std::cmp::Reverse(run.created_ns));
+        runs
+    }
+
+    /// The run of a plan that goes on.
+    pub fn running(&self, plan: &Plan) -> Option<&Run> {
+        let of = |run: &&Run| run.tenant == plan.tenant && run.plan == plan.id && run.ended_ns == 0;
+        self.runs.values().find(of)
+    }
+
+    /// Ended runs of a plan that are too many to keep.
+    pub fn surplus_runs(&self, plan: &Plan) -> Vec<&Run> {
+        self.runs_of(plan).into_iter().filter(|run| run.ended_ns != 0).skip(MAX_ENDED_RUNS).collect()
     }
 
     /// A view.

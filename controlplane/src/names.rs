@@ -43,6 +43,8 @@ pub enum Kind {
     Operation,
     /// `machines`
     Machine,
+    /// `plans`
+    Plan,
 }
 
 impl Kind {
@@ -54,6 +56,7 @@ impl Kind {
             Self::Proxy => "proxies",
             Self::Operation => "operations",
             Self::Machine => "machines",
+            Self::Plan => "plans",
         }
     }
 
@@ -65,6 +68,7 @@ impl Kind {
             Self::Proxy => "proxy",
             Self::Operation => "operation",
             Self::Machine => "machine",
+            Self::Plan => "plan",
         }
     }
 }

@@ -8,6 +8,8 @@ use crate::failover::Failover;
 use crate::keys::{Recovery, Wrapping};
 use crate::machine::Machine;
 use crate::names::{Kind, Name, child};
+use crate::plan::Plan;
+use crate::plan::run::Run;
 use crate::policy::Promises;
 use crate::requests::RequestRecord;
 use crate::restore::Restored;
@@ -510,6 +512,10 @@ pub enum Object {
     Operation(Operation),
     /// A machine.
     Machine(Machine),
+    /// A failover plan.
+    Plan(Plan),
+    /// A run of a plan.
+    Run(Run),
     /// A join token.
     Token(TokenRecord),
     /// A policy key.
@@ -543,6 +549,8 @@ impl Object {
             Self::View(o) => format!("views/{}/{}/{}", o.tenant, o.group, o.id),
             Self::Operation(o) => format!("operations/{}/{}", o.tenant, o.uid),
             Self::Machine(o) => format!("machines/{}/{}", o.tenant, o.id),
+            Self::Plan(o) => format!("plans/{}/{}", o.tenant, o.id),
+            Self::Run(o) => format!("runs/{}/{}", o.tenant, o.uid),
             Self::Token(o) => format!("tokens/{}", o.id),
             Self::Key(o) => format!("keys/{}", o.id),
             Self::Certificate(o) => format!("certificates/{}/{}", o.tenant, o.serial),
@@ -566,6 +574,8 @@ impl Object {
             Self::View(o) => serde_json::to_vec(o),
             Self::Operation(o) => serde_json::to_vec(o),
             Self::Machine(o) => serde_json::to_vec(o),
+            Self::Plan(o) => serde_json::to_vec(o),
+            Self::Run(o) => serde_json::to_vec(o),
             Self::Token(o) => serde_json::to_vec(o),
             Self::Key(o) => serde_json::to_vec(o),
             Self::Authorities(o) => serde_json::to_vec(o),
@@ -597,6 +607,8 @@ impl Object {
             "views" => Self::View(read(key, value)?),
             "operations" => Self::Operation(read(key, value)?),
             "machines" => Self::Machine(read(key, value)?),
+            "plans" => Self::Plan(read(key, value)?),
+            "runs" => Self::Run(read(key, value)?),
             "tokens" => Self::Token(read(key, value)?),
             "keys" => Self::Key(read(key, value)?),
             "certificates" => Self::Certificate(read(key, value)?),

@@ -5,7 +5,7 @@ use super::*;
 
 /// As this version writes them. A field that comes goes behind the others, with a default, and its kind's old bytes go into
 /// [`EARLIER`].
-const NOW: [(&str, &str); 17] = [
+const NOW: [(&str, &str); 19] = [
     ("term", "7"),
     (
         "policies/default/gold",
@@ -42,6 +42,14 @@ const NOW: [(&str, &str); 17] = [
     (
         "machines/default/web",
         r#"{"uid":"m","tenant":"default","id":"web","version":2,"created_ns":1,"updated_ns":2,"description":"d","group":"shop","disks":["data"],"cpus":2,"memory":1073741824,"firmware":"bios","nics":[{"mac":"","network":"lan"}],"source":{"proxy":"","driver":"libvirt","profile":"default","machine":"web01"},"target":{"proxy":"dr2","driver":"qemu","profile":"default","machine":""},"ready":{"tcp":"10.0.0.7:80"},"stop_within_ms":120000,"ready_within_ms":300000,"stopped_at_source":true,"runs_from":"failover"}"#,
+    ),
+    (
+        "plans/default/site",
+        r#"{"uid":"p","tenant":"default","id":"site","version":2,"created_ns":1,"updated_ns":2,"description":"d","steps":[{"id":"db","group":"shop-db","after":[],"delay_ms":500,"check":null,"ready_within_ms":300000,"retries":0,"before":[],"then":[]},{"id":"web","group":"web","after":["db"],"delay_ms":0,"check":{"by":{"tcp":"10.0.0.7:80"},"proxy":"dr2"},"ready_within_ms":60000,"retries":2,"before":[{"name":"dns","proxy":"","verbs":["run","undo"]}],"then":[{"name":"tell","proxy":"dr2","verbs":["test"]}]}],"parallel":4,"moved":[{"group_uid":"g","generation":3}]}"#,
+    ),
+    (
+        "runs/default/r",
+        r#"{"uid":"r","tenant":"default","version":3,"plan":"site","request_id":"q","actor":"operator/anna","created_ns":1,"ended_ns":2,"spec":{"verb":"run","to":{"time":5},"planned":false,"unconfirmed":true,"discard":false,"force":false,"reason":"d"},"parallel":4,"steps":[{"wanted":{"id":"db","group":"shop-db","after":[],"delay_ms":500,"check":{"by":{"script":"up"},"proxy":""},"ready_within_ms":300000,"retries":1,"before":[],"then":[]},"state":"failed","stage":"failover","script":0,"attempt":2,"told":false,"paused_ns":0,"midway":false,"detail":"broken","remedy":"mend it","operation":"o","machines":["web"],"point_seq":90,"point_ns":5,"started_ns":1,"answered_ns":0,"ended_ns":2}],"state":"failed","stopped_by":"admin/local","continues":"p"}"#,
     ),
     ("keys/k", r#"{"id":"k","wrapped":"00ff","under":"","since_ns":0}"#),
     ("wrapping", r#"{"keys":[{"id":"w","by":"file","wrapped":"00ff","since_ns":5}]}"#),

@@ -65,6 +65,7 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
     objects.extend(model.policies.into_values().map(Object::Policy));
     objects.extend(model.disks.into_values().map(Object::Disk));
     objects.extend(model.proxies.into_values().map(Object::Proxy));
+    objects.extend(model.plans.into_values().map(Object::Plan));
     objects.extend(model.keys.into_values().map(Object::Key));
     objects.extend(model.machines.into_values().map(Object::Machine));
     objects.extend(model.authorities.map(Object::Authorities));
@@ -95,6 +96,12 @@ pub fn prepare(listing: Listing, backup_ns: u64, now_ns: u64) -> Result<Vec<Obje
             operation.version += 1;
         }
         Object::Operation(operation)
+    }));
+    objects.extend(model.runs.into_values().map(|mut run| {
+        if run.ended_ns == 0 {
+            run.lose("the coordinator's state was restored from a backup that was made meanwhile", now_ns);
+        }
+        Object::Run(run)
     }));
     let offset = version.max(revision);
     objects.push(Object::Restored(Restored {

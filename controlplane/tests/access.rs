@@ -400,6 +400,8 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
         ("Operations", "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation"),
         ("Views", "CreateView GetView ListViews DeleteView"),
         ("Machines", "CreateMachine GetMachine ListMachines UpdateMachine DeleteMachine ProbeMachine"),
+        ("Plans", "CreatePlan GetPlan ListPlans UpdatePlan DeletePlan ListPlanRuns EstimatePlan"),
+        ("Plans", "RunPlan TestPlan UndoPlan StopPlan ResumePlan"),
         ("Status", "GetStatus GetRpo Watch ListEvents"),
         ("Enrolment", "CreateJoinToken Join Renew"),
     ];

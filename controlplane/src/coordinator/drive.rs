@@ -283,9 +283,9 @@ impl Coordinator {
         loop {
             changes.mark_unchanged();
             let model = self.model();
-            let operation = model.operation(name)?;
-            if operation.ended_ns != 0 || Instant::now() >= until || *closing.borrow() {
-                return Ok(convert::operation_to_proto(&model, operation));
+            let shown = model.shown_operation(name)?;
+            if shown.done || Instant::now() >= until || *closing.borrow() {
+                return Ok(shown);
             }
             tokio::select! {
                 _ = tokio::time::timeout_at(until, changes.changed()) => {}

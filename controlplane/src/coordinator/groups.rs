@@ -264,6 +264,7 @@ impl Coordinator {
     }
 
     fn check_deletable(&self, model: &Model, group: &Group, points: bool, force: bool) -> Result<(), Problem> {
+        super::plans::check_in_no_plan(model, group)?;
         let name = group.name();
         match &group.phase {
             GroupPhase::FailingOver { operation }

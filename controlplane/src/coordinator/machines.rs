@@ -239,7 +239,14 @@ impl Coordinator {
         Reply::Machines(futures_all(told).await)
     }
 
-    async fn order(&self, tenant: &str, operation: &str, step: &str, order: &Order) -> Result<Outcome, String> {
+    /// Tells a machine's proxy, until it has answered or its time is over.
+    pub(super) async fn order(
+        &self,
+        tenant: &str,
+        operation: &str,
+        step: &str,
+        order: &Order,
+    ) -> Result<Outcome, String> {
         let model = self.model();
         let name = Name::new(tenant, Kind::Proxy, &order.proxy);
         let proxy = model.proxy(&name).map_err(|_| format!("the proxy \"{}\" does not exist any more", order.proxy))?;

@@ -45,6 +45,9 @@ mod hooks;
 mod keys;
 mod machines;
 mod placement;
+mod plan_runs;
+mod plan_tasks;
+mod plans;
 mod points;
 mod policies;
 mod report;
@@ -218,6 +221,7 @@ impl Coordinator {
     pub fn start(self: &Arc<Self>) -> Vec<tokio::task::JoinHandle<()>> {
         if !self.model().observing() {
             self.resume_operations();
+            self.resume_runs();
             self.drop_half_made_views();
         }
         self.resume_rewrap();

@@ -211,6 +211,9 @@ impl Coordinator {
             let remedy = "give that machine another proxy first";
             let hindrance =
                 hindrance.or(machine.map(|m| Problem::state(name, format!("in use by {}", m.name()), remedy)));
+            let plan = model.plans.values().find(|p| p.tenant == name.tenant && p.names_proxy(&name.id));
+            let remedy = "take its scripts and checks out of that plan first";
+            let hindrance = hindrance.or(plan.map(|p| Problem::state(name, format!("in use by {}", p.name()), remedy)));
             Ok((Object::Proxy(old.clone()), old.uid.clone(), hindrance))
         };
         let uid = self.delete_object(name, etag, validate_only, request, look).await?;

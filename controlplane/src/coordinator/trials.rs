@@ -30,7 +30,7 @@ pub struct Trial {
     pub reason: String,
 }
 
-fn check(group: &Group, driven: bool) -> Result<(), Problem> {
+pub(super) fn check(group: &Group, driven: bool) -> Result<(), Problem> {
     if group.phase == GroupPhase::Deleting {
         return Err(Problem::state(group.name(), "being deleted", "nothing fits any more"));
     }

@@ -75,6 +75,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Operations", "GetOperation" | "ListOperations" | "WaitOperation")
         | ("Views", "GetView" | "ListViews")
         | ("Machines", "GetMachine" | "ListMachines" | "ProbeMachine")
+        | ("Plans", "GetPlan" | "ListPlans" | "ListPlanRuns" | "EstimatePlan")
         | ("Status", "GetStatus" | "GetRpo" | "Watch" | "ListEvents") => Needs::Viewer,
         ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
@@ -83,6 +84,8 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Failovers", "StartFailback" | "CancelFailback" | "SwitchFailback" | "CommitFailback" | "UndoFailback")
         | ("Operations", "CancelOperation" | "DeleteOperation")
         | ("Machines", "CreateMachine" | "UpdateMachine" | "DeleteMachine")
+        | ("Plans", "CreatePlan" | "UpdatePlan" | "DeletePlan")
+        | ("Plans", "RunPlan" | "TestPlan" | "UndoPlan" | "StopPlan" | "ResumePlan")
         | ("Views", "CreateView" | "DeleteView") => Needs::Operator,
         _ => return None,
     })
@@ -202,7 +205,7 @@ impl Scope {
         Ok(tenant)
     }
 
-    /// The name of a policy, group, proxy, operation or machine.
+    /// The name of a policy, group, proxy, operation, machine or plan.
     ///
     /// # Errors
     /// Malformed, or another tenant's.
@@ -464,6 +467,9 @@ mod tests {
             ("Views", CHANGE, "CreateView DeleteView"),
             ("Machines", READ, "GetMachine ListMachines ProbeMachine"),
             ("Machines", CHANGE, "CreateMachine UpdateMachine DeleteMachine"),
+            ("Plans", READ, "GetPlan ListPlans ListPlanRuns EstimatePlan"),
+            ("Plans", CHANGE, "CreatePlan UpdatePlan DeletePlan"),
+            ("Plans", CHANGE, "RunPlan TestPlan UndoPlan StopPlan ResumePlan"),
             ("Status", READ, "GetStatus GetRpo Watch ListEvents"),
             ("Audit", &[Role::Admin], "ListAuditRecords VerifyAudit"),
             ("Enrolment", &[Role::Admin], "CreateJoinToken"),
@@ -617,7 +623,7 @@ mod tests {
     fn a_viewer_changes_nothing() {
         for method in methods().iter().filter(|m| allows(needs(m).unwrap(), Some(Role::Viewer))) {
             let verb = method.rsplit('/').next().unwrap();
-            let reads = ["Get", "List", "Wait", "Watch", "Resolve", "Explain", "Probe", "Join", "Renew"];
+            let reads = ["Get", "List", "Wait", "Watch", "Resolve", "Explain", "Probe", "Estimate", "Join", "Renew"];
             let reads = reads.iter().any(|v| verb.starts_with(v));
             assert!(reads, "{method}");
         }

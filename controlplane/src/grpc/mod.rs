@@ -15,6 +15,7 @@ use afterimage_wire::v1::groups_server::GroupsServer;
 use afterimage_wire::v1::keys_server::KeysServer;
 use afterimage_wire::v1::machines_server::MachinesServer;
 use afterimage_wire::v1::operations_server::OperationsServer;
+use afterimage_wire::v1::plans_server::PlansServer;
 use afterimage_wire::v1::points_server::PointsServer;
 use afterimage_wire::v1::policies_server::PoliciesServer;
 use afterimage_wire::v1::proxies_server::ProxiesServer;
@@ -56,6 +57,7 @@ mod keys;
 mod machines;
 pub mod member;
 mod operator;
+mod plans;
 pub mod rate;
 mod status;
 mod tls;
@@ -378,7 +380,8 @@ fn router(coordinator: &Arc<Coordinator>, limits: &Arc<rate::Limits>) -> Result<
         .add_service(bounded!(FailoversServer, operator.clone()))
         .add_service(bounded!(OperationsServer, operator.clone()))
         .add_service(bounded!(ViewsServer, operator.clone()))
-        .add_service(bounded!(MachinesServer, operator))
+        .add_service(bounded!(MachinesServer, operator.clone()))
+        .add_service(bounded!(PlansServer, operator))
         .add_service(bounded!(StatusServer, status::StatusService(coordinator.clone())))
         .add_service(bounded!(AuditServer, audit::AuditService(coordinator.clone())))
         .add_service(bounded!(BackupsServer, backups::BackupsService(coordinator.clone())))

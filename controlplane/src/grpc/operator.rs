@@ -412,7 +412,7 @@ fn within_ms(given: u64) -> Result<u64, Problem> {
     }
 }
 
-fn asking(scope: &Scope, request_id: String, validate_only: bool) -> Asking {
+pub(super) fn asking(scope: &Scope, request_id: String, validate_only: bool) -> Asking {
     Asking { actor: actor(&scope.0), request_id, validate_only }
 }
 
@@ -420,8 +420,7 @@ fn asking(scope: &Scope, request_id: String, validate_only: bool) -> Asking {
 impl operations_server::Operations for Operator {
     async fn get_operation(&self, request: Request<GetOperationRequest>) -> Answer<v1::Operation> {
         let name = Scope::of(&request)?.name("name", Kind::Operation, &request.get_ref().name)?;
-        let model = self.0.model();
-        ok(convert::operation_to_proto(&model, model.operation(&name)?))
+        ok(self.0.model().shown_operation(&name)?)
     }
 
     async fn list_operations(&self, request: Request<ListOperationsRequest>) -> Answer<ListOperationsResponse> {
@@ -433,10 +432,13 @@ impl operations_server::Operations for Operator {
         let parent = format!("{}\0{}", r.parent, r.active_only);
         let page = Page::of::<v1::Operation>("operations", &parent, r.page_size, &r.page_token, &r.filter)?;
         // Newest first.
-        let key = |o: &crate::objects::Operation| format!("{:020} {}", u64::MAX - o.created_ns, o.uid);
-        let mut own: Vec<_> = model.operations.values().filter(wanted).map(|o| (key(o), o)).collect();
+        let key = |created_ns: u64, uid: &str| format!("{:020} {uid}", u64::MAX - created_ns);
+        let wanted_run = |run: &&crate::plan::run::Run| run.tenant == tenant && (!r.active_only || run.ended_ns == 0);
+        let runs = model.runs.values().filter(wanted_run).map(|run| (key(run.created_ns, &run.uid), run.name()));
+        let groups = model.operations.values().filter(wanted).map(|o| (key(o.created_ns, &o.uid), o.name()));
+        let mut own: Vec<_> = groups.chain(runs).collect();
         own.sort_by(|a, b| a.0.cmp(&b.0));
-        let own = own.into_iter().map(|(key, o)| (key, convert::operation_to_proto(&model, o)));
+        let own = own.into_iter().filter_map(|(key, name)| Some((key, model.shown_operation(&name).ok()?)));
         let (operations, next_page_token) = page.take(own);
         ok(ListOperationsResponse { operations, next_page_token })
     }
@@ -458,6 +460,9 @@ impl operations_server::Operations for Operator {
         let r = request.into_inner();
         let name = scope.name("name", Kind::Operation, &r.name)?;
         let asked = once(&scope, "CancelOperation", &r.request_id, &r)?;
+        if self.0.model().run(&name).is_ok() {
+            return ok(self.0.stop_run(&name, &actor(&scope.0), &asked).await?);
+        }
         ok(self.0.cancel_operation(&name, &actor(&scope.0), &asked).await?)
     }
 
@@ -466,6 +471,10 @@ impl operations_server::Operations for Operator {
         let r = request.into_inner();
         let name = scope.name("name", Kind::Operation, &r.name)?;
         let asked = once(&scope, "DeleteOperation", &r.request_id, &r)?;
+        if self.0.model().run(&name).is_ok() {
+            self.0.delete_run(&name, &r.etag, r.validate_only, &asked).await?;
+            return ok(DeleteOperationResponse {});
+        }
         self.0.delete_operation(&name, &r.etag, r.validate_only, &asked).await?;
         ok(DeleteOperationResponse {})
     }

@@ -211,6 +211,11 @@ fn machines(page: &mut Page) {
             "Domains, by virsh: uri = \"{DEFAULT_LIBVIRT_URI}\", virsh = \"virsh\", kind = \"kvm\"; networks are bridges."
         ),
     );
+    page.example(
+        "script.dns",
+        r#"{ command = ["/opt/web/dns"] }"#,
+        &format!("Scripts that plans run before and after their steps; also deadline_s = {DEFAULT_HOOK_S}."),
+    );
 }
 
 /// A source's.

@@ -10,8 +10,10 @@ use serde_json::{Value, json};
 use super::values::{json_time, millis};
 
 mod machines;
+mod plans;
 
 pub use machines::{driver_word, machine, power_word, probe, ready_word};
+pub use plans::{plan, plan_estimate, plan_run};
 
 /// The last part of a resource name: `tenants/default/groups/shop` → `shop`.
 pub fn id(name: &str) -> &str {
@@ -70,6 +72,7 @@ pub fn operation_word(state: v1::OperationState) -> &'static str {
         v1::OperationState::Undoing => "undoing",
         v1::OperationState::Done => "done",
         v1::OperationState::Failed => "failed",
+        v1::OperationState::Stopped => "stopped",
     }
 }
 

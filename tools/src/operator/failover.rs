@@ -31,7 +31,7 @@ pub struct Begin {
     pub(super) dry_run: bool,
     /// Return once it is started.
     #[arg(long)]
-    no_wait: bool,
+    pub(super) no_wait: bool,
     /// Why, for people; kept with the operation.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
@@ -340,7 +340,10 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let request =
                 v1::ListOperationsRequest { parent: session.tenant(), active_only: active, ..Default::default() };
             let all: Vec<v1::Operation> = every!(session, "operations", operations.list_operations(request).operations);
-            let fits = |operation: &v1::Operation| group.as_ref().is_none_or(|g| group_of(&operation.subject) == g);
+            // Runs of plans are shown by `plan history`.
+            let fits = |operation: &v1::Operation| {
+                operation.plan_run.is_none() && group.as_ref().is_none_or(|g| group_of(&operation.subject) == g)
+            };
             let found: Vec<v1::Operation> = all.into_iter().filter(fits).collect();
             let document = found.iter().map(documents::operation).collect::<Vec<_>>();
             out.show(&serde_json::json!({"failovers": document}), || listed(&found));
@@ -410,7 +413,7 @@ fn said(group: &str, to: Selector, point: &v1::Point, status: &v1::GroupStatus, 
 }
 
 /// Follows an operation to its end, a line for each step as it is done.
-async fn follow(
+pub(super) async fn follow(
     session: &Session,
     mut operation: v1::Operation,
     at_most: Option<Duration>,
@@ -432,7 +435,7 @@ async fn follow(
         if !session.out.json {
             told = tell(&operation, told);
         }
-        if matches!(operation.state(), OperationState::Done | OperationState::Failed) {
+        if matches!(operation.state(), OperationState::Done | OperationState::Failed | OperationState::Stopped) {
             return Ok(operation);
         }
         if at_most.is_some_and(|most| begun.elapsed() >= most) {
@@ -460,7 +463,11 @@ async fn follow(
 /// Says the steps that have ended since `told` of them; how many that makes.
 fn tell(operation: &v1::Operation, told: usize) -> usize {
     let ended = |step: &&v1::Step| !matches!(step.state(), StepState::Pending | StepState::Running);
-    let ended: Vec<&v1::Step> = operation.steps.iter().filter(ended).collect();
+    let mut ended: Vec<&v1::Step> = operation.steps.iter().filter(ended).collect();
+    if operation.plan_run.is_some() {
+        // They do not end in the order of the plan.
+        ended.sort_by_key(|step| step.end_time_ns);
+    }
     for step in ended.iter().skip(told) {
         line(&step_line(step));
     }

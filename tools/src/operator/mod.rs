@@ -4,7 +4,7 @@
 //! session     identity, connection, names, errors of calls        values      what is typed and shown: times, sizes, points
 //! failure     what went wrong, what to do, exit code              output      tables, JSON, questions
 //! documents   the shapes of the JSON                              enrol       join, token
-//! proxies · policy · group · placement · disk · machine · point · failover · failback · view · status · rpo · watch · audit     a module for each command
+//! proxies · policy · group · placement · disk · machine · point · failover · failback · plan · view · status · rpo · watch · audit     a module for each command
 //! ```
 
 use std::process::ExitCode;
@@ -29,6 +29,7 @@ pub mod local;
 pub mod machine;
 pub mod output;
 pub mod placement;
+pub mod plan;
 pub mod point;
 pub mod policy;
 pub mod proxies;
@@ -99,6 +100,8 @@ pub enum Command {
     Failover(Verbs<failover::Verb>),
     /// Fail back: bring a group that runs from its replica to its source again, with all that was written.
     Failback(Verbs<failback::Verb>),
+    /// Plans: groups in an order, failed over together, tried, brought back.
+    Plan(Verbs<plan::Verb>),
     /// Views: any restore point as disks, beside what is running.
     View(Verbs<view::Verb>),
     /// How groups and proxies stand now.
@@ -131,7 +134,7 @@ pub enum Command {
     Events(With<Recent>),
     /// Who has changed what: the audit log.
     Audit(Verbs<audit::Verb>),
-    /// Bring about what a document says: policies, groups, disks.
+    /// Bring about what a document says: policies, groups, disks, plans.
     #[command(after_help = "Examples:\n  \
         afterimage apply -f site.toml --dry-run            what would change; exit code 7 if anything\n  \
         afterimage apply -f policies.toml -f groups.toml\n  \
@@ -145,7 +148,9 @@ pub enum Command {
         source = \"src-1\"                      # source, target: for a group that is new\n  \
         target = \"dr\"\n  \
         [group.shop.disk.data]                # also: size, block, serial, export, seed\n  \
-        path = \"/dev/vg0/data\"\n\n\
+        path = \"/dev/vg0/data\"\n  \
+        [plan.site]                           # also: parallel, description\n  \
+        steps = [\"db\", \"shop after=db\"]      # as in `plan create`\n\n\
         What it does not say stays as it is. All is checked before anything is done; a second time there is nothing to\n\
         change and nothing is sent. It never deletes anything, never changes source, target, or a disk that is there.")]
     Apply(With<apply::Apply>),
@@ -220,6 +225,7 @@ impl Command {
             Command::Point(verbs) => &verbs.common,
             Command::Failover(verbs) => &verbs.common,
             Command::Failback(verbs) => &verbs.common,
+            Command::Plan(verbs) => &verbs.common,
             Command::View(verbs) => &verbs.common,
             Command::Status(with) => &with.common,
             Command::Watch(with) => &with.common,
@@ -287,6 +293,7 @@ async fn act(command: Command) -> Result<(), Failure> {
         Command::Point(verbs) => point::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Failover(verbs) => failover::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Failback(verbs) => failback::run(verbs.verb, &Session::open(&verbs.common).await?).await,
+        Command::Plan(verbs) => plan::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::View(verbs) => view::run(verbs.verb, &Session::open(&verbs.common).await?).await,
         Command::Status(with) => status::run(with.own, &Session::open(&with.common).await?).await,
         Command::Watch(with) => watch::run(with.own, &Session::open(&with.common).await?).await,

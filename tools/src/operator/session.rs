@@ -287,6 +287,11 @@ impl Session {
         self.name("machines", id)
     }
 
+    /// A plan's name in full.
+    pub fn plan(&self, id: &str) -> String {
+        self.name("plans", id)
+    }
+
     /// A disk's name in full.
     pub fn disk(&self, group: &str, id: &str) -> String {
         format!("{}/disks/{id}", self.group(group))
@@ -310,6 +315,11 @@ impl Session {
     /// Machines.
     pub fn machines(&self) -> v1::machines_client::MachinesClient<Channel> {
         v1::machines_client::MachinesClient::new(self.channel.clone())
+    }
+
+    /// Plans.
+    pub fn plans(&self) -> v1::plans_client::PlansClient<Channel> {
+        v1::plans_client::PlansClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
     /// Proxies.
@@ -428,7 +438,7 @@ fn silent(endpoint: &str, limit: u64) -> Failure {
 
 /// A message with names as the operator types them: `shop`, not `tenants/default/groups/shop`.
 fn short(message: &str, tenant: &str) -> String {
-    ["policies", "proxies", "groups", "operations"]
+    ["policies", "proxies", "groups", "operations", "plans"]
         .iter()
         .fold(message.to_owned(), |text, kind| text.replace(&format!("tenants/{tenant}/{kind}/"), ""))
 }

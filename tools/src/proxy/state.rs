@@ -68,6 +68,8 @@ pub struct Proxy {
     pub ublk: super::ublk::Devices,
     /// Machines of this host that are being started or stopped.
     pub machines: super::machines::Turns,
+    /// What came of scripts of plans.
+    pub scripts: super::machines::script::Ran,
     /// Something in `desired` or in the cores is new: converge.
     pub changed: Notify,
     /// Something in `desired` is new: certificates follow.
@@ -146,6 +148,7 @@ impl Proxy {
             in_session: Cell::new(false),
             ublk: super::ublk::Devices::default(),
             machines: super::machines::Turns::default(),
+            scripts: super::machines::script::Ran::default(),
             changed: Notify::new(),
             told: Notify::new(),
             offers: watch::Sender::new(()),

@@ -245,6 +245,9 @@ fn answer(
         Command::StartInstance(_) | Command::StopInstance(_) | Command::ProbeInstance(_) => {
             error(v1::CommandErrorKind::Unsupported, "nothing is set up for machines here")
         }
+        Command::RunScript(_) | Command::LookAt(_) => {
+            error(v1::CommandErrorKind::Unsupported, "nothing is set up for plans here")
+        }
         Command::ReleaseDisks(release) => {
             held.retain(|stream| *stream != release.stream_uid);
             Outcome::Done(v1::Done {})

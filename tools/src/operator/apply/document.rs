@@ -1,4 +1,4 @@
-//! What stands in the files of `afterimage apply`: policies, groups and their disks, in TOML. A field is what the command
+//! What stands in the files of `afterimage apply`: policies, groups and their disks, plans, in TOML. A field is what the command
 //! line calls it; one that is not known is refused with the line that it stands in.
 
 use std::collections::BTreeMap;
@@ -22,6 +22,9 @@ pub struct Document {
     /// By name.
     #[serde(default)]
     pub group: BTreeMap<String, GroupText>,
+    /// By name.
+    #[serde(default)]
+    pub plan: BTreeMap<String, PlanText>,
 }
 
 impl Document {
@@ -53,6 +56,11 @@ impl Document {
         for (id, group) in other.group {
             if self.group.insert(id.clone(), group).is_some() {
                 return Err(twice(format!("group \"{id}\"")));
+            }
+        }
+        for (id, plan) in other.plan {
+            if self.plan.insert(id.clone(), plan).is_some() {
+                return Err(twice(format!("plan \"{id}\"")));
             }
         }
         Ok(())
@@ -154,6 +162,18 @@ pub struct DiskText {
     pub export: Option<String>,
     /// A raw image at the target with which the replica begins.
     pub seed: Option<String>,
+}
+
+/// A plan; `steps` are needed where it is new, and are all of them.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct PlanText {
+    /// For people.
+    pub description: Option<String>,
+    /// Steps at once.
+    pub parallel: Option<u32>,
+    /// As they are typed for `plan create`.
+    pub steps: Option<Vec<String>>,
 }
 
 /// A field's value, which can be compared and shown exactly.

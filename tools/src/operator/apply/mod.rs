@@ -47,7 +47,9 @@ pub async fn run(args: Apply, session: &Session) -> Result<(), Failure> {
     let policies: Vec<v1::Policy> = every!(session, "policies", policies.list_policies(request).policies);
     let request = v1::ListGroupsRequest { parent: session.tenant(), ..Default::default() };
     let groups: Vec<v1::Group> = every!(session, "groups", groups.list_groups(request).groups);
-    let present = Present { policies, groups };
+    let request = v1::ListPlansRequest { parent: session.tenant(), ..Default::default() };
+    let plans: Vec<v1::Plan> = every!(session, "plans", plans.list_plans(request).plans);
+    let present = Present { policies, groups, plans };
     let tenant = session.tenant();
     let changes = plan(&document, &present, |kind, id| format!("{tenant}/{kind}/{id}"))?;
     let diff: String = changes.iter().map(Change::shown).collect();
@@ -60,6 +62,10 @@ pub async fn run(args: Apply, session: &Session) -> Result<(), Failure> {
             !present.policies.iter().any(|policy| policy.name == group.policy)
                 && document.policy.contains_key(id(&group.policy))
         }
+        // Nor a plan, before its groups are made.
+        What::CreatePlan(plan) | What::UpdatePlan(plan, _) => plan.steps.iter().any(|step| {
+            !present.groups.iter().any(|group| group.name == step.group) && document.group.contains_key(id(&step.group))
+        }),
         _ => false,
     };
     for change in changes.iter().filter(|change| !waits(change)) {
@@ -132,7 +138,8 @@ async fn made_first(session: &Session, changes: &[Change], waits: impl Fn(&Chang
         }
     }
     if refused.is_none() {
-        for change in changes.iter().filter(|change| waits(change)) {
+        // A plan waits for groups, which are made later.
+        for change in changes.iter().filter(|change| waits(change) && change.kind() != "plan") {
             if let Err(failure) = give(session, change, true).await {
                 refused = Some(failure);
                 break;
@@ -185,6 +192,16 @@ async fn give(session: &Session, change: &Change, validate_only: bool) -> Result
             let request =
                 v1::CreateDiskRequest { parent: session.group(group), disk_id, disk, validate_only, request_id };
             session.ask(object, session.groups().create_disk(request)).await.map(drop)
+        }
+        What::CreatePlan(plan) => {
+            let (plan, plan_id) = (Some(plan.clone()), change.name.clone());
+            let request = v1::CreatePlanRequest { parent, plan_id, plan, validate_only, request_id };
+            session.ask(object, session.plans().create_plan(request)).await.map(drop)
+        }
+        What::UpdatePlan(plan, mask) => {
+            let (plan, update_mask) = (Some(plan.clone()), Some(mask.clone()));
+            let request = v1::UpdatePlanRequest { plan, validate_only, update_mask, request_id };
+            session.ask(object, session.plans().update_plan(request)).await.map(drop)
         }
     }
 }

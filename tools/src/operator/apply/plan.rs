@@ -5,9 +5,10 @@ use afterimage_wire::v1;
 use prost_types::FieldMask;
 use serde_json::{Value as Json, json};
 
-use super::document::{Document, GroupText, Value};
+use super::document::{Document, GroupText, PlanText, Value};
 use crate::operator::documents::id;
 use crate::operator::failure::{Failure, Kind};
+use crate::operator::plan::step;
 
 /// A field that changes.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,6 +34,10 @@ pub enum What {
     UpdateGroup(v1::Group, FieldMask),
     /// A disk joins a group that is there.
     CreateDisk(String, v1::Disk),
+    /// A plan is made.
+    CreatePlan(v1::Plan),
+    /// A plan is changed, if it still is what was compared.
+    UpdatePlan(v1::Plan, FieldMask),
 }
 
 /// One change.
@@ -40,7 +45,7 @@ pub enum What {
 pub struct Change {
     /// What is done.
     pub what: What,
-    /// Name of the policy, group or disk.
+    /// Name of the policy, group, disk or plan.
     pub name: String,
     /// Its fields.
     pub differences: Vec<Difference>,
@@ -53,12 +58,13 @@ impl Change {
             What::CreatePolicy(_) | What::UpdatePolicy(..) => "policy",
             What::CreateGroup(_) | What::UpdateGroup(..) => "group",
             What::CreateDisk(..) => "disk",
+            What::CreatePlan(_) | What::UpdatePlan(..) => "plan",
         }
     }
 
     /// Whether it is made anew.
     pub fn creates(&self) -> bool {
-        matches!(self.what, What::CreatePolicy(_) | What::CreateGroup(_) | What::CreateDisk(..))
+        matches!(self.what, What::CreatePolicy(_) | What::CreateGroup(_) | What::CreateDisk(..) | What::CreatePlan(_))
     }
 
     /// As messages call it.
@@ -109,6 +115,8 @@ pub struct Present {
     pub policies: Vec<v1::Policy>,
     /// All groups.
     pub groups: Vec<v1::Group>,
+    /// All plans.
+    pub plans: Vec<v1::Plan>,
 }
 
 /// All changes, in the order in which they can be done. `full` makes a name of a collection and an id.
@@ -152,7 +160,69 @@ pub fn plan(
         }
     }
     changes.extend(later);
+    for (name, text) in &document.plan {
+        changes.extend(of_plan(name, text, present.plans.iter().find(|plan| id(&plan.name) == name), &full)?);
+    }
     Ok(changes)
+}
+
+/// A step as it is typed, with what the coordinator would fill in.
+fn typed(step: &v1::PlanStep) -> String {
+    let mut step = step.clone();
+    if step.id.is_empty() {
+        id(&step.group).clone_into(&mut step.id);
+    }
+    step::typed(&step)
+}
+
+fn of_plan(
+    name: &str,
+    said: &PlanText,
+    found: Option<&v1::Plan>,
+    full: &impl Fn(&str, &str) -> String,
+) -> Result<Option<Change>, Failure> {
+    let refused = |message: String| Failure::new(Kind::Usage, format!("plan \"{name}\""), message);
+    let (mut wanted, mut mask, mut differences) =
+        (found.cloned().unwrap_or_default(), FieldMask::default(), Vec::new());
+    let mut differs = |field: &'static str, from: Option<Value>, to: Value| {
+        let differs = from.as_ref() != Some(&to);
+        if differs {
+            mask.paths.push(field.to_owned());
+            differences.push(Difference { field, from, to });
+        }
+        differs
+    };
+    if let Some(description) = &said.description
+        && differs("description", found.map(|plan| text(&plan.description)), text(description))
+    {
+        wanted.description.clone_from(description);
+    }
+    if let Some(parallel) = said.parallel
+        && differs("parallel", found.map(|p| Value::Number(p.parallel.into())), Value::Number(parallel.into()))
+    {
+        wanted.parallel = parallel;
+    }
+    match &said.steps {
+        None if found.is_none() => {
+            let hint = format!("add steps = [\"GROUP\", …] to [plan.{name}]");
+            return Err(refused("is new, and the document does not say its steps".to_owned()).hint(hint));
+        }
+        None => {}
+        Some(lines) => {
+            let steps: Result<Vec<v1::PlanStep>, String> = lines.iter().map(|line| step::parse(line, full)).collect();
+            let steps = steps.map_err(refused)?;
+            let lines = |steps: &[v1::PlanStep]| Value::List(steps.iter().map(typed).collect());
+            if differs("steps", found.map(|plan| lines(&plan.steps)), lines(&steps)) {
+                wanted.steps = steps;
+            }
+        }
+    }
+    let what = match found {
+        None => What::CreatePlan(wanted),
+        Some(_) if differences.is_empty() => return Ok(None),
+        Some(_) => What::UpdatePlan(wanted, mask),
+    };
+    Ok(Some(Change { what, name: name.to_owned(), differences }))
 }
 
 fn text(value: &str) -> Value {
@@ -294,11 +364,13 @@ mod tests {
             disks: vec![disk],
             ..Default::default()
         };
-        Present { policies: vec![policy], groups: vec![group] }
+        let front = v1::PlanStep { id: "shop".to_owned(), group: group.name.clone(), ..Default::default() };
+        let plan = v1::Plan { name: full("plans", "site"), parallel: 4, steps: vec![front], ..Default::default() };
+        Present { policies: vec![policy], groups: vec![group], plans: vec![plan] }
     }
 
     const SAME: &str = "[policy.gold]\nrpo = '1s'\nretention = '4h'\n[group.shop]\npolicy = 'gold'\nsource = 'src'\n\
-                        target = 'dr'\n[group.shop.disk.data]\npath = '/d'\n";
+                        target = 'dr'\n[group.shop.disk.data]\npath = '/d'\n[plan.site]\nparallel = 4\nsteps = ['shop']\n";
 
     #[test]
     fn what_is_so_already_is_no_change() {
@@ -319,6 +391,21 @@ mod tests {
         assert!(shown.contains("+ group \"a\"\n    policy: new\n") && shown.contains("policy: gold -> new"), "{shown}");
         let What::UpdatePolicy(policy, mask) = &changes[0].what else { panic!("{:?}", changes[0]) };
         assert_eq!((policy.etag.as_str(), mask.paths.as_slice()), ("e1", ["rpo_target_us".to_owned()].as_slice()));
+    }
+
+    #[test]
+    fn plans_come_last_and_are_changed_by_their_steps() {
+        let text = "[plan.site]\nsteps = ['shop delay=10s']\n[plan.other]\nsteps = ['a', 'shop after=a']\n[group.a]\n\
+                    policy = 'gold'\nsource = 'src'\n";
+        let changes = planned(text, &present()).unwrap();
+        let objects: Vec<String> = changes.iter().map(Change::object).collect();
+        assert_eq!(objects, ["group \"a\"", "plan \"other\"", "plan \"site\""]);
+        assert_eq!(changes[2].shown(), "~ plan \"site\"\n    steps: [shop] -> [shop delay=10s]\n");
+        let What::UpdatePlan(plan, mask) = &changes[2].what else { panic!("{:?}", changes[2]) };
+        assert_eq!((plan.steps[0].delay_ms, plan.parallel, mask.paths.join(",")), (10_000, 4, "steps".to_owned()));
+        let refused = planned("[plan.new]\nparallel = 2\n", &present()).unwrap_err();
+        assert!(refused.message.contains("steps") && refused.hint.contains("[plan.new]"), "{refused}");
+        assert!(planned("[plan.site]\nsteps = ['shop soon']\n", &present()).unwrap_err().message.contains("`soon`"));
     }
 
     #[test]

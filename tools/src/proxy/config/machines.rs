@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{ConfigError, within};
 
-/// How long a hook may take unless told, seconds.
+/// How long a hook or a script may take unless told, seconds.
 pub const DEFAULT_HOOK_S: u64 = 60;
 /// The URI of libvirt unless told.
 pub const DEFAULT_LIBVIRT_URI: &str = "qemu:///system";
@@ -25,6 +25,15 @@ pub(super) struct FileMachines {
     qemu: BTreeMap<String, FileQemu>,
     #[serde(default)]
     libvirt: BTreeMap<String, FileLibvirt>,
+    #[serde(default)]
+    script: BTreeMap<String, FileScript>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileScript {
+    command: Vec<String>,
+    deadline_s: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -74,6 +83,15 @@ pub struct Hook {
     pub deadline: Duration,
 }
 
+/// A script of the operator's, with its arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Script {
+    /// What is run.
+    pub command: Vec<String>,
+    /// How long it may take.
+    pub deadline: Duration,
+}
+
 /// How machines are started as processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qemu {
@@ -111,6 +129,8 @@ pub struct Machines {
     pub qemu: BTreeMap<String, Qemu>,
     /// Domains.
     pub libvirt: BTreeMap<String, Libvirt>,
+    /// What plans run.
+    pub scripts: BTreeMap<String, Script>,
 }
 
 impl Machines {
@@ -120,6 +140,7 @@ impl Machines {
             ("machine-hook", self.hooks.is_empty()),
             ("machine-qemu", self.qemu.is_empty()),
             ("machine-libvirt", self.libvirt.is_empty()),
+            ("scripts", self.scripts.is_empty()),
         ];
         all.into_iter().filter(|(_, none)| !none).map(|(word, _)| word)
     }
@@ -135,7 +156,7 @@ fn command(field: &'static str, words: Vec<String>) -> Result<Vec<String>, Confi
 }
 
 pub(super) fn machines(file: FileMachines) -> Result<Machines, ConfigError> {
-    let names = file.hook.keys().chain(file.qemu.keys()).chain(file.libvirt.keys());
+    let names = file.hook.keys().chain(file.qemu.keys()).chain(file.libvirt.keys()).chain(file.script.keys());
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     for name in names {
         if name.is_empty() || name.len() > 63 || name.starts_with('-') || !name.bytes().all(plain) {
@@ -166,9 +187,15 @@ pub(super) fn machines(file: FileMachines) -> Result<Machines, ConfigError> {
         kind: libvirt.kind.unwrap_or_else(|| "kvm".to_owned()),
         networks: libvirt.networks,
     };
+    let script = |script: FileScript| {
+        let deadline = within("machines.script.deadline_s", script.deadline_s.unwrap_or(DEFAULT_HOOK_S), 1, 3600)?;
+        let command = command("machines.script.command", script.command)?;
+        Ok::<_, ConfigError>(Script { command, deadline: Duration::from_secs(deadline) })
+    };
     Ok(Machines {
         hooks: file.hook.into_iter().map(|(name, h)| Ok((name, hook(h)?))).collect::<Result<_, ConfigError>>()?,
         qemu: file.qemu.into_iter().map(|(name, q)| (name, qemu(q))).collect(),
         libvirt: file.libvirt.into_iter().map(|(name, l)| (name, libvirt(l))).collect(),
+        scripts: file.script.into_iter().map(|(name, s)| Ok((name, script(s)?))).collect::<Result<_, ConfigError>>()?,
     })
 }

@@ -5,6 +5,7 @@
 //! command     a program of the host's, with a deadline          xml      a domain, as libvirt reads it
 //! hook        the operator's commands                           libvirt  domains, by virsh
 //! qemu, qmp   a process that outlives this one, and its monitor ready    does it answer?
+//! script      the operator's, before and after steps of plans
 //! ```
 //! A command says how things should be, and is safe to repeat; two for one instance are done one after the other. Drivers
 //! wait for other programs: each command has a thread of its own, which a proxy that ends does not wait for.
@@ -33,6 +34,7 @@ mod libvirt;
 mod qemu;
 mod qmp;
 mod ready;
+pub(super) mod script;
 mod xml;
 
 /// Longest name of an instance, bytes.
