@@ -116,6 +116,12 @@ class Fake:
         said = {"role": "source", "instance": name, "disks": [{"uris": [uri]}]}
         subprocess.run([self.script, "start"], input=json.dumps(said).encode(), check=True, timeout=20)
 
+    def stop(self, name):
+        """As somebody stops it by hand."""
+        role, instance = name.split("-", 1)
+        said = {"role": role, "instance": instance, "within_ms": 5000}
+        subprocess.run([self.script, "stop"], input=json.dumps(said).encode(), check=True, timeout=20)
+
     def runs(self, name):
         role, instance = name.split("-", 1)
         done = subprocess.run([self.script, "probe"], input=json.dumps({"role": role, "instance": instance}).encode(),
