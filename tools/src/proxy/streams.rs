@@ -9,7 +9,7 @@ use afterimage_controlplane::ca::Identity as Peer;
 use afterimage_dataplane::source::{GroupState, HoldReason, LinkFailure, Rung, SourceEvent};
 use afterimage_dataplane::target::TargetEvent;
 use afterimage_wire::handshake::{Hello, Refusal, Welcome};
-use afterimage_wire::ids::StreamId;
+use afterimage_wire::ids::{DiskId, StreamId};
 use afterimage_wire::v1::Severity;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -306,17 +306,18 @@ fn may_write(proxy: &Proxy, peer: &Peer, hello: &Hello) -> Result<(), Welcome> {
     let Some(stream) = desired.targets.iter().find(|s| s.stream_uid == uid) else {
         return refused(Refusal::UnknownStream, format!("stream {uid} is not kept here"));
     };
-    if let Some(decision) = proxy.decided(&uid) {
-        // The generation may not have been raised yet.
-        let message = format!("the group has been failed over here, and runs from \"{}\"", decision.view);
-        return refused(Refusal::BadClaim, message);
-    }
     if stream.source_uid != peer.uid {
         return refused(Refusal::BadClaim, format!("proxy `{}` is not the source of this stream", peer.name));
     }
     let pins = desired.peers.iter().find(|p| p.uid == peer.uid).map(|p| p.key_pins.as_slice()).unwrap_or_default();
     if !link::pinned(peer, pins) {
         return refused(Refusal::BadClaim, format!("the key of proxy `{}` is not the one that is paired", peer.name));
+    }
+    if let Some(decision) = proxy.decided(&uid) {
+        // As the core says it once the generation has been raised, which it may not have been: who hears it holds all I/O.
+        let disk = hello.disks.first().map_or(DiskId::NONE, |claim| claim.disk.id);
+        let message = format!("the group has been failed over here, and runs from \"{}\"", decision.view);
+        return refused(Refusal::Fenced { disk, generation: decision.generation }, message);
     }
     Ok(())
 }
