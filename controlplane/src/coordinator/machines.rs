@@ -15,7 +15,7 @@ use crate::model::{Model, Txn};
 use crate::names::{Kind, Name, check_id};
 use crate::objects::{Group, Object, Operation};
 use crate::problem::Problem;
-use crate::requests::{Asked, gone};
+use crate::requests::Asked;
 
 /// What an update of a machine may change.
 const UPDATE: Rules<'static> = Rules {
@@ -41,10 +41,6 @@ const AGAIN: Duration = Duration::from_millis(250);
 /// How long one look at a machine may take.
 const LOOK: Duration = Duration::from_secs(20);
 
-fn made_before(model: &Model, name: &Name, uid: &str) -> Result<Machine, Problem> {
-    model.machine(name).ok().filter(|m| m.uid == uid).cloned().ok_or_else(|| gone("machine", name))
-}
-
 /// Nothing is changed under an operation: it began with the machine as it was.
 fn check_idle(model: &Model, machine: &Machine) -> Result<(), Problem> {
     let group = Name::new(&machine.tenant, Kind::Group, &machine.group);
@@ -68,22 +64,10 @@ impl Coordinator {
     ) -> Result<v1::Machine, Problem> {
         check_id("machine_id", id)?;
         let name = Name::new(tenant, Kind::Machine, id);
-        let now = self.clock.wall_ns();
         let made = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    return made_before(model, &name, &done.uid);
-                }
-                if model.machine(&name).is_ok() {
-                    let by = name.to_string();
-                    return Err(Problem::Exists { field: "machine_id".into(), value: id.to_owned(), by });
-                }
+            .create_object(&name, validate_only, request, |model, now| {
                 let made = Machine::wanted(model, &name, asked, None, now)?;
                 check_idle(model, &made)?;
-                if !validate_only {
-                    request.record(model, txn, now, &made.uid);
-                    txn.put(Object::Machine(made.clone()));
-                }
                 Ok(made)
             })
             .await?;
@@ -102,14 +86,8 @@ impl Coordinator {
         validate_only: bool,
         request: &Asked,
     ) -> Result<v1::Machine, Problem> {
-        let now = self.clock.wall_ns();
         let made = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    return made_before(model, name, &done.uid);
-                }
-                let old = model.machine(name)?;
-                model.check_etag(name, &Object::Machine(old.clone()).key(), &asked.etag)?;
+            .update_object(name, &asked.etag, validate_only, request, |model, old: &Machine, now| {
                 let wanted = fields::update(&machine::to_proto(model, old), asked, mask, &UPDATE)?;
                 let made = Machine::wanted(model, name, &wanted, Some(old), now)?;
                 check_idle(model, &made)?;
@@ -120,10 +98,6 @@ impl Coordinator {
                 if made.stopped_at_source && made.source != old.source {
                     let remedy = "undo the failover first: by other settings it would not be started again";
                     return Err(Problem::state(name, "switched off at its source by a failover", remedy));
-                }
-                if !validate_only {
-                    request.record(model, txn, now, &made.uid);
-                    txn.put(Object::Machine(made.clone()));
                 }
                 Ok(made)
             })

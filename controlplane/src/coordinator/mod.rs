@@ -44,6 +44,7 @@ mod groups;
 mod hooks;
 mod keys;
 mod machines;
+mod objects;
 mod placement;
 mod plan_runs;
 mod plan_tasks;

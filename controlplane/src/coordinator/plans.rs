@@ -11,14 +11,10 @@ use crate::names::{Kind, Name, check_id};
 use crate::objects::{Group, Object};
 use crate::plan::{self, Plan};
 use crate::problem::Problem;
-use crate::requests::{Asked, gone};
+use crate::requests::Asked;
 
 /// What an update of a plan may change.
 const UPDATE: Rules<'static> = Rules { root: "plan", writable: &["description", "steps", "parallel"], fixed: &[] };
-
-fn made_before(model: &Model, name: &Name, uid: &str) -> Result<Plan, Problem> {
-    model.plan(name).ok().filter(|p| p.uid == uid).cloned().ok_or_else(|| gone("plan", name))
-}
 
 /// A group that a plan names is not to vanish from it unseen.
 pub(super) fn check_in_no_plan(model: &Model, group: &Group) -> Result<(), Problem> {
@@ -47,24 +43,8 @@ impl Coordinator {
     ) -> Result<v1::Plan, Problem> {
         check_id("plan_id", id)?;
         let name = Name::new(tenant, Kind::Plan, id);
-        let now = self.clock.wall_ns();
-        let made = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    return made_before(model, &name, &done.uid);
-                }
-                if model.plan(&name).is_ok() {
-                    let by = name.to_string();
-                    return Err(Problem::Exists { field: "plan_id".into(), value: id.to_owned(), by });
-                }
-                let made = Plan::wanted(model, &name, asked, None, now)?;
-                if !validate_only {
-                    request.record(model, txn, now, &made.uid);
-                    txn.put(Object::Plan(made.clone()));
-                }
-                Ok(made)
-            })
-            .await?;
+        let make = |model: &Model, now| Plan::wanted(model, &name, asked, None, now);
+        let made = self.create_object(&name, validate_only, request, make).await?;
         Ok(plan::to_proto(&self.model(), &made))
     }
 
@@ -80,21 +60,10 @@ impl Coordinator {
         validate_only: bool,
         request: &Asked,
     ) -> Result<v1::Plan, Problem> {
-        let now = self.clock.wall_ns();
         let made = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    return made_before(model, name, &done.uid);
-                }
-                let old = model.plan(name)?;
-                model.check_etag(name, &Object::Plan(old.clone()).key(), &asked.etag)?;
+            .update_object(name, &asked.etag, validate_only, request, |model, old: &Plan, now| {
                 let wanted = fields::update(&plan::to_proto(model, old), asked, mask, &UPDATE)?;
-                let made = Plan::wanted(model, name, &wanted, Some(old), now)?;
-                if !validate_only {
-                    request.record(model, txn, now, &made.uid);
-                    txn.put(Object::Plan(made.clone()));
-                }
-                Ok(made)
+                Plan::wanted(model, name, &wanted, Some(old), now)
             })
             .await?;
         Ok(plan::to_proto(&self.model(), &made))

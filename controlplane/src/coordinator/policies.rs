@@ -12,7 +12,7 @@ use crate::names::{Kind, Name, check_id};
 use crate::objects::{Group, Object, Policy, new_uid};
 use crate::policy::{Promises, check_text};
 use crate::problem::Problem;
-use crate::requests::{Asked, gone};
+use crate::requests::Asked;
 
 /// What an update of a policy may change.
 const UPDATE: Rules<'static> = Rules {
@@ -53,11 +53,6 @@ pub(super) fn check_excluded(model: &Model, group: &Group, promises: &Promises, 
     Ok(())
 }
 
-/// The policy that a request made or changed, as it is now.
-fn made_before(model: &Model, name: &Name, uid: &str) -> Result<Policy, Problem> {
-    model.policy(name).ok().filter(|p| p.uid == uid).cloned().ok_or_else(|| gone("policy", name))
-}
-
 impl Coordinator {
     /// Creates a policy.
     ///
@@ -74,35 +69,22 @@ impl Coordinator {
         check_id("policy_id", id)?;
         check_text("policy.description", &policy.description)?;
         let promises = Promises::new(&convert::wanted(policy)?)?;
-        let now = self.clock.wall_ns();
-        let made = Policy {
-            uid: new_uid(),
-            tenant: tenant.to_owned(),
-            id: id.to_owned(),
-            version: 1,
-            created_ns: now,
-            updated_ns: now,
-            description: policy.description.clone(),
-            promises,
-        };
         let name = Name::new(tenant, Kind::Policy, id);
         let made = self
-            .change(move |model, txn| {
-                if let Some(done) = request.done(model)? {
-                    return made_before(model, &name, &done.uid);
-                }
-                if model.policy(&name).is_ok() {
-                    let by = name.to_string();
-                    return Err(Problem::Exists { field: "policy_id".into(), value: name.id.clone(), by });
-                }
+            .create_object(&name, validate_only, request, |model, now| {
                 if model.policies.len() >= MAX_OBJECTS {
                     return Err(Problem::Limit { what: "policies".into(), limit: MAX_OBJECTS as u64 });
                 }
-                if !validate_only {
-                    request.record(model, txn, now, &made.uid);
-                    txn.put(Object::Policy(made.clone()));
-                }
-                Ok(made)
+                Ok(Policy {
+                    uid: new_uid(),
+                    tenant: tenant.to_owned(),
+                    id: id.to_owned(),
+                    version: 1,
+                    created_ns: now,
+                    updated_ns: now,
+                    description: policy.description.clone(),
+                    promises,
+                })
             })
             .await?;
         Ok(self.policy_shown(&self.model(), &made))
@@ -120,14 +102,8 @@ impl Coordinator {
         validate_only: bool,
         request: &Asked,
     ) -> Result<v1::Policy, Problem> {
-        let now = self.clock.wall_ns();
         let made = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    return made_before(model, name, &done.uid);
-                }
-                let old = model.policy(name)?;
-                model.check_etag(name, &Object::Policy(old.clone()).key(), &policy.etag)?;
+            .update_object(name, &policy.etag, validate_only, request, |model, old: &Policy, now| {
                 let wanted = fields::update(&convert::policy_to_proto(model, old), policy, mask, &UPDATE)?;
                 check_text("policy.description", &wanted.description)?;
                 let promises = Promises::new(&convert::wanted(&wanted)?)?;
@@ -140,10 +116,6 @@ impl Coordinator {
                 };
                 for group in model.groups.values().filter(|g| g.tenant == name.tenant && g.policy == name.id) {
                     check_excluded(model, group, &made.promises, "policy.excluded_disks")?;
-                }
-                if !validate_only {
-                    request.record(model, txn, now, &made.uid);
-                    txn.put(Object::Policy(made.clone()));
                 }
                 Ok(made)
             })
@@ -220,38 +192,5 @@ impl Coordinator {
         let Some(uid) = uid else { return Ok(()) };
         self.sessions.expel(&uid, tonic::Status::permission_denied("this proxy has been deleted"));
         Ok(())
-    }
-
-    /// Deletes an object for which nothing else is to be done; `look` finds it, with its uid and what is in the way of its
-    /// deletion. Returns its uid, or nothing if it was a trial, or this request has been done before.
-    ///
-    /// # Errors
-    /// As `look` says; it has changed; something is in the way.
-    pub(super) async fn delete_object(
-        self: &Arc<Self>,
-        name: &Name,
-        etag: &str,
-        validate_only: bool,
-        request: &Asked,
-        look: impl FnOnce(&Model) -> Result<(Object, String, Option<Problem>), Problem>,
-    ) -> Result<Option<String>, Problem> {
-        let now = self.clock.wall_ns();
-        self.change(|model, txn| {
-            if request.done(model)?.is_some() {
-                return Ok(None);
-            }
-            let (old, uid, hindrance) = look(model)?;
-            model.check_etag(name, &old.key(), etag)?;
-            if let Some(hindrance) = hindrance {
-                return Err(hindrance);
-            }
-            if validate_only {
-                return Ok(None);
-            }
-            request.record(model, txn, now, &uid);
-            txn.delete(old);
-            Ok(Some(uid))
-        })
-        .await
     }
 }
