@@ -288,20 +288,24 @@ pub fn view_to_proto(model: &Model, view: &View) -> v1::View {
     }
 }
 
+/// How far a step is, for the API.
+pub fn step_state_to_proto(state: failover::StepState) -> v1::StepState {
+    match state {
+        failover::StepState::Pending => v1::StepState::Pending,
+        failover::StepState::Running => v1::StepState::Running,
+        failover::StepState::Done => v1::StepState::Done,
+        failover::StepState::Failed => v1::StepState::Failed,
+        failover::StepState::Skipped => v1::StepState::Skipped,
+    }
+}
+
 /// An operation for the API.
 pub fn operation_to_proto(model: &Model, operation: &Operation) -> v1::Operation {
     let work = &operation.work;
     let group = Name::new(&operation.tenant, Kind::Group, &operation.group);
     let step = |s: &failover::StepRecord| v1::Step {
         name: s.name.as_str().to_owned(),
-        state: match s.state {
-            failover::StepState::Pending => v1::StepState::Pending,
-            failover::StepState::Running => v1::StepState::Running,
-            failover::StepState::Done => v1::StepState::Done,
-            failover::StepState::Failed => v1::StepState::Failed,
-            failover::StepState::Skipped => v1::StepState::Skipped,
-        }
-        .into(),
+        state: step_state_to_proto(s.state).into(),
         detail: s.detail.clone(),
         start_time_ns: s.started_ns,
         end_time_ns: s.ended_ns,

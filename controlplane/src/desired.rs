@@ -2,7 +2,6 @@
 //! policy keys only of those.
 
 use afterimage_wire::v1;
-use afterimage_wire::v1::command::Command as Tell;
 
 use crate::ca;
 use crate::convert::{compression_to_proto, view_kind_to_proto};
@@ -162,12 +161,9 @@ fn replicas(model: &Model, group: &Group) -> Vec<v1::StartInstance> {
     let driven = |m: &&Machine| m.place(Role::Replica).is_driven() && m.proxy_of(Role::Replica, group) == group.target;
     let start = |m: &Machine| {
         let disks: Vec<MachineDisk> = m.disks_in(model, group).into_iter().map(Into::into).collect();
-        match m.start(Role::Replica, disks.iter().map(source_disk).collect()) {
-            Tell::StartInstance(start) => Some(start),
-            _ => None,
-        }
+        m.instance(Role::Replica, disks.iter().map(source_disk).collect())
     };
-    model.machines_of(group).filter(driven).filter_map(start).collect()
+    model.machines_of(group).filter(driven).map(start).collect()
 }
 
 /// The other way, at the group's target: the disks are those of the view. It keeps to no hours, since who waits for a failback

@@ -6,32 +6,8 @@ use crate::problem::Problem;
 const UID: &str = "6f1f7c9e-0000-4000-8000-000000000001";
 
 pub(super) fn group() -> Group {
-    Group {
-        uid: UID.into(),
-        tenant: "default".into(),
-        id: "shop".into(),
-        version: 1,
-        created_ns: 0,
-        updated_ns: 0,
-        description: String::new(),
-        policy: "gold".into(),
-        source: "src".into(),
-        target: "dr".into(),
-        key: "k".into(),
-        generation: 1,
-        writer_generation: 1,
-        next_slot: 1,
-        phase: GroupPhase::FailingOver { operation: "op".into() },
-        hold: false,
-        complete: true,
-        request_id: String::new(),
-        placement: String::new(),
-        reverse: None,
-        overwritten: false,
-        leftovers: Vec::new(),
-        older_keys: Vec::new(),
-        next_key: String::new(),
-    }
+    let phase = GroupPhase::FailingOver { operation: "op".into() };
+    Group { uid: UID.into(), created_ns: 0, updated_ns: 0, next_slot: 1, phase, ..Group::sample("shop") }
 }
 
 pub(super) fn disks() -> Vec<(String, String)> {

@@ -434,14 +434,19 @@ impl Machine {
 
     /// The command that switches an instance on, with these disks.
     pub fn start(&self, role: Role<'_>, disks: Vec<v1::MachineDisk>) -> Tell {
-        Tell::StartInstance(v1::StartInstance {
+        Tell::StartInstance(self.instance(role, disks))
+    }
+
+    /// An instance as its driver needs it, with these disks.
+    pub fn instance(&self, role: Role<'_>, disks: Vec<v1::MachineDisk>) -> v1::StartInstance {
+        v1::StartInstance {
             machine: Some(self.reference(role)),
             cpus: self.cpus,
             memory_bytes: self.memory,
             firmware: firmware_to_proto(self.firmware).into(),
             nics: self.nics.iter().map(nic_to_proto).collect(),
             disks,
-        })
+        }
     }
 
     /// The command that switches an instance off, within so long or at once.

@@ -1,35 +1,10 @@
 use super::*;
 use crate::failover::{Driven, fences};
 use crate::model::Txn;
-use crate::objects::{GroupPhase, new_uid};
+use crate::objects::new_uid;
 
 fn model() -> (Model, Group) {
-    let group = Group {
-        uid: "g".into(),
-        tenant: "default".into(),
-        id: "shop".into(),
-        version: 1,
-        created_ns: 1,
-        updated_ns: 1,
-        description: String::new(),
-        policy: "gold".into(),
-        source: "src".into(),
-        target: "dr".into(),
-        key: "k".into(),
-        generation: 1,
-        writer_generation: 1,
-        next_slot: 2,
-        phase: GroupPhase::Protecting,
-        hold: false,
-        complete: true,
-        request_id: String::new(),
-        placement: String::new(),
-        older_keys: Vec::new(),
-        next_key: String::new(),
-        reverse: None,
-        overwritten: false,
-        leftovers: Vec::new(),
-    };
+    let group = Group { uid: "g".into(), ..Group::sample("shop") };
     let disk = |slot: u16, id: &str| Disk {
         uid: format!("d{slot}"),
         group_uid: "g".into(),

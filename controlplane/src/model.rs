@@ -392,11 +392,23 @@ impl Model {
         }
     }
 
+    /// Whether an operation, of a group or a plan, is over.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn has_ended(&self, name: &Name) -> Result<bool, Problem> {
+        let ended_ns = match self.run(name) {
+            Ok(run) => run.ended_ns,
+            Err(_) => self.operation(name)?.ended_ns,
+        };
+        Ok(ended_ns != 0)
+    }
+
     /// Runs of a plan, newest first.
     pub fn runs_of(&self, plan: &Plan) -> Vec<&Run> {
         let mut runs: Vec<&Run> =
             self.runs.values().filter(|run| run.tenant == plan.tenant && run.plan == plan.id).collect();
-        runs.sort_by_key(|run| std::cmp::Reverse(run.created_ns));
+        runs.sort_by(|a, b| b.created_ns.cmp(&a.created_ns).then_with(|| a.uid.cmp(&b.uid)));
         runs
     }
 

@@ -630,5 +630,38 @@ pub fn new_uid() -> String {
 }
 
 #[cfg(test)]
+impl Group {
+    /// One that is protected, for tests.
+    pub(crate) fn sample(id: &str) -> Self {
+        Self {
+            uid: format!("uid-{id}"),
+            tenant: "default".into(),
+            id: id.into(),
+            version: 1,
+            created_ns: 1,
+            updated_ns: 1,
+            description: String::new(),
+            policy: "gold".into(),
+            source: "src".into(),
+            target: "dr".into(),
+            key: "k".into(),
+            generation: 1,
+            writer_generation: 1,
+            next_slot: 2,
+            phase: GroupPhase::Protecting,
+            hold: false,
+            complete: true,
+            request_id: String::new(),
+            placement: String::new(),
+            older_keys: Vec::new(),
+            next_key: String::new(),
+            reverse: None,
+            overwritten: false,
+            leftovers: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
 #[path = "pinned_tests.rs"]
 mod pinned;

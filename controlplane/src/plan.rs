@@ -56,6 +56,16 @@ impl PlanVerb {
     }
 }
 
+impl From<v1::PlanVerb> for PlanVerb {
+    fn from(verb: v1::PlanVerb) -> Self {
+        match verb {
+            v1::PlanVerb::Unspecified | v1::PlanVerb::Run => Self::Run,
+            v1::PlanVerb::Test => Self::Test,
+            v1::PlanVerb::Undo => Self::Undo,
+        }
+    }
+}
+
 /// A script of a proxy's.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Script {
@@ -157,9 +167,7 @@ fn proxy_id(model: &Model, tenant: &str, field: &str, name: &str) -> Result<Stri
 
 fn verb(field: &str, verb: i32) -> Result<PlanVerb, Problem> {
     match v1::PlanVerb::try_from(verb) {
-        Ok(v1::PlanVerb::Unspecified | v1::PlanVerb::Run) => Ok(PlanVerb::Run),
-        Ok(v1::PlanVerb::Test) => Ok(PlanVerb::Test),
-        Ok(v1::PlanVerb::Undo) => Ok(PlanVerb::Undo),
+        Ok(verb) => Ok(verb.into()),
         Err(_) => Err(Problem::invalid(field, verb, "PLAN_VERB_RUN, PLAN_VERB_TEST, PLAN_VERB_UNDO")),
     }
 }
@@ -326,6 +334,11 @@ impl Plan {
     }
 }
 
+/// A name for the API; empty without an id.
+fn full(tenant: &str, kind: Kind, id: &str) -> String {
+    if id.is_empty() { String::new() } else { Name::new(tenant, kind, id).to_string() }
+}
+
 /// A verb for the API.
 pub fn verb_to_proto(verb: PlanVerb) -> v1::PlanVerb {
     match verb {
@@ -337,10 +350,7 @@ pub fn verb_to_proto(verb: PlanVerb) -> v1::PlanVerb {
 
 /// A plan for the API.
 pub fn to_proto(model: &Model, plan: &Plan) -> v1::Plan {
-    let full = |kind, id: &str| match id {
-        "" => String::new(),
-        id => Name::new(&plan.tenant, kind, id).to_string(),
-    };
+    let full = |kind, id: &str| full(&plan.tenant, kind, id);
     let script = |script: &Script| v1::PlanScript {
         script: script.name.clone(),
         proxy: full(Kind::Proxy, &script.proxy),

@@ -22,7 +22,7 @@ use crate::requests::Asked;
 /// Before a change that the store refused is tried again.
 const STORE_RETRY: Duration = Duration::from_secs(1);
 /// How long after a coordinator's start proxies that live have come to it.
-const PROXIES_BACK: Duration = Duration::from_secs(15);
+pub(super) const PROXIES_BACK: Duration = Duration::from_secs(15);
 /// Between two looks at how far the target is.
 const DRAIN_POLL: Duration = Duration::from_millis(25);
 
@@ -152,17 +152,11 @@ impl Coordinator {
 
     /// Until somebody has asked that this operation be given up.
     pub(super) async fn cancelled(&self, name: &Name) {
-        let mut changes = self.model_changes();
-        loop {
-            changes.mark_unchanged();
-            if self.model().operation(name).is_ok_and(|o| !o.work.cancelled_by.is_empty() && o.work.waits_for_cancel())
-            {
-                return;
-            }
-            if changes.changed().await.is_err() {
-                return std::future::pending().await;
-            }
-        }
+        let given_up = |model: &Model| {
+            let work = &model.operation(name).ok()?.work;
+            (!work.cancelled_by.is_empty() && work.waits_for_cancel()).then_some(())
+        };
+        self.until(given_up).await;
     }
 
     /// Asks that an operation be given up.
@@ -283,9 +277,8 @@ impl Coordinator {
         loop {
             changes.mark_unchanged();
             let model = self.model();
-            let shown = model.shown_operation(name)?;
-            if shown.done || Instant::now() >= until || *closing.borrow() {
-                return Ok(shown);
+            if model.has_ended(name)? || Instant::now() >= until || *closing.borrow() {
+                return model.shown_operation(name);
             }
             tokio::select! {
                 _ = tokio::time::timeout_at(until, changes.changed()) => {}

@@ -275,6 +275,20 @@ impl Coordinator {
         self.model_changed.subscribe()
     }
 
+    /// Waits until something is so of the objects.
+    pub(crate) async fn until<T>(&self, seen: impl Fn(&Model) -> Option<T>) -> T {
+        let mut changes = self.model_changes();
+        loop {
+            changes.mark_unchanged();
+            if let Some(seen) = seen(&self.model()) {
+                return seen;
+            }
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+
     /// Decides on the newest model and commits what was decided; one change at a time. Once decided it is done, even if
     /// the caller goes away.
     ///

@@ -15,7 +15,7 @@ use crate::failover::{Choice, StepState};
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name};
 use crate::objects::{GroupPhase, Object, new_uid};
-use crate::plan::run::{Next, Reply, Run, RunState, RunStep, Spec, Stands};
+use crate::plan::run::{Next, Reply, Run, RunState, RunStep, Spec, Stands, passed_over};
 use crate::plan::{Plan, PlanVerb, shown};
 use crate::policy::check_text;
 use crate::problem::Problem;
@@ -316,16 +316,7 @@ impl Coordinator {
     }
 
     async fn asked_to_stop(&self, name: &Name) {
-        let mut changes = self.model_changes();
-        loop {
-            changes.mark_unchanged();
-            if self.model().run(name).is_ok_and(|run| !run.stopped_by.is_empty()) {
-                return;
-            }
-            if changes.changed().await.is_err() {
-                return std::future::pending().await;
-            }
-        }
+        self.until(|model| model.run(name).ok().filter(|run| !run.stopped_by.is_empty()).map(drop)).await;
     }
 
     /// Records what came of tasks and begins the next ones, in one commit.
@@ -408,12 +399,7 @@ impl Coordinator {
         let mut run = anew(&model, plan, new_uid(), &spec, asking, self.clock.wall_ns());
         for at in 0..run.steps.len() {
             let standing = stands(&model, Some(plan), &run.steps[at], &name.tenant);
-            let skipped = match (spec.verb, standing) {
-                (PlanVerb::Run, Stands::Over { .. }) => Some("failed over already"),
-                (PlanVerb::Undo, Stands::AtSource) => Some("not failed over"),
-                (PlanVerb::Undo, Stands::Over { ours: false }) => Some("failed over, but not by this plan"),
-                _ => None,
-            };
+            let skipped = passed_over(spec.verb, standing);
             let step = &mut run.steps[at];
             if let Some(why) = skipped {
                 (step.state, step.detail) = (StepState::Skipped, why.to_owned());

@@ -9,6 +9,7 @@ use afterimage_wire::v1::command_result::Outcome;
 use tokio::time::{Instant, sleep};
 
 use super::Coordinator;
+use super::drive::PROXIES_BACK;
 use super::verbs::Asking;
 use crate::failover::{self, Order, StepName, StepState, Verb};
 use crate::machine::Role;
@@ -20,8 +21,6 @@ use crate::plan::{self, PlanVerb, Script, Shown};
 use crate::problem::Problem;
 use crate::requests::Asked;
 
-/// After a start of the coordinator, how long proxies have to come back before what needs them fails.
-const RETURN: Duration = Duration::from_secs(15);
 /// Between two tries, or two looks.
 const AGAIN: Duration = Duration::from_millis(250);
 /// How long a script may take: what its proxy allows at most, and a little.
@@ -139,7 +138,7 @@ impl Coordinator {
         let model = self.model();
         let group = model.group(&Name::new(&run.tenant, Kind::Group, &step.wanted.group)).map_err(|e| e.to_string())?;
         let proxy = self.proxy_for(&model, &run.tenant, group, proxy).map_err(|e| e.to_string())?;
-        let told = self.command_once(id, proxy, &run.uid, &step.wanted.id, tell, RETURN, answer).await;
+        let told = self.command_once(id, proxy, &run.uid, &step.wanted.id, tell, PROXIES_BACK, answer).await;
         match told {
             Ok(Outcome::Checked(checked)) => Ok((checked.yes, checked.detail)),
             Ok(Outcome::Error(e)) => Err(format!("\"{}\": {}", proxy.id, e.message)),
@@ -164,25 +163,17 @@ impl Coordinator {
                 Err(Problem::Internal(why)) => {
                     tracing::warn!(operation = %run.name(), why, "not started; trying again")
                 }
-                Err(Problem::Unreachable { .. } | Problem::State { .. }) if self.clock.uptime() < RETURN => {}
+                Err(Problem::Unreachable { .. } | Problem::State { .. }) if self.clock.uptime() < PROXIES_BACK => {}
                 Err(problem) => return no(problem),
             }
             sleep(AGAIN).await;
         };
         let operation = Name::new(&run.tenant, Kind::Operation, &started.uid);
-        let mut changes = self.model_changes();
-        loop {
-            changes.mark_unchanged();
-            let model = self.model();
-            match model.operation(&operation) {
-                Ok(found) if found.ended_ns != 0 => return Reply::Ended(child(&model, found)),
-                Ok(_) => {}
-                Err(problem) => return no(problem),
-            }
-            if changes.changed().await.is_err() {
-                return std::future::pending().await;
-            }
-        }
+        let ended = |model: &Model| match model.operation(&operation) {
+            Ok(found) => (found.ended_ns != 0).then(|| Reply::Ended(child(model, found))),
+            Err(problem) => Some(no(problem)),
+        };
+        self.until(ended).await
     }
 
     async fn start_verb(

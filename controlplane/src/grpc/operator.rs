@@ -412,6 +412,11 @@ fn within_ms(given: u64) -> Result<u64, Problem> {
     }
 }
 
+/// The place of an operation in lists.
+pub(super) fn newest_first(created_ns: u64, uid: &str) -> String {
+    format!("{:020} {uid}", u64::MAX - created_ns)
+}
+
 pub(super) fn asking(scope: &Scope, request_id: String, validate_only: bool) -> Asking {
     Asking { actor: actor(&scope.0), request_id, validate_only }
 }
@@ -432,10 +437,10 @@ impl operations_server::Operations for Operator {
         let parent = format!("{}\0{}", r.parent, r.active_only);
         let page = Page::of::<v1::Operation>("operations", &parent, r.page_size, &r.page_token, &r.filter)?;
         // Newest first.
-        let key = |created_ns: u64, uid: &str| format!("{:020} {uid}", u64::MAX - created_ns);
         let wanted_run = |run: &&crate::plan::run::Run| run.tenant == tenant && (!r.active_only || run.ended_ns == 0);
-        let runs = model.runs.values().filter(wanted_run).map(|run| (key(run.created_ns, &run.uid), run.name()));
-        let groups = model.operations.values().filter(wanted).map(|o| (key(o.created_ns, &o.uid), o.name()));
+        let runs =
+            model.runs.values().filter(wanted_run).map(|run| (newest_first(run.created_ns, &run.uid), run.name()));
+        let groups = model.operations.values().filter(wanted).map(|o| (newest_first(o.created_ns, &o.uid), o.name()));
         let mut own: Vec<_> = groups.chain(runs).collect();
         own.sort_by(|a, b| a.0.cmp(&b.0));
         let own = own.into_iter().filter_map(|(key, name)| Some((key, model.shown_operation(&name).ok()?)));

@@ -4,7 +4,7 @@ use afterimage_wire::v1::{self, Operation, *};
 use tonic::{Request, Response, Status};
 
 use super::auth::{Scope, actor};
-use super::operator::{Operator, asking, once};
+use super::operator::{Operator, asking, newest_first, once};
 use crate::convert;
 use crate::failover::Choice;
 use crate::names::Kind;
@@ -125,10 +125,9 @@ impl plans_server::Plans for Operator {
         let name = scope.name("parent", Kind::Plan, &r.parent)?;
         let page = Page::of::<Operation>("runs", &r.parent, r.page_size, &r.page_token, &r.filter)?;
         let model = self.0.model();
-        let key = |run: &Run| format!("{:020} {}", u64::MAX - run.created_ns, run.uid);
-        let mut own: Vec<_> = model.runs_of(model.plan(&name)?).into_iter().map(|run| (key(run), run)).collect();
-        own.sort_by(|a, b| a.0.cmp(&b.0));
-        let (runs, next_page_token) = page.take(own.into_iter().map(|(key, run)| (key, plan::shown::run(&model, run))));
+        let key = |run: &Run| newest_first(run.created_ns, &run.uid);
+        let own = model.runs_of(model.plan(&name)?).into_iter().map(|run| (key(run), run));
+        let (runs, next_page_token) = page.take(own.map(|(key, run)| (key, plan::shown::run(&model, run))));
         Ok(Response::new(ListPlanRunsResponse { runs, next_page_token }))
     }
 

@@ -1,40 +1,11 @@
 use super::*;
 use crate::model::Txn;
-use crate::objects::{Group, GroupPhase, Proxy};
-
-pub fn group(id: &str) -> Group {
-    Group {
-        uid: format!("uid-{id}"),
-        tenant: "default".into(),
-        id: id.into(),
-        version: 1,
-        created_ns: 1,
-        updated_ns: 1,
-        description: String::new(),
-        policy: "gold".into(),
-        source: "src".into(),
-        target: "dr".into(),
-        key: "k".into(),
-        generation: 1,
-        writer_generation: 1,
-        next_slot: 2,
-        phase: GroupPhase::Protecting,
-        hold: false,
-        complete: true,
-        request_id: String::new(),
-        placement: String::new(),
-        older_keys: Vec::new(),
-        next_key: String::new(),
-        reverse: None,
-        overwritten: false,
-        leftovers: Vec::new(),
-    }
-}
+use crate::objects::{Group, Proxy};
 
 fn model() -> Model {
     let mut txn = Txn::default();
     for id in ["db", "app", "web"] {
-        txn.put(Object::Group(group(id)));
+        txn.put(Object::Group(Group::sample(id)));
     }
     let proxy = Proxy {
         uid: "p".into(),

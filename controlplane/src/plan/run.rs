@@ -172,6 +172,16 @@ pub enum Stands {
     Gone,
 }
 
+/// Why a verb has nothing to do for a group that stands so.
+pub fn passed_over(verb: PlanVerb, standing: Stands) -> Option<&'static str> {
+    match (verb, standing) {
+        (PlanVerb::Run, Stands::Over { .. }) => Some("failed over already"),
+        (PlanVerb::Undo, Stands::AtSource) => Some("not failed over"),
+        (PlanVerb::Undo, Stands::Over { ours: false }) => Some("failed over, but not by this plan"),
+        _ => None,
+    }
+}
+
 /// What is to be done for a step.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Task {
@@ -461,9 +471,7 @@ impl Run {
                 step.ended_ns = now_ns;
                 return false;
             }
-            (PlanVerb::Run, Stands::Over { .. }) if moves => Some("failed over already"),
-            (PlanVerb::Undo, Stands::AtSource) if moves => Some("not failed over"),
-            (PlanVerb::Undo, Stands::Over { ours: false }) if moves => Some("failed over, but not by this plan"),
+            _ if moves => passed_over(verb, standing),
             _ => None,
         };
         if let Some(why) = skipped {

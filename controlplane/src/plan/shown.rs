@@ -4,7 +4,7 @@ use afterimage_wire::v1;
 
 use super::estimate::{self, Guess};
 use super::run::{Run, RunState, RunStep};
-use super::{Plan, PlanVerb};
+use super::{Plan, PlanVerb, full};
 use crate::convert;
 use crate::failover::StepState;
 use crate::model::Model;
@@ -20,26 +20,12 @@ fn state(state: RunState) -> v1::OperationState {
     }
 }
 
-fn step_state(state: StepState) -> v1::StepState {
-    match state {
-        StepState::Pending => v1::StepState::Pending,
-        StepState::Running => v1::StepState::Running,
-        StepState::Done => v1::StepState::Done,
-        StepState::Failed => v1::StepState::Failed,
-        StepState::Skipped => v1::StepState::Skipped,
-    }
-}
-
-fn full(tenant: &str, kind: Kind, id: &str) -> String {
-    if id.is_empty() { String::new() } else { Name::new(tenant, kind, id).to_string() }
-}
-
 fn step(run: &Run, step: &RunStep) -> v1::PlanRunStep {
     let name = |kind, id: &str| full(&run.tenant, kind, id);
     v1::PlanRunStep {
         step: step.wanted.id.clone(),
         group: name(Kind::Group, &step.wanted.group),
-        state: step_state(step.state).into(),
+        state: convert::step_state_to_proto(step.state).into(),
         stage: step.stage.as_str().to_owned(),
         attempt: step.attempt,
         detail: step.detail.clone(),
@@ -85,7 +71,7 @@ pub fn run(model: &Model, run: &Run) -> v1::Operation {
             .iter()
             .map(|step| v1::Step {
                 name: step.wanted.id.clone(),
-                state: step_state(step.state).into(),
+                state: convert::step_state_to_proto(step.state).into(),
                 detail: said(step),
                 start_time_ns: step.started_ns,
                 end_time_ns: step.ended_ns,

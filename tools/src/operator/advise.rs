@@ -173,14 +173,8 @@ pub async fn confirm(verb: Verb, group: &str, session: &Session, what: &str) -> 
         return Ok(());
     }
     let standing = standing(session, group).await?;
-    let advised = {
-        let mut choices = Vec::new();
-        for &other in Verb::of(standing.status.phase()) {
-            let refused = check(other, group, session).await?;
-            choices.push(Choice { verb: other, refused, loss: Loss::default() });
-        }
-        advise(&standing.status, &standing.seen, &choices)
-    };
+    let choices = weigh(session, group, &standing).await?;
+    let advised = advise(&standing.status, &standing.seen, &choices);
     let advice = match advised.verb {
         Some(other) if other != verb => format!("\nWhat fits better: {}: {}.", other.command(group), advised.why),
         _ => String::new(),
@@ -321,20 +315,28 @@ pub fn advise(status: &v1::GroupStatus, seen: &Seen, choices: &[Choice]) -> Advi
 /// # Errors
 /// There is no such group, or the coordinator does not answer.
 pub async fn run(group: &str, session: &Session) -> Result<(), Failure> {
-    let Standing { status, seen, now_ns } = standing(session, group).await?;
+    let standing = standing(session, group).await?;
+    let choices = weigh(session, group, &standing).await?;
+    let Standing { status, seen, .. } = standing;
+    let advice = advise(&status, &seen, &choices);
+    session
+        .out
+        .show(&document(group, &status, &seen, &choices, &advice), || shown(group, &status, &seen, &choices, &advice));
+    Ok(())
+}
+
+/// The verbs of a group's phase, each checked.
+async fn weigh(session: &Session, group: &str, standing: &Standing) -> Result<Vec<Choice>, Failure> {
+    let Standing { status, seen, now_ns } = standing;
     let mut choices = Vec::new();
     for &verb in Verb::of(status.phase()) {
         if verb == Verb::Unconfirmed && seen.source {
             continue;
         }
         let refused = check(verb, group, session).await?;
-        choices.push(Choice { verb, refused, loss: loss(verb, &status, now_ns) });
+        choices.push(Choice { verb, refused, loss: loss(verb, status, *now_ns) });
     }
-    let advice = advise(&status, &seen, &choices);
-    session
-        .out
-        .show(&document(group, &status, &seen, &choices, &advice), || shown(group, &status, &seen, &choices, &advice));
-    Ok(())
+    Ok(choices)
 }
 
 /// A group as it stands.

@@ -12,7 +12,7 @@ use afterimage_wire::v1::{
 use prost::Message;
 use serde_json::json;
 
-use super::documents::{point, view_export};
+use super::documents::{id, point, view_export};
 use super::failure::{Failure, Kind};
 use super::group::object;
 use super::output::{Mood, Output, fields, state, table, text};
@@ -103,7 +103,7 @@ pub fn run(local: Local, out: Output) -> Result<(), Failure> {
         return Err(failure.hint("what has been decided stays decided: say the same again to go on with it"));
     }
     show(&answer, &group, out);
-    let off: Vec<&str> = answer.machines.iter().filter(|m| !is_on(m)).map(|m| short(&m.name)).collect();
+    let off: Vec<&str> = answer.machines.iter().filter(|m| !is_on(m)).map(|m| id(&m.name)).collect();
     if !off.is_empty() {
         let message = format!("the group is failed over, and {} not on", off.join(", "));
         return Err(Failure::new(Kind::Failed, object(&group), message)
@@ -140,15 +140,10 @@ fn is_on(machine: &LocalMachine) -> bool {
     machine.trouble.is_empty() && machine.state.as_ref().is_some_and(|s| s.power() == MachinePower::On)
 }
 
-/// The last part of a name.
-fn short(name: &str) -> &str {
-    name.rsplit('/').next().unwrap_or(name)
-}
-
 /// The document of a failover that was decided here.
 pub fn document(answer: &LocalFailoverAnswer, group: &str) -> serde_json::Value {
     let LocalFailover { uid, view, point: at, generation, zero_loss, .. } = answer.decision.clone().unwrap_or_default();
-    let machine = |m: &LocalMachine| json!({ "machine": short(&m.name), "on": is_on(m), "trouble": m.trouble });
+    let machine = |m: &LocalMachine| json!({ "machine": id(&m.name), "on": is_on(m), "trouble": m.trouble });
     json!({
         "ready": true,
         "group": group,
@@ -184,7 +179,7 @@ pub fn show(answer: &LocalFailoverAnswer, group: &str, out: Output) {
         if !answer.machines.is_empty() {
             let rows = answer.machines.iter().map(|m| {
                 let on = if is_on(m) { state("on", Mood::Good) } else { state("not on", Mood::Bad) };
-                vec![text(short(&m.name)), on, text(&m.trouble)]
+                vec![text(id(&m.name)), on, text(&m.trouble)]
             });
             shown += &table(&["MACHINE", "STATE", "WHY"], rows);
         }

@@ -292,14 +292,13 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
 /// The verbs that begin a run.
 async fn begin(verb: Verb, session: &Session) -> Result<(), Failure> {
     let out = session.out;
-    let request_id = |start: &Begin| start.request_id();
     let (plan, started, start) = match verb {
         Verb::Test { plan, to, start } => {
             let request = v1::TestPlanRequest {
                 plan: session.plan(&plan),
                 to: Some(api(to)),
                 validate_only: start.dry_run,
-                request_id: request_id(&start),
+                request_id: start.request_id(),
                 reason: start.reason(),
             };
             let started = session.ask(object(&plan), session.plans().test_plan(request)).await?;
@@ -321,7 +320,7 @@ async fn begin(verb: Verb, session: &Session) -> Result<(), Failure> {
                 unconfirmed: unconfirmed.is_some(),
                 confirm_name: unconfirmed.unwrap_or_default(),
                 validate_only: start.dry_run,
-                request_id: request_id(&start),
+                request_id: start.request_id(),
                 reason: start.reason(),
             };
             let started = session.ask(object(&plan), session.plans().run_plan(request)).await?;
@@ -341,7 +340,7 @@ async fn begin(verb: Verb, session: &Session) -> Result<(), Failure> {
                 discard,
                 force,
                 validate_only: start.dry_run,
-                request_id: request_id(&start),
+                request_id: start.request_id(),
                 reason: start.reason(),
             };
             let started = session.ask(object(&plan), session.plans().undo_plan(request)).await?;
@@ -355,7 +354,7 @@ async fn begin(verb: Verb, session: &Session) -> Result<(), Failure> {
             let request = v1::ResumePlanRequest {
                 plan: session.plan(&plan),
                 validate_only: start.dry_run,
-                request_id: request_id(&start),
+                request_id: start.request_id(),
             };
             let started = session.ask(object(&plan), session.plans().resume_plan(request)).await?;
             (plan, started, start)

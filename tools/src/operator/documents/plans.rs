@@ -1,5 +1,6 @@
 //! Plans as JSON.
 
+use afterimage_controlplane::plan::PlanVerb;
 use afterimage_wire::v1;
 use serde_json::{Value, json};
 
@@ -16,18 +17,10 @@ fn measure(measure: Option<&v1::PlanMeasure>) -> Value {
     })
 }
 
-fn verb(verb: v1::PlanVerb) -> &'static str {
-    match verb {
-        v1::PlanVerb::Unspecified | v1::PlanVerb::Run => "run",
-        v1::PlanVerb::Test => "test",
-        v1::PlanVerb::Undo => "undo",
-    }
-}
-
 /// A plan.
 pub fn plan(plan: &v1::Plan) -> Value {
     let script = |script: &v1::PlanScript| {
-        let verbs: Vec<&str> = script.verbs().map(verb).collect();
+        let verbs: Vec<&str> = script.verbs().map(|verb| PlanVerb::from(verb).as_str()).collect();
         json!({"script": script.script, "proxy": null_if_empty(&script.proxy), "verbs": verbs})
     };
     let step = |step: &v1::PlanStep| {

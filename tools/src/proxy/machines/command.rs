@@ -5,6 +5,10 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::{DriveError, short};
+
+/// The exit code for "no": not yet.
+const NO: i32 = 3;
 /// Between two looks whether it has ended.
 const POLL: Duration = Duration::from_millis(20);
 /// Most that is read of what it said, bytes.
@@ -61,6 +65,32 @@ pub fn run(words: &[String], input: &[u8], variables: &[(&str, String)], deadlin
     output.seek(SeekFrom::Start(0))?;
     output.take(MAX_SAID).read_to_end(&mut said)?;
     Ok(Ran { code: status.code(), late, said: String::from_utf8_lossy(&said).trim().to_owned() })
+}
+
+/// Whether a command of the operator's says yes (0) or no (3), and what it said. `name` is what messages call it.
+///
+/// # Errors
+/// It says neither: it could not be started, took too long, or has failed.
+pub fn ask(
+    name: &str,
+    words: &[String],
+    input: &[u8],
+    variables: &[(&str, String)],
+    deadline: Duration,
+) -> Result<(bool, String), DriveError> {
+    let program = words.first().map_or("", String::as_str);
+    let ran = run(words, input, variables, deadline)
+        .map_err(|error| DriveError::failed(format!("{name} ({program}) cannot be started: {error}")))?;
+    let said = short(&ran.said);
+    match ran.code {
+        Some(0) => Ok((true, said)),
+        Some(NO) => Ok((false, said)),
+        _ if ran.late => {
+            Err(DriveError::failed(format!("{name} was not done within {} s: {said}", deadline.as_secs_f32())))
+        }
+        Some(code) => Err(DriveError::failed(format!("{name} ended with {code}: {said}"))),
+        None => Err(DriveError::failed(format!("{name} was killed: {said}"))),
+    }
 }
 
 #[cfg(test)]

@@ -7,10 +7,7 @@ use afterimage_wire::v1::{Firmware, MachineRole, StartInstance};
 use serde_json::{Value, json};
 
 use super::super::config::machines::Hook;
-use super::{DriveError, Instance, Stand, command, short};
-
-/// The exit code for "no": off, or not answering yet.
-const NO: i32 = 3;
+use super::{DriveError, Instance, Stand, command};
 
 /// An instance that is driven by commands.
 pub struct Hooked {
@@ -82,18 +79,7 @@ fn ask(
     if words.is_empty() {
         return Err(DriveError::Setup(format!("{name} is not set in this proxy's configuration")));
     }
-    let ran = command::run(words, document.to_string().as_bytes(), &variables, deadline)
-        .map_err(|error| DriveError::failed(format!("{name} ({}) cannot be started: {error}", words[0])))?;
-    let said = short(&ran.said);
-    match ran.code {
-        Some(0) => Ok((true, said)),
-        Some(NO) => Ok((false, said)),
-        _ if ran.late => {
-            Err(DriveError::failed(format!("{name} was not done within {} s: {said}", deadline.as_secs_f32())))
-        }
-        Some(code) => Err(DriveError::failed(format!("{name} ended with {code}: {said}"))),
-        None => Err(DriveError::failed(format!("{name} was killed: {said}"))),
-    }
+    command::ask(&name, words, document.to_string().as_bytes(), &variables, deadline)
 }
 
 /// Whether the `ready` command of a hook says that a machine answers.

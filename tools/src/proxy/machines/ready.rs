@@ -1,7 +1,7 @@
 //! Does a machine that is on answer?
 
 use std::io::{Read, Seek, SeekFrom};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::Path;
 use std::time::Duration;
 
@@ -28,17 +28,7 @@ pub(super) fn look(
     let value = wanted.value.as_str();
     match wanted.kind() {
         ReadinessKind::Unspecified | ReadinessKind::Running => Ok(()),
-        ReadinessKind::Tcp => {
-            let addresses = value.to_socket_addrs().map_err(|error| format!("{value}: {error}"))?;
-            let mut why = format!("{value} has no address");
-            for address in addresses {
-                match TcpStream::connect_timeout(&address, CONNECT) {
-                    Ok(_) => return Ok(()),
-                    Err(error) => why = format!("nothing accepts at {address}: {error}"),
-                }
-            }
-            Err(why)
-        }
+        ReadinessKind::Tcp => accepts(value).map(drop),
         ReadinessKind::Console => {
             let path = console.ok_or("its driver does not see its serial port")?;
             let said = tail(path).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -50,6 +40,22 @@ pub(super) fn look(
             hook::ready(hook, instance)
         }
     }
+}
+
+/// Where something accepts of `host:port`.
+///
+/// # Errors
+/// Why not.
+pub(super) fn accepts(at: &str) -> Result<SocketAddr, String> {
+    let addresses = at.to_socket_addrs().map_err(|error| format!("{at}: {error}"))?;
+    let mut why = format!("{at} has no address");
+    for address in addresses {
+        match TcpStream::connect_timeout(&address, CONNECT) {
+            Ok(_) => return Ok(address),
+            Err(error) => why = format!("nothing accepts at {address}: {error}"),
+        }
+    }
+    Err(why)
 }
 
 fn tail(path: &Path) -> std::io::Result<Vec<u8>> {

@@ -3,23 +3,18 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::net::{TcpStream, ToSocketAddrs};
 use std::rc::Rc;
-use std::time::Duration;
 
+use afterimage_controlplane::plan::PlanVerb;
 use afterimage_wire::v1::command_result::Outcome;
-use afterimage_wire::v1::{Checked, CommandErrorKind as Kind, LookAt, PlanVerb, RunScript};
+use afterimage_wire::v1::{Checked, CommandErrorKind as Kind, LookAt, RunScript};
 use tokio::sync::OnceCell;
 
 use super::super::commands::{Refused, refused};
 use super::super::config::machines::Script;
 use super::super::state::Proxy;
-use super::{DriveError, aside, command, settings, short};
+use super::{DriveError, aside, command, ready, settings};
 
-/// The exit code for "no": not yet.
-const NO: i32 = 3;
-/// How long a connection may take.
-const CONNECT: Duration = Duration::from_secs(2);
 /// Scripts whose end is kept for who asks again.
 const KEPT: usize = 256;
 
@@ -44,14 +39,6 @@ impl Ran {
     }
 }
 
-fn verb(verb: PlanVerb) -> &'static str {
-    match verb {
-        PlanVerb::Unspecified | PlanVerb::Run => "run",
-        PlanVerb::Test => "test",
-        PlanVerb::Undo => "undo",
-    }
-}
-
 fn execute(script: &Script, said: &RunScript) -> Result<Checked, DriveError> {
     let name = format!("the script \"{}\"", said.script);
     let variables = [
@@ -59,23 +46,12 @@ fn execute(script: &Script, said: &RunScript) -> Result<Checked, DriveError> {
         ("AFTERIMAGE_RUN", said.run.clone()),
         ("AFTERIMAGE_STEP", said.step.clone()),
         ("AFTERIMAGE_GROUP", said.group.clone()),
-        ("AFTERIMAGE_VERB", verb(said.verb()).to_owned()),
+        ("AFTERIMAGE_VERB", PlanVerb::from(said.verb()).as_str().to_owned()),
         ("AFTERIMAGE_WHEN", said.when.clone()),
         ("AFTERIMAGE_ATTEMPT", said.attempt.to_string()),
     ];
-    let ran = command::run(&script.command, b"", &variables, script.deadline)
-        .map_err(|error| DriveError::failed(format!("{name} ({}) cannot be started: {error}", script.command[0])))?;
-    let detail = short(&ran.said);
-    match ran.code {
-        Some(0) => Ok(Checked { yes: true, detail }),
-        Some(NO) => Ok(Checked { yes: false, detail }),
-        _ if ran.late => {
-            let within = script.deadline.as_secs_f32();
-            Err(DriveError::failed(format!("{name} was not done within {within} s: {detail}")))
-        }
-        Some(code) => Err(DriveError::failed(format!("{name} ended with {code}: {detail}"))),
-        None => Err(DriveError::failed(format!("{name} was killed: {detail}"))),
-    }
+    let (yes, detail) = command::ask(&name, &script.command, b"", &variables, script.deadline)?;
+    Ok(Checked { yes, detail })
 }
 
 /// Runs a script, once for each try of a run's step.
@@ -94,28 +70,24 @@ pub async fn run(proxy: &Proxy, said: RunScript) -> Result<Outcome, Refused> {
     }
 }
 
-fn accepts(address: &str) -> Checked {
-    let addresses = match address.to_socket_addrs() {
-        Ok(addresses) => addresses,
-        Err(error) => return Checked { yes: false, detail: format!("{address}: {error}") },
-    };
-    let mut why = format!("{address} has no address");
-    for address in addresses {
-        match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(_) => return Checked { yes: true, detail: format!("{address} accepts") },
-            Err(error) => why = format!("nothing accepts at {address}: {error}"),
-        }
-    }
-    Checked { yes: false, detail: why }
-}
-
 /// Looks once whether something accepts.
 pub async fn look(said: LookAt) -> Result<Outcome, Refused> {
-    Ok(Outcome::Checked(aside(move || Ok(accepts(&said.address))).await?))
+    let look = move || {
+        let (yes, detail) = match ready::accepts(&said.address) {
+            Ok(address) => (true, format!("{address} accepts")),
+            Err(why) => (false, why),
+        };
+        Ok(Checked { yes, detail })
+    };
+    Ok(Outcome::Checked(aside(look).await?))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use afterimage_wire::v1;
+
     use super::*;
 
     fn script(text: &str, deadline: Duration) -> Script {
@@ -128,7 +100,7 @@ mod tests {
             plan: "tenants/default/plans/site".into(),
             step: "web".into(),
             when: "then".into(),
-            verb: PlanVerb::Undo.into(),
+            verb: v1::PlanVerb::Undo.into(),
             attempt: 2,
             ..RunScript::default()
         }
@@ -160,9 +132,17 @@ mod tests {
     fn a_port_accepts_or_not() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let at = listener.local_addr().unwrap().to_string();
-        assert!(accepts(&at).yes);
+        let seen = |address: &str| {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            match runtime.block_on(look(LookAt { address: address.to_owned() })) {
+                Ok(Outcome::Checked(found)) => found,
+                other => panic!("{other:?}"),
+            }
+        };
+        let found = seen(&at);
+        assert!(found.yes && found.detail.contains("accepts"), "{found:?}");
         drop(listener);
-        let found = accepts(&at);
+        let found = seen(&at);
         assert!(!found.yes && found.detail.contains("nothing accepts at 127.0.0.1"), "{found:?}");
     }
 }
