@@ -260,6 +260,7 @@ MAY = [
     (["operator", "admin"], """
         Policies.CreatePolicy Policies.UpdatePolicy Policies.DeletePolicy Groups.CreateGroup Groups.UpdateGroup
         Groups.DeleteGroup Groups.CreateDisk Groups.DeleteDisk Groups.InspectBranch Points.CreateCut
+        Groups.PauseGroup Groups.ResumeGroup
         Failovers.StartFailover Failovers.StartPlannedFailover Failovers.UndoFailover Failovers.ChangePoint
         Failovers.StartFailback Failovers.CancelFailback Failovers.SwitchFailback Failovers.CommitFailback
         Failovers.UndoFailback

@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 """What happens in the life of a protected group, with real processes and clients: it is seeded, its disks grow, come and
 go while the others are written, its policy becomes synchronous and keeps its deadline, its source is cut off under a
-lease, an older copy of its write-intent log is put back, and what a source holds more than its replica is listed and
-exported after a failover.
+lease, an older copy of its write-intent log is put back, what a source holds more than its replica is listed and
+exported after a failover, and it is paused.
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 
 import nbd
 
+import pauses
 from cluster import MIB, Cluster, Failed, Tests, digest, eventually, expect, free_port, random_file, run, workspace
 from continuity import BLOCK, BLOCKS, WRITERS, Writers, protected_again, through_qemu
 from scene import Relay
@@ -448,6 +449,13 @@ def main():
         tests.run("an older copy of a write-intent log is found out", older_log, folder)
     with workspace("branch") as folder:
         tests.run("what a source holds more is listed and exported", branch, folder)
+    for name, about, step in (
+        ("paused", "hosts of a paused group go on, and nothing is sent", pauses.goes_on),
+        ("paused-restarts", "a pause outlives source, target and coordinator", pauses.outlives),
+        ("paused-failover", "a paused group fails over to what its target holds", pauses.failed_over),
+    ):
+        with workspace(name) as folder:
+            tests.run(about, step, folder)
     tests.end()
 
 

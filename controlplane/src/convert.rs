@@ -6,7 +6,9 @@ use crate::ca::Role;
 use crate::failover::{self, Choice};
 use crate::model::Model;
 use crate::names::{Kind, Name, child};
-use crate::objects::{Disk, ExportRecord, Group, GroupPhase, Object, Operation, PointRecord, Policy, View, ViewKind};
+use crate::objects::{
+    Disk, ExportRecord, Group, GroupPhase, Object, Operation, Pause, PointRecord, Policy, View, ViewKind,
+};
 use crate::policy::{Compression, Wanted};
 use crate::problem::Problem;
 
@@ -252,7 +254,13 @@ pub fn group_to_proto(model: &Model, group: &Group) -> v1::Group {
             None => String::new(),
         },
         placement: group.placement.clone(),
+        pause: group.pause.as_ref().map(|pause| pause_to_proto(pause, false)),
     }
+}
+
+/// That a group is paused, for the API; whether its source says that it sends nothing.
+pub fn pause_to_proto(pause: &Pause, confirmed: bool) -> v1::Pause {
+    v1::Pause { time_ns: pause.at_ns, by: pause.by.clone(), reason: pause.reason.clone(), confirmed }
 }
 
 /// What a view is for, for the API.

@@ -113,12 +113,14 @@ fn source_group(model: &Model, group: &Group, key: v1::PolicyKey) -> v1::SourceG
         hold: group.hold,
         rpo_target_us: promises.map_or(0, |p| p.rpo_target_us),
         lease_ms: promises.map_or(0, |p| p.lease_ms),
-        sync_deadline_ms: promises.map_or(0, |p| p.sync_deadline_ms),
+        // Nobody waits for a target that is sent nothing.
+        sync_deadline_ms: promises.filter(|_| group.pause.is_none()).map_or(0, |p| p.sync_deadline_ms),
         left_slots: left_slots(model, group),
         bandwidth_bytes_per_s: promises.map_or(0, |p| p.bandwidth_bytes_per_s),
         allowed_hours: promises.map(|p| p.allowed_hours.clone()).unwrap_or_default(),
         time_zone: promises.map(|p| p.time_zone.clone()).unwrap_or_default(),
         priority: promises.map_or(0, |p| p.priority),
+        paused: group.pause.is_some(),
     }
 }
 
@@ -192,6 +194,7 @@ fn reverse_source(model: &Model, group: &Group, reverse: &Reverse, key: v1::Poli
         lease_ms: 0,
         sync_deadline_ms: 0,
         allowed_hours: Vec::new(),
+        paused: false,
         ..forth
     }
 }

@@ -41,7 +41,7 @@ use afterimage_wire::v1::command::Command as Tell;
 use afterimage_wire::v1::command_result::Outcome;
 use serde::{Deserialize, Serialize};
 
-pub use self::checks::{Ends, check, check_back, check_failed_over, check_point, free_view};
+pub use self::checks::{Ends, check, check_back, check_failed_over, check_pause, check_point, free_view};
 pub use self::machines::{Driven, Order, Stands, fences};
 pub use self::parts::{Choice, Facts, Failure, FenceKind, Spec, State, StepName, StepRecord, StepState, Verb};
 use crate::convert;
@@ -313,6 +313,8 @@ impl Failover {
                 group.hold = true;
                 tell(Side::Source, Tell::Fence(v1::Fence { stream_uid, hold: true }), back, FENCE_MS)
             }
+            // Nothing is on its way: what was written since it was paused stays where it is.
+            StepName::Drain if group.pause.is_some() => Action::Record,
             StepName::Drain => match (self.spec.to, self.facts.last_seq) {
                 (Choice::Latest, Some(seq)) => {
                     Action::Drain { way: Way::Forth, seq, within_ms: self.spec.within_ms.max(DRAIN_MS) }
@@ -452,6 +454,10 @@ impl Failover {
             (true, _) | (false, Verb::UndoFailover) => GroupPhase::Protecting,
             (false, _) => runs_from(&self.facts.view),
         };
+        if group.phase.is_failed_over() {
+            // Its source does not send any more in any case; once that goes on, what it wrote is wanted.
+            group.pause = None;
+        }
         self.state = if self.state == State::Undoing { State::Failed } else { State::Done };
     }
 
@@ -603,6 +609,9 @@ impl Failover {
                     format!("the target holds records up to {seq} of {last}; the rest did not arrive in time")
                 };
                 Ok((Done, detail))
+            }
+            (StepName::Drain, _) if group.pause.is_some() => {
+                Ok((Skipped, "the group is paused: what was written since stays at its source".into()))
             }
             (StepName::Drain, _) => Ok((Skipped, "not needed: the source is gone, or an older point is wanted".into())),
             (StepName::RaiseGeneration, Reply::Answer(Outcome::Generation(raised)))

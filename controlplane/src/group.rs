@@ -264,6 +264,7 @@ pub fn new_group(model: &Model, name: &Name, group: &v1::Group, now_ns: u64) -> 
         leftovers: Vec::new(),
         older_keys: Vec::new(),
         next_key: String::new(),
+        pause: None,
     })
 }
 

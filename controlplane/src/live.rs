@@ -153,7 +153,8 @@ impl Live {
             stream.rpo.stage(&group);
             stream.lease_ms = if current { group.lease_ms } else { 0 };
             stream.rates.report(now_ns, &group);
-            stream.source = Some((now_ns, v1::SourceGroupReport { rpo_histogram: Vec::new(), ..group }));
+            let paused = group.paused && current;
+            stream.source = Some((now_ns, v1::SourceGroupReport { rpo_histogram: Vec::new(), paused, ..group }));
         }
         let mut seen = Vec::new();
         for target in report.targets {
@@ -175,11 +176,13 @@ impl Live {
         remarks
     }
 
-    /// These streams' source has been told something else: what lease it keeps to is not known before it says so.
+    /// These streams' source has been told something else: what lease it keeps to, and that it sends nothing, is not known
+    /// before it says so.
     pub fn told<'a>(&mut self, streams: impl Iterator<Item = &'a str>) {
         for stream in streams {
             if let Some(live) = self.streams.get_mut(stream) {
                 live.lease_ms = 0;
+                live.source.iter_mut().for_each(|(_, report)| report.paused = false);
             }
         }
     }

@@ -135,6 +135,7 @@ pub fn adopt(
         // Above whatever a source may have been given that the target did not hear of.
         generation: group.generation.max(decided.generation).max(group.writer_generation + 1),
         hold: true,
+        pause: None,
         phase: GroupPhase::FailedOver { view: id.to_owned() },
         ..group.clone()
     }));

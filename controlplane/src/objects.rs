@@ -205,6 +205,20 @@ pub struct Group {
     /// The key that takes the place of [`Self::key`] as soon as its target has it; empty for none.
     #[serde(default)]
     pub next_key: String,
+    /// Nothing of it is sent, until it is resumed or failed over.
+    #[serde(default)]
+    pub pause: Option<Pause>,
+}
+
+/// That a group is paused.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Pause {
+    /// Since when, nanoseconds since the Unix epoch.
+    pub at_ns: u64,
+    /// "role/name" of who paused it.
+    pub by: String,
+    /// For a person.
+    pub reason: String,
 }
 
 impl Group {
@@ -655,6 +669,7 @@ impl Group {
             placement: String::new(),
             older_keys: Vec::new(),
             next_key: String::new(),
+            pause: None,
             reverse: None,
             overwritten: false,
             leftovers: Vec::new(),

@@ -13,7 +13,7 @@ const NOW: [(&str, &str); 19] = [
     ),
     (
         "groups/default/shop",
-        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":"","reverse":null,"overwritten":false,"leftovers":[],"older_keys":[],"next_key":""}"#,
+        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":"","reverse":null,"overwritten":false,"leftovers":[],"older_keys":[],"next_key":"","pause":null}"#,
     ),
     (
         "disks/g/00000",
@@ -64,7 +64,11 @@ const NOW: [(&str, &str); 19] = [
 ];
 
 /// As earlier versions wrote them: by kind, what [`NOW`] has of the same.
-const EARLIER: [(&str, &str); 17] = [
+const EARLIER: [(&str, &str); 18] = [
+    (
+        "groups/default/shop",
+        r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":"","reverse":null,"overwritten":false,"leftovers":[],"older_keys":[],"next_key":""}"#,
+    ),
     (
         "groups/default/shop",
         r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":""}"#,
@@ -160,6 +164,16 @@ fn a_failback_is_stored_as_it_is_pinned() {
         let object = Object::decode("groups/default/shop", bytes.as_bytes()).unwrap();
         assert_eq!(String::from_utf8(object.encode()).unwrap(), bytes);
     }
+}
+
+/// A group that is paused.
+#[test]
+fn a_pause_is_stored_as_it_is_pinned() {
+    let group = NOW.iter().find(|(key, _)| key.starts_with("groups/")).expect("a group").1;
+    let bytes = group.replace(r#""pause":null"#, r#""pause":{"at_ns":5,"by":"operator/anna","reason":"r"}"#);
+    assert_ne!(bytes, group);
+    let object = Object::decode("groups/default/shop", bytes.as_bytes()).unwrap();
+    assert_eq!(String::from_utf8(object.encode()).unwrap(), bytes);
 }
 
 #[test]

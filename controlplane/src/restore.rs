@@ -18,7 +18,7 @@ use crate::failover::{Failure, State, StepState};
 use crate::keys::{KEY_LEN, Wrapper};
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name};
-use crate::objects::{Disk, Group, GroupPhase, Object, PointRecord, Policy, Proxy, View, ViewKind, new_uid};
+use crate::objects::{Disk, Group, GroupPhase, Object, Pause, PointRecord, Policy, Proxy, View, ViewKind, new_uid};
 use crate::policy::{Compression, Promises};
 use crate::store::Listing;
 
@@ -256,6 +256,7 @@ fn new_group(
         leftovers: Vec::new(),
         older_keys: Vec::new(),
         next_key: String::new(),
+        pause: None,
     })
 }
 
@@ -342,6 +343,12 @@ fn merged(
             restored.note(format!("group \"{name}\": its source was told to hold all I/O since"));
             group.hold = true;
         }
+        if said.paused != group.pause.is_some() {
+            let what = if said.paused { "paused" } else { "resumed, or failed over," };
+            restored.note(format!("group \"{name}\": it was {what} since"));
+            let by = "a source that had been told so".to_owned();
+            group.pause = said.paused.then(|| Pause { at_ns: now_ns, by, reason: "restored from a backup".to_owned() });
+        }
         disks(model, &group, said, now_ns, restored, txn);
         group.next_slot = group.next_slot.max(next_slot(said));
     }
@@ -368,6 +375,7 @@ fn merged(
         let released = ends.source.is_some_and(|(_, s)| !s.hold);
         back::adopt(model, &mut group, all, runs_from.as_deref(), released, restored, txn);
         group.overwritten &= group.phase != GroupPhase::Protecting;
+        group.pause = group.pause.take().filter(|_| !failed_over);
     }
     group.generation = group.generation.max(group.writer_generation);
     group

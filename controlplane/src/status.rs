@@ -74,6 +74,7 @@ impl Scene<'_> {
         if group.phase == GroupPhase::Deleting {
             out.push(finding("deleting", Severity::Info, "being deleted; if that stopped half-way, delete it again"));
         }
+        self.pause_condition(group, &mut out);
         let over = group.phase.is_failed_over();
         let (source, target) = (self.model.source_of(group), self.model.target_of(group));
         // A group that runs at its target does not need its source, unless it is failing back.
@@ -181,7 +182,32 @@ impl Scene<'_> {
         })
     }
 
+    /// That a group is paused, and whether its source does so.
+    fn pause_condition(&self, group: &Group, out: &mut Vec<Finding>) {
+        let Some(pause) = &group.pause else { return };
+        let since = format!("since {} by {}", text::time(pause.at_ns), pause.by);
+        let why = if pause.reason.is_empty() { String::new() } else { format!(" ({})", pause.reason) };
+        let message = match self.is_paused(group) {
+            true => format!(
+                "{since}{why}: what is written queues at its source, and the RPO grows until it is resumed; that raises no alarm"
+            ),
+            false => {
+                format!("{since}{why}: its source has not confirmed that it sends nothing; it is told when it is there")
+            }
+        };
+        out.push(finding("paused", Severity::Info, message));
+    }
+
+    /// Its source has said, since it was told, that it sends nothing.
+    fn is_paused(&self, group: &Group) -> bool {
+        let connected = self.model.source_of(group).is_some_and(|p| (self.connected)(&p.uid));
+        let report = self.live.streams.get(&group.uid).and_then(|s| s.source.as_ref());
+        connected && report.is_some_and(|(_, report)| report.paused)
+    }
+
     fn source_conditions(&self, group: &Group, report: &v1::SourceGroupReport, out: &mut Vec<Finding>) {
+        // What a pause brings along is no news to whoever paused it.
+        let expected = |severity| if group.pause.is_some() { Severity::Info } else { severity };
         if report.held_reason == "lease" {
             let message = "the source holds all I/O: no word from target or coordinator for the time of its lease";
             out.push(finding("held", Severity::Error, message));
@@ -204,7 +230,7 @@ impl Scene<'_> {
             v1::LinkState::Refused => out.push(finding("refused", Severity::Error, detail.clone())),
             _ => {}
         }
-        if report.outside_hours {
+        if report.outside_hours && group.pause.is_none() {
             let message = "its policy lets nothing be sent at this hour: what is written queues at the source";
             out.push(finding("outside-hours", Severity::Info, message));
         }
@@ -212,11 +238,11 @@ impl Scene<'_> {
             v1::Rung::Spilling => {
                 let until = report.catch_up_ms.map(|ms| format!("; sent in about {} s", ms.div_ceil(1000)));
                 let message = format!("frames queue on the source's disk{}", until.unwrap_or_default());
-                out.push(finding("spilling", Severity::Warning, message));
+                out.push(finding("spilling", expected(Severity::Warning), message));
             }
             v1::Rung::Dirty => {
                 let message = "captured without order: a resync follows, and no new points until it is done";
-                out.push(finding("dirty", Severity::Error, message));
+                out.push(finding("dirty", expected(Severity::Error), message));
             }
             _ => {}
         }
@@ -225,7 +251,7 @@ impl Scene<'_> {
             out.push(finding("spill-trouble", Severity::Warning, message));
         }
         if report.sync.is_some() && group.complete {
-            out.push(finding("resyncing", Severity::Warning, "disks are being synchronised again"));
+            out.push(finding("resyncing", expected(Severity::Warning), "disks are being synchronised again"));
         }
         for disk in report.disks.iter().filter(|d| d.state.starts_with("failed")) {
             out.push(finding("disk-failed", Severity::Error, format!("{}: {}", disk.disk_uid, disk.state)));
@@ -342,6 +368,7 @@ impl Scene<'_> {
             segments: target.segments,
             scrub: target.scrub,
             reverse: self.reverse(group),
+            pause: group.pause.as_ref().map(|pause| convert::pause_to_proto(pause, self.is_paused(group))),
             disks: disks.collect(),
             views: model.views_of(group).map(view).collect(),
             source: Name::new(&group.tenant, Kind::Proxy, &group.source).to_string(),

@@ -393,6 +393,7 @@ async fn bytes_that_are_no_message_get_an_error_from_every_method() {
     let methods = [
         ("Policies", "CreatePolicy GetPolicy ListPolicies UpdatePolicy DeletePolicy"),
         ("Groups", "CreateGroup GetGroup ListGroups UpdateGroup DeleteGroup CreateDisk GetDisk ListDisks DeleteDisk"),
+        ("Groups", "PauseGroup ResumeGroup"),
         ("Proxies", "GetProxy ListProxies DeleteProxy"),
         ("Points", "ListPoints ResolvePoint CreateCut"),
         ("Failovers", "StartFailover StartPlannedFailover UndoFailover ChangePoint TestFailover"),

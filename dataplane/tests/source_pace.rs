@@ -59,6 +59,30 @@ fn what_outruns_the_queue_outside_the_hours_is_resynchronised_inside() {
 }
 
 #[test]
+fn a_pause_outlasts_a_hold_and_what_was_written_meanwhile_is_sent_once() {
+    let limits = SourceLimits { queue_bytes: 32 << 20, ..SourceLimits::default() };
+    let mut bed = Bed::new(6, 1, WorldConfig::default(), limits);
+    bed.ready();
+    bed.acked();
+    paced(&mut bed, Pace { paused: true, ..Pace::default() });
+    bed.pass(100 * MS);
+    let before = (bed.status().acked_seq, bed.status().wire_bytes);
+    let begun = bed.world.now();
+    write(&mut bed, &mut Rng::new(6), 8 << 20);
+    assert!(bed.world.now() - begun < 10_000 * MS, "hosts do not notice");
+    // A failover that takes its disks from it gets what the target holds, and no more.
+    bed.source.fence(&mut bed.io, STREAM, true);
+    bed.pass(5_000 * MS);
+    bed.source.fence(&mut bed.io, STREAM, false);
+    assert_eq!((bed.status().acked_seq, bed.status().sent_seq), (before.0, before.0));
+    paced(&mut bed, Pace::default());
+    bed.acked();
+    bed.assert_equal();
+    let sent = bed.status().wire_bytes - before.1;
+    assert!(sent <= (8 << 20) * 105 / 100, "{sent} bytes were sent for 8 MiB");
+}
+
+#[test]
 fn a_bandwidth_is_kept_and_changed_while_the_group_runs() {
     let limits = SourceLimits { queue_bytes: 32 << 20, ..SourceLimits::default() };
     let mut bed = Bed::new(3, 1, WorldConfig::default(), limits);

@@ -55,6 +55,7 @@ impl Run {
             leftovers: Vec::new(),
             older_keys: Vec::new(),
             next_key: String::new(),
+            pause: None,
         }
     }
 

@@ -45,6 +45,7 @@ mod hooks;
 mod keys;
 mod machines;
 mod objects;
+mod pause;
 mod placement;
 mod plan_runs;
 mod plan_tasks;
@@ -59,6 +60,7 @@ mod verbs;
 mod views;
 mod watchman;
 
+pub use pause::Flow;
 pub use points::page_size;
 pub use trials::Trial;
 pub use verbs::{Asking, From as RunFrom};

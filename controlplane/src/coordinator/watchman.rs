@@ -69,6 +69,11 @@ impl Coordinator {
             stream.rpo.silence(now);
             let Some(policy) = model.policy_of(group) else { continue };
             let p = &policy.promises;
+            if way == Way::Forth && group.pause.is_some() {
+                // It grows, as is meant; from when it is resumed on it counts again.
+                stream.alarm = Alarm::default();
+                continue;
+            }
             let above = stream.rpo.shown(now, p.rpo_target_us).is_some_and(|shown| shown.now_us > p.rpo_target_us);
             stream.alarm.update(now, above, p.warn_after_ms, p.clear_after_ms);
         }

@@ -10,7 +10,10 @@ fn misfit(group: &Group) -> Problem {
     let name = group.name();
     let wait = |operation: &str| format!("wait for tenants/{}/operations/{operation}, or cancel it", group.tenant);
     let (state, remedy) = match &group.phase {
-        GroupPhase::Protecting => ("not failed over", "verbs that fit: failover, planned-failover".to_owned()),
+        GroupPhase::Protecting if group.pause.is_some() => {
+            ("paused, and not failed over", "verbs that fit: resume, failover, test-failover, points, views".to_owned())
+        }
+        GroupPhase::Protecting => ("not failed over", "verbs that fit: failover, planned-failover, pause".to_owned()),
         GroupPhase::FailingOver { operation } => ("being failed over", wait(operation)),
         GroupPhase::FailedOver { view } => {
             let verbs = if group.overwritten { "failback" } else { "failback, undo-failover" };
@@ -62,6 +65,13 @@ pub fn check(
         let detail = format!("the target of {name} is not connected; look at that proxy, then start again");
         return Err(Problem::Unreachable { proxy: group.target.clone(), detail });
     }
+    if spec.verb == Verb::PlannedFailover && group.pause.is_some() {
+        return Err(Problem::state(
+            name,
+            "paused: what its source holds would not arrive",
+            "resume it first; or start a failover that is not planned, to a point that the target holds",
+        ));
+    }
     if spec.verb == Verb::PlannedFailover && !source_connected {
         return Err(Problem::state(
             name,
@@ -79,6 +89,17 @@ pub fn check(
         ));
     }
     Ok(())
+}
+
+/// Checks that a group can be paused, or resumed.
+///
+/// # Errors
+/// It does not run at its source, or is being taken from it, or back: what does fit.
+pub fn check_pause(group: &Group) -> Result<(), Problem> {
+    match group.phase {
+        GroupPhase::Protecting => Ok(()),
+        _ => Err(misfit(group)),
+    }
 }
 
 /// Checks that a point is fit to run from.

@@ -79,6 +79,7 @@ pub fn needs(path: &str) -> Option<Needs> {
         | ("Status", "GetStatus" | "GetRpo" | "Watch" | "ListEvents") => Needs::Viewer,
         ("Policies", "CreatePolicy" | "UpdatePolicy" | "DeletePolicy")
         | ("Groups", "CreateGroup" | "UpdateGroup" | "DeleteGroup" | "CreateDisk" | "DeleteDisk" | "InspectBranch")
+        | ("Groups", "PauseGroup" | "ResumeGroup")
         | ("Points", "CreateCut")
         | ("Failovers", "StartFailover" | "StartPlannedFailover" | "UndoFailover" | "ChangePoint" | "TestFailover")
         | ("Failovers", "StartFailback" | "CancelFailback" | "SwitchFailback" | "CommitFailback" | "UndoFailback")
@@ -455,6 +456,7 @@ mod tests {
             ("Policies", CHANGE, "CreatePolicy UpdatePolicy DeletePolicy"),
             ("Groups", READ, "GetGroup ListGroups GetDisk ListDisks ExplainPlacement"),
             ("Groups", CHANGE, "CreateGroup UpdateGroup DeleteGroup CreateDisk DeleteDisk InspectBranch"),
+            ("Groups", CHANGE, "PauseGroup ResumeGroup"),
             ("Proxies", READ, "GetProxy ListProxies"),
             ("Proxies", &[Role::Admin], "DeleteProxy"),
             ("Points", READ, "ListPoints ResolvePoint"),

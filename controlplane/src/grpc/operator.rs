@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::auth::{Scope, actor};
 use crate::convert;
-use crate::coordinator::{Asking, Coordinator, RunFrom, Trial};
+use crate::coordinator::{Asking, Coordinator, Flow, RunFrom, Trial};
 use crate::failover::{Choice, Spec, Verb};
 use crate::names::{Kind, Name, check_id};
 use crate::paging::Page;
@@ -179,6 +179,23 @@ impl groups_server::Groups for Operator {
         let asked = once(&scope, "DeleteDisk", &r.request_id, &r)?;
         self.0.delete_disk(&group, &id, &r.etag, r.validate_only, &asked).await?;
         ok(DeleteDiskResponse {})
+    }
+
+    async fn pause_group(&self, request: Request<PauseGroupRequest>) -> Answer<v1::Group> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let name = scope.name("name", Kind::Group, &r.name)?;
+        let asked = once(&scope, "PauseGroup", &r.request_id, &r)?;
+        let flow = Flow::Pause(r.reason);
+        ok(self.0.set_flow(&name, flow, &actor(&scope.0), (&r.etag, r.validate_only), &asked).await?)
+    }
+
+    async fn resume_group(&self, request: Request<ResumeGroupRequest>) -> Answer<v1::Group> {
+        let scope = Scope::of(&request)?;
+        let r = request.into_inner();
+        let name = scope.name("name", Kind::Group, &r.name)?;
+        let asked = once(&scope, "ResumeGroup", &r.request_id, &r)?;
+        ok(self.0.set_flow(&name, Flow::Resume, &actor(&scope.0), (&r.etag, r.validate_only), &asked).await?)
     }
 
     async fn explain_placement(&self, request: Request<ExplainPlacementRequest>) -> Answer<v1::Placement> {

@@ -487,6 +487,7 @@ fn report(script: &Script, state: &DesiredState) -> Report {
             acked_seq: 100,
             rpo_now_us: script.rpo_us,
             lease_ms: g.lease_ms,
+            paused: g.paused,
             sync: journal.sync,
             disks: g.disks.iter().map(disk).collect(),
             ..SourceGroupReport::default()

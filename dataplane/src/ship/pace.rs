@@ -42,9 +42,9 @@ impl Pacer {
         self.pace.priority
     }
 
-    /// Nothing may leave at this hour.
+    /// Nothing may leave at this hour, or for a pause.
     pub fn is_closed(&self) -> bool {
-        self.pace.closed && !self.forced
+        self.pace.paused || (self.pace.closed && !self.forced)
     }
 
     /// A link that takes what is sealed has not kept up: the oldest record that is not acknowledged is older than half of
@@ -108,6 +108,16 @@ mod tests {
         pacer.set(Pace { closed: true, ..Pace::default() }, 0);
         assert_eq!((pacer.may_begin(0, 16, true), pacer.due()), (0, None));
         pacer.forced = true;
+        assert_eq!(pacer.may_begin(0, 16, false), 16);
+    }
+
+    #[test]
+    fn a_pause_is_kept_to_whoever_holds_the_group() {
+        let mut pacer = Pacer { forced: true, ..Pacer::default() };
+        pacer.set(Pace { paused: true, ..Pace::default() }, 0);
+        assert_eq!((pacer.may_begin(0, 16, true), pacer.due()), (0, None));
+        assert!(!pacer.is_short(Some(0), u64::MAX), "nor does it count as short of the link");
+        pacer.set(Pace::default(), 0);
         assert_eq!(pacer.may_begin(0, 16, false), 16);
     }
 

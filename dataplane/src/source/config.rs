@@ -192,6 +192,8 @@ pub struct Pace {
     /// None now: they queue, in memory and then in the spill, as without a link. While the group is held for a failover
     /// neither this nor `rate` counts.
     pub closed: bool,
+    /// The same, and a hold changes nothing of it.
+    pub paused: bool,
     /// A group gives way to those with a higher one while they fall behind on the link.
     pub priority: u8,
     /// A group has fallen behind when it is worse than half of this RPO.

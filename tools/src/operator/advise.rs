@@ -20,6 +20,8 @@ const WITHIN_MS: u64 = 60_000;
 /// A verb that could be done with a group.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Verb {
+    /// `group resume`
+    Resume,
     /// `failover planned`
     Planned,
     /// `failover start`
@@ -46,6 +48,7 @@ impl Verb {
     /// As operations have it.
     pub fn word(self) -> &'static str {
         match self {
+            Self::Resume => "resume",
             Self::Planned => "planned-failover",
             Self::Start | Self::Unconfirmed => "failover",
             Self::ChangePoint => "change-point",
@@ -60,6 +63,7 @@ impl Verb {
 
     fn command(self, group: &str) -> String {
         match self {
+            Self::Resume => format!("afterimage group resume {group}"),
             Self::Planned => format!("afterimage failover planned {group}"),
             Self::Start => format!("afterimage failover start {group} --to latest"),
             Self::Unconfirmed => format!("afterimage failover start {group} --to latest --unconfirmed {group}"),
@@ -73,9 +77,12 @@ impl Verb {
         }
     }
 
-    /// Those of a phase, the mildest first.
-    fn of(phase: Phase) -> &'static [Self] {
-        match phase {
+    /// Those that could fit a group, the mildest first.
+    fn of(status: &v1::GroupStatus) -> &'static [Self] {
+        match status.phase() {
+            Phase::Syncing | Phase::Protected if status.pause.is_some() => {
+                &[Self::Resume, Self::Planned, Self::Start, Self::Unconfirmed]
+            }
             Phase::Syncing | Phase::Protected => &[Self::Planned, Self::Start, Self::Unconfirmed],
             Phase::FailedOver => &[Self::Failback, Self::ChangePoint, Self::Undo],
             Phase::FailingBack => &[Self::Switch, Self::Cancel],
@@ -117,6 +124,7 @@ pub fn loss(verb: Verb, status: &v1::GroupStatus, now_ns: u64) -> Loss {
     let since = |at_ns: u64| (at_ns > 0).then(|| now_ns.saturating_sub(at_ns) / 1_000_000);
     let view = status.views.iter().find(|v| v.kind() == v1::ViewKind::Failover && v.open);
     match verb {
+        Verb::Resume => Loss::nothing("what was written since it was paused is sent"),
         Verb::Planned => Loss::nothing("all that the source has captured goes along"),
         Verb::Start | Verb::Unconfirmed if status.zero_loss => {
             Loss::nothing("no host has been answered a write that the target does not hold")
@@ -125,6 +133,9 @@ pub fn loss(verb: Verb, status: &v1::GroupStatus, now_ns: u64) -> Loss {
             let ms = status.rpo.as_ref().and_then(|rpo| rpo.now_us).map(|us| us.div_ceil(1000));
             let bytes = ms.map(|_| status.queue_bytes + status.spill_bytes);
             let what = match ms {
+                Some(_) if status.pause.is_some() => {
+                    "it is paused: what was written since does not come along; resumed first, more of it does"
+                }
                 Some(_) => {
                     "at most, if the source is gone: what was written in this time; the bytes are as it last reported"
                 }
@@ -240,6 +251,11 @@ pub struct Advice {
     pub why: String,
 }
 
+/// What speaks for leaving a source that is there.
+fn trouble(status: &v1::GroupStatus) -> Option<&v1::Condition> {
+    status.conditions.iter().find(|c| c.kind == "disk-failed" || c.kind == "damaged")
+}
+
 /// Which verb fits a group best. `choices` are those of its phase.
 pub fn advise(status: &v1::GroupStatus, seen: &Seen, choices: &[Choice]) -> Advice {
     let fits = |verb: Verb| choices.iter().any(|c| c.verb == verb && c.refused.is_none());
@@ -259,9 +275,18 @@ pub fn advise(status: &v1::GroupStatus, seen: &Seen, choices: &[Choice]) -> Advi
         );
     }
     match status.phase() {
+        Phase::Syncing | Phase::Protected if status.pause.is_some() && seen.source => match trouble(status) {
+            Some(condition) => take(
+                Verb::Resume,
+                &format!("{}; it is paused: resumed, and then failed over as planned, it loses least", condition.message),
+            ),
+            None => stay(format!(
+                "it is paused, by {}: nothing is sent, as was meant; `group resume` ends that",
+                status.pause.as_ref().map(|pause| pause.by.as_str()).unwrap_or_default()
+            )),
+        },
         Phase::Syncing | Phase::Protected if seen.source && fits(Verb::Planned) => {
-            let trouble = status.conditions.iter().find(|c| c.kind == "disk-failed" || c.kind == "damaged");
-            match trouble {
+            match trouble(status) {
                 Some(condition) => take(Verb::Planned, &format!("{}; the source hands over, and nothing is lost", condition.message)),
                 None => stay(
                     "source and target are there, and it is protected. To move it, `failover planned` loses nothing; from bad \
@@ -329,7 +354,7 @@ pub async fn run(group: &str, session: &Session) -> Result<(), Failure> {
 async fn weigh(session: &Session, group: &str, standing: &Standing) -> Result<Vec<Choice>, Failure> {
     let Standing { status, seen, now_ns } = standing;
     let mut choices = Vec::new();
-    for &verb in Verb::of(status.phase()) {
+    for &verb in Verb::of(status) {
         if verb == Verb::Unconfirmed && seen.source {
             continue;
         }
@@ -358,7 +383,13 @@ async fn check(verb: Verb, group: &str, session: &Session) -> Result<Option<Stri
     let object = object(group);
     let latest = || Some(v1::PointChoice { at: Some(v1::point_choice::At::Latest(true)) });
     let mut failovers = session.failovers();
+    if verb == Verb::Resume {
+        let request = v1::ResumeGroupRequest { name, validate_only, ..Default::default() };
+        return refusal(session.ask(&object, session.groups().resume_group(request)).await);
+    }
     let asked = match verb {
+        // Asked above: it makes no operation.
+        Verb::Resume => return Ok(None),
         Verb::Planned => {
             let request = v1::StartPlannedFailoverRequest {
                 group: name,
@@ -413,6 +444,11 @@ async fn check(verb: Verb, group: &str, session: &Session) -> Result<Option<Stri
             session.ask(&object, failovers.undo_failback(request)).await
         }
     };
+    refusal(asked)
+}
+
+/// Why a verb is refused; nothing if it is not.
+fn refusal<T>(asked: Result<T, Failure>) -> Result<Option<String>, Failure> {
     match asked {
         Ok(_) => Ok(None),
         // Of a proxy that is away, too; a coordinator that is would have been missed before.
@@ -521,7 +557,7 @@ mod tests {
             refused: refused.contains(verb).then(|| "something is missing".to_owned()),
             loss: loss(*verb, status, 100_000_000_000),
         };
-        Verb::of(status.phase()).iter().map(choice).collect()
+        Verb::of(status).iter().map(choice).collect()
     }
 
     fn advised(status: &v1::GroupStatus, refused: &[Verb]) -> (Option<Verb>, String) {
@@ -541,6 +577,13 @@ mod tests {
         let (verb, why) = advised(&gone, &[Planned, Start]);
         assert_eq!(verb, Some(Unconfirmed));
         assert!(why.contains("make sure"), "{why}");
+        let paused = |of: &v1::GroupStatus| v1::GroupStatus { pause: Some(v1::Pause::default()), ..of.clone() };
+        let (verb, why) = advised(&paused(&protected), &[Planned]);
+        assert!(verb.is_none() && why.contains("group resume"), "{why}");
+        assert_eq!(advised(&paused(&status(Phase::Protected, &["disk-failed"])), &[Planned]).0, Some(Resume));
+        assert_eq!(advised(&paused(&gone), &[Planned, Start]).0, Some(Unconfirmed));
+        let what = loss(Start, &paused(&gone), 0).what;
+        assert!(what.contains("paused"), "{what}");
         let leased = v1::GroupStatus { lease_ms: 10_000, ..gone.clone() };
         let (verb, why) = advised(&leased, &[Planned]);
         assert!(verb == Some(Start) && why.contains("10 s"), "{why}");

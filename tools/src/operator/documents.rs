@@ -176,9 +176,20 @@ pub fn group(group: &v1::Group) -> Value {
         "operation": null_if_empty(&group.operation),
         "failover_view": null_if_empty(&group.failover_view),
         "placement": null_if_empty_text(&group.placement),
+        "pause": group.pause.as_ref().map(pause),
         "disks": group.disks.iter().map(disk).collect::<Vec<_>>(),
         "created": json_time(group.create_time_ns),
         "updated": json_time(group.update_time_ns),
+    })
+}
+
+/// That a group is paused; null if it is not.
+fn pause(pause: &v1::Pause) -> Value {
+    json!({
+        "since": json_time(pause.time_ns),
+        "by": pause.by,
+        "reason": null_if_empty_text(&pause.reason),
+        "confirmed": pause.confirmed,
     })
 }
 
@@ -441,6 +452,7 @@ pub fn group_status(status: &v1::GroupStatus) -> Value {
         "spill_limit_bytes": status.spill_limit_bytes,
         "catch_up_ms": status.catch_up_ms,
         "lease_ms": status.lease_ms,
+        "pause": status.pause.as_ref().map(pause),
         "synchronous": null_if_empty_text(&status.synchronous),
         "zero_loss": status.zero_loss,
         "captured_seq": status.captured_seq,
@@ -531,6 +543,7 @@ mod tests {
                 "journal_bytes",
                 "lease_ms",
                 "operation",
+                "pause",
                 "phase",
                 "points",
                 "policy",
@@ -560,6 +573,12 @@ mod tests {
         assert_eq!(status["phase"], "protected");
         assert_eq!(status["rpo"]["now_ms"], 4.213);
         assert_eq!(status["rpo"]["p99_ms"], Value::Null, "what is not known is null, not 0");
+        let pause = v1::Pause { by: "operator/anna".into(), ..Default::default() };
+        let paused = group_status(&v1::GroupStatus { pause: Some(pause), ..Default::default() });
+        assert_eq!(
+            (&status["pause"], keys(&paused["pause"])),
+            (&Value::Null, vec!["by", "confirmed", "reason", "since"])
+        );
     }
 
     #[test]

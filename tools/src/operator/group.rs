@@ -9,7 +9,7 @@ use super::failure::{Failure, Kind};
 use super::output::{fields, state, table, text};
 use super::session::{Session, Which, every};
 use super::values::{show_count, show_size, show_time};
-use super::{disk, phase_mood};
+use super::{disk, pause, phase_mood};
 
 /// Verbs of `afterimage group`.
 #[derive(Subcommand, Debug)]
@@ -84,6 +84,17 @@ pub enum Verb {
         #[arg(long, value_name = "FOLDER")]
         export: Option<String>,
     },
+    /// Send nothing of a group until it is resumed. Its hosts go on, and nothing that they write is forgotten.
+    #[command(after_help = "Examples:\n  \
+        afterimage group pause shop --reason 'new switch at the target'\n  \
+        afterimage group resume shop\n\n\
+        What is written queues at the source, in memory and then in its spill: no restore point is lost while it fits.\n\
+        Then it is noted which blocks differ, and the points of that time are left out. The RPO grows without an alarm.\n\
+        While it is paused failover start fits, to what the target holds; failover planned does not.")]
+    Pause(pause::Pause),
+    /// Send what has been written since a group was paused, and what follows.
+    #[command(after_help = "Examples:\n  afterimage group resume shop")]
+    Resume(pause::Resume),
     /// End the protection of a group. Its source disks stay as they are.
     #[command(after_help = "Examples:\n  \
         afterimage group delete shop                    the target keeps the journal\n  \
@@ -169,6 +180,8 @@ pub async fn run(verb: Verb, session: &Session) -> Result<(), Failure> {
             let branch = session.ask(object(&group), session.groups().inspect_branch(request)).await?;
             out.show(&documents::branch(&branch), || branched(&branch));
         }
+        Verb::Pause(args) => pause::pause(args, session).await?,
+        Verb::Resume(args) => pause::resume(args, session).await?,
         Verb::Delete { group, delete_points, force } => {
             let found = get(session, &group).await?;
             out.confirm(&object(&group), &loss(session, &found, delete_points).await)?;
@@ -277,6 +290,7 @@ fn shown(group: &v1::Group) -> String {
         ("source", id(&group.source).to_owned()),
         ("target", id(&group.target).to_owned()),
         ("placed at", group.placement.clone()),
+        ("paused", pause::told(group.pause.as_ref())),
         ("operation", id(&group.operation).to_owned()),
         ("runs from view", id(&group.failover_view).to_owned()),
         ("uid", group.uid.clone()),

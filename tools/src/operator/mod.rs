@@ -28,6 +28,7 @@ pub mod key;
 pub mod local;
 pub mod machine;
 pub mod output;
+pub mod pause;
 pub mod placement;
 pub mod plan;
 pub mod point;

@@ -9,7 +9,7 @@ use super::group::object;
 use super::output::{Mood, fields, state, table, text};
 use super::session::Session;
 use super::values::{show_count, show_duration, show_rate, show_size, show_time};
-use super::{phase_mood, proxies, view};
+use super::{pause, phase_mood, proxies, view};
 
 /// Options of `afterimage status`.
 #[derive(Args, Debug)]
@@ -66,7 +66,8 @@ pub fn groups(groups: &[v1::GroupStatus]) -> String {
         &["GROUP", "PHASE", ">RPO NOW", ">P99", ">TARGET", ">WRITES/S", ">CAPTURED", ">ON WIRE", ">CUTS"],
         groups.iter().map(|group| {
             let rpo = group.rpo.unwrap_or_default();
-            let late = rpo.now_us.is_some_and(|now| now > rpo.target_us);
+            // Whoever paused it knows.
+            let late = group.pause.is_none() && rpo.now_us.is_some_and(|now| now > rpo.target_us);
             vec![
                 text(id(&group.name)),
                 state(phase(group), phase_mood(group.phase())),
@@ -165,6 +166,7 @@ pub fn one(group: &v1::GroupStatus) -> String {
             rpo.within_target.map_or_else(String::new, |share| format!("{:.2} % of {window}", share * 100.0)),
         ),
         ("report is old", micros(rpo.report_age_us)),
+        ("paused", pause::told(group.pause.as_ref())),
         ("ladder", rung_word(group.rung()).to_owned()),
         ("writes", format!("{}/s, {} in all", show_count(group.writes_per_s.round() as u64), show_count(group.writes))),
         ("captured", format!("{}, {} in all", show_rate(group.captured_bytes_per_s), show_size(group.captured_bytes))),

@@ -202,6 +202,10 @@ async fn converge_pace(proxy: &Proxy, group: &SourceGroup) -> Result<(), Undone>
     let set = proxy.at_source(stream, move |source, io| source.set_pace(io, stream, pace)).await?;
     set.unwrap_or(Ok(())).map_err(problem)?;
     proxy.applied.borrow_mut().paces.insert(stream, pace);
+    if was.paused != pace.paused {
+        let message = if pace.paused { "paused: nothing is sent from now on" } else { "resumed: it is sent again" };
+        proxy.event(Severity::Info, Some(stream), "pause", message.to_owned());
+    }
     if was.closed != pace.closed {
         let message = if pace.closed { "nothing is sent from now on" } else { "it is sent again" };
         proxy.event(Severity::Info, Some(stream), "hours", format!("by the hours of its policy {message}"));

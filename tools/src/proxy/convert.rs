@@ -118,6 +118,7 @@ pub fn pace(group: &SourceGroup, now: jiff::Timestamp) -> Result<Pace, Senseless
     Ok(Pace {
         rate: group.bandwidth_bytes_per_s,
         closed: !hours.is_open(minute),
+        paused: group.paused,
         priority: u8::try_from(group.priority).unwrap_or(u8::MAX),
         rpo_target: group.rpo_target_us.saturating_mul(1000),
     })
@@ -319,6 +320,7 @@ mod tests {
         // Monday 00:30 in Vienna: Sunday 23:30 in winter and 22:30 in summer.
         assert!(!closed("2026-01-04T23:30:00Z") && closed("2026-01-05T00:30:00Z"));
         assert!(!closed("2026-07-05T22:30:00Z") && closed("2026-07-05T23:30:00Z"));
+        assert!(pace(&SourceGroup { paused: true, ..said.clone() }, jiff::Timestamp::UNIX_EPOCH).unwrap().paused);
         let odd = SourceGroup { time_zone: "Mars/Base".into(), ..said.clone() };
         assert_eq!(pace(&odd, jiff::Timestamp::UNIX_EPOCH).unwrap_err().field, "time_zone");
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use afterimage_dataplane::host::{DiskKey, ExportStatus};
 use afterimage_dataplane::io::Io;
-use afterimage_dataplane::source::{DiskStatus, GroupState, GroupStatus, HoldReason, Rung};
+use afterimage_dataplane::source::{DiskStatus, GroupState, GroupStatus, HoldReason, Pace, Rung};
 use afterimage_dataplane::target::{Choice, StreamState, StreamStatus};
 use afterimage_wire::ids::StreamId;
 use afterimage_wire::v1;
@@ -111,7 +111,8 @@ impl Reporter {
                 rung: rung(group.rung, link).into(),
                 held: group.held.is_some(),
                 held_reason: group.held.map(held_word).unwrap_or_default().to_owned(),
-                outside_hours: proxy.applied.borrow().paces.get(&group.stream).is_some_and(|pace| pace.closed),
+                outside_hours: pace(proxy, group.stream).is_some_and(|pace| pace.closed),
+                paused: pace(proxy, group.stream).is_some_and(|pace| pace.paused),
                 lease_ms: lease(proxy, &group),
                 lease_left_ms: group.lease_left / 1_000_000,
                 synchronous: group.synchronous.is_some(),
@@ -188,6 +189,11 @@ fn by_export(status: &[ExportStatus]) -> HashMap<DiskKey, u32> {
         *of_export = of_export.saturating_add(u32::try_from(export.clients).unwrap_or(u32::MAX));
     }
     clients
+}
+
+/// When frames of a group may leave, as it was last told.
+fn pace(proxy: &Proxy, stream: StreamId) -> Option<Pace> {
+    proxy.applied.borrow().paces.get(&stream).copied()
 }
 
 /// The lease that a group keeps to, milliseconds. Nothing while it is about to become another: the coordinator relies
