@@ -192,8 +192,13 @@ impl Stream {
             self.fold.shelving = false;
             self.keep_newest();
             match self.make_shelves(ctx, next_id, reads) {
-                Ok(true) => {}
-                Ok(false) => {
+                Ok(Shelved::Done) => {}
+                Ok(Shelved::Until(at)) => {
+                    self.fold.look_at = at;
+                    self.fold.skipped = true;
+                    return false;
+                }
+                Ok(_) => {
                     self.fold.shelving = self.fold.gave_way.is_none();
                     return false;
                 }
@@ -241,27 +246,31 @@ impl Stream {
         more
     }
 
-    /// What views need of the oldest segment is put on their shelves. False: not yet.
-    fn make_shelves<I: Io>(&mut self, ctx: &mut Ctx<'_, I>, next_id: &mut u32, reads: &Reads) -> Result<bool, String> {
+    /// What views need of the oldest segment is put on their shelves.
+    fn make_shelves<I: Io>(
+        &mut self,
+        ctx: &mut Ctx<'_, I>,
+        next_id: &mut u32,
+        reads: &Reads,
+    ) -> Result<Shelved, String> {
         let front = self.journal.segments.front().and_then(|front| Some((front.uid, front.last_seq()?)));
-        let Some((uid, last)) = front else { return Ok(true) };
+        let Some((uid, last)) = front else { return Ok(Shelved::Done) };
         // Folded again after a crash: the shelves were complete before the floor was raised, and the image is not what it
         // was then.
         if last <= self.points.floor() || mutant!(PinIgnored) {
-            return Ok(true);
+            return Ok(Shelved::Done);
         }
         let image_reads = (reads.next_number(), |number| reads.is_before(number));
         match self.shelve(ctx, (uid, last), next_id, image_reads) {
-            Shelved::Done => Ok(true),
-            Shelved::Waiting => Ok(false),
             Shelved::Failed(pin, errno) => {
                 let error = format!("what the view `{}` needs of its point cannot be kept: {errno}", pin.name);
                 if errno == Errno::NOSPC && !pin.failover {
                     self.fold.gave_way = Some((pin.name, error));
-                    return Ok(false);
+                    return Ok(Shelved::Waiting);
                 }
                 Err(error)
             }
+            shelved => Ok(shelved),
         }
     }
 

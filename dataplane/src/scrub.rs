@@ -31,6 +31,8 @@ const AGAIN: Nanos = 100_000_000;
 const FIRST_LOOK: Nanos = 1_000_000_000;
 /// … and at most so long.
 const LONGEST_LOOK: Nanos = 3_600_000_000_000;
+/// Once looks are further than this from each other they find what the ones before have found.
+const SETTLED: Nanos = 16_000_000_000;
 /// How often to look whether lost blocks have been replaced.
 const REVIEW: Nanos = 100_000_000;
 
@@ -130,6 +132,11 @@ impl Scrub {
         self.fresh.contains(&segment)
             || self.suspects.iter().any(|suspect| suspect.segment == segment)
             || self.reading.as_ref().is_some_and(|reading| reading.alone && reading.segment == segment)
+    }
+
+    /// What is lost has been looked at again and again: it will hardly come back.
+    pub fn has_settled(&self) -> bool {
+        self.fresh.is_empty() && self.suspects.is_empty() && (self.again_at.is_none() || self.again_after > SETTLED)
     }
 
     /// When to go on although nothing completes.

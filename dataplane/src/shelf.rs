@@ -25,7 +25,7 @@ use crate::delta::{Change, Delta};
 use crate::host::{Answer, DiskKey};
 use crate::index::points::{Lives, holds};
 use crate::index::{Content, Cover, Points};
-use crate::io::{Errno, Io, Part};
+use crate::io::{Errno, Io, Nanos, Part};
 use crate::target::ops::Ctx;
 use crate::target::stream::{Stream, ViewPin};
 use crate::view::ReadRequest;
@@ -108,6 +108,8 @@ struct Serving {
     shelf: u32,
     step: Step,
     ranges: VecDeque<Range>,
+    /// What could not be read, and when it is looked at again.
+    doubtful: Vec<(Nanos, Range)>,
 }
 
 /// What is under way for one segment.
@@ -121,8 +123,13 @@ struct Round {
     barrier: Option<u64>,
 }
 
-/// Reads of a block that fail before it counts as unknown.
+/// Reads of a block that fail one after the other before it is left alone for a while.
 const TRIES: u8 = 3;
+/// How often it is looked at again then, before it counts as unknown: a disk that gives nothing for a while has lost
+/// nothing, and what is not copied now is overwritten.
+const LOOKS: u8 = 4;
+/// From the last of these reads until the first look; twice as long before each further one.
+const FIRST_LOOK: Nanos = 1_000_000_000;
 /// A stretch that cannot be read at once is read in blocks of this many bytes.
 const BLOCK: u64 = 4096;
 
@@ -146,6 +153,8 @@ pub(crate) struct Shelving {
 pub(crate) enum Shelved {
     /// Not yet.
     Waiting,
+    /// Not before then: what cannot be read is looked at again.
+    Until(Nanos),
     /// Nothing of it is needed by any view any more.
     Done,
     /// It cannot be copied for this view.
@@ -220,7 +229,7 @@ impl Stream {
         next_id: &mut u32,
         image_reads: (u64, impl Fn(u64) -> bool),
     ) -> Shelved {
-        self.take_answers();
+        self.take_answers(ctx.io.now());
         let mut round = match self.shelving.round.take() {
             Some(round) if round.uid == uid => round,
             _ if self.shelving.is_busy() => return Shelved::Waiting,
@@ -246,9 +255,11 @@ impl Stream {
                         round.serving = Some(serving);
                     }
                     Ok(false) => {
+                        let idle = !self.shelving.is_busy() && serving.ranges.is_empty();
+                        let next = serving.doubtful.iter().map(|(at, _)| *at).min().filter(|_| idle);
                         round.serving = Some(serving);
                         self.shelving.round = Some(round);
-                        return Shelved::Waiting;
+                        return next.map_or(Shelved::Waiting, Shelved::Until);
                     }
                 }
                 continue;
@@ -276,7 +287,10 @@ impl Stream {
                 None => self.make_shelf(ctx, next_id, &pin),
             };
             match made {
-                Ok(shelf) => round.serving = Some(Serving { pin, shelf, step: Step::Begin, ranges: VecDeque::new() }),
+                Ok(shelf) => {
+                    let (step, ranges, doubtful) = (Step::Begin, VecDeque::new(), Vec::new());
+                    round.serving = Some(Serving { pin, shelf, step, ranges, doubtful });
+                }
                 Err(errno) => return Shelved::Failed(pin, errno),
             }
         }
@@ -320,6 +334,9 @@ impl Stream {
         }
         let Some(shelf) = self.deltas.iter_mut().find(|delta| delta.id == serving.shelf) else { return Ok(true) };
         if serving.step == Step::Copy {
+            let now = ctx.io.now();
+            let due = serving.doubtful.extract_if(.., |(at, _)| *at <= now);
+            serving.ranges.extend(due.map(|(_, range)| range));
             while self.shelving.under_way.len() < DEPTH
                 && let Some(range) = serving.ranges.pop_front()
             {
@@ -337,7 +354,7 @@ impl Stream {
                     len: (range.end - range.start) as usize,
                 });
             }
-            if self.shelving.is_busy() || !serving.ranges.is_empty() {
+            if self.shelving.is_busy() || !serving.ranges.is_empty() || !serving.doubtful.is_empty() {
                 return Ok(false);
             }
             let cookie = self.shelving.cookie(None);
@@ -413,8 +430,26 @@ impl Stream {
         found
     }
 
+    /// The range is known to be unreadable at the point: by the source, or because what held it was looked at again and
+    /// again. No look of ours would change that.
+    fn is_known_lost(&mut self, range: &Range, seq: u64) -> bool {
+        let cover = &mut self.shelving.cover;
+        cover.start(range.start, range.end);
+        self.journal.cover(cover, range.slot, seq);
+        let below = &self.history.state().unreadable;
+        let settled = self.scrub.has_settled();
+        cover.finish().iter().any(|piece| match piece.content {
+            Content::Unreadable => settled,
+            Content::Below => below.iter().any(|lost| {
+                let (start, end) = (lost.offset, lost.offset + lost.len);
+                lost.slot == range.slot && start < piece.offset + piece.len && piece.offset < end
+            }),
+            _ => false,
+        })
+    }
+
     /// What was read goes to the shelf.
-    fn take_answers(&mut self) {
+    fn take_answers(&mut self, now: Nanos) {
         for answer in std::mem::take(&mut self.shelving.answers) {
             let Some(at) = self.shelving.under_way.iter().position(|(cookie, _)| *cookie == answer.cookie) else {
                 continue;
@@ -426,6 +461,10 @@ impl Stream {
                 }
                 continue;
             };
+            let serving = self.shelving.round.as_ref().and_then(|round| round.serving.as_ref());
+            let Some(seq) = serving.map(|serving| serving.pin.seq) else { continue };
+            let may_look = (TRIES..TRIES + LOOKS).contains(&range.tries);
+            let look = may_look && answer.result.is_err() && !self.is_known_lost(&range, seq);
             let Some(serving) = self.shelving.round.as_mut().and_then(|round| round.serving.as_mut()) else { continue };
             let (kind, data) = match answer.result {
                 Ok(Some(part)) if part.buf[part.at..part.at + part.len].iter().any(|byte| *byte != 0) => {
@@ -442,7 +481,16 @@ impl Stream {
                     }
                     continue;
                 }
-                Err(_) => (RecordKind::Unreadable, None),
+                Err(_) if look => {
+                    let at = now + (FIRST_LOOK << (range.tries - TRIES));
+                    serving.doubtful.push((at, Range { tries: range.tries + 1, ..range }));
+                    continue;
+                }
+                Err(errno) => {
+                    let (view, slot, offset) = (&serving.pin.name, range.slot, range.start);
+                    tracing::error!(stream = %self.config.stream, view, slot, offset, %errno, "a block of a view is lost");
+                    (RecordKind::Unreadable, None)
+                }
             };
             let Some(shelf) = self.deltas.iter_mut().find(|delta| delta.id == serving.shelf) else { continue };
             let cookie = self.shelving.cookie(None);

@@ -3,7 +3,7 @@
 mod target_rig;
 
 use afterimage_dataplane::host::Request;
-use afterimage_dataplane::io::sim::WorldConfig;
+use afterimage_dataplane::io::sim::{Errors, WorldConfig};
 use afterimage_dataplane::target::{Choice, StreamStatus, TargetConfig, TargetEvent};
 use afterimage_wire::record::RecordKind;
 use afterimage_wire::segment::Predecessor;
@@ -188,6 +188,72 @@ fn killed_at_any_step_a_failed_over_machine_keeps_its_base() {
             assert!(rig.read(exports[slot].key, 0, SIZE as usize) == *want, "seed {seed}");
         }
     }
+}
+
+/// Writes until the journal has so many segments of 8 MiB: with four it is too short to leave views their history.
+fn until_segments(rig: &mut Rig, feeder: &mut Feeder, model: &mut Model, dice: &mut Dice, count: u64) {
+    while status(rig).journal_bytes < count * (8 << 20) {
+        scribble(feeder, model, dice, 20);
+        feeder.seal(20);
+        rig.ship_more(feeder);
+    }
+    assert_eq!(status(rig).floor, 0);
+}
+
+#[test]
+fn what_cannot_be_read_for_a_while_is_copied_once_it_can_be() {
+    for seconds in [0, 2, 6, 13] {
+        let (mut rig, mut feeder, mut model) = begun(seconds, WorldConfig::default());
+        let mut dice = Dice(seconds);
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 3);
+        let seq = feeder.next_seq - 1;
+        let exports = rig.view("machine", seq, true);
+        let want = [model.at(0, seq), model.at(1, seq)];
+        until_segments(&mut rig, &mut feeder, &mut model, &mut dice, 3);
+        rig.world.errors(rig.node, Errors { read: 1.0, ..Errors::default() });
+        until_segments(&mut rig, &mut feeder, &mut model, &mut dice, 4);
+        rig.run_for(seconds * SECOND);
+        assert!(status(&rig).floor < seq, "{seconds} s: nothing is folded over what could not be kept");
+        rig.world.errors(rig.node, Errors::default());
+        fill(&mut rig, &mut feeder, &mut model, &mut dice, 3);
+        rig.until("folded", |rig| status(rig).floor > seq);
+        for (slot, want) in want.iter().enumerate() {
+            assert!(rig.read(exports[slot].key, 0, SIZE as usize) == *want, "away for {seconds} s");
+        }
+        rig.check(&model, feeder.next_seq - 1);
+    }
+}
+
+#[test]
+fn what_stays_lost_does_not_hold_folding_back() {
+    let (mut rig, mut feeder, mut model) = begun(5, WorldConfig::default());
+    let mut dice = Dice(5);
+    fill(&mut rig, &mut feeder, &mut model, &mut dice, 3);
+    let seq = feeder.write(0, 8192, dice.bytes(4096));
+    for (record, payload) in &feeder.records {
+        model.note(record, payload);
+    }
+    let at = 4096 + feeder.frames.iter().map(|frame| frame.0.len() as u64).sum::<u64>();
+    feeder.seal(1);
+    rig.ship_more(&mut feeder);
+    let mut want = model.at(0, seq);
+    let (paths, name) = (rig.world.paths(rig.node, ROOT), status(&rig).timeline.to_string());
+    let path = paths.iter().filter(|path| path.ends_with(".seg") && path.contains(&name)).min().unwrap();
+    assert_eq!(rig.world.file_range(rig.node, path, at, 4), Some(b"AIFR".into()));
+    rig.world.rot(rig.node, path, at + 300, 8);
+    let exports = rig.view("machine", seq, true);
+    until_segments(&mut rig, &mut feeder, &mut model, &mut dice, 4);
+    let begun = rig.world.now();
+    rig.until("folded", |rig| status(rig).floor > seq);
+    let waited = rig.world.now() - begun;
+    assert!((10 * SECOND..30 * SECOND).contains(&waited), "{waited}");
+    // Nothing but the block that is lost is missing.
+    let cookie = rig.ask(exports[0].key, Request::Read { offset: 8192, len: 4096 });
+    assert!(rig.answer(cookie).is_err());
+    let mut found = rig.read(exports[0].key, 0, 8192);
+    found.extend_from_slice(&rig.read(exports[0].key, 12288, SIZE as usize - 12288));
+    want.drain(8192..12288);
+    assert!(found == want);
 }
 
 #[test]
