@@ -7,3 +7,4 @@ mod negotiation;
 mod requests;
 mod room;
 mod soak;
+mod text;
