@@ -23,9 +23,12 @@ sim seeds="200":
 fuzz seconds="60":
     cargo run --release -p afterimage-fuzz -- --seconds {{ seconds }}
 
-# The same under libFuzzer (nightly, cargo-fuzz): `just libfuzzer frame`.
+# The same under libFuzzer with its address sanitizer (nightly, cargo-fuzz): `just libfuzzer frame -max_total_time=60`.
+# What it finds new in coverage goes to target/corpus.
 libfuzzer target *args:
-    cd tests/fuzz && cargo +nightly fuzz run --fuzz-dir cargo-fuzz {{ target }} corpus/{{ target }} -- {{ args }}
+    mkdir -p target/corpus/{{ target }} tests/fuzz/corpus/{{ target }}
+    cd tests/fuzz && cargo +nightly fuzz run --fuzz-dir cargo-fuzz {{ target }} \
+        ../../target/corpus/{{ target }} corpus/{{ target }} -- {{ args }}
 
 # Formatting and lints only.
 lint:
