@@ -31,6 +31,7 @@ pub mod machine;
 pub mod metrics;
 pub mod model;
 pub mod names;
+pub mod nic;
 pub mod objects;
 pub mod paging;
 pub mod placement;

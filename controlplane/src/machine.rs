@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{MAX_OBJECTS, Model};
 use crate::names::{DEFAULT_TENANT, Kind, Name, check_id, child, is_id};
+use crate::nic::{self, Nic};
 use crate::objects::{Disk, ExportRecord, Group, Object};
 use crate::policy::check_text;
 use crate::problem::Problem;
@@ -18,8 +19,6 @@ const MEMORY: std::ops::RangeInclusive<u64> = 16 * MIB..=(64 << 40);
 const DEFAULT_MEMORY: u64 = 1 << 30;
 /// Most processors.
 const MAX_CPUS: u32 = 1024;
-/// Most network interfaces.
-const MAX_NICS: usize = 16;
 /// Longest name of a machine at its place, and of what is looked for, bytes.
 const MAX_TEXT: usize = 200;
 /// How long a machine has to switch itself off unless told, milliseconds.
@@ -65,15 +64,6 @@ pub enum Firmware {
     Bios,
     /// UEFI.
     Uefi,
-}
-
-/// A network interface.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Nic {
-    /// Empty for any.
-    pub mac: String,
-    /// What the network is called.
-    pub network: String,
 }
 
 /// Where and how a machine is driven.
@@ -241,26 +231,6 @@ pub fn ready(root: &str, asked: Option<&v1::Readiness>) -> Result<Ready, Problem
     }
 }
 
-fn nics(asked: &[v1::Nic]) -> Result<Vec<Nic>, Problem> {
-    if asked.len() > MAX_NICS {
-        return Err(Problem::invalid("machine.nics", asked.len(), format!("up to {MAX_NICS}")));
-    }
-    let made = |(i, nic): (usize, &v1::Nic)| {
-        let hex = |part: &str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
-        let parts: Vec<&str> = nic.mac.split(':').collect();
-        // The lowest bit of the first byte would make it an address of many.
-        let unicast = u8::from_str_radix(parts[0], 16).is_ok_and(|first| first & 1 == 0);
-        let whole = parts.len() == 6 && parts.iter().all(|p| hex(p)) && unicast;
-        if !nic.mac.is_empty() && !whole {
-            let allowed = "six bytes such as 52:54:00:12:34:56, of one station";
-            return Err(Problem::invalid(format!("machine.nics[{i}].mac"), &nic.mac, allowed));
-        }
-        check_id(&format!("machine.nics[{i}].network"), &nic.network)?;
-        Ok(Nic { mac: nic.mac.to_ascii_lowercase(), network: nic.network.clone() })
-    };
-    asked.iter().enumerate().map(made).collect()
-}
-
 fn within(field: &str, value: u64, least: u64) -> Result<u64, Problem> {
     if (least..=MAX_WITHIN_MS).contains(&value) {
         return Ok(value);
@@ -312,7 +282,7 @@ impl Machine {
             cpus,
             memory,
             firmware,
-            nics: nics(&asked.nics)?,
+            nics: nic::wanted(&asked.nics)?,
             source: place(&name.tenant, "source", asked.source.as_ref())?,
             target: place(&name.tenant, "target", asked.target.as_ref())?,
             ready: ready("machine.readiness", asked.readiness.as_ref())?,
@@ -444,9 +414,19 @@ impl Machine {
             cpus: self.cpus,
             memory_bytes: self.memory,
             firmware: firmware_to_proto(self.firmware).into(),
-            nics: self.nics.iter().map(nic_to_proto).collect(),
+            nics: self.nics.iter().map(nic::to_proto).collect(),
             disks,
+            // Machines of one test see each other, and nobody else: two tests have the same addresses.
+            isolation: match role {
+                Role::Test(view) => child(&Name::new(&self.tenant, Kind::Group, &self.group), "views", view),
+                Role::Source | Role::Replica => String::new(),
+            },
         }
+    }
+
+    /// The question whether an instance could be started.
+    pub fn check_start(&self, role: Role<'_>, disks: Vec<v1::MachineDisk>) -> Tell {
+        Tell::CheckInstance(v1::CheckInstance { instance: Some(self.instance(role, disks)) })
     }
 
     /// The command that switches an instance off, within so long or at once.
@@ -534,10 +514,6 @@ fn firmware_to_proto(firmware: Firmware) -> v1::Firmware {
     }
 }
 
-fn nic_to_proto(nic: &Nic) -> v1::Nic {
-    v1::Nic { mac: nic.mac.clone(), network: nic.network.clone() }
-}
-
 fn ready_to_proto(ready: &Ready) -> v1::Readiness {
     let (kind, value) = match ready {
         Ready::Running => (v1::ReadinessKind::Running, ""),
@@ -572,7 +548,7 @@ pub fn to_proto(model: &Model, machine: &Machine) -> v1::Machine {
         cpus: machine.cpus,
         memory_bytes: machine.memory,
         firmware: firmware_to_proto(machine.firmware).into(),
-        nics: machine.nics.iter().map(nic_to_proto).collect(),
+        nics: machine.nics.iter().map(nic::to_proto).collect(),
         source: Some(place(&machine.source)),
         target: Some(place(&machine.target)),
         readiness: Some(ready_to_proto(&machine.ready)),

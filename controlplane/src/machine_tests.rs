@@ -69,7 +69,11 @@ fn what_is_not_allowed_is_named_with_what_is() {
         (|m| m.memory_bytes = 1, "machine.memory_bytes", "16777216"),
         (|m| m.disks = vec!["swap".into()], "machine.disks[0]", "data, log"),
         (|m| m.disks = vec!["data".into(), "data".into()], "machine.disks[1]", "each disk once"),
-        (|m| m.nics = vec![v1::Nic { mac: "01:00:00:00:00:00".into(), network: "lan".into() }], "nics[0].mac", "52:54"),
+        (
+            |m| m.nics = vec![v1::Nic { mac: "01:00:00:00:00:00".into(), network: "lan".into(), ..v1::Nic::default() }],
+            "nics[0].mac",
+            "52:54",
+        ),
         (|m| m.nics = vec![v1::Nic::default()], "machine.nics[0].network", "1 to 63"),
         (|m| m.target.as_mut().unwrap().machine = "../x".into(), "machine.target.machine", "first"),
         (|m| m.target.as_mut().unwrap().profile = "A b".into(), "machine.target.profile", "a-z"),

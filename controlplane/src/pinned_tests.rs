@@ -41,7 +41,7 @@ const NOW: [(&str, &str); 19] = [
     ),
     (
         "machines/default/web",
-        r#"{"uid":"m","tenant":"default","id":"web","version":2,"created_ns":1,"updated_ns":2,"description":"d","group":"shop","disks":["data"],"cpus":2,"memory":1073741824,"firmware":"bios","nics":[{"mac":"","network":"lan"}],"source":{"proxy":"","driver":"libvirt","profile":"default","machine":"web01"},"target":{"proxy":"dr2","driver":"qemu","profile":"default","machine":""},"ready":{"tcp":"10.0.0.7:80"},"stop_within_ms":120000,"ready_within_ms":300000,"stopped_at_source":true,"runs_from":"failover"}"#,
+        r#"{"uid":"m","tenant":"default","id":"web","version":2,"created_ns":1,"updated_ns":2,"description":"d","group":"shop","disks":["data"],"cpus":2,"memory":1073741824,"firmware":"bios","nics":[{"mac":"","network":"lan","addresses":[],"gateways":[],"name_servers":[],"target_addresses":[]}],"source":{"proxy":"","driver":"libvirt","profile":"default","machine":"web01"},"target":{"proxy":"dr2","driver":"qemu","profile":"default","machine":""},"ready":{"tcp":"10.0.0.7:80"},"stop_within_ms":120000,"ready_within_ms":300000,"stopped_at_source":true,"runs_from":"failover"}"#,
     ),
     (
         "plans/default/site",
@@ -64,10 +64,14 @@ const NOW: [(&str, &str); 19] = [
 ];
 
 /// As earlier versions wrote them: by kind, what [`NOW`] has of the same.
-const EARLIER: [(&str, &str); 18] = [
+const EARLIER: [(&str, &str); 19] = [
     (
         "groups/default/shop",
         r#"{"uid":"g","tenant":"default","id":"shop","version":4,"created_ns":1,"updated_ns":2,"description":"d","policy":"gold","source":"src","target":"dr","key":"k","generation":2,"writer_generation":1,"next_slot":1,"phase":{"failed_over":{"view":"failover"}},"hold":true,"complete":true,"request_id":"","placement":"","reverse":null,"overwritten":false,"leftovers":[],"older_keys":[],"next_key":""}"#,
+    ),
+    (
+        "machines/default/web",
+        r#"{"uid":"m","tenant":"default","id":"web","version":2,"created_ns":1,"updated_ns":2,"description":"d","group":"shop","disks":["data"],"cpus":2,"memory":1073741824,"firmware":"bios","nics":[{"mac":"","network":"lan"}],"source":{"proxy":"","driver":"libvirt","profile":"default","machine":"web01"},"target":{"proxy":"dr2","driver":"qemu","profile":"default","machine":""},"ready":{"tcp":"10.0.0.7:80"},"stop_within_ms":120000,"ready_within_ms":300000,"stopped_at_source":true,"runs_from":"failover"}"#,
     ),
     (
         "groups/default/shop",

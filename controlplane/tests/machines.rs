@@ -139,6 +139,57 @@ async fn a_planned_failover_and_its_undoing_take_the_machine_along() {
 }
 
 #[tokio::test]
+async fn what_its_target_cannot_start_is_known_before_anything_is_begun() {
+    let world = World::new().await;
+    let bad = Arc::new(AtomicBool::new(true));
+    let says = bad.clone();
+    let say: Say = Arc::new(move |tell| {
+        let asked = matches!(tell, Tell::CheckInstance(_)) && says.load(Ordering::SeqCst);
+        let message =
+            "the network \"lan\" of web is the bridge \"br9\" here, and this host has none of that name".into();
+        let error = CommandError { kind: CommandErrorKind::Unsupported.into(), message };
+        asked.then_some(Some(command_result::Outcome::Error(error)))
+    });
+    let source = world.proxy("src", Script::default()).await;
+    let target = world.proxy("dr", Script { say: Some(say), ..Script::default() }).await;
+    world.gold().await;
+    world.groups().create_group(shop_request()).await.unwrap();
+    world.wait_phase(Phase::Protected).await;
+    let mut request = create("web");
+    let nic = Nic { mac: "52:54:00:00:00:01".into(), network: "lan".into(), ..Nic::default() };
+    request.machine.as_mut().unwrap().nics = vec![Nic { addresses: vec!["192.0.2.7/24".into()], ..nic }];
+    world.machines().create_machine(request).await.unwrap();
+    source.script.journal.lock().unwrap().on.insert("web01".into());
+
+    let planned_request = StartPlannedFailoverRequest { group: SHOP.into(), ..Default::default() };
+    let test = TestFailoverRequest { group: SHOP.into(), ..Default::default() };
+    let refused = [
+        world.failovers().start_planned_failover(planned_request).await.unwrap_err(),
+        world.failovers().start_failover(failover_request(At::Latest(true))).await.unwrap_err(),
+        world.failovers().test_failover(test).await.unwrap_err(),
+    ];
+    for told in refused {
+        assert_eq!(told.code(), Code::FailedPrecondition, "{told}");
+        assert!(told.message().contains("machines/web") && told.message().contains("\"br9\""), "{told}");
+    }
+    let probed = world.machines().probe_machine(ProbeMachineRequest { name: WEB.into() }).await.unwrap().into_inner();
+    assert!(probed.hindrance.contains("\"br9\""), "{probed:?}");
+    assert!(source.told().iter().all(|t| !matches!(t, Tell::Fence(_) | Tell::StopInstance(_))), "production notices");
+    assert!(target.told().iter().all(|t| !matches!(t, Tell::OpenView(_) | Tell::StartInstance(_))));
+
+    bad.store(false, Ordering::SeqCst);
+    let done = planned(&world).await;
+    assert_eq!(done.state(), OperationState::Done, "{done:?}");
+    let asked = target.told().into_iter().find_map(|t| if let Tell::StartInstance(s) = t { Some(s) } else { None });
+    assert_eq!(asked.unwrap().nics[0].addresses, ["192.0.2.7/24"]);
+    let before = target.told().iter().filter(|t| matches!(t, Tell::CheckInstance(_))).count();
+    // The way back is hindered by nothing.
+    bad.store(true, Ordering::SeqCst);
+    assert_eq!(undo(&world).await.state(), OperationState::Done);
+    assert_eq!(target.told().iter().filter(|t| matches!(t, Tell::CheckInstance(_))).count(), before);
+}
+
+#[tokio::test]
 async fn a_machine_that_does_not_go_off_is_handed_to_nobody() {
     let world = World::new().await;
     let say: Say = Arc::new(|tell| match tell {

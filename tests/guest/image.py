@@ -21,7 +21,7 @@ from cluster import MIB, TARGET, Failed, expect, run
 META = "linux-image-6.12-cloud-amd64"
 # Ready to be loaded in a guest, with all that they depend on; what is built in is passed over.
 MODULES = ["virtio_blk", "virtio_net", "virtio_console", "ublk_drv", "nbd", "null_blk", "loop", "dm_flakey",
-           "dm_log_writes", "sch_netem", "xfs"]
+           "dm_log_writes", "sch_netem", "xfs", "vfat", "nls_cp437", "nls_ascii"]
 # In the archive, so in each guest; all else on the disk with tools.
 SMALL = ["/sbin/mkfs.ext4", "/sbin/e2fsck", "/sbin/blkdiscard", "/usr/bin/fallocate", "/sbin/dmsetup", "/sbin/blockdev"]
 LARGE = ["/usr/bin/fio"]

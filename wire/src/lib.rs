@@ -12,6 +12,7 @@
 
 use bytes::{Buf, BufMut};
 
+pub mod address;
 pub mod chunk;
 pub mod control;
 pub mod damage;

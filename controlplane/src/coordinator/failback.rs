@@ -45,6 +45,9 @@ impl Coordinator {
         request: &Asked,
     ) -> Result<v1::Operation, Problem> {
         check_text("reason", &spec.reason)?;
+        if spec.verb == Verb::SwitchFailback {
+            self.check_machines(name, Role::Source).await?;
+        }
         let now = self.clock.wall_ns();
         let uid = new_uid();
         self.begin(name, spec.verb, asking, request, |model| {
@@ -87,6 +90,7 @@ impl Coordinator {
         request: &Asked,
     ) -> Result<v1::Operation, Problem> {
         check_text("reason", &spec.reason)?;
+        self.check_machines(name, Role::Replica).await?;
         let now = self.clock.wall_ns();
         self.begin(name, spec.verb, asking, request, |model| {
             self.check_failover(model, name, &spec, confirm_name)?;

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use super::Coordinator;
 use crate::failover::{Driven, Order, Reply, Verb, fences};
 use crate::fields::{self, Rules};
-use crate::machine::{self, Machine, Role};
+use crate::machine::{self, Machine, MachineDisk, Role};
 use crate::model::{Model, Txn};
 use crate::names::{Kind, Name, check_id};
 use crate::objects::{Group, Object, Operation};
@@ -36,6 +36,8 @@ const UPDATE: Rules<'static> = Rules {
     fixed: &[("group", "it cannot be changed: create another machine")],
 };
 
+/// What a proxy says that it can do if it answers whether a machine could be started.
+const CHECKS: &str = "machine-check";
 /// Between two tries to reach the proxy of a machine, or two looks at it.
 const AGAIN: Duration = Duration::from_millis(250);
 /// How long one look at a machine may take.
@@ -148,8 +150,13 @@ impl Coordinator {
                 Err(detail) => v1::MachineState { detail, ..Default::default() },
             })
         };
-        let (source, target) = tokio::join!(look(Role::Source), look(Role::Replica));
-        Ok(v1::ProbeMachineResponse { source, target })
+        let (source, target, hindrance) = tokio::join!(
+            look(Role::Source),
+            look(Role::Replica),
+            self.hindrance(&model, group, machine, Role::Replica)
+        );
+        let hindrance = hindrance.unwrap_or_else(|problem| Some(problem.to_string())).unwrap_or_default();
+        Ok(v1::ProbeMachineResponse { source, target, hindrance })
     }
 
     /// Checks that whoever is to start and stop a group's machines is there, before anything is begun; gives the machines.
@@ -184,6 +191,49 @@ impl Coordinator {
             all.push(Driven { machine: machine.clone(), disks, was_on: None });
         }
         Ok(all)
+    }
+
+    /// What hinders an instance from being started where it is driven, as far as its proxy can say: its networks are there,
+    /// its addresses are known. A proxy that is not there, or is older than the question, is not asked.
+    async fn hindrance(
+        &self,
+        model: &Model,
+        group: &Group,
+        machine: &Machine,
+        role: Role<'_>,
+    ) -> Result<Option<String>, Problem> {
+        let proxy = model.proxy(&Name::new(&group.tenant, Kind::Proxy, machine.proxy_of(role, group)))?;
+        if !machine.place(role).is_driven() || !self.sessions.connected(&proxy.uid) || !proxy.can(CHECKS) {
+            return Ok(None);
+        }
+        let disks: Vec<MachineDisk> = machine.disks_in(model, group).into_iter().map(Into::into).collect();
+        let tell = machine.check_start(role, disks.iter().map(machine::source_disk).collect());
+        match self.command(proxy, "", "check", tell, LOOK, LOOK).await {
+            Ok(Outcome::Error(error)) => Ok(Some(error.message)),
+            Ok(_) => Ok(None),
+            Err(error) => {
+                let detail = format!("it has not said whether {} can be started: {error}", machine.name());
+                Err(Problem::Unreachable { proxy: proxy.id.clone(), detail })
+            }
+        }
+    }
+
+    /// Asks whoever is to start a group's machines whether they can be, as they are defined. Nothing has been begun.
+    ///
+    /// # Errors
+    /// One cannot be started, and why.
+    pub(super) async fn check_machines(&self, name: &Name, role: Role<'_>) -> Result<(), Problem> {
+        let model = self.model();
+        let group = model.group(name)?;
+        for machine in model.machines_of(group) {
+            if let Some(why) = self.hindrance(&model, group, machine, role).await? {
+                let proxy = machine.proxy_of(role, group);
+                let state = format!("not to be started by \"{proxy}\": {why}");
+                let remedy = format!("nothing was begun: change the configuration of \"{proxy}\", or the machine");
+                return Err(Problem::state(machine.name(), state, remedy));
+            }
+        }
+        Ok(())
     }
 
     /// The machines of a group, for a verb; and whether that they are off confirms that nobody writes at the source.

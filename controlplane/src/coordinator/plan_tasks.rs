@@ -275,12 +275,14 @@ impl Coordinator {
                 self.check_failover(model, &name, &spec(run), &name.id)?;
                 self.machines_for(model, group, spec(run).verb)?;
                 let point = self.fit_point(model, &name, run.spec.to).await?;
+                self.check_machines(&name, Role::Replica).await?;
                 Ok(format!("record {} can be opened", point.seq))
             }
             PlanVerb::Test => {
                 super::trials::check(group, model.machines_of(group).any(|m| m.target.is_driven()))?;
                 self.machines_for(model, group, Verb::TestFailover)?;
                 let point = self.fit_point(model, &name, run.spec.to).await?;
+                self.check_machines(&name, Role::Test("check")).await?;
                 Ok(format!("record {} can be opened", point.seq))
             }
         }

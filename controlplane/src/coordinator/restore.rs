@@ -32,7 +32,7 @@ pub(super) fn only_observes() -> Problem {
 /// Whether a command changes nothing.
 pub(super) fn only_looks(tell: &Tell) -> bool {
     let looks = |t: &Tell| matches!(t, Tell::Observe(_) | Tell::ResolvePoint(_) | Tell::ListPoints(_));
-    looks(tell) || matches!(tell, Tell::InspectDisk(_) | Tell::InspectBranch(_))
+    looks(tell) || matches!(tell, Tell::InspectDisk(_) | Tell::InspectBranch(_) | Tell::CheckInstance(_))
 }
 
 impl Coordinator {

@@ -7,7 +7,7 @@ use afterimage_wire::v1;
 use super::Coordinator;
 use super::verbs::Asking;
 use crate::failover::{Choice, Failover, Spec, Verb};
-use crate::machine::Ready;
+use crate::machine::{Ready, Role};
 use crate::model::Model;
 use crate::names::Name;
 use crate::objects::{Group, GroupPhase, new_uid};
@@ -68,6 +68,7 @@ impl Coordinator {
         let record = crate::convert::point_from_proto(&point);
         let spec = Spec { hold_ms: trial.hold_ms, reason: trial.reason.clone(), ..Spec::new(Verb::TestFailover, to) };
         let view = format!("test-{}", &new_uid()[..8]);
+        self.check_machines(name, Role::Test(&view)).await?;
         let now = self.clock.wall_ns();
         self.begin(name, spec.verb, asking, request, |model| {
             let group = model.group(name)?;

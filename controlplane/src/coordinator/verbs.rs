@@ -9,6 +9,7 @@ use super::drive::disk_names;
 use super::failback::phase_during;
 use crate::convert;
 use crate::failover::{self, Choice, Failover, Spec, Verb};
+use crate::machine::Role;
 use crate::model::Model;
 use crate::names::{Kind, Name};
 use crate::objects::{ExportRecord, Group, GroupPhase, Object, Operation, ViewKind, new_uid};
@@ -57,6 +58,7 @@ impl Coordinator {
         }
         self.check_failover(&model, name, &spec, confirm_name)?;
         let point = self.fit_point(&model, name, spec.to).await?;
+        self.check_machines(name, Role::Replica).await?;
         let rpo = self.look(|scene, _| {
             let live = scene.live.streams.get(&scene.model.group(name).ok()?.uid)?;
             scene.rpo(scene.model.group(name).ok()?, live).now_us
@@ -129,6 +131,7 @@ impl Coordinator {
             }
             From::Kept(view) => (Choice::Latest, format!("what was written to \"{view}\" is kept")),
         };
+        self.check_machines(name, Role::Replica).await?;
         let spec = Spec { reason, ..Spec::new(Verb::ChangePoint, to) };
         let now = self.clock.wall_ns();
         self.begin(name, spec.verb, asking, request, |model| {

@@ -269,7 +269,9 @@ pub fn register(bundle: &Bundle, script: &Script) -> Register {
         software_version: "test".into(),
         data_address: script.data_address.clone().unwrap_or_else(|| format!("{}.example:7070", bundle.name)),
         nbd_addresses: vec!["unix:/run/nbd".into()],
-        capabilities: ["source", "target", "machine-hook", "machine-qemu", "scripts"].map(str::to_owned).into(),
+        capabilities: ["source", "target", "machine-hook", "machine-qemu", "machine-check", "scripts"]
+            .map(str::to_owned)
+            .into(),
         boot_id: "boot".into(),
         observed_version: script.observed_version,
         observed_term: script.observed_term,
@@ -440,6 +442,7 @@ fn obey(script: &Script, tell: &Tell, state: &DesiredState) -> Outcome {
             journal.on.remove(&called(&s.machine));
             machine(MachinePower::Off, false)
         }
+        Tell::CheckInstance(_) => Outcome::Done(Done {}),
         Tell::ProbeInstance(p) => match journal.on.contains(&called(&p.machine)) {
             true => machine(MachinePower::On, true),
             false => machine(MachinePower::Off, false),

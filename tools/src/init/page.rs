@@ -10,7 +10,7 @@ use afterimage_controlplane::grpc::rate::{DEFAULT_BURST, DEFAULT_RATE};
 
 use super::Given;
 use crate::coordinator::{DATA_DIR, PORT};
-use crate::proxy::config::machines::{DEFAULT_HOOK_S, DEFAULT_LIBVIRT_URI, DEFAULT_QEMU};
+use crate::proxy::config::machines::{DEFAULT_HOOK_S, DEFAULT_LIBVIRT_URI, DEFAULT_QEMU, DEFAULT_SEEDS};
 use crate::proxy::config::{
     DEFAULT_MAX_WAIT_MS, DEFAULT_POOL, DEFAULT_RESERVE, DEFAULT_SCRUB_HOURS, DEFAULT_SCRUB_RATE, DEFAULT_SEGMENT,
     DEFAULT_SPILL, DEFAULT_SPILL_RESERVE, DEFAULT_SPILL_SEGMENT, Size, default_seal_threads,
@@ -198,18 +198,24 @@ fn machines(page: &mut Page) {
     );
     page.example(
         "qemu.default",
-        r#"{ networks = { lan = "bridge,br=br0" } }"#,
+        r#"{ networks = { wan = "user" } }"#,
         &format!(
             "Processes: program = \"{DEFAULT_QEMU}\", accelerators = [\"kvm\", \"tcg\"], arguments = [], uefi = an image; \
-             networks as for -netdev."
+             networks as for -netdev, for those that are no bridge."
         ),
     );
     page.example(
         "libvirt.default",
-        r#"{ networks = { lan = "br0" } }"#,
+        "{}",
         &format!(
-            "Domains, by virsh: uri = \"{DEFAULT_LIBVIRT_URI}\", virsh = \"virsh\", kind = \"kvm\"; networks are bridges."
+            "Domains, by virsh: uri = \"{DEFAULT_LIBVIRT_URI}\", virsh = \"virsh\", kind = \"kvm\", seeds = \"{DEFAULT_SEEDS}\"."
         ),
+    );
+    page.example(
+        "network.lan",
+        r#"{ bridge = "br0", addresses = [{ from = "192.0.2.0/24", to = "198.51.100.0/24" }] }"#,
+        "What a network of machines is here: a bridge, or unplugged = true; and what addresses of the source become. Also \
+         gateways and name_servers.",
     );
     page.example(
         "script.dns",

@@ -19,7 +19,9 @@ pub enum Verb {
         afterimage machine create web --group shop --target qemu --cpus 2 --memory 4GiB --nic lan\n  \
         afterimage machine create web --group shop --source libvirt --source-name web01 --target libvirt\n  \
         afterimage machine create db --group shop --disk data --disk log --target hook:db --ready hook:db\n  \
-        afterimage machine create web --group shop --source hook:ipmi --source-proxy dr --target qemu\n\n\
+        afterimage machine create web --group shop --source hook:ipmi --source-proxy dr --target qemu\n  \
+        afterimage machine create web --group shop --target qemu \\\n    \
+        --nic lan=52:54:00:12:34:56,address=192.0.2.7/24,gateway=192.0.2.1,dns=192.0.2.53\n\n\
         A driver is none, hook, qemu or libvirt; behind a colon stands which of its settings in the proxy's own\n\
         configuration: [machines.hook.db] there. With --source-proxy a proxy elsewhere, such as the target, confirms\n\
         that the machine is off when its own site is gone: then a failover needs no other confirmation.")]
@@ -66,7 +68,7 @@ pub enum Verb {
         /// The machine's name.
         machine: String,
     },
-    /// Ask whether a machine is on, at its source and at its target.
+    /// Ask whether a machine is on, at its source and at its target, and what would keep its replica from being started.
     #[command(after_help = "Examples:\n  afterimage machine probe web")]
     Probe {
         /// The machine's name.
@@ -89,9 +91,11 @@ pub struct Wanted {
     /// What it starts with [default: bios].
     #[arg(long, value_name = "FIRMWARE")]
     firmware: Option<Firmware>,
-    /// A network interface: the network's name, and its address if it matters; may be given many times; "" for none.
-    #[arg(long = "nic", value_name = "NETWORK[=MAC]")]
-    nics: Vec<String>,
+    /// A network interface: its network, and its address if that matters; then what the guest is addressed by at the source,
+    /// where that is to change with the site: ,address=IP/LENGTH ,gateway=IP ,dns=IP, and ,at-target=IP/LENGTH where no rule
+    /// of the target's fits. May be given many times; "" for none.
+    #[arg(long = "nic", value_name = "NETWORK[=MAC][,address=…]", value_parser = nic)]
+    nics: Vec<v1::Nic>,
     /// By what it is driven at its source [default: none].
     #[arg(long, value_name = "DRIVER[:PROFILE]", value_parser = driver)]
     source: Option<(v1::Driver, String)>,
@@ -157,6 +161,24 @@ pub fn ready(word: &str) -> Result<v1::Readiness, String> {
     Ok(v1::Readiness { kind: kind.into(), value: value.to_owned() })
 }
 
+/// A network interface, as it is typed; empty for none.
+fn nic(word: &str) -> Result<v1::Nic, String> {
+    let mut parts = word.split(',');
+    let (network, mac) = parts.next().map(|first| first.split_once('=').unwrap_or((first, ""))).unwrap_or_default();
+    let mut nic = v1::Nic { network: network.to_owned(), mac: mac.to_owned(), ..v1::Nic::default() };
+    for part in parts {
+        let list = match part.split_once('=') {
+            Some(("address", _)) => &mut nic.addresses,
+            Some(("gateway", _)) => &mut nic.gateways,
+            Some(("dns", _)) => &mut nic.name_servers,
+            Some(("at-target", _)) => &mut nic.target_addresses,
+            _ => return Err(format!("{part:?} is not address=IP/LENGTH, gateway=IP, dns=IP or at-target=IP/LENGTH")),
+        };
+        list.extend(part.split_once('=').map(|(_, value)| value.to_owned()));
+    }
+    Ok(nic)
+}
+
 fn ms(ns: u64, option: &str) -> Result<u64, Failure> {
     if ns.is_multiple_of(1_000_000) {
         return Ok(ns / 1_000_000);
@@ -183,11 +205,7 @@ impl Wanted {
             None => {}
         }
         if !self.nics.is_empty() {
-            let nic = |text: &String| {
-                let (network, mac) = text.split_once('=').unwrap_or((text, ""));
-                v1::Nic { network: network.to_owned(), mac: mac.to_owned() }
-            };
-            machine.nics = given(&self.nics).iter().map(nic).collect();
+            machine.nics = self.nics.iter().filter(|nic| !nic.network.is_empty()).cloned().collect();
         }
         let proxy = |proxy: &String| if proxy.is_empty() { String::new() } else { session.proxy(proxy) };
         let over =
@@ -366,7 +384,13 @@ fn listed(machines: &[v1::Machine]) -> String {
 
 fn shown(machine: &v1::Machine) -> String {
     let within = |ms: Option<u64>| ms.map_or_else(String::new, |ms| show_duration(ms.saturating_mul(1_000_000)));
-    let nic = |nic: &v1::Nic| format!("{} {}", nic.network, nic.mac).trim_end().to_owned();
+    let nic = |nic: &v1::Nic| {
+        let mut all = vec![nic.network.clone(), nic.mac.clone()];
+        all.extend(nic.addresses.iter().cloned());
+        all.extend(nic.target_addresses.iter().map(|address| format!("(at its target {address})")));
+        all.retain(|part| !part.is_empty());
+        all.join(" ")
+    };
     let disks = if machine.disks.is_empty() { "all".to_owned() } else { machine.disks.join(" ") };
     let firmware = if machine.firmware() == v1::Firmware::Uefi { "uefi" } else { "bios" };
     fields(&[
@@ -401,7 +425,11 @@ fn probed(found: &v1::ProbeMachineResponse) -> String {
             format!("{}{ready}{detail}", power_word(state.power()))
         }
     };
-    fields(&[("source", at(&found.source)), ("target", at(&found.target))])
+    let mut all = vec![("source", at(&found.source)), ("target", at(&found.target))];
+    if !found.hindrance.is_empty() {
+        all.push(("hindrance", format!("its replica could not be started: {}", found.hindrance)));
+    }
+    fields(&all)
 }
 
 #[cfg(test)]
@@ -417,6 +445,18 @@ mod tests {
         assert_eq!(ready("console:login:"), Ok((v1::ReadinessKind::Console, "login:".into())));
         assert_eq!(ready("tcp:[::1]:22"), Ok((v1::ReadinessKind::Tcp, "[::1]:22".into())));
         assert!(ready("tcp:").is_err() && ready("running:x").is_err() && ready("soon").is_err());
+    }
+
+    #[test]
+    fn an_interface_is_read_or_explained() {
+        let made =
+            nic("lan=52:54:00:00:00:01,address=192.0.2.7/24,address=2001:db8::7/64,gateway=192.0.2.1,dns=192.0.2.53");
+        let made = made.unwrap();
+        assert_eq!((made.network.as_str(), made.mac.as_str()), ("lan", "52:54:00:00:00:01"));
+        assert_eq!((made.addresses.len(), made.gateways.len(), made.name_servers.len()), (2, 1, 1));
+        assert_eq!(nic("lan,at-target=10.0.0.7/8").unwrap().target_addresses, ["10.0.0.7/8"]);
+        assert_eq!(nic("").unwrap(), v1::Nic::default());
+        assert!(nic("lan,adress=192.0.2.7/24").unwrap_err().contains("at-target"));
     }
 
     #[test]

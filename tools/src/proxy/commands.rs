@@ -159,6 +159,7 @@ fn name(verb: &Verb) -> &'static str {
         Verb::StartInstance(_) => "start machine",
         Verb::StopInstance(_) => "stop machine",
         Verb::ProbeInstance(_) => "probe machine",
+        Verb::CheckInstance(_) => "check machine",
         Verb::RunScript(_) => "run script",
         Verb::LookAt(_) => "look at a port",
     }
@@ -184,6 +185,7 @@ async fn verb(proxy: &Proxy, verb: Option<Verb>) -> Result<Outcome, Refused> {
         Some(Verb::StartInstance(said)) => machines::start(proxy, said).await,
         Some(Verb::StopInstance(said)) => machines::stop(proxy, said).await,
         Some(Verb::ProbeInstance(said)) => machines::probe(proxy, said).await,
+        Some(Verb::CheckInstance(said)) => machines::check(proxy, said).await,
         Some(Verb::RunScript(said)) => machines::script::run(proxy, said).await,
         Some(Verb::LookAt(said)) => machines::script::look(said).await,
         None => refused(Kind::Unsupported, "the command is not known in this version"),

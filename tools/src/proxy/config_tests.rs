@@ -87,7 +87,7 @@ fn machines_are_driven_by_what_this_host_names_and_by_absolute_paths() {
     let hook = "hook.web = { start = ['/a', 'on'], stop = ['/a', 'off'], probe = ['/a'] }\n";
     let made = machines(&format!("{hook}qemu.default = {{}}")).unwrap();
     assert_eq!(made.hooks["web"].deadline, std::time::Duration::from_secs(machines::DEFAULT_HOOK_S));
-    assert_eq!(made.capabilities().collect::<Vec<_>>(), ["machine-hook", "machine-qemu"]);
+    assert_eq!(made.capabilities().collect::<Vec<_>>(), ["machine-hook", "machine-qemu", "machine-check"]);
     assert_eq!(made.qemu["default"].accelerators, ["kvm", "tcg"]);
     assert!(machines(&hook.replace("'/a', 'on'", "'a'")).unwrap_err().contains("`machines.hook.start`"));
     assert!(machines(&hook.replace("'/a', 'on'", "")).unwrap_err().contains("an absolute path"));

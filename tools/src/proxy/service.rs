@@ -20,6 +20,7 @@ use super::given::{Given, GivenError};
 use super::identity::{Identity, IdentityError};
 use super::keep;
 use super::local;
+use super::machines;
 use super::runtime::{Core, Handle, StartError};
 use super::site::{SiteError, SiteKey};
 use super::standalone::Standalone;
@@ -249,6 +250,7 @@ async fn prepare(proxy: &Rc<Proxy>, sockets: &mut Sockets) -> Result<(), Service
     devices(proxy).await?;
     tokio::task::spawn_local(converge::run(Rc::clone(proxy)));
     tokio::task::spawn_local(local::resume(Rc::clone(proxy)));
+    tokio::task::spawn_local(machines::clear(Rc::clone(proxy)));
     if let Control::Journal(wish) = &config.control {
         wish.open(proxy).await.map_err(ServiceError::Journal)?;
     }

@@ -242,9 +242,10 @@ fn answer(
         Command::Unprotect(_) | Command::DropStream(_) | Command::LeaveDisk(_) => Outcome::Done(v1::Done {}),
         Command::InspectBranch(_) => Outcome::Branch(v1::Branch::default()),
         Command::Observe(_) => Outcome::Observed(desired.clone()),
-        Command::StartInstance(_) | Command::StopInstance(_) | Command::ProbeInstance(_) => {
-            error(v1::CommandErrorKind::Unsupported, "nothing is set up for machines here")
-        }
+        Command::StartInstance(_)
+        | Command::StopInstance(_)
+        | Command::ProbeInstance(_)
+        | Command::CheckInstance(_) => error(v1::CommandErrorKind::Unsupported, "nothing is set up for machines here"),
         Command::RunScript(_) | Command::LookAt(_) => {
             error(v1::CommandErrorKind::Unsupported, "nothing is set up for plans here")
         }

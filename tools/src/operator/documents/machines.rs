@@ -35,6 +35,17 @@ pub fn ready_word(readiness: Option<&v1::Readiness>) -> String {
     }
 }
 
+fn nic(nic: &v1::Nic) -> Value {
+    json!({
+        "network": nic.network,
+        "mac": nic.mac,
+        "addresses": nic.addresses,
+        "gateways": nic.gateways,
+        "name_servers": nic.name_servers,
+        "target_addresses": nic.target_addresses,
+    })
+}
+
 /// A machine.
 pub fn machine(machine: &v1::Machine) -> Value {
     let place = |place: Option<&v1::MachinePlace>| {
@@ -56,7 +67,7 @@ pub fn machine(machine: &v1::Machine) -> Value {
         "cpus": machine.cpus,
         "memory_bytes": machine.memory_bytes,
         "firmware": if machine.firmware() == v1::Firmware::Uefi { "uefi" } else { "bios" },
-        "nics": machine.nics.iter().map(|nic| json!({"network": nic.network, "mac": nic.mac})).collect::<Vec<_>>(),
+        "nics": machine.nics.iter().map(nic).collect::<Vec<_>>(),
         "source": place(machine.source.as_ref()),
         "target": place(machine.target.as_ref()),
         "ready": ready_word(machine.readiness.as_ref()),
@@ -74,7 +85,12 @@ pub fn probe(machine: &str, found: &v1::ProbeMachineResponse) -> Value {
     let at = |at: &Option<v1::MachineState>| {
         at.as_ref().map(|at| json!({"power": power_word(at.power()), "ready": at.ready, "detail": at.detail}))
     };
-    json!({"machine": machine, "source": at(&found.source), "target": at(&found.target)})
+    json!({
+        "machine": machine,
+        "source": at(&found.source),
+        "target": at(&found.target),
+        "hindrance": null_if_empty(&found.hindrance),
+    })
 }
 
 #[cfg(test)]
@@ -103,7 +119,9 @@ mod tests {
         assert_eq!(document["source"]["driver"], "none");
         assert_eq!((&document["runs_from"], &document["stop_within_ms"]), (&json!("failover"), &json!(0)));
         let state = v1::MachineState { ready: true, ..Default::default() };
-        let probed = probe("web", &v1::ProbeMachineResponse { source: None, target: Some(state) });
+        let found = v1::ProbeMachineResponse { source: None, target: Some(state), hindrance: "no bridge".into() };
+        let probed = probe("web", &found);
+        assert_eq!(probed["hindrance"], "no bridge");
         assert_eq!(probed["target"], json!({"power": "unknown", "ready": true, "detail": ""}));
         assert_eq!(probed["source"], Value::Null);
     }

@@ -8,10 +8,17 @@ use serde::Deserialize;
 
 use super::{ConfigError, within};
 
+#[path = "networks.rs"]
+pub mod networks;
+
+pub use networks::Network;
+
 /// How long a hook or a script may take unless told, seconds.
 pub const DEFAULT_HOOK_S: u64 = 60;
 /// The URI of libvirt unless told.
 pub const DEFAULT_LIBVIRT_URI: &str = "qemu:///system";
+/// Where libvirt reads the seeds of machines unless told.
+pub const DEFAULT_SEEDS: &str = "/var/lib/libvirt/images";
 /// The program of machines unless told.
 pub const DEFAULT_QEMU: &str = "qemu-system-x86_64";
 
@@ -27,6 +34,8 @@ pub(super) struct FileMachines {
     libvirt: BTreeMap<String, FileLibvirt>,
     #[serde(default)]
     script: BTreeMap<String, FileScript>,
+    #[serde(default)]
+    network: BTreeMap<String, networks::FileNetwork>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -66,6 +75,7 @@ struct FileLibvirt {
     kind: Option<String>,
     #[serde(default)]
     networks: BTreeMap<String, String>,
+    seeds: Option<PathBuf>,
 }
 
 /// Commands of the operator's, each with its arguments.
@@ -101,7 +111,7 @@ pub struct Qemu {
     pub accelerators: Vec<String>,
     /// More for its command line.
     pub arguments: Vec<String>,
-    /// `-netdev` without its id, by the name of the network.
+    /// `-netdev` without its id, by the name of the network, for those that are to be none of `[machines.network]`.
     pub networks: BTreeMap<String, String>,
     /// Image of a UEFI firmware.
     pub uefi: Option<PathBuf>,
@@ -116,8 +126,10 @@ pub struct Libvirt {
     pub virsh: PathBuf,
     /// Type of the domains: `kvm`, `qemu`.
     pub kind: String,
-    /// Bridges, by the name of the network.
+    /// Bridges, by the name of the network, for those that are to be none of `[machines.network]`.
     pub networks: BTreeMap<String, String>,
+    /// Where the seeds of its machines are put, for libvirt to read.
+    pub seeds: PathBuf,
 }
 
 /// The drivers that this host has, by the names of their settings.
@@ -131,6 +143,8 @@ pub struct Machines {
     pub libvirt: BTreeMap<String, Libvirt>,
     /// What plans run.
     pub scripts: BTreeMap<String, Script>,
+    /// What the networks of machines are here.
+    pub networks: BTreeMap<String, Network>,
 }
 
 impl Machines {
@@ -140,6 +154,7 @@ impl Machines {
             ("machine-hook", self.hooks.is_empty()),
             ("machine-qemu", self.qemu.is_empty()),
             ("machine-libvirt", self.libvirt.is_empty()),
+            ("machine-check", self.hooks.is_empty() && self.qemu.is_empty() && self.libvirt.is_empty()),
             ("scripts", self.scripts.is_empty()),
         ];
         all.into_iter().filter(|(_, none)| !none).map(|(word, _)| word)
@@ -156,7 +171,8 @@ fn command(field: &'static str, words: Vec<String>) -> Result<Vec<String>, Confi
 }
 
 pub(super) fn machines(file: FileMachines) -> Result<Machines, ConfigError> {
-    let names = file.hook.keys().chain(file.qemu.keys()).chain(file.libvirt.keys()).chain(file.script.keys());
+    let drivers = file.hook.keys().chain(file.qemu.keys()).chain(file.libvirt.keys());
+    let names = drivers.chain(file.script.keys()).chain(file.network.keys());
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     for name in names {
         if name.is_empty() || name.len() > 63 || name.starts_with('-') || !name.bytes().all(plain) {
@@ -186,6 +202,7 @@ pub(super) fn machines(file: FileMachines) -> Result<Machines, ConfigError> {
         virsh: libvirt.virsh.unwrap_or_else(|| "virsh".into()),
         kind: libvirt.kind.unwrap_or_else(|| "kvm".to_owned()),
         networks: libvirt.networks,
+        seeds: libvirt.seeds.unwrap_or_else(|| DEFAULT_SEEDS.into()),
     };
     let script = |script: FileScript| {
         let deadline = within("machines.script.deadline_s", script.deadline_s.unwrap_or(DEFAULT_HOOK_S), 1, 3600)?;
@@ -197,5 +214,6 @@ pub(super) fn machines(file: FileMachines) -> Result<Machines, ConfigError> {
         qemu: file.qemu.into_iter().map(|(name, q)| (name, qemu(q))).collect(),
         libvirt: file.libvirt.into_iter().map(|(name, l)| (name, libvirt(l))).collect(),
         scripts: file.script.into_iter().map(|(name, s)| Ok((name, script(s)?))).collect::<Result<_, ConfigError>>()?,
+        networks: networks::networks(file.network)?,
     })
 }

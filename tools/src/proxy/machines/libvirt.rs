@@ -2,13 +2,17 @@
 //! it is started and undefined when it is off.
 
 use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use afterimage_wire::v1::{MachineRole, StartInstance};
 
 use super::super::config::machines::Libvirt;
 use super::super::keep;
-use super::{DriveError, Instance, Stand, command, short, xml};
+use super::ways::Way;
+use super::{DriveError, Instance, Networks, Stand, command, links, seed, short, ways, xml};
 
 /// How long one call of `virsh` may take.
 const CALL: Duration = Duration::from_secs(30);
@@ -22,8 +26,15 @@ const END: Duration = Duration::from_secs(10);
 /// An instance that is a domain.
 pub struct Domain {
     settings: Libvirt,
+    networks: Networks,
     instance: Instance,
 }
+
+/// The networks of a test, in its folder: the bridge of each on a line of its own.
+const TESTS: &str = "networks";
+
+/// One after the other: the last machine of a test removes its network, while another one of that test may be about to use it.
+static TURN: Mutex<()> = Mutex::new(());
 
 /// What libvirt says of a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,9 +45,59 @@ enum Domstate {
 }
 
 impl Domain {
-    /// By these settings.
-    pub fn new(settings: Libvirt, instance: Instance) -> Self {
-        Self { settings, instance }
+    /// By these settings, in these networks.
+    pub fn new(settings: Libvirt, networks: Networks, instance: Instance) -> Self {
+        Self { settings, networks, instance }
+    }
+
+    fn ways(&self, said: &StartInstance) -> Result<Vec<Way>, DriveError> {
+        ways::of(&self.networks, &self.settings.networks, true, &self.instance, said)
+    }
+
+    /// Where its seed is put.
+    fn seed(&self) -> PathBuf {
+        let role = if self.is_source() { "source" } else { "replica" };
+        self.settings.seeds.join(format!("{}.afterimage-{role}.img", self.instance.called))
+    }
+
+    /// Looks whether it could be started.
+    pub fn check(&self, said: &StartInstance) -> Result<(), DriveError> {
+        seed::of(&self.networks, &self.instance, said)?;
+        if self.is_source() {
+            return Ok(());
+        }
+        // Of a libvirt elsewhere this host does not see the bridges.
+        let here = self.settings.uri.contains(":///");
+        for (nic, way) in said.nics.iter().zip(self.ways(said)?) {
+            if let Way::Bridge(bridge) | Way::Own(bridge) = way
+                && here
+            {
+                links::check_bridge(&self.instance.called, &nic.network, &bridge)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts what it is told of its addresses where libvirt reads it, or takes it away.
+    fn put_seed(&self, said: &StartInstance) -> Result<Option<PathBuf>, DriveError> {
+        let path = self.seed();
+        let failed = |error: io::Error| DriveError::failed(format!("{}: {error}", path.display()));
+        let Some(seed) = seed::of(&self.networks, &self.instance, said)? else {
+            let _ = fs::remove_file(&path);
+            return Ok(None);
+        };
+        keep::replace(&path, &seed.image().map_err(failed)?).map_err(failed)?;
+        Ok(Some(path))
+    }
+
+    /// A domain at its source has it as one more disk, from the first time on.
+    fn attach_seed(&self, path: &Path) -> Result<(), DriveError> {
+        let (called, path) = (self.instance.called.as_str(), path.to_string_lossy());
+        if self.virsh(&["domblklist", "--inactive", called])?.contains(path.as_ref()) {
+            return Ok(());
+        }
+        let options = ["--targetbus", "virtio", "--mode", "readonly", "--subdriver", "raw", "--config"];
+        self.virsh(&[&["attach-disk", called, &path, "vdz"], &options[..]].concat()).map(drop)
     }
 
     /// What `virsh` said, or why it failed.
@@ -95,32 +156,73 @@ impl Domain {
             if state == Domstate::Unknown {
                 return Err(self.not_defined());
             }
+            if let Some(seed) = self.put_seed(said)? {
+                self.attach_seed(&seed)?;
+            }
         } else {
-            let xml = xml::domain(&self.settings, &self.instance, said)?;
+            let ways = self.ways(said)?;
+            let seed = self.put_seed(said)?;
+            let xml = xml::domain(&self.settings, &self.instance, said, &ways, seed.as_deref())?;
             let path = self.instance.folder.join("domain.xml");
             keep::folder(&self.instance.folder)
                 .and_then(|()| keep::replace(&path, xml.as_bytes()))
                 .map_err(|error| DriveError::failed(format!("{}: {error}", path.display())))?;
-            if self.instance.role == MachineRole::Test && !said.nics.is_empty() {
-                self.isolated_network()?;
-            }
+            self.isolate(&ways)?;
             self.virsh(&["define", &path.to_string_lossy()])?;
         }
         self.virsh(&["start", called])?;
         Ok(Stand::on(""))
     }
 
-    fn isolated_network(&self) -> Result<(), DriveError> {
-        if self.virsh(&["net-info", xml::ISOLATED]).is_err() {
-            let path = self.instance.folder.join("network.xml");
-            keep::replace(&path, xml::isolated_network().as_bytes())
-                .map_err(|error| DriveError::failed(format!("{}: {error}", path.display())))?;
-            self.virsh(&["net-define", &path.to_string_lossy()])?;
+    /// Makes the networks of a test: written down first, so that they are removed whatever happens in between.
+    fn isolate(&self, ways: &[Way]) -> Result<(), DriveError> {
+        let bridge = |way: &Way| if let Way::Isolated(bridge) = way { Some(bridge.clone()) } else { None };
+        let mut bridges: Vec<String> = ways.iter().filter_map(bridge).collect();
+        bridges.dedup();
+        if bridges.is_empty() {
+            return Ok(());
         }
-        match self.virsh(&["net-start", xml::ISOLATED]) {
-            Err(DriveError::Failed(why)) if why.contains("already active") => Ok(()),
-            other => other.map(drop),
+        let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let folder = &self.instance.folder;
+        let failed = |error: io::Error| DriveError::failed(format!("{}: {error}", folder.display()));
+        keep::replace(&folder.join(TESTS), bridges.join("\n").as_bytes()).map_err(failed)?;
+        for bridge in &bridges {
+            let name = xml::network_of(bridge);
+            if self.virsh(&["net-info", &name]).is_err() {
+                let path = folder.join("network.xml");
+                keep::replace(&path, xml::isolated_network(bridge).as_bytes()).map_err(failed)?;
+                self.virsh(&["net-define", &path.to_string_lossy()])?;
+            }
+            match self.virsh(&["net-start", &name]) {
+                Err(DriveError::Failed(why)) if why.contains("already active") => {}
+                other => other.map(drop)?,
+            }
         }
+        Ok(())
+    }
+
+    /// Forgets an instance that is off, and the networks of a test that no other machine of it has.
+    fn forget(&self) -> Result<(), DriveError> {
+        let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let folder = &self.instance.folder;
+        let listed = |folder: &Path| fs::read_to_string(folder.join(TESTS)).unwrap_or_default();
+        let home = folder.parent().and_then(|home| fs::read_dir(home).ok());
+        let others: Vec<PathBuf> =
+            home.into_iter().flatten().flatten().map(|e| e.path()).filter(|p| p != folder).collect();
+        for bridge in listed(folder).lines() {
+            if others.iter().any(|other| listed(other).lines().any(|line| line == bridge)) {
+                continue;
+            }
+            let name = xml::network_of(bridge);
+            if self.virsh(&["net-info", &name]).is_ok() {
+                // It may not be active; undefining one that still is would leave it until the host restarts.
+                let _ = self.virsh(&["net-destroy", &name]);
+                self.virsh(&["net-undefine", &name])?;
+            }
+        }
+        let _ = fs::remove_file(self.seed());
+        let _ = fs::remove_dir_all(folder);
+        Ok(())
     }
 
     /// Whether it is on.
@@ -142,7 +244,10 @@ impl Domain {
         let called = self.instance.called.as_str();
         let how = match self.state()? {
             Domstate::Unknown if self.is_source() => return Err(self.not_defined()),
-            Domstate::Unknown => return Ok(Stand::off("not defined")),
+            Domstate::Unknown => {
+                self.forget()?;
+                return Ok(Stand::off("not defined"));
+            }
             Domstate::Off(_) => "it was off",
             Domstate::On(_) => self.switch_off(called, within)?,
         };
@@ -151,7 +256,7 @@ impl Domain {
         }
         if !self.is_source() {
             self.virsh(&["undefine", called, "--nvram"])?;
-            let _ = fs::remove_dir_all(&self.instance.folder);
+            self.forget()?;
         }
         Ok(Stand::off(how))
     }
@@ -188,8 +293,8 @@ impl Domain {
 mod tests {
     use super::super::tests::instance;
     use super::*;
+    use afterimage_wire::v1::Nic;
     use std::os::unix::fs::PermissionsExt;
-    use std::path::Path;
 
     /// A `virsh` that keeps the state of each domain in a file, and writes down what it was told.
     const VIRSH: &str = r#"#!/bin/sh
@@ -203,6 +308,9 @@ start) echo running >"$state" ;;
 shutdown) [ -e "$dir/deaf" ] || echo "shut off" >"$state" ;;
 destroy) echo "shut off" >"$state" ;;
 undefine) rm "$state" ;;
+net-define) sed -n 's:.*<name>\(.*\)</name>.*:\1:p' "$2" >"$dir/net" ;;
+net-info) [ -e "$dir/net" ] || exit 1 ;;
+net-undefine) rm "$dir/net" ;;
 net-*) exit 0 ;;
 esac
 "#;
@@ -211,8 +319,9 @@ esac
         let virsh = dir.join("virsh");
         fs::write(&virsh, VIRSH).unwrap();
         fs::set_permissions(&virsh, fs::Permissions::from_mode(0o700)).unwrap();
-        let settings = Libvirt { uri: "test:///x".into(), virsh, kind: "qemu".into(), networks: Default::default() };
-        Domain::new(settings, Instance { role, ..instance(dir.to_str().unwrap()) })
+        let networks = [("lan".to_owned(), "lo".to_owned())].into();
+        let settings = Libvirt { uri: "test:///x".into(), virsh, kind: "qemu".into(), networks, seeds: dir.into() };
+        Domain::new(settings, Networks::new(), Instance { role, ..instance(dir.to_str().unwrap()) })
     }
 
     fn told(dir: &Path) -> String {
@@ -255,6 +364,47 @@ esac
         for said in [source.probe(), source.stop(Duration::ZERO), source.start(&StartInstance::default())] {
             assert!(said.unwrap_err().to_string().contains("has no domain \"web\""));
         }
+    }
+
+    #[test]
+    fn the_network_of_a_test_goes_with_its_last_machine() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = dir.path().join("machines");
+        let test = |called: &str| {
+            let mut test = domain(dir.path(), MachineRole::Test);
+            test.instance.called = called.into();
+            test.instance.folder = home.join(called);
+            test
+        };
+        let nics = vec![Nic { network: "lan".into(), ..Nic::default() }];
+        let said = StartInstance { nics, isolation: "t".into(), ..StartInstance::default() };
+        let (web, db) = (test("web.t"), test("db.t"));
+        assert!(web.start(&said).unwrap().on && db.start(&said).unwrap().on);
+        assert!(!web.stop(Duration::ZERO).unwrap().on && dir.path().join("net").exists());
+        assert!(!db.stop(Duration::ZERO).unwrap().on && !dir.path().join("net").exists());
+        assert_eq!(fs::read_dir(&home).unwrap().count(), 0, "something of the test is left");
+    }
+
+    #[test]
+    fn a_source_that_comes_home_is_told_its_addresses_by_one_more_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = domain(dir.path(), MachineRole::Source);
+        fs::write(dir.path().join("web.state"), "shut off").unwrap();
+        let nic = Nic { network: "lan".into(), addresses: vec!["192.0.2.7/24".into()], ..Nic::default() };
+        let said = StartInstance { nics: vec![nic], ..StartInstance::default() };
+        assert!(source.start(&said).unwrap().on);
+        assert_eq!(told(dir.path()), "domblklist attach-disk start");
+        assert!(dir.path().join("web.afterimage-source.img").exists());
+    }
+
+    #[test]
+    fn an_interface_that_is_no_bridge_is_found_before_anything_is_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let nics = vec![Nic { network: "lan".into(), ..Nic::default() }];
+        let said = StartInstance { nics, ..StartInstance::default() };
+        let told = domain(dir.path(), MachineRole::Replica).check(&said).unwrap_err().to_string();
+        assert!(told.contains("\"lan\" of web") && told.contains("is no bridge"), "{told}");
+        assert_eq!(domain(dir.path(), MachineRole::Test).check(&said), Ok(()));
     }
 
     #[test]

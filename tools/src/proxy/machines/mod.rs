@@ -5,7 +5,8 @@
 //! command     a program of the host's, with a deadline          xml      a domain, as libvirt reads it
 //! hook        the operator's commands                           libvirt  domains, by virsh
 //! qemu, qmp   a process that outlives this one, and its monitor ready    does it answer?
-//! script      the operator's, before and after steps of plans
+//! ways        where interfaces lead here                        links    taps, and the bridges of tests
+//! seed        what a guest is told of its addresses              script   the operator's, before and after steps of plans
 //! ```
 //! A command says how things should be, and is safe to repeat; two for one instance are done one after the other. Drivers
 //! wait for other programs: each command has a thread of its own, which a proxy that ends does not wait for.
@@ -18,8 +19,8 @@ use std::time::Duration;
 
 use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::{
-    CommandErrorKind as Kind, Driver, MachinePower, MachineRef, MachineRole, MachineState, ProbeInstance,
-    StartInstance, StopInstance,
+    CheckInstance, CommandErrorKind as Kind, Done, Driver, MachinePower, MachineRef, MachineRole, MachineState,
+    ProbeInstance, StartInstance, StopInstance,
 };
 
 use super::commands::{Refused, refused};
@@ -31,16 +32,22 @@ use super::ublk::Role;
 mod command;
 mod hook;
 mod libvirt;
+mod links;
 mod qemu;
 mod qmp;
 mod ready;
 pub(super) mod script;
+mod seed;
+mod ways;
 mod xml;
 
 /// Longest name of an instance, bytes.
 const MAX_INSTANCE: usize = 255;
 /// What is kept of what a program said, bytes.
 const MAX_SAID: usize = 600;
+
+/// What the networks of machines are here, by their names.
+type Networks = std::collections::BTreeMap<String, super::config::machines::Network>;
 
 /// Why a machine is not driven.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -153,16 +160,29 @@ enum Drives {
 
 impl Drives {
     fn new(machines: &Machines, instance: Instance, driver: Driver) -> Result<Self, DriveError> {
-        let profile = instance.profile.clone();
+        let (profile, networks) = (instance.profile.clone(), machines.networks.clone());
         Ok(match driver {
             Driver::Qemu => {
-                Self::Qemu(qemu::Process::new(settings(&machines.qemu, "qemu", &profile)?.clone(), instance))
+                let settings = settings(&machines.qemu, "qemu", &profile)?.clone();
+                Self::Qemu(qemu::Process::new(settings, networks, instance))
             }
             Driver::Libvirt => {
-                Self::Libvirt(libvirt::Domain::new(settings(&machines.libvirt, "libvirt", &profile)?.clone(), instance))
+                let settings = settings(&machines.libvirt, "libvirt", &profile)?.clone();
+                Self::Libvirt(libvirt::Domain::new(settings, networks, instance))
             }
-            _ => Self::Hook(hook::Hooked::new(settings(&machines.hooks, "hook", &profile)?.clone(), instance)),
+            _ => {
+                let settings = settings(&machines.hooks, "hook", &profile)?.clone();
+                Self::Hook(hook::Hooked::new(settings, networks, instance))
+            }
         })
+    }
+
+    fn check(&self, said: &StartInstance) -> Result<(), DriveError> {
+        match self {
+            Self::Hook(hook) => hook.check(said),
+            Self::Qemu(process) => process.check(said),
+            Self::Libvirt(domain) => domain.check(said),
+        }
     }
 
     fn start(&self, said: &StartInstance) -> Result<Stand, DriveError> {
@@ -249,6 +269,38 @@ pub(super) async fn stop(proxy: &Proxy, said: StopInstance) -> Result<Outcome, R
     let drives = Drives::new(&proxy.config.machines, instance, driver)?;
     let within = Duration::from_millis(said.within_ms);
     Ok(state(aside(move || drives.stop(within)).await?, false))
+}
+
+/// Looks whether an instance could be started, and does nothing.
+pub(super) async fn check(proxy: &Proxy, said: CheckInstance) -> Result<Outcome, Refused> {
+    let said = said.instance.unwrap_or_default();
+    let (instance, driver) = Instance::new(said.machine.as_ref(), &proxy.config)?;
+    let drives = Drives::new(&proxy.config.machines, instance, driver)?;
+    aside(move || drives.check(&said)).await?;
+    Ok(Outcome::Done(Done {}))
+}
+
+/// Removes what earlier lives of this proxy have made for machines that are off.
+pub(super) async fn clear(proxy: Rc<Proxy>) {
+    let Some(home) = proxy.config.state_dir.as_ref().map(|dir| dir.join("machines/qemu")) else { return };
+    let Ok(folders) = std::fs::read_dir(home) else { return };
+    for folder in folders.flatten().map(|entry| entry.path()).filter(|folder| links::any(folder)) {
+        let called = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let instance = Instance {
+            uid: String::new(),
+            name: called.clone(),
+            profile: String::new(),
+            role: MachineRole::Unspecified,
+            folder,
+            called,
+        };
+        let turn = proxy.machines.of(&instance);
+        let _turn = turn.lock().await;
+        let name = instance.name.clone();
+        if let Err(error) = aside(move || qemu::clear(&instance)).await {
+            tracing::warn!(machine = name, "what it was connected by is still there: {error}");
+        }
+    }
 }
 
 /// Looks how an instance stands.

@@ -1,6 +1,6 @@
 //! A machine as a process of QEMU's that outlives this proxy.
 //!
-//! Its folder holds `lock`, `pid`, `qmp.sock`, `qemu.log` and `serial.log`. The process has the locked file as its standard
+//! Its folder holds `lock`, `pid`, `qmp.sock`, `qemu.log` and `serial.log`, and `seed.img` and `links.json` where it has them. The process has the locked file as its standard
 //! input: the kernel frees the lock when the last process that has it is gone, so whether the machine is on is known without
 //! a process number, also by the next life of the proxy, and a second process for one instance is never begun.
 
@@ -19,7 +19,8 @@ use serde_json::{Value, json};
 use super::super::config::machines::Qemu;
 use super::super::keep;
 use super::qmp::Monitor;
-use super::{DriveError, Instance, Stand, short};
+use super::ways::Way;
+use super::{DriveError, Instance, Networks, Stand, links, seed, short, ways};
 
 /// Between two looks at a process.
 const POLL: Duration = Duration::from_millis(50);
@@ -31,19 +32,46 @@ const END: Duration = Duration::from_secs(5);
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// Longest path of a socket, bytes.
 const MAX_SOCKET: usize = 107;
+/// What it is told of its addresses, in its folder.
+const SEED: &str = "seed.img";
 /// How long the machine waits for a proxy that restarts, seconds.
 const RECONNECT_S: u32 = 3600;
 
 /// An instance that is a process.
 pub struct Process {
     settings: Qemu,
+    networks: Networks,
     instance: Instance,
 }
 
+/// Removes what an instance is connected by that has ended by itself, or whose proxy died in the middle.
+///
+/// # Errors
+/// Why not.
+pub fn clear(instance: &Instance) -> Result<(), DriveError> {
+    let lock = lock(&instance.folder)
+        .map_err(|error| DriveError::failed(format!("{}: {error}", instance.folder.display())))?;
+    match lock {
+        Some(_off) => links::clear(&instance.folder),
+        None => Ok(()),
+    }
+}
+
+/// The locked file of an instance, if no process has it.
+fn lock(folder: &Path) -> io::Result<Option<File>> {
+    let path = folder.join("lock");
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 impl Process {
-    /// By these settings.
-    pub fn new(settings: Qemu, instance: Instance) -> Self {
-        Self { settings, instance }
+    /// By these settings, in these networks.
+    pub fn new(settings: Qemu, networks: Networks, instance: Instance) -> Self {
+        Self { settings, networks, instance }
     }
 
     fn at(&self, file: &str) -> PathBuf {
@@ -55,15 +83,8 @@ impl Process {
         self.at("serial.log")
     }
 
-    /// The locked file, if no process has it.
     fn lock(&self) -> io::Result<Option<File>> {
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(self.at("lock"))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(file)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+        lock(&self.instance.folder)
     }
 
     fn is_on(&self) -> io::Result<bool> {
@@ -89,17 +110,36 @@ impl Process {
         let Some(lock) = self.lock().map_err(|e| self.failed("lock", &e))? else {
             return Ok(Stand::on("it was on"));
         };
-        for left in ["qmp.sock", "pid", "serial.log"] {
+        for left in ["qmp.sock", "pid", "serial.log", SEED] {
             let _ = fs::remove_file(self.at(left));
         }
-        let arguments = arguments(&self.settings, &self.instance, said, folder)?;
+        let ways = self.ways(said)?;
+        let seeded = match seed::of(&self.networks, &self.instance, said)? {
+            Some(seed) => {
+                let image = seed.image().map_err(|e| self.failed(SEED, &e))?;
+                keep::replace(&self.at(SEED), &image).map_err(|e| self.failed(SEED, &e))?;
+                true
+            }
+            None => false,
+        };
+        let arguments = arguments(&self.settings, &self.instance, said, folder, &ways, seeded)?;
+        let started = links::connect(folder, &ways).and_then(|()| self.spawn(lock, &arguments, &ways));
+        if started.is_err() {
+            // What cannot be removed now is found by what is written down of it.
+            let _ = links::clear(folder);
+        }
+        started
+    }
+
+    fn spawn(&self, lock: File, arguments: &[String], ways: &[Way]) -> Result<Stand, DriveError> {
+        let socket = self.at("qmp.sock");
         let _ = keep::replace(&self.at("command"), arguments.join("\n").as_bytes());
         let log = || OpenOptions::new().create(true).append(true).mode(0o600).open(self.at("qemu.log"));
         let _ = fs::remove_file(self.at("qemu.log"));
         let (out, err) = (log(), log());
         let (Ok(out), Ok(err)) = (out, err) else { return Err(DriveError::failed("qemu.log cannot be written")) };
         let mut child = Command::new(&self.settings.program)
-            .args(&arguments)
+            .args(arguments)
             .stdin(Stdio::from(lock))
             .stdout(Stdio::from(out))
             .stderr(Stdio::from(err))
@@ -114,7 +154,11 @@ impl Process {
         }
         let end = Instant::now() + BEGIN;
         loop {
-            if Monitor::connect(&socket).is_ok() {
+            if let Ok(mut monitor) = Monitor::connect(&socket) {
+                for (i, _) in ways.iter().enumerate().filter(|(_, way)| **way == Way::Unplugged) {
+                    // A guest that sees no cable does not wait for an answer.
+                    let _ = monitor.ask_with("set_link", json!({"name": format!("nic{i}"), "up": false}));
+                }
                 break;
             }
             let ended = child.try_wait().map_err(|e| self.failed("wait", &e))?;
@@ -130,6 +174,22 @@ impl Process {
         // Somebody has to take note of its end while this proxy lives; it is no child of the next one.
         let _ = std::thread::Builder::new().name("machine-end".to_owned()).spawn(move || child.wait());
         Ok(Stand::on(""))
+    }
+
+    fn ways(&self, said: &StartInstance) -> Result<Vec<Way>, DriveError> {
+        ways::of(&self.networks, &self.settings.networks, false, &self.instance, said)
+    }
+
+    /// Looks whether it could be started.
+    pub fn check(&self, said: &StartInstance) -> Result<(), DriveError> {
+        firmware(&self.settings, &self.instance, said)?;
+        seed::of(&self.networks, &self.instance, said)?;
+        for (nic, way) in said.nics.iter().zip(self.ways(said)?) {
+            if let Way::Bridge(bridge) = way {
+                links::check_bridge(&self.instance.called, &nic.network, &bridge)?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether the process is there, and what its monitor says.
@@ -149,8 +209,7 @@ impl Process {
         let ask = |command: &str| Monitor::connect(&self.at("qmp.sock")).and_then(|mut monitor| monitor.ask(command));
         let failed = |e: io::Error| self.failed("lock", &e);
         if !self.is_on().map_err(failed)? {
-            self.tidy();
-            return Ok(Stand::off("it was off"));
+            return Ok(Stand::off(self.tidy("it was off")));
         }
         let ends = |by: Instant| -> io::Result<bool> {
             while self.is_on()? {
@@ -181,8 +240,7 @@ impl Process {
         if !off {
             return Ok(Stand::on("its process does not end"));
         }
-        self.tidy();
-        Ok(Stand::off(how))
+        Ok(Stand::off(self.tidy(how)))
     }
 
     fn kill(&self) {
@@ -198,11 +256,19 @@ impl Process {
         }
     }
 
-    /// Of a test nothing stays; what a replica has said stays until it is started again.
-    fn tidy(&self) {
+    /// Of a test nothing stays; what a replica has said stays until it is started again. What it was connected by goes; it is off,
+    /// even if that cannot be removed yet.
+    fn tidy(&self, how: &str) -> String {
+        if self.instance.folder.exists()
+            && let Err(error) = links::clear(&self.instance.folder)
+        {
+            return format!("{how}; its taps are still there: {error}");
+        }
+        let _ = fs::remove_file(self.at(SEED));
         if self.instance.role == MachineRole::Test {
             let _ = fs::remove_dir_all(&self.instance.folder);
         }
+        how.to_owned()
     }
 }
 
@@ -228,12 +294,27 @@ fn server(uris: &[String]) -> Option<(Value, String)> {
     unix.or_else(tcp)
 }
 
-/// The command line of a machine.
+/// The image of its firmware, if that is UEFI.
+fn firmware<'a>(settings: &'a Qemu, instance: &Instance, said: &StartInstance) -> Result<Option<&'a Path>, DriveError> {
+    match &settings.uefi {
+        _ if said.firmware() != Firmware::Uefi => Ok(None),
+        Some(image) => Ok(Some(image)),
+        None => {
+            let message =
+                format!("`uefi` is not set in [machines.qemu.{}], and this machine needs it", instance.profile);
+            Err(DriveError::Setup(message))
+        }
+    }
+}
+
+/// The command line of a machine whose interfaces lead there; `seeded`: it is told its addresses.
 fn arguments(
     settings: &Qemu,
     instance: &Instance,
     said: &StartInstance,
     folder: &Path,
+    ways: &[Way],
+    seeded: bool,
 ) -> Result<Vec<String>, DriveError> {
     let file = |name: &str| plain(&folder.join(name).to_string_lossy());
     let mut all: Vec<String> = Vec::new();
@@ -249,12 +330,7 @@ fn arguments(
     add("-display", "none".to_owned());
     add("-serial", format!("file:{}", file("serial.log")));
     add("-qmp", format!("unix:{},server=on,wait=off", file("qmp.sock")));
-    if said.firmware() == Firmware::Uefi {
-        let Some(image) = &settings.uefi else {
-            let message =
-                format!("`uefi` is not set in [machines.qemu.{}], and this machine needs it", instance.profile);
-            return Err(DriveError::Setup(message));
-        };
+    if let Some(image) = firmware(settings, instance, said)? {
         add("-drive", format!("if=pflash,format=raw,unit=0,readonly=on,file={}", plain(&image.to_string_lossy())));
     }
     for (i, disk) in said.disks.iter().enumerate() {
@@ -274,22 +350,26 @@ fn arguments(
         let serial = if disk.serial.is_empty() { String::new() } else { format!(",serial={}", plain(&disk.serial)) };
         add("-device", format!("virtio-blk-pci,drive=disk{i},bootindex={}{serial}", i + 1));
     }
-    for (i, nic) in said.nics.iter().enumerate() {
-        let back = match (instance.role, settings.networks.get(&nic.network)) {
-            // No way out, whatever the network is otherwise.
-            (MachineRole::Test, _) => "user,restrict=on",
-            (_, Some(back)) => back,
-            (_, None) => {
-                let message = format!(
-                    "the network \"{}\" is not among networks in [machines.qemu.{}]",
-                    nic.network, instance.profile
-                );
-                return Err(DriveError::Setup(message));
+    if seeded {
+        let block = json!({"driver": "file", "node-name": "seed", "filename": folder.join(SEED), "read-only": true});
+        add("-blockdev", block.to_string());
+        add("-device", "virtio-blk-pci,drive=seed,serial=afterimage-seed".to_owned());
+    }
+    for (i, (nic, way)) in said.nics.iter().zip(ways).enumerate() {
+        let back = match way {
+            Way::Bridge(_) | Way::Isolated(_) => {
+                Some(format!("tap,ifname={},script=no,downscript=no", links::tap(folder, i)))
             }
+            Way::Own(back) => Some(back.clone()),
+            Way::Restricted => Some("user,restrict=on".to_owned()),
+            Way::Unplugged => None,
         };
-        add("-netdev", format!("{back},id=net{i}"));
         let mac = if nic.mac.is_empty() { String::new() } else { format!(",mac={}", nic.mac) };
-        add("-device", format!("virtio-net-pci,netdev=net{i}{mac}"));
+        let peer = if back.is_some() { format!(",netdev=net{i}") } else { String::new() };
+        if let Some(back) = back {
+            add("-netdev", format!("{back},id=net{i}"));
+        }
+        add("-device", format!("virtio-net-pci,id=nic{i}{peer}{mac}"));
     }
     all.extend(["-nodefaults".to_owned(), "-no-user-config".to_owned()]);
     all.extend(settings.arguments.iter().cloned());
@@ -298,6 +378,7 @@ fn arguments(
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::config::machines::Network;
     use super::super::tests::instance;
     use super::*;
     use afterimage_wire::v1::{MachineDisk, Nic};
@@ -322,14 +403,21 @@ mod tests {
                 uris: vec!["nbd://h:1/x".into(), "nbd+unix:///shop.failover/data?socket=/run/v.sock".into()],
                 ..MachineDisk::default()
             }],
-            nics: vec![Nic { mac: "52:54:00:00:00:01".into(), network: "lan".into() }],
+            nics: vec![Nic { mac: "52:54:00:00:00:01".into(), network: "lan".into(), ..Nic::default() }],
             ..StartInstance::default()
         }
     }
 
+    fn process(folder: &str, program: &str, role: MachineRole) -> Process {
+        let bridge = Network { bridge: Some("br9".into()), ..Network::default() };
+        let networks = [("mapped".to_owned(), bridge), ("none".to_owned(), Network::default())].into();
+        Process::new(settings(program), networks, Instance { role, ..instance(folder) })
+    }
+
     fn line(role: MachineRole, said: &StartInstance) -> Result<String, DriveError> {
-        let instance = Instance { role, ..instance("/s") };
-        Ok(arguments(&settings("qemu"), &instance, said, Path::new("/s"))?.join(" "))
+        let process = process("/s", "qemu", role);
+        let ways = process.ways(said)?;
+        Ok(arguments(&process.settings, &process.instance, said, Path::new("/s"), &ways, true)?.join(" "))
     }
 
     #[test]
@@ -342,7 +430,9 @@ mod tests {
         );
         assert!(line.contains("virtio-blk-pci,drive=disk0,bootindex=1,serial=s,,1"), "{line}");
         assert!(
-            line.contains("-netdev bridge,br=br0,id=net0 -device virtio-net-pci,netdev=net0,mac=52:54:00:00:00:01"),
+            line.contains(
+                "-netdev bridge,br=br0,id=net0 -device virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:00:00:01"
+            ),
             "{line}"
         );
         assert!(line.ends_with("-snapshot"), "{line}");
@@ -352,6 +442,19 @@ mod tests {
     fn a_test_has_no_way_out() {
         let line = line(MachineRole::Test, &said()).unwrap();
         assert!(line.contains("-netdev user,restrict=on,id=net0") && !line.contains("br0"), "{line}");
+    }
+
+    #[test]
+    fn a_network_of_the_map_is_a_tap_and_one_that_stays_unplugged_has_no_peer() {
+        let nics = ["mapped", "none"].map(|network| Nic { network: network.into(), ..Nic::default() });
+        let said = StartInstance { nics: nics.into(), ..said() };
+        for role in [MachineRole::Replica, MachineRole::Test] {
+            let line = line(role, &said).unwrap();
+            let tap = format!("-netdev tap,ifname={},script=no,downscript=no,id=net0", links::tap(Path::new("/s"), 0));
+            assert!(line.contains(&tap), "{line}");
+            assert!(line.contains("-device virtio-net-pci,id=nic1 -nodefaults"), "{line}");
+            assert!(line.contains(r#""filename":"/s/seed.img","node-name":"seed","read-only":true"#), "{line}");
+        }
     }
 
     #[test]
@@ -378,7 +481,7 @@ mod tests {
     #[test]
     fn a_process_is_found_again_by_its_lock_and_killed_if_it_does_not_listen() {
         let dir = tempfile::tempdir().unwrap();
-        let process = Process::new(settings("qemu"), instance(dir.path().to_str().unwrap()));
+        let process = process(dir.path().to_str().unwrap(), "qemu", MachineRole::Replica);
         keep::folder(&process.instance.folder).unwrap();
         assert_eq!(process.probe().unwrap(), Stand::off(""));
         let lock = process.lock().unwrap().unwrap();
@@ -390,7 +493,7 @@ mod tests {
             .unwrap();
         fs::write(process.at("pid"), child.id().to_string()).unwrap();
         // As the next life of the proxy has it.
-        let again = Process::new(settings("qemu"), process.instance.clone());
+        let again = Process::new(settings("qemu"), Networks::new(), process.instance.clone());
         assert!(again.probe().unwrap().on);
         assert_eq!(again.start(&said()).unwrap(), Stand::on("it was on"));
         assert_eq!(again.stop(Duration::ZERO).unwrap(), Stand::off("its process was killed"));
@@ -404,7 +507,7 @@ mod tests {
         let program = dir.path().join("q");
         fs::write(&program, "#!/bin/sh\necho no such disk >&2; exit 1\n").unwrap();
         fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
-        let process = Process::new(settings(program.to_str().unwrap()), instance(dir.path().to_str().unwrap()));
+        let process = process(dir.path().to_str().unwrap(), program.to_str().unwrap(), MachineRole::Replica);
         let error = process.start(&said()).unwrap_err().to_string();
         assert!(error.contains("ended at once: no such disk"), "{error}");
         assert!(!process.probe().unwrap().on);

@@ -49,7 +49,15 @@ impl Monitor {
     /// # Errors
     /// The monitor refuses it, or has ended.
     pub fn ask(&mut self, command: &str) -> io::Result<Value> {
-        let mut line = json!({"execute": command}).to_string();
+        self.ask_with(command, json!({}))
+    }
+
+    /// Gives a command; what it returns.
+    ///
+    /// # Errors
+    /// The monitor refuses it, or has ended.
+    pub fn ask_with(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
+        let mut line = json!({"execute": command, "arguments": arguments}).to_string();
         line.push('\n');
         self.writer.write_all(line.as_bytes())?;
         for _ in 0..MAX_LINES {

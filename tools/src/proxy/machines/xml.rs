@@ -1,14 +1,18 @@
 //! A domain as libvirt reads it. Pure: what is not in the settings or the command is not in it.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use afterimage_wire::v1::{Firmware, MachineRole, StartInstance};
 
 use super::super::config::machines::Libvirt;
+use super::ways::Way;
 use super::{DriveError, Instance};
 
-/// The network of tests: it forwards nowhere.
-pub const ISOLATED: &str = "afterimage-isolated";
+/// What libvirt calls the network of a test.
+pub fn network_of(bridge: &str) -> String {
+    format!("afterimage-{bridge}")
+}
 
 /// Text within XML.
 fn text(of: &str) -> String {
@@ -28,9 +32,10 @@ fn text(of: &str) -> String {
     safe
 }
 
-/// A network without a way out.
-pub fn isolated_network() -> String {
-    format!("<network>\n  <name>{ISOLATED}</name>\n</network>\n")
+/// A network without a way out: it forwards nowhere, and this host has no address in it.
+pub fn isolated_network(bridge: &str) -> String {
+    let name = network_of(bridge);
+    format!("<network>\n  <name>{name}</name>\n  <bridge name='{bridge}' stp='off'/>\n</network>\n")
 }
 
 /// The name of the nth disk: vda to vdz, vdaa …
@@ -47,18 +52,18 @@ fn target(mut number: usize) -> String {
 }
 
 /// How a disk is reached: by vhost-user where there is a socket, since that waits for a proxy that restarts.
-enum Way {
+enum Reach {
     VhostUser(String),
     /// Host element and export.
     Nbd(String, String),
 }
 
-fn way(uris: &[String]) -> Option<Way> {
-    let vhost = uris.iter().find_map(|uri| Some(Way::VhostUser(text(uri.strip_prefix("vhost-user:")?))));
+fn reach(uris: &[String]) -> Option<Reach> {
+    let vhost = uris.iter().find_map(|uri| Some(Reach::VhostUser(text(uri.strip_prefix("vhost-user:")?))));
     let unix = || {
         uris.iter().find_map(|uri| {
             let (export, socket) = uri.strip_prefix("nbd+unix:///")?.split_once("?socket=")?;
-            Some(Way::Nbd(format!("<host transport='unix' socket='{}'/>", text(socket)), text(export)))
+            Some(Reach::Nbd(format!("<host transport='unix' socket='{}'/>", text(socket)), text(export)))
         })
     };
     let tcp = || {
@@ -66,17 +71,23 @@ fn way(uris: &[String]) -> Option<Way> {
             let (at, export) = uri.strip_prefix("nbd://")?.split_once('/')?;
             let (host, port) = at.rsplit_once(':')?;
             let host = host.trim_start_matches('[').trim_end_matches(']');
-            Some(Way::Nbd(format!("<host name='{}' port='{}'/>", text(host), text(port)), text(export)))
+            Some(Reach::Nbd(format!("<host name='{}' port='{}'/>", text(host), text(port)), text(export)))
         })
     };
     vhost.or_else(unix).or_else(tcp)
 }
 
-/// The domain of an instance.
+/// The domain of an instance whose interfaces lead there; `seed`: what it is told of its addresses.
 ///
 /// # Errors
-/// A network that the settings do not name; a disk that has no socket.
-pub fn domain(settings: &Libvirt, instance: &Instance, said: &StartInstance) -> Result<String, DriveError> {
+/// A disk that has no socket.
+pub fn domain(
+    settings: &Libvirt,
+    instance: &Instance,
+    said: &StartInstance,
+    ways: &[Way],
+    seed: Option<&Path>,
+) -> Result<String, DriveError> {
     let mut xml = String::new();
     let mut line = |depth: usize, text: String| {
         let _ = writeln!(xml, "{:1$}{text}", "", depth * 2);
@@ -89,7 +100,7 @@ pub fn domain(settings: &Libvirt, instance: &Instance, said: &StartInstance) -> 
     }
     line(1, format!("<description>{}, started by afterimage</description>", text(&instance.name)));
     line(1, format!("<memory unit='KiB'>{}</memory>", said.memory_bytes >> 10));
-    if said.disks.iter().any(|disk| matches!(way(&disk.uris), Some(Way::VhostUser(_)))) {
+    if said.disks.iter().any(|disk| matches!(reach(&disk.uris), Some(Reach::VhostUser(_)))) {
         // The proxy reads and writes the guest's memory.
         line(1, "<memoryBacking>".to_owned());
         line(2, "<source type='memfd'/>".to_owned());
@@ -110,15 +121,15 @@ pub fn domain(settings: &Libvirt, instance: &Instance, said: &StartInstance) -> 
     line(1, "<on_crash>destroy</on_crash>".to_owned());
     line(1, "<devices>".to_owned());
     for (i, disk) in said.disks.iter().enumerate() {
-        match way(&disk.uris) {
-            Some(Way::VhostUser(socket)) => {
+        match reach(&disk.uris) {
+            Some(Reach::VhostUser(socket)) => {
                 line(2, "<disk type='vhostuser' device='disk'>".to_owned());
                 line(3, "<driver name='qemu' type='raw'/>".to_owned());
                 line(3, format!("<source type='unix' path='{socket}'>"));
                 line(4, "<reconnect enabled='yes' timeout='1'/>".to_owned());
                 line(3, "</source>".to_owned());
             }
-            Some(Way::Nbd(host, export)) => {
+            Some(Reach::Nbd(host, export)) => {
                 line(2, "<disk type='network' device='disk'>".to_owned());
                 // A guest whose disk is gone for a while stands still rather than fail.
                 line(
@@ -142,23 +153,32 @@ pub fn domain(settings: &Libvirt, instance: &Instance, said: &StartInstance) -> 
         line(3, format!("<boot order='{}'/>", i + 1));
         line(2, "</disk>".to_owned());
     }
-    for nic in &said.nics {
-        let (kind, from) = match (instance.role, settings.networks.get(&nic.network)) {
-            (MachineRole::Test, _) => ("network", format!("<source network='{ISOLATED}'/>")),
-            (_, Some(bridge)) => ("bridge", format!("<source bridge='{}'/>", text(bridge))),
-            (_, None) => {
-                let profile = &instance.profile;
-                let message =
-                    format!("the network \"{}\" is not among networks in [machines.libvirt.{profile}]", nic.network);
-                return Err(DriveError::Setup(message));
-            }
+    if let Some(seed) = seed {
+        line(2, "<disk type='file' device='disk'>".to_owned());
+        line(3, "<driver name='qemu' type='raw'/>".to_owned());
+        line(3, format!("<source file='{}'/>", text(&seed.to_string_lossy())));
+        line(3, format!("<target dev='{}' bus='virtio'/>", target(said.disks.len())));
+        line(3, "<readonly/>".to_owned());
+        line(2, "</disk>".to_owned());
+    }
+    for (nic, way) in said.nics.iter().zip(ways) {
+        let (kind, from) = match way {
+            Way::Bridge(bridge) | Way::Own(bridge) => ("bridge", format!("<source bridge='{}'/>", text(bridge))),
+            Way::Isolated(bridge) => ("network", format!("<source network='{}'/>", network_of(bridge))),
+            // By the process itself, and without a cable.
+            Way::Restricted | Way::Unplugged => ("user", String::new()),
         };
         line(2, format!("<interface type='{kind}'>"));
-        line(3, from);
+        if !from.is_empty() {
+            line(3, from.clone());
+        }
         if !nic.mac.is_empty() {
             line(3, format!("<mac address='{}'/>", text(&nic.mac)));
         }
         line(3, "<model type='virtio'/>".to_owned());
+        if from.is_empty() {
+            line(3, "<link state='down'/>".to_owned());
+        }
         line(2, "</interface>".to_owned());
     }
     line(2, "<serial type='pty'/>".to_owned());
@@ -180,7 +200,19 @@ mod tests {
             virsh: "virsh".into(),
             kind: "qemu".into(),
             networks: [("lan".to_owned(), "br0".to_owned())].into(),
+            seeds: "/seeds".into(),
         }
+    }
+
+    fn domain(instance: &Instance, said: &StartInstance) -> String {
+        let test = instance.role == MachineRole::Test;
+        let way = |nic: &Nic| match nic.network.as_str() {
+            "none" => Way::Unplugged,
+            _ if test => Way::Isolated("aib1".into()),
+            _ => Way::Bridge("br0".into()),
+        };
+        let ways: Vec<Way> = said.nics.iter().map(way).collect();
+        super::domain(&settings(), instance, said, &ways, Some(Path::new("/seeds/web.img"))).unwrap()
     }
 
     fn said(firmware: Firmware) -> StartInstance {
@@ -199,7 +231,9 @@ mod tests {
                 disk("log", "nbd://dr.example:10809/shop.failover/log"),
                 disk("tmp", "vhost-user:/run/v/shop.failover-tmp.sock"),
             ],
-            nics: vec![Nic { mac: "52:54:00:00:00:01".into(), network: "lan".into() }],
+            nics: ["lan", "none"]
+                .map(|network| Nic { mac: "52:54:00:00:00:01".into(), network: network.into(), ..Nic::default() })
+                .into(),
             ..StartInstance::default()
         }
     }
@@ -208,16 +242,16 @@ mod tests {
     fn a_domain_is_as_libvirts_own_schema_has_it() {
         for role in [MachineRole::Replica, MachineRole::Test] {
             for firmware in [Firmware::Bios, Firmware::Uefi] {
-                let xml = domain(&settings(), &Instance { role, ..instance("/s") }, &said(firmware)).unwrap();
+                let xml = domain(&Instance { role, ..instance("/s") }, &said(firmware));
                 validated("domain", &xml);
             }
         }
-        validated("network", &isolated_network());
+        validated("network", &isolated_network("aib1"));
     }
 
     #[test]
     fn disks_come_in_order_and_names_are_escaped() {
-        let xml = domain(&settings(), &instance("/s"), &said(Firmware::Bios)).unwrap();
+        let xml = domain(&instance("/s"), &said(Firmware::Bios));
         assert!(
             xml.contains("socket='/run/a&amp;b.sock'") && xml.contains("<host name='dr.example' port='10809'/>"),
             "{xml}"
@@ -237,17 +271,19 @@ mod tests {
     }
 
     #[test]
-    fn a_test_has_no_way_out_and_an_unknown_network_is_named() {
-        let test = domain(&settings(), &Instance { role: MachineRole::Test, ..instance("/s") }, &said(Firmware::Bios))
-            .unwrap();
+    fn a_test_has_no_way_out_and_what_is_unplugged_stays_so() {
+        let test = domain(&Instance { role: MachineRole::Test, ..instance("/s") }, &said(Firmware::Bios));
         assert!(
-            test.contains("<source network='afterimage-isolated'/>")
-                && !test.contains("br0")
-                && !test.contains("<uuid>")
+            test.contains("<source network='afterimage-aib1'/>") && !test.contains("br0") && !test.contains("<uuid>")
         );
-        assert!(!isolated_network().contains("forward"));
-        let said =
-            StartInstance { nics: vec![Nic { network: "dmz".into(), ..Nic::default() }], ..said(Firmware::Bios) };
-        assert!(domain(&settings(), &instance("/s"), &said).unwrap_err().to_string().contains("\"dmz\""));
+        assert!(!isolated_network("aib1").contains("forward") && !isolated_network("aib1").contains("<ip"));
+        assert_eq!(test.matches("<link state='down'/>").count(), 1, "{test}");
+    }
+
+    #[test]
+    fn the_seed_is_the_last_disk_and_is_only_read() {
+        let xml = domain(&instance("/s"), &said(Firmware::Bios));
+        let seed = &xml[xml.find("<source file='/seeds/web.img'/>").unwrap()..];
+        assert!(seed.contains("<target dev='vdd' bus='virtio'/>\n      <readonly/>"), "{xml}");
     }
 }
