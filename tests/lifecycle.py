@@ -17,18 +17,12 @@ import nbd
 import pauses
 from cluster import MIB, Cluster, Failed, Tests, digest, eventually, expect, free_port, random_file, run, workspace
 from continuity import BLOCK, BLOCKS, WRITERS, Writers, protected_again, through_qemu
-from scene import Relay
+from scene import Relay, connected
 
 SIZE = 64 * MIB
 EXTENT = 4 * MIB
 # What may come on top of a time that was promised, seconds: the machine that tests may be busy.
 SLACK = 2.0
-
-
-def connected(uri):
-    handle = nbd.NBD()
-    handle.connect_uri(uri)
-    return handle
 
 
 class Pair:

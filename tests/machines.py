@@ -344,12 +344,8 @@ while true; do n=$((n + 1)); echo $n >/mnt/d/count; sync; echo "wrote $n" >/dev/
 def guest(folder):
     """A real guest starts from its replica, goes on while its proxy is killed and comes back, and is gone with the undoing."""
     from guest import Image
-    from guest.image import Archive
     image = Image()
-    extra = Archive()
-    extra.file("init", INIT.encode())
-    initrd = folder / "initrd"
-    initrd.write_bytes(image.archive.read_bytes() + extra.bytes())
+    initrd = image.begun_by(INIT, folder / "initrd")
     token = f"{random.getrandbits(64):x}"
     content = folder / "content"
     content.mkdir()

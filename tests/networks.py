@@ -122,12 +122,8 @@ def config(image, initrd, network):
 
 def over_and_home(folder):
     from guest import Image
-    from guest.image import Archive
     image = Image()
-    extra = Archive()
-    extra.file("init", INIT.encode())
-    initrd = folder / "initrd"
-    initrd.write_bytes(image.archive.read_bytes() + extra.bytes())
+    initrd = image.begun_by(INIT, folder / "initrd")
     content = folder / "content"
     content.mkdir()
     (content / "token").write_text("the machine itself\n")

@@ -7,11 +7,9 @@ import random
 import subprocess
 import time
 
-import nbd
-
 from cluster import AFTERIMAGE, MIB, Cluster, Failed, digest, eventually, expect, free_port
 from continuity import BLOCK, protected_again
-from scene import Relay
+from scene import Relay, connected
 
 SIZE = 64 * MIB
 PIECE = 64 * 1024
@@ -19,12 +17,6 @@ PIECE = 64 * 1024
 ALLOWED = 1.05
 # What a link carries that carries nothing: words of life, handshakes.
 QUIET = 96 * 1024
-
-
-def connected(uri):
-    handle = nbd.NBD()
-    handle.connect_uri(uri)
-    return handle
 
 
 def fill(uri, seed, pieces, offset=0):

@@ -25,6 +25,13 @@ POINTS = 12
 STALL = 5
 
 
+def connected(uri):
+    """A client of libnbd's."""
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    return handle
+
+
 class Relay:
     """Stands between source and target: passes bytes on, no faster than `rate` a second, or not at all."""
 

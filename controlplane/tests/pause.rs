@@ -61,13 +61,7 @@ async fn a_pause_is_told_once_and_its_rpo_alarms_nobody() {
         sync_deadline_ms: Some(2_000),
         ..Policy::default()
     };
-    let request = CreatePolicyRequest {
-        parent: TENANT.into(),
-        policy_id: "gold".into(),
-        policy: Some(policy),
-        ..Default::default()
-    };
-    world.policies().create_policy(request).await.unwrap();
+    world.gold_of(policy).await;
     world.groups().create_group(shop_request()).await.unwrap();
     world.wait_phase(Phase::Protected).await;
     for _ in 0..200 {

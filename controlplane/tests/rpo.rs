@@ -61,13 +61,7 @@ async fn an_rpo_above_its_target_is_a_warning_then_an_error() {
         clear_after_ms: Some(60_000),
         ..Policy::default()
     };
-    let request = CreatePolicyRequest {
-        parent: TENANT.into(),
-        policy_id: "gold".into(),
-        policy: Some(policy),
-        ..Default::default()
-    };
-    world.policies().create_policy(request).await.unwrap();
+    world.gold_of(policy).await;
     let _source = world.proxy("src", Script { rpo_us: 900_000, ..Script::default() }).await;
     let _target = world.proxy("dr", Script::default()).await;
     world.groups().create_group(shop_request()).await.unwrap();

@@ -143,6 +143,17 @@ class Image:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._make()
 
+    def initrd(self, path, files):
+        """What a guest is started from: the image's archive, and these files over it."""
+        path.write_bytes(self.archive.read_bytes() + files.bytes())
+        return path
+
+    def begun_by(self, script, path):
+        """What a guest is started from that runs this script, and nothing of the image's own."""
+        files = Archive()
+        files.file("init", script.encode())
+        return self.initrd(path, files)
+
     def _make(self):
         package, version = kernel_package()
         self.release = package.removeprefix("linux-image-")

@@ -97,11 +97,10 @@ class Guest:
     def boot(self, root=None, timeout=BOOT):
         """Starts the machine, from memory or from a disk that holds the image's `root`; returns when its shell answers."""
         limit = time.monotonic() + timeout
-        extra = self.folder / f"{self.name}.cpio"
-        extra.write_bytes(self.image.archive.read_bytes() + self.files.bytes())
+        initrd = self.image.initrd(self.folder / f"{self.name}.cpio", self.files)
         paths = {port: self.folder / f"{self.name}.{port}" for port in ("shell", "witness")}
         kernel = [
-            "-kernel", str(self.image.kernel), "-initrd", str(extra),
+            "-kernel", str(self.image.kernel), "-initrd", str(initrd),
             "-append", "console=ttyS0 panic=-1 loglevel=6 no_timer_check tsc=reliable mitigations=off nokaslr random.trust_cpu=on"
             + (f" lab.root={self.disks[root]}" if root else ""),
             "-device", "virtio-serial-pci,addr=0x2"]

@@ -7,6 +7,7 @@ use afterimage_wire::v1::command_result::Outcome;
 use afterimage_wire::v1::{self, CommandErrorKind, Severity};
 use std::time::Duration;
 
+use super::objects::made_before;
 use super::policies::check_excluded;
 use super::{Coordinator, misfit, refusal, unreachable};
 use crate::convert;
@@ -105,8 +106,7 @@ impl Coordinator {
 
     /// The group that a request made or changed, as it is now.
     fn group_made(&self, model: &Model, name: &Name, uid: &str) -> Result<v1::Group, Problem> {
-        let group = model.group(name).ok().filter(|g| g.uid == uid).ok_or_else(|| gone("group", name))?;
-        Ok(convert::group_to_proto(model, group))
+        Ok(convert::group_to_proto(model, &made_before(model, name, uid)?))
     }
 
     /// What a proxy finds at a path.
@@ -140,15 +140,8 @@ impl Coordinator {
         validate_only: bool,
         request: &Asked,
     ) -> Result<v1::Group, Problem> {
-        let now = self.clock.wall_ns();
         let made = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    let group = model.group(name).ok().filter(|g| g.uid == done.uid);
-                    return group.cloned().ok_or_else(|| gone("group", name));
-                }
-                let old = model.group(name)?;
-                model.check_etag(name, &Object::Group(old.clone()).key(), &asked.etag)?;
+            .update_object(name, &asked.etag, validate_only, request, |model, old: &Group, now| {
                 let wanted = fields::update(&convert::group_to_proto(model, old), asked, mask, &UPDATE)?;
                 check_text("group.description", &wanted.description)?;
                 let policy = Name::parse("group.policy", Kind::Policy, &wanted.policy)?;
@@ -156,18 +149,13 @@ impl Coordinator {
                     return Err(Problem::invalid("group.policy", &policy, "of the group's own tenant"));
                 }
                 check_excluded(model, old, &model.policy(&policy)?.promises, "group.policy")?;
-                let made = Group {
+                Ok(Group {
                     version: old.version + 1,
                     updated_ns: now,
                     description: wanted.description,
                     policy: policy.id,
                     ..old.clone()
-                };
-                if !validate_only {
-                    request.record(model, txn, now, &made.uid);
-                    txn.put(Object::Group(made.clone()));
-                }
-                Ok(made)
+                })
             })
             .await?;
         Ok(convert::group_to_proto(&self.model(), &made))

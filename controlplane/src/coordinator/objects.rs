@@ -1,4 +1,5 @@
-//! What policies, machines and plans have in common as objects of the API: made, changed and deleted once for each request.
+//! What groups, policies, machines and plans have in common as objects of the API: made, changed and deleted once for each
+//! request.
 
 use std::sync::Arc;
 
@@ -6,7 +7,7 @@ use super::Coordinator;
 use crate::machine::Machine;
 use crate::model::Model;
 use crate::names::Name;
-use crate::objects::{Object, Policy};
+use crate::objects::{Group, Object, Policy};
 use crate::plan::Plan;
 use crate::problem::Problem;
 use crate::requests::{Asked, gone};
@@ -49,12 +50,13 @@ macro_rules! whole {
     };
 }
 
+whole!(Group, "group", group);
 whole!(Policy, "policy", policy);
 whole!(Machine, "machine", machine);
 whole!(Plan, "plan", plan);
 
 /// What a request made or changed that has been done before, as it is now.
-fn made_before<T: Whole>(model: &Model, name: &Name, uid: &str) -> Result<T, Problem> {
+pub(super) fn made_before<T: Whole>(model: &Model, name: &Name, uid: &str) -> Result<T, Problem> {
     T::find(model, name).ok().filter(|found| found.uid() == uid).cloned().ok_or_else(|| gone(T::KIND, name))
 }
 
@@ -89,7 +91,8 @@ impl Coordinator {
         .await
     }
 
-    /// Changes an object; `make` is given the old one, and the time as in [`Self::create_object`].
+    /// Changes an object; `make` is given the old one, and the time as in [`Self::create_object`]. One that it leaves as it is
+    /// is not written.
     ///
     /// # Errors
     /// There is none of that name; it has changed; as `make` says.
@@ -111,7 +114,9 @@ impl Coordinator {
             let made = make(model, old, now)?;
             if !validate_only {
                 request.record(model, txn, now, made.uid());
-                txn.put(made.object());
+                if made.object() != old.object() {
+                    txn.put(made.object());
+                }
             }
             Ok(made)
         })

@@ -10,10 +10,10 @@ use super::Coordinator;
 use crate::convert;
 use crate::failover::check_pause;
 use crate::names::Name;
-use crate::objects::{Group, Object, Pause};
+use crate::objects::{Group, Pause};
 use crate::policy::check_text;
 use crate::problem::Problem;
-use crate::requests::{Asked, gone};
+use crate::requests::Asked;
 
 /// What is asked of a group's stream.
 #[derive(Clone, Debug)]
@@ -40,35 +40,22 @@ impl Coordinator {
         if let Flow::Pause(reason) = &flow {
             check_text("reason", reason)?;
         }
-        let now = self.clock.wall_ns();
-        let wanted = flow.clone();
-        let (group, changed) = self
-            .change(|model, txn| {
-                if let Some(done) = request.done(model)? {
-                    let group =
-                        model.group(name).ok().filter(|g| g.uid == done.uid).ok_or_else(|| gone("group", name))?;
-                    return Ok((group.clone(), false));
-                }
-                let old = model.group(name)?;
-                model.check_etag(name, &Object::Group(old.clone()).key(), etag)?;
+        let mut changed = false;
+        let group = self
+            .update_object(name, etag, validate_only, request, |_, old: &Group, now| {
                 check_pause(old)?;
-                let pause = match (wanted, &old.pause) {
+                let pause = match (&flow, &old.pause) {
                     (Flow::Pause(_), Some(known)) => Some(known.clone()),
-                    (Flow::Pause(reason), None) => Some(Pause { at_ns: now, by: by.to_owned(), reason }),
+                    (Flow::Pause(reason), None) => {
+                        Some(Pause { at_ns: now, by: by.to_owned(), reason: reason.clone() })
+                    }
                     (Flow::Resume, _) => None,
                 };
-                let changed = pause != old.pause;
-                let version = old.version + u64::from(changed);
-                let made =
-                    Group { version, updated_ns: if changed { now } else { old.updated_ns }, pause, ..old.clone() };
-                if validate_only {
-                    return Ok((made, false));
+                if pause == old.pause {
+                    return Ok(old.clone());
                 }
-                request.record(model, txn, now, &made.uid);
-                if changed {
-                    txn.put(Object::Group(made.clone()));
-                }
-                Ok((made, changed))
+                changed = !validate_only;
+                Ok(Group { version: old.version + 1, updated_ns: now, pause, ..old.clone() })
             })
             .await?;
         if changed {

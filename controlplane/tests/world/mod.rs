@@ -115,7 +115,11 @@ impl World {
     }
 
     pub async fn gold(&self) {
-        let policy = Policy { rpo_target_us: Some(500_000), ..Policy::default() };
+        self.gold_of(Policy { rpo_target_us: Some(500_000), ..Policy::default() }).await;
+    }
+
+    /// The policy of the group, with these promises.
+    pub async fn gold_of(&self, policy: Policy) {
         let request = CreatePolicyRequest {
             parent: TENANT.into(),
             policy_id: "gold".into(),

@@ -177,9 +177,9 @@ impl Hooked {
         let mut more = definition(said, &plugged);
         if let Some(seed) = seed::of(&self.networks, &self.instance, said)? {
             let path = self.instance.folder.join("seed.img");
-            let failed = |error: std::io::Error| DriveError::failed(format!("{}: {error}", path.display()));
-            let image = seed.image().map_err(failed)?;
-            keep::folder(&self.instance.folder).and_then(|()| keep::replace(&path, &image)).map_err(failed)?;
+            keep::folder(&self.instance.folder)
+                .map_err(|error| DriveError::failed(format!("{}: {error}", self.instance.folder.display())))?;
+            seed.write(&path)?;
             let path = path.to_string_lossy().into_owned();
             more["seed"] = json!(path);
             variables.push(("AFTERIMAGE_SEED".to_owned(), path));

@@ -81,12 +81,11 @@ impl Domain {
     /// Puts what it is told of its addresses where libvirt reads it, or takes it away.
     fn put_seed(&self, said: &StartInstance) -> Result<Option<PathBuf>, DriveError> {
         let path = self.seed();
-        let failed = |error: io::Error| DriveError::failed(format!("{}: {error}", path.display()));
         let Some(seed) = seed::of(&self.networks, &self.instance, said)? else {
             let _ = fs::remove_file(&path);
             return Ok(None);
         };
-        keep::replace(&path, &seed.image().map_err(failed)?).map_err(failed)?;
+        seed.write(&path)?;
         Ok(Some(path))
     }
 
@@ -176,9 +175,7 @@ impl Domain {
 
     /// Makes the networks of a test: written down first, so that they are removed whatever happens in between.
     fn isolate(&self, ways: &[Way]) -> Result<(), DriveError> {
-        let bridge = |way: &Way| if let Way::Isolated(bridge) = way { Some(bridge.clone()) } else { None };
-        let mut bridges: Vec<String> = ways.iter().filter_map(bridge).collect();
-        bridges.dedup();
+        let bridges = ways::bridges_of_test(ways);
         if bridges.is_empty() {
             return Ok(());
         }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::super::keep;
-use super::ways::{Way, digest};
+use super::ways::{Way, bridges_of_test, digest};
 use super::{DriveError, command, short};
 
 /// What an instance has made, in its folder.
@@ -128,12 +128,7 @@ pub fn connect(folder: &Path, ways: &[Way]) -> Result<(), DriveError> {
         return Ok(());
     }
     let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let isolated = |way: &Way| if let Way::Isolated(bridge) = way { Some(bridge.clone()) } else { None };
-    let mut made = Made {
-        taps: taps.iter().map(|(tap, _)| tap.clone()).collect(),
-        bridges: ways.iter().filter_map(isolated).collect(),
-    };
-    made.bridges.dedup();
+    let made = Made { taps: taps.iter().map(|(tap, _)| tap.clone()).collect(), bridges: bridges_of_test(ways) };
     let path = folder.join(FILE);
     let text = serde_json::to_vec(&made).map_err(DriveError::failed)?;
     keep::replace(&path, &text).map_err(|error| DriveError::failed(format!("{}: {error}", path.display())))?;

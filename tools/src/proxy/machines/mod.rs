@@ -13,7 +13,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -223,10 +223,11 @@ impl Drives {
 pub struct Turns(RefCell<HashMap<PathBuf, Rc<tokio::sync::Mutex<()>>>>);
 
 impl Turns {
-    fn of(&self, instance: &Instance) -> Rc<tokio::sync::Mutex<()>> {
+    /// Of the instance that has this folder.
+    fn of(&self, folder: &Path) -> Rc<tokio::sync::Mutex<()>> {
         let mut turns = self.0.borrow_mut();
         turns.retain(|_, turn| Rc::strong_count(turn) > 1);
-        Rc::clone(turns.entry(instance.folder.clone()).or_default())
+        Rc::clone(turns.entry(folder.to_owned()).or_default())
     }
 }
 
@@ -255,7 +256,7 @@ pub(super) async fn start(proxy: &Proxy, mut said: StartInstance) -> Result<Outc
             disk.uris = fronts::uris(proxy, Role::Source, &disk.export_name);
         }
     }
-    let turn = proxy.machines.of(&instance);
+    let turn = proxy.machines.of(&instance.folder);
     let _turn = turn.lock().await;
     let drives = Drives::new(&proxy.config.machines, instance, driver)?;
     Ok(state(aside(move || drives.start(&said)).await?, false))
@@ -264,7 +265,7 @@ pub(super) async fn start(proxy: &Proxy, mut said: StartInstance) -> Result<Outc
 /// Switches an instance off.
 pub(super) async fn stop(proxy: &Proxy, said: StopInstance) -> Result<Outcome, Refused> {
     let (instance, driver) = Instance::new(said.machine.as_ref(), &proxy.config)?;
-    let turn = proxy.machines.of(&instance);
+    let turn = proxy.machines.of(&instance.folder);
     let _turn = turn.lock().await;
     let drives = Drives::new(&proxy.config.machines, instance, driver)?;
     let within = Duration::from_millis(said.within_ms);
@@ -285,20 +286,11 @@ pub(super) async fn clear(proxy: Rc<Proxy>) {
     let Some(home) = proxy.config.state_dir.as_ref().map(|dir| dir.join("machines/qemu")) else { return };
     let Ok(folders) = std::fs::read_dir(home) else { return };
     for folder in folders.flatten().map(|entry| entry.path()).filter(|folder| links::any(folder)) {
-        let called = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let instance = Instance {
-            uid: String::new(),
-            name: called.clone(),
-            profile: String::new(),
-            role: MachineRole::Unspecified,
-            folder,
-            called,
-        };
-        let turn = proxy.machines.of(&instance);
+        let turn = proxy.machines.of(&folder);
         let _turn = turn.lock().await;
-        let name = instance.name.clone();
-        if let Err(error) = aside(move || qemu::clear(&instance)).await {
-            tracing::warn!(machine = name, "what it was connected by is still there: {error}");
+        let machine = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let Err(error) = aside(move || qemu::clear(&folder)).await {
+            tracing::warn!(machine, "what it was connected by is still there: {error}");
         }
     }
 }

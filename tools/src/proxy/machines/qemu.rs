@@ -1,8 +1,9 @@
 //! A machine as a process of QEMU's that outlives this proxy.
 //!
-//! Its folder holds `lock`, `pid`, `qmp.sock`, `qemu.log` and `serial.log`, and `seed.img` and `links.json` where it has them. The process has the locked file as its standard
-//! input: the kernel frees the lock when the last process that has it is gone, so whether the machine is on is known without
-//! a process number, also by the next life of the proxy, and a second process for one instance is never begun.
+//! Its folder holds `lock`, `pid`, `qmp.sock`, `qemu.log` and `serial.log`, and `seed.img` and `links.json` where it has them.
+//! The process has the locked file as its standard input: the kernel frees the lock when the last process that has it is gone,
+//! so whether the machine is on is known without a process number, also by the next life of the proxy, and a second process
+//! for one instance is never begun.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -44,15 +45,14 @@ pub struct Process {
     instance: Instance,
 }
 
-/// Removes what an instance is connected by that has ended by itself, or whose proxy died in the middle.
+/// Removes what the instance of a folder is connected by that has ended by itself, or whose proxy died in the middle.
 ///
 /// # Errors
 /// Why not.
-pub fn clear(instance: &Instance) -> Result<(), DriveError> {
-    let lock = lock(&instance.folder)
-        .map_err(|error| DriveError::failed(format!("{}: {error}", instance.folder.display())))?;
+pub fn clear(folder: &Path) -> Result<(), DriveError> {
+    let lock = lock(folder).map_err(|error| DriveError::failed(format!("{}: {error}", folder.display())))?;
     match lock {
-        Some(_off) => links::clear(&instance.folder),
+        Some(_off) => links::clear(folder),
         None => Ok(()),
     }
 }
@@ -116,8 +116,7 @@ impl Process {
         let ways = self.ways(said)?;
         let seeded = match seed::of(&self.networks, &self.instance, said)? {
             Some(seed) => {
-                let image = seed.image().map_err(|e| self.failed(SEED, &e))?;
-                keep::replace(&self.at(SEED), &image).map_err(|e| self.failed(SEED, &e))?;
+                seed.write(&self.at(SEED))?;
                 true
             }
             None => false,

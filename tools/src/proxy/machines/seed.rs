@@ -8,11 +8,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Cursor, Write};
 use std::net::IpAddr;
+use std::path::Path;
 
 use afterimage_wire::address::Prefixed;
 use afterimage_wire::v1::{MachineRole, Nic, StartInstance};
 
 use super::super::config::machines::Network;
+use super::super::keep;
 use super::{DriveError, Instance, ways};
 
 /// Size of the disk, bytes: some files of a few kilobytes.
@@ -155,11 +157,21 @@ fn interface(text: &mut String, i: usize, nic: &Nic, addressed: &Addressed) {
 }
 
 impl Seed {
+    /// Puts the disk there.
+    ///
+    /// # Errors
+    /// Names the path, and why not.
+    pub fn write(&self, path: &Path) -> Result<(), DriveError> {
+        self.image()
+            .and_then(|image| keep::replace(path, &image))
+            .map_err(|error| DriveError::failed(format!("{}: {error}", path.display())))
+    }
+
     /// The disk.
     ///
     /// # Errors
     /// It does not fit.
-    pub fn image(&self) -> io::Result<Vec<u8>> {
+    fn image(&self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; SIZE];
         fatfs::format_volume(Cursor::new(&mut bytes), fatfs::FormatVolumeOptions::new().volume_label(LABEL))?;
         {

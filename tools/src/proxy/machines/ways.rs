@@ -32,14 +32,15 @@ pub fn digest(of: &[&str]) -> String {
         context.update(&(part.len() as u64).to_le_bytes());
         context.update(part.as_bytes());
     }
-    let bytes = context.finish();
-    bytes
-        .as_ref()
-        .iter()
-        .flat_map(|b| [b >> 4, b & 15])
-        .take(DIGITS)
-        .map(|d| char::from_digit(d.into(), 16).unwrap_or('0'))
-        .collect()
+    context.finish().as_ref().iter().take(DIGITS / 2).map(|b| format!("{b:02x}")).collect()
+}
+
+/// The bridges that are made for a test.
+pub fn bridges_of_test(ways: &[Way]) -> Vec<String> {
+    let bridge = |way: &Way| if let Way::Isolated(bridge) = way { Some(bridge.clone()) } else { None };
+    let mut bridges: Vec<String> = ways.iter().filter_map(bridge).collect();
+    bridges.dedup();
+    bridges
 }
 
 /// The bridge of a test's network: machines of one test that are in one network are together.
